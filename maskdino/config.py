@@ -1,0 +1,130 @@
+"""Configuration keys that Mask DINO adds to detectron2's, one node for each module."""
+
+from detectron2.config import CfgNode
+
+
+def add_maskdino_config(cfg: CfgNode) -> None:
+    """Adds Mask DINO's keys, with the paper's values, to a detectron2 configuration (in place)."""
+    _add_model(cfg)
+    _add_matcher_and_loss(cfg)
+    _add_test(cfg)
+    _add_input(cfg)
+    _add_solver(cfg)
+
+
+def _add_model(cfg: CfgNode) -> None:
+    model = cfg.MODEL.MASK_DINO = CfgNode()
+    # Number of classes that the class head predicts ("no object" not counted).
+    model.NUM_CLASSES = 80
+    # Channels of tokens and queries.
+    model.HIDDEN_DIM = 256
+    # Batches are padded, at the right and at the bottom, to a multiple of this number of pixels.
+    model.SIZE_DIVISIBILITY = 32
+    # Whether there is a mask branch (section 3.4). False gives a pure detector (DINO with this code).
+    model.MASK_ON = True
+
+    # Multi-scale deformable encoder.
+    encoder = model.ENCODER = CfgNode()
+    encoder.IN_FEATURES = ["res3", "res4", "res5"]  # backbone features, finest first
+    encoder.NUM_LEVELS = 4  # scales in all: those beyond IN_FEATURES are stride-2 convolutions of the last
+    encoder.NUM_LAYERS = 6
+    encoder.NUM_HEADS = 8
+    encoder.NUM_POINTS = 4  # sampling points per head and level
+    encoder.FEEDFORWARD_DIM = 2048
+    encoder.ACTIVATION_CHECKPOINT = False  # recompute each layer in the backward pass: less memory, more time
+
+    # Pixel embedding map (section 3.4, equation 1).
+    pixel_embedding = model.PIXEL_EMBEDDING = CfgNode()
+    pixel_embedding.IN_FEATURE = "res2"  # backbone feature at 1/4 of the image
+
+    # Unified and enhanced query selection (section 3.5).
+    selection = model.QUERY_SELECTION = CfgNode()
+    selection.ENABLED = True  # False: learned content queries and anchors
+    selection.NUM_QUERIES = 300
+    # Initial anchors: "mask2box" or "bitmask" (boxes of the predicted masks; the last foreground pixel is the
+    # border, or lies inside), or "none" (the predicted boxes).
+    selection.MASK_ENHANCED_ANCHORS = "mask2box"
+    # Level with the largest proposals: "coarsest", or "finest" as in the released models trained finest level first.
+    selection.LARGEST_PROPOSALS = "coarsest"
+
+    decoder = model.DECODER = CfgNode()
+    decoder.NUM_LAYERS = 9
+    decoder.NUM_HEADS = 8
+    decoder.NUM_POINTS = 4  # sampling points per head and level
+    decoder.FEEDFORWARD_DIM = 2048
+
+    # Unified denoising (section 3.6, appendix B.2).
+    denoising = model.DENOISING = CfgNode()
+    denoising.MODE = "boxes_and_masks"  # or "boxes" (without mask losses), or "off"
+    denoising.NUM_QUERIES = 100  # at most this many noised queries, but at least one group
+    denoising.LABEL_NOISE = 0.2  # probability that a label is drawn anew
+    denoising.BOX_NOISE = 0.4  # largest shift of the centre in half sizes, and of the size in sizes
+
+
+def _add_matcher_and_loss(cfg: CfgNode) -> None:
+    model = cfg.MODEL.MASK_DINO
+    # Hybrid matching (section 3.6): weights of the costs; 0 leaves a cost out.
+    matcher = model.MATCHER = CfgNode()
+    matcher.CLASS_WEIGHT = 4.0
+    matcher.L1_WEIGHT = 5.0
+    matcher.GIOU_WEIGHT = 2.0
+    matcher.MASK_BCE_WEIGHT = 5.0
+    matcher.MASK_DICE_WEIGHT = 5.0
+    # Decoupled box prediction: the box cost of "stuff" is the mean over "things".
+    matcher.DECOUPLE_STUFF_BOXES = True
+
+    # Losses (appendix B.1): weights; 0 leaves a loss out.
+    loss = model.LOSS = CfgNode()
+    loss.CLASS_WEIGHT = 4.0
+    loss.L1_WEIGHT = 5.0
+    loss.GIOU_WEIGHT = 2.0
+    loss.MASK_BCE_WEIGHT = 5.0
+    loss.MASK_DICE_WEIGHT = 5.0
+    loss.CLASSIFICATION = "focal"  # or "cross_entropy" (softmax with one more class, "no object")
+    loss.NO_OBJECT_WEIGHT = 0.1  # weight of "no object" with cross-entropy
+    # Decoupled box prediction: no box loss for "stuff".
+    loss.DECOUPLE_STUFF_BOXES = True
+    loss.DEEP_SUPERVISION = True  # losses at every decoder layer, not only at the last
+    loss.SUPERVISE_INITIAL = True  # losses for the queries before the first decoder layer
+    loss.NUM_POINTS = 12544  # points at which masks are compared, in matching and in each mask loss
+    loss.OVERSAMPLE_RATIO = 3.0  # candidates per point of the mask losses
+    loss.IMPORTANCE_RATIO = 0.75  # share of the points that are the most uncertain candidates
+
+
+def _add_test(cfg: CfgNode) -> None:
+    test = cfg.MODEL.MASK_DINO.TEST = CfgNode()
+    test.INSTANCE_ON = True
+    test.PANOPTIC_ON = False
+    test.SEMANTIC_ON = False
+    # Decoder layer whose prediction is used: -1 is the last, 0 the prediction before the first layer (Table 8).
+    test.DECODER_LAYER = -1
+    test.SCORE_THRESHOLD = 0.0  # instances with a lower score are left out
+    # Multiply an instance's class score by the mean of its mask's probabilities over its foreground.
+    test.MASK_SCORING = True
+    test.PANOPTIC_SCORE_THRESHOLD = 0.25  # queries below take no part in the panoptic merge
+    test.PANOPTIC_OVERLAP_THRESHOLD = 0.8  # share of a segment's own area that must be left
+    test.TEMPERATURE = 0.06  # of the softmax over sigmoid class scores (panoptic, semantic)
+
+
+def _add_input(cfg: CfgNode) -> None:
+    # "instance", "panoptic" or "semantic": what the training mapper reads (maskdino.data).
+    cfg.INPUT.DATASET_MAPPER_NAME = "instance"
+    # Large-scale jitter: resize by a random factor, then crop or pad to SIZE (height, width), in pixels.
+    cfg.INPUT.LSJ = CfgNode()
+    cfg.INPUT.LSJ.ENABLED = True  # False: detectron2's INPUT.MIN_SIZE_TRAIN and INPUT.CROP
+    cfg.INPUT.LSJ.SIZE = [1024, 1024]
+    cfg.INPUT.LSJ.MIN_SCALE = 0.1
+    cfg.INPUT.LSJ.MAX_SCALE = 2.0
+    cfg.INPUT.COLOR_AUG_SSD = False  # SSD's colour jitter
+    # INPUT.RANDOM_FLIP (detectron2) is "horizontal", "vertical", "none", or here also "both".
+
+
+def _add_solver(cfg: CfgNode) -> None:
+    cfg.SOLVER.OPTIMIZER = "ADAMW"  # or "SGD"
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # factor of the learning rate of the backbone
+    cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0  # weight decay of embeddings and position tables
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of the whole model's gradient.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1  # batches of IMS_PER_BATCH / ACCUMULATION_STEPS images per optimizer step
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False  # keep, evaluate and save an exponential moving average of the weights
+    cfg.SOLVER.EMA.DECAY = 0.9998

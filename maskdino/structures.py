@@ -1,0 +1,175 @@
+"""Data that travels between the modules of the network.
+
+Shape key: B images, Q queries, S tokens, K class logits, C channels, N objects of the batch, O outputs, H, W pixels.
+
+Frame: boxes are (cx, cy, w, h), divided by the width and height of the padded canvas of the batch. Masks live in
+pixels of that canvas, whose origin is the image's upper left corner. `targets.py` and `postprocess.py` are the
+only places that convert from and to the frames of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SpatialShapes = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Tokens of all levels, finest level first, row by row."""
+
+    tokens: Tensor  # (B, S, C)
+    spatial_shapes: SpatialShapes  # (height, width) of each level; their areas add up to S
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What enters the first decoder layer."""
+
+    content: Tensor  # (B, Q, C)
+    anchor_logits: Tensor  # (B, Q, 4): sigmoid gives boxes (cx, cy, w, h)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the heads say of one or, with a leading dimension O, of several outputs.
+
+    A mask logit is the dot product of a mask embedding with the pixel embedding map (equation 1); whoever needs
+    mask maps makes them. `mask_embeddings` is None where the model has no mask branch.
+    """
+
+    class_logits: Tensor  # ([O,] B, Q, K)
+    boxes: Tensor  # ([O,] B, Q, 4) cx, cy, w, h in [0, 1]
+    mask_embeddings: Tensor | None  # ([O,] B, Q, C)
+
+    def map(self, function) -> Predictions:  # noqa: ANN001
+        """Applies a function of one tensor to each part."""
+        masks = None if self.mask_embeddings is None else function(self.mask_embeddings)
+        return Predictions(function(self.class_logits), function(self.boxes), masks)
+
+    @staticmethod
+    def stack(outputs: Sequence[Predictions]) -> Predictions:
+        """Stacks outputs of equal shapes along a new first dimension O."""
+        first = outputs[0].mask_embeddings
+        return Predictions(
+            torch.stack([output.class_logits for output in outputs]),
+            torch.stack([output.boxes for output in outputs]),
+            None if first is None else torch.stack([output.mask_embeddings for output in outputs]),
+        )
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Noised ground truth that is decoded in front of the matching queries (section 3.6, appendix B.2).
+
+    Slot `group * slots_per_group + i` of an image belongs to its i-th object; slots beyond an image's objects are
+    empty.
+    """
+
+    queries: Queries  # of G * slots_per_group noised queries
+    num_groups: int
+    slots_per_group: int
+    with_masks: bool
+
+    @property
+    def num_queries(self) -> int:
+        return self.num_groups * self.slots_per_group
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truth of a batch: the objects of all images, one after the other."""
+
+    labels: Tensor  # (N,) int64
+    boxes: Tensor  # (N, 4) cx, cy, w, h in [0, 1]
+    has_box: Tensor  # (N,) bool: False for "stuff" where box prediction is decoupled
+    has_mask: Tensor  # (N,) bool
+    masks: PackedMasks  # N masks of the canvas; those without a mask are empty
+    counts: tuple[int, ...]  # objects of each image
+    names: tuple[str, ...]  # of the images, for messages
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Index of each image's first object."""
+        return tuple(sum(self.counts[:i]) for i in range(len(self.counts)))
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Pairs of a prediction and an object, as flat index tensors of equal length M."""
+
+    output: Tensor  # (M,) int64 index into O
+    image: Tensor  # (M,) int64 index into B
+    query: Tensor  # (M,) int64 index into Q
+    target: Tensor  # (M,) int64 index into the N objects of the batch
+
+
+class PackedMasks:
+    """Binary masks with eight pixels in a byte, in rows: an eighth of a boolean tensor's memory.
+
+    Attributes:
+        bits: (N, H, ceil(W / 8)) uint8; the highest bit of a byte is its leftmost pixel.
+        size: (height, width) in pixels.
+    """
+
+    def __init__(self, bits: Tensor, size: tuple[int, int]) -> None:
+        height, width = size
+        if bits.dtype != torch.uint8 or tuple(bits.shape[1:]) != (height, (width + 7) // 8):
+            raise ValueError(f"masks of {size} pixels need bytes (N, {height}, {(width + 7) // 8}), not {tuple(bits.shape)}")
+        self.bits = bits
+        self.size = (int(height), int(width))
+
+    @staticmethod
+    def from_bool(masks: Tensor | np.ndarray) -> PackedMasks:
+        """Packs masks (N, H, W) of any dtype; what is not 0 is foreground."""
+        array = np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks)
+        bits = torch.from_numpy(np.packbits(array != 0, axis=2))
+        device = masks.device if isinstance(masks, Tensor) else "cpu"
+        return PackedMasks(bits.to(device), array.shape[1:])
+
+    @staticmethod
+    def empty(number: int, size: tuple[int, int], device: torch.device | str = "cpu") -> PackedMasks:
+        """`number` masks without foreground."""
+        return PackedMasks(torch.zeros(number, size[0], (size[1] + 7) // 8, dtype=torch.uint8, device=device), size)
+
+    def to_bool(self) -> Tensor:
+        """(N, H, W) bool."""
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.bits.device)
+        pixels = (self.bits[..., None] >> shifts) & 1
+        return pixels.flatten(2)[..., : self.size[1]].bool()
+
+    def padded(self, size: tuple[int, int]) -> PackedMasks:
+        """The same masks on a canvas that is at least as large, at its upper left corner."""
+        canvas = PackedMasks.empty(len(self), size, self.bits.device)
+        canvas.bits[:, : self.size[0], : self.bits.shape[2]] = self.bits
+        return canvas
+
+    @staticmethod
+    def cat(masks: Sequence[PackedMasks]) -> PackedMasks:
+        """Joins masks of one size."""
+        return PackedMasks(torch.cat([m.bits for m in masks]), masks[0].size)
+
+    def to(self, *args, **kwargs) -> PackedMasks:  # noqa: ANN002, ANN003
+        """Moves to another device, as `Tensor.to` does."""
+        return PackedMasks(self.bits.to(*args, **kwargs), self.size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.bits.device
+
+    def __len__(self) -> int:
+        return self.bits.shape[0]
+
+    def __getitem__(self, index: int | slice | Tensor) -> PackedMasks:
+        return PackedMasks(self.bits[index : index + 1] if isinstance(index, int) else self.bits[index], self.size)
+
+    def __repr__(self) -> str:
+        return f"PackedMasks(number={len(self)}, size={self.size})"
