@@ -1,0 +1,1 @@
+"""Operators that the model is built on; this package imports torch only."""
