@@ -1,0 +1,60 @@
+"""Fixtures shared by all tests; nothing here knows the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where torch finds no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Give every test the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the repository."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[..., Path]:
+    """Finds worked cases and data that are not part of the repository.
+
+    Returns:
+        A function from path parts below the shared folder to the path, for example
+        ``shared("fixtures", "instance.json")``. It skips the test where the path does not exist.
+        The folder is ``$MASKDINO_SHARED``, or ``shared`` beside the repository.
+    """
+    folder = Path(os.environ.get("MASKDINO_SHARED") or REPOSITORY.parent / "shared")
+
+    def find(*parts: str) -> Path:
+        path = folder.joinpath(*parts)
+        if not path.exists():
+            pytest.skip(f"{path} does not exist (set MASKDINO_SHARED to the shared folder)")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def shared_dir(shared: Callable[..., Path]) -> Path:
+    """The shared folder itself; skips the test where there is none."""
+    return shared()
