@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 def add_maskdino_config(cfg: CfgNode) -> None:
     """Adds Mask DINO's keys, with the paper's values, to a detectron2 configuration (in place)."""
     _add_model(cfg)
+    _add_backbone(cfg)
     _add_matcher_and_loss(cfg)
     _add_test(cfg)
     _add_input(cfg)
@@ -59,6 +60,23 @@ def _add_model(cfg: CfgNode) -> None:
     denoising.NUM_QUERIES = 100  # at most this many noised queries, but at least one group
     denoising.LABEL_NOISE = 0.2  # probability that a label is drawn anew
     denoising.BOX_NOISE = 0.4  # largest shift of the centre in half sizes, and of the size in sizes
+
+
+def _add_backbone(cfg: CfgNode) -> None:
+    # MODEL.BACKBONE.NAME names a builder registered in detectron2 or a model of timm; these keys are for the latter.
+    # MODEL.BACKBONE.FREEZE_AT (detectron2) counts stages there too: 0 none, 1 the stem, 2 also res2, ...
+    timm = cfg.MODEL.TIMM = CfgNode()
+    # Name of the timm model when MODEL.BACKBONE.NAME is "build_timm_backbone" (for plain detectron2 models).
+    timm.NAME = "resnet50"
+    timm.PRETRAINED = False  # load timm's weights; left out where MODEL.WEIGHTS gives a file
+    timm.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    timm.OUTPUT_NORM = False  # a layer norm on each output, as Swin detectors have
+    timm.BATCH_NORM = "FrozenBN"  # or "BN", "SyncBN"; for models with batch norm
+    timm.DROP_PATH_RATE = 0.0  # largest probability that a block is skipped in training
+    timm.ACTIVATION_CHECKPOINT = False  # recompute activations in the backward pass: less memory, more time
+    timm.ARGS = CfgNode(new_allowed=True)  # more arguments of timm.create_model, such as embed_dim
+    # Keys of released Swin configurations, read where MODEL.BACKBONE.NAME is "D2SwinTransformer".
+    cfg.MODEL.SWIN = CfgNode(new_allowed=True)
 
 
 def _add_matcher_and_loss(cfg: CfgNode) -> None:
