@@ -134,7 +134,10 @@ def _add_input(cfg: CfgNode) -> None:
     cfg.INPUT.LSJ.MIN_SCALE = 0.1
     cfg.INPUT.LSJ.MAX_SCALE = 2.0
     cfg.INPUT.COLOR_AUG_SSD = False  # SSD's colour jitter
-    # INPUT.RANDOM_FLIP (detectron2) is "horizontal", "vertical", "none", or here also "both".
+    # Semantic maps: crops are drawn anew, up to ten times, where one class covers more than this share; 1 is off.
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # INPUT.RANDOM_FLIP (detectron2) is "horizontal", "vertical", "none", or here also "both" and "dihedral" (both,
+    # and turns by 90 degrees).
 
 
 def _add_solver(cfg: CfgNode) -> None:

@@ -1,0 +1,330 @@
+"""Mappers: one dataset dict in, one training example out.
+
+Shape key: N objects of an image, H, W pixels of the transformed image.
+
+All three give "image", (C, H, W) uint8 in INPUT.FORMAT, and "instances", detectron2's `Instances`
+with `gt_classes` (N,) int64, `gt_boxes` (x0, y0, x1, y1 in pixels) and `gt_masks` (PackedMasks).
+Objects that the crop leaves nothing of are dropped; an example may have none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import MetadataCatalog, detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from maskdino.data import masks
+from maskdino.data.reading import (
+    DataError,
+    check_same_size,
+    read_image,
+    read_label_map,
+    segment_indices,
+)
+from maskdino.data.transforms import build_augmentations
+
+
+class Mapper:
+    """What the mappers share: reads and augments the image, and puts the result together."""
+
+    def __init__(
+        self, *, augmentations: Sequence[T.Augmentation], image_format: str, num_classes: int
+    ) -> None:
+        """
+        Args:
+            augmentations: applied in this order.
+            image_format: cfg.INPUT.FORMAT.
+            num_classes: of the class head; other classes are an error.
+        """
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+        self.num_classes = num_classes
+
+    def _read(self, dataset_dict: dict) -> tuple[dict, np.ndarray]:
+        """A copy of the dict with "height" and "width" of the file, and the picture (height, width,
+        C) uint8."""
+        example = copy.copy(dataset_dict)
+        image = read_image(example["file_name"], self.image_format)
+        detection_utils.check_image_size(example, image)
+        return example, image
+
+    def _require(self, dataset_dict: dict, key: str) -> None:
+        if key not in dataset_dict:
+            raise DataError(
+                f"image {dataset_dict['file_name']} comes without {key!r}, which "
+                f"{type(self).__name__} needs: "
+                "does INPUT.DATASET_MAPPER_NAME fit the dataset?"
+            )
+
+    def _check_class(self, category: int) -> int:
+        if not 0 <= category < self.num_classes:
+            raise DataError(
+                f"category {category} is outside of the {self.num_classes} classes of the model"
+            )
+        return category
+
+
+class InstanceMapper(Mapper):
+    """Boxes, and masks where the data has them, of COCO-style annotations; crowd regions are left
+    out.
+
+    Without any mask in the annotations of an image there is no `gt_masks`. If only some have one,
+    `gt_has_mask` (N,) bool tells which.
+    """
+
+    @configurable
+    def __init__(self, *, use_masks: bool, **common) -> None:  # noqa: ANN003
+        """
+        Args:
+            use_masks: False ignores masks: a pure detector.
+            common: see `Mapper`.
+        """
+        super().__init__(**common)
+        self.use_masks = use_masks
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        return {**_common_arguments(cfg, is_train), "use_masks": cfg.MODEL.MASK_DINO.MASK_ON}
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """
+        Args:
+            dataset_dict: detectron2's, with "file_name" and "annotations"; left as it is.
+
+        Returns:
+            The dict with "image" and "instances" instead of "annotations".
+
+        Raises:
+            DataError: names the file.
+        """
+        self._require(dataset_dict, "annotations")
+        example, image = self._read(dataset_dict)
+        annotations = [a for a in example.pop("annotations") if not a.get("iscrowd", 0)]
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        size, before = aug_input.image.shape[:2], image.shape[:2]
+
+        classes, boxes, windows = [], [], []
+        for annotation in annotations:
+            try:
+                category = self._check_class(annotation["category_id"])
+                box, window = self._transform(annotation, transforms, before, size)
+            except (DataError, KeyError) as error:
+                raise DataError(
+                    f"an annotation of image {example['file_name']} is wrong: {error}"
+                ) from error
+            if box is not None:
+                classes.append(category)
+                boxes.append(box)
+                windows.append(window)
+        any_mask = self.use_masks and any(a.get("segmentation") for a in annotations)
+        example["image"] = _image_tensor(aug_input.image)
+        example["instances"] = _instances(size, classes, boxes, windows if any_mask else None)
+        return example
+
+    def _transform(
+        self,
+        annotation: dict,
+        transforms: T.TransformList,
+        before: tuple[int, int],
+        after: tuple[int, int],
+    ) -> tuple[Sequence[float] | None, masks.Window | None]:
+        """Box and mask of an object in the transformed image; the box is None where nothing is left
+        of it."""
+        if self.use_masks and annotation.get("segmentation"):
+            window = masks.transform_mask(annotation["segmentation"], transforms, before, after)
+            return (None, None) if window is None else (window.box(), window)
+        box = np.array(
+            BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS),
+            float,
+        )
+        if not np.isfinite(box).all():
+            raise DataError(f"a box is not finite: {box.tolist()}")
+        box = transforms.apply_box(box[None])[0].clip(0, (after[1], after[0]) * 2)
+        return (box if (box[2:] > box[:2]).all() else None), None
+
+
+class PanopticMapper(Mapper):
+    """Segments of things and stuff, of COCO's panoptic format; `gt_is_thing` (N,) bool tells which
+    is which."""
+
+    @configurable
+    def __init__(self, *, thing_classes: Iterable[int], **common) -> None:  # noqa: ANN003
+        """
+        Args:
+            thing_classes: classes that are things; the others are stuff.
+            common: see `Mapper`.
+        """
+        super().__init__(**common)
+        self.thing_classes = frozenset(thing_classes)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+        things = metadata.get("thing_dataset_id_to_contiguous_id", {}).values()
+        return {**_common_arguments(cfg, is_train), "thing_classes": things}
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """
+        Args:
+            dataset_dict: detectron2's, with "file_name", "pan_seg_file_name" and "segments_info";
+                left as it is.
+
+        Returns:
+            The dict with "image" and "instances".
+
+        Raises:
+            DataError: names the file.
+        """
+        self._require(dataset_dict, "segments_info")
+        example, image = self._read(dataset_dict)
+        colors, segments = self._read_segments(example, image)
+        aug_input = T.AugInput(image)
+        transforms = self.augmentations(aug_input)
+        ids = [segment["id"] for segment in segments]
+        indices = segment_indices(transforms.apply_segmentation(colors), ids)
+        present = np.flatnonzero(np.bincount(indices.ravel())[1:])
+
+        windows = [masks.Window(indices == index + 1) for index in present]
+        classes = [segments[index]["category_id"] for index in present]
+        example["image"] = _image_tensor(aug_input.image)
+        instances = _instances(
+            indices.shape, classes, [window.box() for window in windows], windows
+        )
+        instances.gt_is_thing = torch.tensor(
+            [c in self.thing_classes for c in classes], dtype=torch.bool
+        )
+        example["instances"] = instances
+        return example
+
+    def _read_segments(self, example: dict, image: np.ndarray) -> tuple[np.ndarray, list[dict]]:
+        """The picture of segment ids (height, width, 3), and the segments that are no crowds."""
+        name = example["pan_seg_file_name"]
+        colors = read_image(name, "RGB")
+        check_same_size(image, colors, example["file_name"], name)
+        segments = example.pop("segments_info")
+        ids = [segment["id"] for segment in segments]
+        if len(set(ids)) != len(ids) or not all(0 < i < 1 << 24 for i in ids):
+            raise DataError(f"segment ids of {name} must differ and lie in [1, 2**24): {ids}")
+        areas = np.bincount(segment_indices(colors, ids).ravel(), minlength=len(ids) + 1)[1:]
+        missing = [i for i, area in zip(ids, areas, strict=True) if area == 0]
+        if missing:
+            raise DataError(
+                f"panoptic map {name} has no pixel of the segments {missing} "
+                "that its annotation lists"
+            )
+        try:
+            for segment in segments:
+                self._check_class(segment["category_id"])
+        except DataError as error:
+            raise DataError(f"a segment of {name} is wrong: {error}") from error
+        return colors, [segment for segment in segments if not segment.get("iscrowd", 0)]
+
+
+class SemanticMapper(Mapper):
+    """One region for each class of a semantic map that the image shows. No region is a thing
+    (`gt_is_thing`)."""
+
+    @configurable
+    def __init__(self, *, ignore_label: int, **common) -> None:  # noqa: ANN003
+        """
+        Args:
+            ignore_label: value of pixels without a class, in the files and in "sem_seg".
+            common: see `Mapper`.
+        """
+        super().__init__(**common)
+        self.ignore_label = ignore_label
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+        return {
+            **_common_arguments(cfg, is_train, ignored_category=0),
+            "ignore_label": metadata.get("ignore_label", 255),
+        }
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """
+        Args:
+            dataset_dict: detectron2's, with "file_name" and "sem_seg_file_name"; left as it is.
+
+        Returns:
+            The dict with "image", "instances", and "sem_seg", (H, W) int64 with `ignore_label`.
+
+        Raises:
+            DataError: names the file.
+        """
+        self._require(dataset_dict, "sem_seg_file_name")
+        example, image = self._read(dataset_dict)
+        name = example["sem_seg_file_name"]
+        labels = read_label_map(name, self.num_classes, self.ignore_label)
+        check_same_size(image, labels, example["file_name"], name)
+        aug_input = T.AugInput(image, sem_seg=labels)
+        self.augmentations(aug_input)
+        labels = aug_input.sem_seg  # 0 to be ignored, else class + 1
+
+        classes = np.flatnonzero(np.bincount(labels.ravel())[1:])
+        windows = [masks.Window(labels == index + 1) for index in classes]
+        example["image"] = _image_tensor(aug_input.image)
+        instances = _instances(
+            labels.shape, classes.tolist(), [window.box() for window in windows], windows
+        )
+        instances.gt_is_thing = torch.zeros(len(classes), dtype=torch.bool)
+        example["instances"] = instances
+        sem_seg = np.where(labels == 0, self.ignore_label, labels.astype(np.int64) - 1)
+        example["sem_seg"] = torch.from_numpy(sem_seg)
+        return example
+
+
+MAPPERS = {"instance": InstanceMapper, "panoptic": PanopticMapper, "semantic": SemanticMapper}
+
+
+def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
+    """The training mapper that INPUT.DATASET_MAPPER_NAME names.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    name = cfg.INPUT.DATASET_MAPPER_NAME
+    if name not in MAPPERS:
+        raise ValueError(
+            f"INPUT.DATASET_MAPPER_NAME is {name!r}; it must be one of {', '.join(MAPPERS)}"
+        )
+    return MAPPERS[name](cfg, is_train=True)
+
+
+def _common_arguments(cfg: CfgNode, is_train: bool, ignored_category: int | None = None) -> dict:
+    return {
+        "augmentations": build_augmentations(cfg, is_train, ignored_category),
+        "image_format": cfg.INPUT.FORMAT,
+        "num_classes": cfg.MODEL.MASK_DINO.NUM_CLASSES,
+    }
+
+
+def _image_tensor(image: np.ndarray) -> torch.Tensor:
+    """(C, H, W) uint8."""
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())
+
+
+def _instances(
+    size: tuple[int, int],
+    classes: Sequence[int],
+    boxes: Sequence[Sequence[float]],
+    windows: Sequence[masks.Window | None] | None,
+) -> Instances:
+    """Puts N objects together; `windows` is None where the image has no masks."""
+    instances = Instances(size)
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    instances.gt_boxes = Boxes(masks.boxes_tensor(boxes))
+    if windows is not None:
+        instances.gt_masks = masks.pack(windows, size)
+        has_mask = [window is not None for window in windows]
+        if not all(has_mask):
+            instances.gt_has_mask = torch.tensor(has_mask, dtype=torch.bool)
+    return instances

@@ -1,0 +1,139 @@
+"""From annotations to packed masks: polygons and RLE, compressed or not, through one path.
+
+Every mask becomes a window of pixels around the object (or the whole image), from which its box and
+its bits are read. Polygons are transformed as coordinates and drawn by pycocotools inside their
+window only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pycocotools.mask as mask_util
+import torch
+from detectron2.data import transforms as T
+
+from maskdino.data.reading import DataError
+from maskdino.structures import PackedMasks
+
+MAX_COORDINATE = (
+    1e5  # pixels; pycocotools walks along every edge, so that wild values would cost gigabytes
+)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a mask that may hold foreground."""
+
+    pixels: np.ndarray  # (height, width) uint8 or bool; what is not 0 is foreground
+    top: int = 0  # position in the image, in pixels
+    left: int = 0  # a multiple of 8, as masks are packed in bytes
+
+    def box(self) -> tuple[int, int, int, int] | None:
+        """(x0, y0, x1, y1) around the foreground, in pixels of the image (x1 = last column + 1);
+        None if empty."""
+        columns = np.flatnonzero(self.pixels.any(axis=0))
+        rows = np.flatnonzero(self.pixels.any(axis=1))
+        if not len(columns):
+            return None
+        x0, x1 = int(columns[0]) + self.left, int(columns[-1]) + self.left + 1
+        return x0, int(rows[0]) + self.top, x1, int(rows[-1]) + self.top + 1
+
+
+def pack(windows: Sequence[Window | None], size: tuple[int, int]) -> PackedMasks:
+    """Packs N windows into masks of the whole image (height, width); None gives a mask without
+    foreground."""
+    masks = PackedMasks.empty(len(windows), size)
+    bits = masks.bits.numpy()  # the same memory
+    for row, window in zip(bits, windows, strict=True):
+        if window is not None:
+            packed = np.packbits(window.pixels, axis=1)
+            first_byte = window.left // 8
+            row[
+                window.top : window.top + len(packed), first_byte : first_byte + packed.shape[1]
+            ] = packed
+    return masks
+
+
+def transform_mask(
+    segmentation: list | dict,
+    transforms: T.TransformList,
+    before: tuple[int, int],
+    after: tuple[int, int],
+) -> Window | None:
+    """Transforms a mask with its image.
+
+    Args:
+        segmentation: polygons [[x, y, x, y, ...], ...] or RLE {"size": [H, W], "counts": list, str
+            or bytes}.
+        transforms: what was done to the image.
+        before: (height, width) of the image before the transforms.
+        after: (height, width) afterwards.
+
+    Returns:
+        The mask; None if no part of it is left. Polygons of fewer than 3 points have no area, and
+        draw nothing.
+
+    Raises:
+        DataError: the annotation is malformed, or RLE of another size than the image.
+    """
+    if isinstance(segmentation, dict):
+        return Window(transforms.apply_segmentation(_decode(segmentation, before)))
+    polygons = [_points(polygon) for polygon in segmentation]
+    return draw_polygons(
+        [transforms.apply_coords(points) for points in polygons if len(points) >= 3], after
+    )
+
+
+def draw_polygons(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> Window | None:
+    """Draws the union of polygons, each (P, 2) x and y in pixels, on an image (height, width) that
+    cuts them off."""
+    if not polygons:
+        return None
+    points = np.concatenate(polygons)
+    left, top = np.maximum(np.floor(points.min(axis=0)).astype(int) - 1, 0)
+    right, bottom = np.minimum(np.ceil(points.max(axis=0)).astype(int) + 1, (size[1], size[0]))
+    left = left // 8 * 8
+    if right <= left or bottom <= top:
+        return None
+    local = [(polygon - (left, top)).ravel() for polygon in polygons]
+    rle = mask_util.merge(mask_util.frPyObjects(local, int(bottom - top), int(right - left)))
+    return Window(mask_util.decode(rle), int(top), int(left))
+
+
+def _points(polygon: Sequence[float]) -> np.ndarray:
+    """(P, 2) float64, a copy."""
+    points = np.array(polygon, dtype=np.float64)
+    if points.ndim != 1 or points.size % 2:
+        raise DataError(
+            f"a polygon must be a flat list x, y, x, y, ... of numbers; "
+            f"this one has shape {points.shape}"
+        )
+    if not np.all(np.abs(points) < MAX_COORDINATE):
+        raise DataError(
+            f"a polygon has coordinates that are not finite or beyond {MAX_COORDINATE:g} pixels: "
+            f"{points}"
+        )
+    return points.reshape(-1, 2)
+
+
+def _decode(rle: dict, size: tuple[int, int]) -> np.ndarray:
+    """(height, width) uint8."""
+    if tuple(rle.get("size", ())) != size or "counts" not in rle:
+        raise DataError(f"an RLE mask has (height, width) {rle.get('size')}, but its image {size}")
+    counts = rle["counts"]
+    if isinstance(counts, list):
+        if sum(counts) != size[0] * size[1]:
+            raise DataError(f"the counts of an RLE mask of {size} pixels add up to {sum(counts)}")
+        rle = mask_util.frPyObjects(rle, *size)
+    try:
+        return mask_util.decode(rle)
+    except ValueError as error:
+        raise DataError(f"an RLE mask cannot be decoded: {error}") from error
+
+
+def boxes_tensor(boxes: Sequence[Sequence[float]]) -> torch.Tensor:
+    """(N, 4) float32, for N = 0 as well."""
+    return torch.tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4))

@@ -1,0 +1,94 @@
+"""Pictures and label maps from files; whatever is wrong with one names the file."""
+
+from __future__ import annotations
+
+import numpy as np
+from detectron2.data import detection_utils
+
+
+class DataError(ValueError):
+    """Something is wrong with a dataset: the message names the file, the value, and what to do."""
+
+
+def read_image(file_name: str, image_format: str | None) -> np.ndarray:
+    """Reads a picture, turned upright as its EXIF orientation says.
+
+    Args:
+        file_name: a path, or whatever detectron2's path manager knows.
+        image_format: "RGB", "BGR", "L" ..., or None for the pixel values as they are in the file.
+
+    Returns:
+        (H, W, C) uint8, or (H, W) of the file's integer type if the format is None and the file has
+        one channel.
+
+    Raises:
+        DataError: the file is missing, truncated, or no picture.
+    """
+    try:
+        # Pillow's memory is read-only, which PyTorch, used by fvcore's transforms, warns of.
+        return np.array(detection_utils.read_image(file_name, format=image_format))
+    except FileNotFoundError as error:
+        raise DataError(f"image {file_name} does not exist") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(
+            f"cannot read image {file_name}: {error}. Replace the file or remove its annotations"
+        ) from error
+
+
+def read_label_map(file_name: str, num_classes: int, ignore_label: int) -> np.ndarray:
+    """Reads a semantic map: the class of each pixel.
+
+    Returns:
+        (H, W) uint8: 0 where the class is to be ignored, else class + 1. With "ignore" at 0,
+        whatever a transform pads with zeros is ignored, too.
+
+    Raises:
+        DataError: the map cannot be read, has several channels or more than 8 bits, or holds a
+            value that is neither a class nor `ignore_label`.
+    """
+    labels = read_image(file_name, None)
+    if labels.ndim != 2 or labels.dtype != np.uint8:
+        raise DataError(
+            f"label map {file_name} has shape {labels.shape} and type {labels.dtype}; "
+            "it must have one channel of 8 bits"
+        )
+    counts = np.bincount(labels.ravel(), minlength=256)
+    counts[ignore_label] = 0
+    unknown = np.flatnonzero(counts[num_classes:]) + num_classes
+    if len(unknown):
+        raise DataError(
+            f"label map {file_name} holds the values {unknown.tolist()}; "
+            f"classes are 0 to {num_classes - 1}, and {ignore_label} is ignored"
+        )
+    table = np.arange(1, 257).astype(np.uint8)
+    table[ignore_label] = 0
+    return table[labels]
+
+
+def check_same_size(
+    image: np.ndarray, labels: np.ndarray, image_name: str, label_name: str
+) -> None:
+    """Raises a DataError unless the label map has the picture's height and width."""
+    if image.shape[:2] != labels.shape[:2]:
+        raise DataError(
+            f"label map {label_name} has (height, width) {labels.shape[:2]}, "
+            f"but its image {image_name} {image.shape[:2]}"
+        )
+
+
+def segment_indices(segment_colors: np.ndarray, segment_ids: list[int]) -> np.ndarray:
+    """Looks up the segments of a map in COCO's panoptic format.
+
+    Args:
+        segment_colors: (H, W, 3) uint8; the id of a segment is red + 256 green + 65536 blue.
+        segment_ids: N ids, each in [0, 2**24).
+
+    Returns:
+        (H, W) uint16: index + 1 of each pixel's segment; 0 where it belongs to none of them.
+    """
+    ids = segment_colors.astype(np.uint32)
+    ids = ids[..., 0] | ids[..., 1] << 8 | ids[..., 2] << 16
+    # Zero pages of the operating system: memory is touched only where ids exist.
+    table = np.zeros(1 << 24, np.uint16)
+    table[segment_ids] = np.arange(1, len(segment_ids) + 1)
+    return table[ids]

@@ -1,0 +1,216 @@
+"""Augmentations: what detectron2 has is used, what it lacks is here. All randomness is NumPy's
+global generator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from PIL import Image
+
+PADDING = 128.0  # grey, about the mean of photographs
+FLIPS = ("none", "horizontal", "vertical", "both", "dihedral")
+
+
+class LargeScaleJitter(T.Augmentation):
+    """Resizes by a random factor, then crops at random, or pads at the right and at the bottom, to
+    a fixed size.
+
+    A factor of 1 makes the image just fit into `size`. Horizontal and vertical position of the crop
+    are independent, and no side shrinks below one pixel (detectron2's ResizeScale and FixedSizeCrop
+    differ in both).
+    """
+
+    def __init__(self, size: Sequence[int], min_scale: float, max_scale: float) -> None:
+        """
+        Args:
+            size: (height, width) of the result, in pixels.
+            min_scale: smallest factor.
+            max_scale: largest factor.
+
+        Raises:
+            ValueError: the size is not two positive numbers, or not 0 < min_scale <= max_scale.
+        """
+        super().__init__()
+        if len(size) != 2 or min(size) < 1 or not 0 < min_scale <= max_scale:
+            raise ValueError(
+                f"large-scale jitter cannot have size {size} and scales {min_scale} to {max_scale}"
+            )
+        self.size = tuple(size)
+        self.min_scale = min_scale
+        self.max_scale = max_scale
+
+    def get_transform(self, image: np.ndarray) -> T.TransformList:
+        height, width = image.shape[:2]
+        target_height, target_width = self.size
+        scale = np.random.uniform(self.min_scale, self.max_scale)
+        scale *= min(target_height / height, target_width / width)
+        new_height, new_width = max(round(height * scale), 1), max(round(width * scale), 1)
+        crop_height, crop_width = min(new_height, target_height), min(new_width, target_width)
+        top = np.random.randint(new_height - crop_height + 1)
+        left = np.random.randint(new_width - crop_width + 1)
+        pad_right, pad_bottom = target_width - crop_width, target_height - crop_height
+        return T.TransformList(
+            [
+                T.ResizeTransform(height, width, new_height, new_width),
+                T.CropTransform(left, top, crop_width, crop_height, new_width, new_height),
+                T.PadTransform(
+                    0, 0, pad_right, pad_bottom, crop_width, crop_height, pad_value=PADDING
+                ),
+            ]
+        )
+
+
+class TransposeTransform(T.Transform):
+    """Swaps rows and columns; together with both flips it gives all turns by 90 degrees."""
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        return np.swapaxes(img, 0, 1)
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        return coords[:, ::-1]
+
+    def inverse(self) -> TransposeTransform:
+        return self
+
+
+class ColorJitter(T.Augmentation):
+    """SSD's photometric distortion: brightness, contrast, saturation and hue, each changed with
+    probability 1/2."""
+
+    def __init__(self, image_format: str) -> None:
+        """
+        Args:
+            image_format: "RGB" or "BGR".
+        """
+        super().__init__()
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(
+                f"INPUT.COLOR_AUG_SSD needs INPUT.FORMAT RGB or BGR, not {image_format}"
+            )
+        self.image_format = image_format
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:  # noqa: ARG002 - bound by name
+        def draw(low: float, high: float, neutral: float) -> float:
+            return np.random.uniform(low, high) if np.random.rand() < 0.5 else neutral
+
+        return T.ColorTransform(
+            partial(
+                adjust_color,
+                image_format=self.image_format,
+                brightness=draw(-32, 32, 0),
+                contrast=draw(0.5, 1.5, 1),
+                saturation=draw(0.5, 1.5, 1),
+                hue=draw(-0.1, 0.1, 0),
+                contrast_first=np.random.rand() < 0.5,
+            )
+        )
+
+
+def adjust_color(
+    image: np.ndarray,
+    *,
+    image_format: str,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    contrast_first: bool,
+) -> np.ndarray:
+    """Changes the colours of an image.
+
+    Args:
+        image: (H, W, 3) uint8.
+        image_format: "RGB" or "BGR".
+        brightness: added to all channels, in grey levels.
+        contrast: factor of all channels.
+        saturation: factor of the saturation.
+        hue: added to the hue, as a share of the full circle.
+        contrast_first: whether contrast changes before saturation and hue, or after.
+
+    Returns:
+        (H, W, 3) uint8, a new array.
+    """
+    image = image[:, :, ::-1] if image_format == "BGR" else image
+    image = _linear(image, contrast if contrast_first else 1, brightness)
+    if saturation != 1 or hue != 0:
+        hsv = np.array(Image.fromarray(image).convert("HSV"))
+        hsv[..., 0] += np.uint8(
+            round(hue * 256) % 256
+        )  # a circle of 256 steps: overflow is what we want
+        hsv[..., 1] = _linear(hsv[..., 1], saturation, 0)
+        image = np.asarray(Image.fromarray(hsv, mode="HSV").convert("RGB"))
+    image = _linear(image, 1 if contrast_first else contrast, 0)
+    return image[:, :, ::-1] if image_format == "BGR" else image
+
+
+def _linear(values: np.ndarray, factor: float, offset: float) -> np.ndarray:
+    """factor * value + offset on uint8, clipped, through a table."""
+    return np.clip(np.arange(256) * factor + offset, 0, 255).round().astype(np.uint8)[values]
+
+
+def build_flips(name: str) -> list[T.Augmentation]:
+    """Flips by the value of INPUT.RANDOM_FLIP, each with probability 1/2.
+
+    Args:
+        name: "none", "horizontal", "vertical", "both", or "dihedral" (both, and turns by 90
+            degrees: microscopes and satellites have no upside).
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in FLIPS:
+        raise ValueError(f"INPUT.RANDOM_FLIP is {name!r}; it must be one of {', '.join(FLIPS)}")
+    flips = []
+    if name in ("horizontal", "both", "dihedral"):
+        flips.append(T.RandomFlip(horizontal=True, vertical=False))
+    if name in ("vertical", "both", "dihedral"):
+        flips.append(T.RandomFlip(horizontal=False, vertical=True))
+    if name == "dihedral":
+        flips.append(T.RandomApply(TransposeTransform(), prob=0.5))
+    return flips
+
+
+def build_augmentations(
+    cfg: CfgNode, is_train: bool, ignored_category: int | None = None
+) -> list[T.Augmentation]:
+    """Augmentations of a configuration.
+
+    Args:
+        cfg: reads cfg.INPUT.
+        is_train: False gives the resizing of the test set.
+        ignored_category: the value to be ignored in the semantic map that the mapper gives to the
+            augmentations (for INPUT.CROP.SINGLE_CATEGORY_MAX_AREA); None if it gives none.
+
+    Returns:
+        Augmentations in the order in which they are applied.
+    """
+    config = cfg.INPUT
+    if not is_train:
+        return [T.ResizeShortestEdge(config.MIN_SIZE_TEST, config.MAX_SIZE_TEST, "choice")]
+    augmentations = build_flips(config.RANDOM_FLIP)
+    if config.COLOR_AUG_SSD:
+        augmentations.append(ColorJitter(config.FORMAT))
+    if config.LSJ.ENABLED:
+        return [
+            *augmentations,
+            LargeScaleJitter(config.LSJ.SIZE, config.LSJ.MIN_SCALE, config.LSJ.MAX_SCALE),
+        ]
+    augmentations.append(
+        T.ResizeShortestEdge(
+            config.MIN_SIZE_TRAIN, config.MAX_SIZE_TRAIN, config.MIN_SIZE_TRAIN_SAMPLING
+        )
+    )
+    if config.CROP.ENABLED:
+        max_area = config.CROP.SINGLE_CATEGORY_MAX_AREA if ignored_category is not None else 1.0
+        augmentations.append(
+            T.RandomCrop(config.CROP.TYPE, config.CROP.SIZE)
+            if max_area >= 1
+            else T.RandomCrop_CategoryAreaConstraint(
+                config.CROP.TYPE, config.CROP.SIZE, max_area, ignored_category
+            )
+        )
+    return augmentations
