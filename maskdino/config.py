@@ -1,6 +1,58 @@
 """Configuration keys that Mask DINO adds to detectron2's, one node for each module."""
 
-from detectron2.config import CfgNode
+import difflib
+from collections.abc import Iterator, Sequence
+
+from detectron2.config import CfgNode, get_cfg
+
+
+def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
+    """Reads a configuration: detectron2's and Mask DINO's defaults, a YAML file, then single values.
+
+    Nothing in the file is executed.
+
+    Args:
+        config_file: path of a YAML file, which may name a `_BASE_`; None: the defaults alone.
+        overrides: keys and values in turn, as on a command line.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        KeyError: if a key does not exist; the message names it and those most like it.
+        ValueError: if an override lacks its value, or a value has the wrong type.
+    """
+    cfg = get_cfg()
+    add_maskdino_config(cfg)
+    known = dict.fromkeys(_key_names(cfg))
+    if config_file:
+        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+        _check_keys(_key_names(loaded), known, f"in {config_file}")
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    if len(overrides) % 2:
+        raise ValueError(f"Overrides are KEY VALUE pairs, but these are {len(overrides)} words: {list(overrides)}")
+    _check_keys(overrides[::2], known, "on the command line")
+    cfg.merge_from_list(list(overrides))
+    return cfg
+
+
+def _key_names(node: dict, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _key_names(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _check_keys(names: Iterator[str] | Sequence[str], known: dict[str, None], where: str) -> None:
+    for name in names:
+        if name not in known:
+            similar = difflib.get_close_matches(name, known, n=3) or _keys_ending_alike(name, known)
+            hint = f"; did you mean {' or '.join(similar)}?" if similar else "."
+            raise KeyError(f"Unknown configuration key {name} {where}{hint}")
+
+
+def _keys_ending_alike(name: str, known: dict[str, None]) -> list[str]:
+    last = name.rpartition(".")[2]
+    return [key for key in known if key.rpartition(".")[2] == last][:3]
 
 
 def add_maskdino_config(cfg: CfgNode) -> None:
