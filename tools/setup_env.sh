@@ -16,6 +16,8 @@ python=$venv/bin/python
 panopticapi="panopticapi-lite==0.1.0"
 panopticapi_sha256=3d44beed48cd61d0c408b4cf8b5c4752b666567620f175b55f0445303911f37d
 export PIP_DISABLE_PIP_VERSION_CHECK=1
+# In a log neither progress bars nor remarks about mirrors; errors are shown everywhere.
+[ -t 1 ] || export PIP_QUIET=2
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
@@ -94,7 +96,7 @@ install_requirements() {
   [ -n "$missing" ] || return 0
   say "installing ${missing//$'\n'/, } (the first time this fetches several gigabytes)"
   # shellcheck disable=SC2086  # one argument per requirement; none holds a space
-  "$python" -m pip install --quiet $missing ||
+  "$python" -m pip install $missing ||
     fail "pip could not install the above; check the connection to the package index and the disk"
   "$python" -c 'import torch, torchvision' ||
     fail "torch and torchvision do not fit together (see above). Both must come from the same" \
@@ -114,21 +116,25 @@ install_panopticapi() {
   local file
   file=$(mktemp)
   printf '%s --hash=sha256:%s\n' "$panopticapi" "$panopticapi_sha256" >"$file"
-  "$python" -m pip install --quiet --no-deps --require-hashes -r "$file" ||
+  "$python" -m pip install --no-deps --require-hashes -r "$file" ||
     fail "pip could not install $panopticapi (see above)"
   rm -f "$file"
 }
 
 # One line that changes whenever the project must be installed again: the sources of the operator,
-# the torch and the compiler they are built for, and the libraries that the last build left.
+# what it is built with and for, and the libraries that the last build left.
 fingerprint() {
   "$python" - "$1" <<'PYTHON'
 import hashlib
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-digest = hashlib.sha256(f"{sys.argv[1]} {version('torch')} {sys.version} {Path.cwd()}".encode())
+settings = ("MASKDINO_BUILD_OPS", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME")
+has_gpu = Path("/dev/nvidiactl").exists()
+context = [sys.argv[1], version("torch"), sys.version, os.getcwd(), has_gpu]
+digest = hashlib.sha256(repr([*context, *map(os.environ.get, settings)]).encode())
 sources = [path for path in sorted(Path("csrc").rglob("*")) if path.is_file()]
 for path in [Path("setup.py"), Path("pyproject.toml"), *sources]:
     digest.update(path.as_posix().encode() + path.read_bytes())
@@ -138,17 +144,29 @@ print(digest.hexdigest())
 PYTHON
 }
 
+find_compiler() {
+  local candidate
+  for candidate in ${CXX:-c++ g++ clang++}; do
+    command -v "$candidate" && return
+  done
+  return 0
+}
+
 install_project() {
-  local stamp=$venv/maskdino.stamp compiler
-  compiler=$(command -v "${CXX:-c++}" || true)
+  local stamp=$venv/maskdino.stamp log=$venv/maskdino_install.log compiler
+  compiler=$(find_compiler)
   if [ -z "$compiler" ]; then
-    say "no C++ compiler (${CXX:-c++}): deformable attention will run in plain PyTorch, slower." \
-      "To change that, install g++ and run this again"
+    say "no C++ compiler (${CXX:-c++, g++ or clang++}): deformable attention will run in plain" \
+      "PyTorch, slower. To change that, install g++ and run this again"
   fi
   [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$(fingerprint "$compiler")" ] || return 0
-  say "installing the project${compiler:+ and compiling its operator with $compiler}"
-  "$python" -m pip install --quiet --no-build-isolation --no-deps -e . ||
-    fail "the project could not be installed (see above)"
+  say "installing the project${compiler:+ and compiling its operator with $compiler (minutes)}"
+  if ! PIP_QUIET=0 "$python" -m pip install -v --no-build-isolation --no-deps -e . >"$log" 2>&1; then
+    tail -n 40 "$log" >&2
+    fail "the project could not be installed; all of the log is in $log. If the compiler is at" \
+      "fault, MASKDINO_BUILD_OPS=0 bash tools/setup_env.sh installs without the operator"
+  fi
+  grep -Eo '^ *maskdino: .*' "$log" | sort -u || true  # what was built, in the words of setup.py
   fingerprint "$compiler" >"$stamp"
 }
 
