@@ -1,18 +1,146 @@
-"""The compiled library behind :mod:`maskdino.ops.ms_deform_attn`: loading it."""
+"""The compiled library behind :mod:`maskdino.ops.ms_deform_attn`: loading, shapes, gradients.
+
+The library file ``maskdino/_C*.so`` registers ``torch.ops.maskdino`` when it is loaded. What it
+lacks is registered here, once: output shapes without data (for ``torch.compile`` and
+``torch.export``) and which backward belongs to which forward. Backward recomputes locations and
+weights, so that only the inputs are kept.
+"""
 
 from __future__ import annotations
+
+import functools
+import logging
+from importlib import machinery
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_logger = logging.getLogger(__name__)
+_HOW_TO_BUILD = "build it with `python setup.py build_ext --inplace` or reinstall the package"
+
+
+def find_library() -> Path | None:
+    """Return the library file built for this Python, or None where none was built."""
+    folder = Path(__file__).resolve().parent.parent
+    candidates = (folder / f"_C{suffix}" for suffix in machinery.EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+@functools.cache
+def _load() -> str:
+    """Load the library once; return an empty string, or why it is not loaded."""
+    path = find_library()
+    if path is None:
+        return f"the compiled library is not built; {_HOW_TO_BUILD}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        # A library of another torch version is no reason to fail where the reference will do.
+        _logger.warning("cannot load %s: %s; %s", path, error, _HOW_TO_BUILD)
+        return f"{path} cannot be loaded ({error}); {_HOW_TO_BUILD}"
+    _register()
+    return ""
 
 
 def is_loaded() -> bool:
     """Tell whether the compiled library was found and loaded."""
-    return False
+    return not _load()
 
 
-def serves(device_type: str) -> bool:  # noqa: ARG001
-    """Tell whether the library has kernels for this type of device."""
-    return False
+def serves(device_type: str) -> bool:
+    """Tell whether the library has kernels for this type of device, such as ``"cuda"``."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return (
+        key is not None
+        and is_loaded()
+        and torch._C._dispatch_has_kernel_for_dispatch_key("maskdino::ms_deform_attn_fused", key)
+    )
 
 
-def why_not(device_type: str) -> str:  # noqa: ARG001
-    """Say why a type of device is not served, and what to do."""
-    return "the compiled library is not built"
+def why_not(device_type: str) -> str:
+    """Say why a type of device is not served, and what to do; only where it is not."""
+    return _load() or f"the compiled library was built without {device_type} kernels"
+
+
+def _fake_output(value: Tensor, num_queries: Any) -> Tensor:
+    return value.new_empty(value.shape[0], num_queries, value.shape[2] * value.shape[3])
+
+
+def _fake(value: Tensor, _shapes: Any, locations: Tensor, _weights: Tensor) -> Tensor:
+    return _fake_output(value, locations.shape[1])
+
+
+def _fake_fused(
+    value: Tensor, _shapes: Any, offsets_and_logits: Tensor, _reference: Any, _points: int
+) -> Tensor:
+    return _fake_output(value, offsets_and_logits.shape[1])
+
+
+def _fake_backward(
+    _grad: Tensor, value: Tensor, _shapes: Any, locations: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _dense(value), _dense(locations), _dense(weights)
+
+
+def _fake_fused_backward(
+    _grad: Tensor,
+    value: Tensor,
+    _shapes: Any,
+    offsets_and_logits: Tensor,
+    reference: Tensor | None,
+    _points: int,
+    reference_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    grad_reference = _dense(reference) if reference_gradient else value.new_empty(0, dtype=dtype)
+    return _dense(value), _dense(offsets_and_logits), grad_reference
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Gradients are dense whatever the strides of what they belong to."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    value, ctx.shapes, locations, weights = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value, locations, weights = ctx.saved_tensors
+    grad_value, grad_locations, grad_weights = torch.ops.maskdino.ms_deform_attn_backward(
+        grad_output, value, ctx.shapes, locations, weights
+    )
+    return grad_value, None, grad_locations, grad_weights
+
+
+def _save_fused(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    value, ctx.shapes, offsets_and_logits, reference, ctx.num_points = inputs
+    ctx.save_for_backward(value, offsets_and_logits, reference)
+
+
+def _backward_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value, offsets_and_logits, reference = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[3]
+    grad_value, grad_offsets, grad_reference = torch.ops.maskdino.ms_deform_attn_fused_backward(
+        grad_output, value, ctx.shapes, offsets_and_logits, reference, ctx.num_points, wanted
+    )
+    return grad_value, None, grad_offsets, grad_reference if wanted else None, None
+
+
+def _register() -> None:
+    """Add shape functions and autograd to the operators of the loaded library."""
+    fakes = {
+        "ms_deform_attn": _fake,
+        "ms_deform_attn_backward": _fake_backward,
+        "ms_deform_attn_fused": _fake_fused,
+        "ms_deform_attn_fused_backward": _fake_fused_backward,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"maskdino::{name}", fake)
+    torch.library.register_autograd("maskdino::ms_deform_attn", _backward, setup_context=_save)
+    torch.library.register_autograd(
+        "maskdino::ms_deform_attn_fused", _backward_fused, setup_context=_save_fused
+    )

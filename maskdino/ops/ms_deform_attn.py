@@ -187,7 +187,7 @@ def ms_deform_attn_fused_reference(
     logits = logits.view(num_images, num_queries, num_heads, num_levels * num_points)
     weights = logits.softmax(dim=3).view(offsets.shape[:-1])
     if reference is None:
-        reference = token_centres(spatial_shapes, value.device)[None]
+        reference = token_centres(spatial_shapes, value.device, dtype)[None]
     anchors = reference.to(dtype)[:, :, None, None, None]  # (B or 1, Q, 1, 1, 1, 2 or 4)
     if anchors.shape[-1] == 2:
         locations = anchors + offsets / _sizes(spatial_shapes, offsets)
@@ -198,12 +198,14 @@ def ms_deform_attn_fused_reference(
     )
 
 
-def token_centres(spatial_shapes: SpatialShapes, device: torch.device) -> Tensor:
-    """Return the cell centre (x, y) of every token, normalised to [0, 1]: (S, 2) float32."""
+def token_centres(
+    spatial_shapes: SpatialShapes, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the cell centre (x, y) of every token, normalised to [0, 1]: (S, 2)."""
     centres = []
     for height, width in spatial_shapes:
-        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+        y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
         centres.append(torch.cartesian_prod(y, x).view(-1, 2).flip(1))
     return torch.cat(centres)
 

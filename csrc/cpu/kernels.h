@@ -1,0 +1,84 @@
+// Multi-scale deformable attention on a CPU: what one head of one image needs, and who computes it.
+//
+// Plain C++ without torch or standard-library templates: the sources that implement it are compiled
+// for several instruction sets, and shared inline functions compiled for one set must not leak into
+// code that runs where that set is missing.
+#pragma once
+
+#include <cstdint>
+
+namespace maskdino {
+namespace cpu {
+
+// Rows (a token's channels) are padded to this many bytes, the longest vector register.
+constexpr int64_t kRowAlignment = 64;
+
+// One head of one image. "Samples" are the L x P points of a query, in (level, point) order; T is
+// the type of arithmetic, float or double. Strides count elements from one query to the next.
+template <typename T>
+struct HeadTask {
+  // The samples' levels: sizes as numbers, sizes as integers, and the first token of the level.
+  int64_t samples;
+  int64_t points;  // P
+  const T* width;
+  const T* height;
+  const int32_t* columns;
+  const int32_t* lines;
+  const int32_t* start;
+
+  // Head-major feature rows, padded with zeros; row `zero_row` is all zeros and stands for every
+  // corner outside the map, so that no sample needs a branch.
+  const T* rows;
+  int64_t row_stride;
+  int64_t channels;
+  int32_t zero_row;
+
+  // reference_size 0: `points_xy` are normalised locations and `scores` are weights.
+  // reference_size 2 or 4: `points_xy` are offsets around `reference` and `scores` are logits.
+  const T* points_xy;
+  int64_t points_stride;
+  const T* scores;
+  int64_t scores_stride;
+  const T* reference;
+  int64_t reference_size;
+
+  // Forward writes `output`; backward reads `grad_output` and fills the rest, laid out like the
+  // inputs. `grad_rows` is added to; `grad_reference` may be null when nobody wants it.
+  T* output;
+  const T* grad_output;
+  int64_t output_stride;
+  T* grad_rows;
+  T* grad_points_xy;
+  T* grad_scores;
+  T* grad_reference;
+};
+
+// Memory for one thread: numbers and row indices.
+constexpr int64_t scratch_numbers(int64_t samples, int64_t row_stride) {
+  return 13 * samples + row_stride;
+}
+constexpr int64_t scratch_indices(int64_t samples) { return 4 * samples; }
+
+// Computes queries [begin, end) of a task.
+template <typename T>
+using Kernel = void (*)(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers,
+                        int32_t* indices);
+
+template <typename T>
+struct Kernels {
+  Kernel<T> forward;
+  Kernel<T> backward;
+};
+
+#define MASKDINO_DECLARE_KERNELS(instruction_set)    \
+  namespace instruction_set {                        \
+  void get_kernels(Kernels<float>& kernels);         \
+  void get_kernels(Kernels<double>& kernels);        \
+  }
+MASKDINO_DECLARE_KERNELS(plain)
+MASKDINO_DECLARE_KERNELS(avx2)
+MASKDINO_DECLARE_KERNELS(avx512)
+#undef MASKDINO_DECLARE_KERNELS
+
+}  // namespace cpu
+}  // namespace maskdino

@@ -1,0 +1,24 @@
+// The operators' names and signatures. spatial_shapes is [H0, W0, H1, W1, ...] on the host, so that
+// nothing waits for the device. csrc/README.md describes the tensors; maskdino/ops/_library.py adds
+// autograd and shape inference.
+#include <torch/library.h>
+
+TORCH_LIBRARY(maskdino, m) {
+  m.def(
+      "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
+      "Tensor attention_weights) -> Tensor");
+  // Gradients of value, sampling_locations and attention_weights.
+  m.def(
+      "ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+      "Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor offsets_and_logits, "
+      "Tensor? reference, int num_points) -> Tensor");
+  // Gradients of value, offsets_and_logits and reference; the last is empty unless asked for.
+  m.def(
+      "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+      "Tensor offsets_and_logits, Tensor? reference, int num_points, bool reference_gradient) "
+      "-> (Tensor, Tensor, Tensor)");
+  // Which kernels run on the CPU: "AVX-512", "AVX2" or "plain".
+  m.def("cpu_instruction_set() -> str");
+}

@@ -1,0 +1,77 @@
+"""Boxes: formats, generalised IoU, logits, boxes of masks."""
+
+import torch
+from torch import Tensor
+
+EMPTY_MASK_COORDINATE = 1e8  # upper left corner that "mask2box" gives an empty mask
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) centre and size to corners."""
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) corners to centre and size."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Generalised IoU of corner boxes, element by element.
+
+    Args:
+        boxes_a, boxes_b: (..., 4) xyxy; their leading dimensions broadcast, so `a[:, None], b` gives all pairs.
+
+    Returns:
+        (...) in [-1, 1].
+    """
+    area_a, area_b = (_area(boxes[..., :2], boxes[..., 2:]) for boxes in (boxes_a, boxes_b))
+    intersection = _area(
+        torch.maximum(boxes_a[..., :2], boxes_b[..., :2]), torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:])
+    )
+    hull = _area(torch.minimum(boxes_a[..., :2], boxes_b[..., :2]), torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:]))
+    union = area_a + area_b - intersection
+    tiny = torch.finfo(union.dtype).tiny  # two empty boxes: 0 instead of NaN
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def _area(low: Tensor, high: Tensor) -> Tensor:
+    width, height = (high - low).clamp(min=0).unbind(-1)
+    return width * height
+
+
+def inverse_sigmoid(probabilities: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logits of values that are first clamped to [0, 1]; both x and 1 - x count as at least `eps`."""
+    x = probabilities.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def masks_to_boxes(masks: Tensor, inclusive: bool) -> Tensor:
+    """Boxes around the foreground of masks.
+
+    Args:
+        masks: (..., H, W) bool.
+        inclusive: True ("mask2box"): corners are the first and the last foreground pixel's index, and an empty
+            mask gives (1e8, 1e8, 0, 0). False ("bitmask"): last index + 1, and zeros for an empty mask.
+
+    Returns:
+        (..., 4) float32 xyxy, in pixels.
+    """
+    x_low, x_high = _extent(masks.any(dim=-2))
+    y_low, y_high = _extent(masks.any(dim=-1))
+    if inclusive:
+        empty = (x_high < 0)[..., None]
+        corners = torch.stack([x_low, y_low, x_high, y_high], dim=-1).float()
+        nothing = corners.new_tensor([EMPTY_MASK_COORDINATE, EMPTY_MASK_COORDINATE, 0, 0])
+        return torch.where(empty, nothing, corners)
+    corners = torch.stack([x_low, y_low, x_high + 1, y_high + 1], dim=-1).float()
+    return corners * (x_high >= 0)[..., None]
+
+
+def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last index of True along the last dimension; (length, -1) where there is none."""
+    length = occupied.shape[-1]
+    index = torch.arange(length, device=occupied.device)
+    return torch.where(occupied, index, length).amin(-1), torch.where(occupied, index, -1).amax(-1)

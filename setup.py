@@ -1,0 +1,115 @@
+"""Package metadata, and the build of the compiled operators under csrc/.
+
+Environment variables:
+    MASKDINO_BUILD_OPS=0   build no operators: a pure Python install that runs the PyTorch forms.
+    FORCE_CUDA=1           build the CUDA part although this machine has no GPU.
+    TORCH_CUDA_ARCH_LIST   GPU architectures, for example "8.0;9.0+PTX"; by default those of the
+                           GPUs of this machine, and without one "8.0;8.6;8.9;9.0+PTX".
+
+The CPU part is built wherever torch and a C++ compiler (GCC or Clang) are found, the CUDA part too
+where nvcc, a CUDA build of torch and a GPU are found. What was chosen is printed.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+COMPILER_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+
+
+def say(message: str) -> None:
+    """Print a line that pip shows with -v and setup.py always."""
+    print(f"maskdino: {message}", file=sys.stderr)
+
+
+def has_compiler() -> bool:
+    """Tell whether a C++ compiler that understands GCC's vector types is there."""
+    named = os.environ.get("CXX")
+    candidates = [named.split()[0]] if named else ["c++", "g++", "clang++"]
+    return os.name == "posix" and any(shutil.which(name) for name in candidates)
+
+
+def wants_cuda() -> bool:
+    """Decide whether to build the CUDA part, and say why not.
+
+    Raises:
+        RuntimeError: FORCE_CUDA=1 where it cannot be built.
+    """
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    forced = os.environ.get("FORCE_CUDA", "0") == "1"
+    missing = []
+    if torch.version.cuda is None:
+        missing.append("a CUDA build of torch")
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        missing.append("nvcc (set CUDA_HOME)")
+    if missing and forced:
+        raise RuntimeError(f"FORCE_CUDA=1, but there is no {' and no '.join(missing)}")
+    if not missing and not forced and not torch.cuda.is_available():
+        missing.append("GPU (FORCE_CUDA=1 builds without one)")
+    if missing:
+        say(f"building operators for the CPU only: no {' and no '.join(missing)}")
+        return False
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the GPUs found")
+    say(f"building operators for the CPU and CUDA, architectures {architectures}")
+    return True
+
+
+def operators() -> dict:
+    """Return the setup() arguments that build csrc/, empty for a pure Python install."""
+    if os.environ.get("MASKDINO_BUILD_OPS", "1") == "0":
+        say("MASKDINO_BUILD_OPS=0: pure Python install, operators run in PyTorch")
+        return {}
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    except ImportError as error:
+        say(
+            f"torch cannot be imported ({error}): pure Python install, operators run in PyTorch; "
+            "to build them install torch first and use pip install --no-build-isolation"
+        )
+        return {}
+    if not has_compiler():
+        say("no C++ compiler (GCC or Clang): pure Python install, operators run in PyTorch")
+        return {}
+    sources = ["csrc/ms_deform_attn.cpp", *sorted(relative("csrc/cpu", "*.cpp"))]
+    # torch's thread loops are inline functions that run serially unless compiled with OpenMP.
+    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform == "linux" else []
+    flags = {"cxx": COMPILER_FLAGS + openmp}
+    extension = CppExtension
+    if wants_cuda():
+        extension = CUDAExtension
+        sources += sorted(relative("csrc/cuda", "*.cpp") + relative("csrc/cuda", "*.cu"))
+        flags["nvcc"] = NVCC_FLAGS
+    else:
+        say("building operators for the CPU")
+    return {
+        "ext_modules": [extension("maskdino._C", sources, extra_compile_args=flags, extra_link_args=openmp)],
+        "cmdclass": {"build_ext": BuildExtension},
+    }
+
+
+def relative(folder: str, pattern: str) -> list[str]:
+    """List files relative to the root, as setuptools wants them."""
+    return [str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern)]
+
+
+setup(
+    name="maskdino",
+    version="0.1.0",
+    description="Mask DINO: one transformer for detection and instance, panoptic and semantic "
+    "segmentation, as a detectron2 add-on",
+    packages=find_packages(include=["maskdino", "maskdino.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "numpy>=1.26", "scipy", "Pillow"],
+    **operators(),
+)
