@@ -52,7 +52,8 @@ def _check_keys(names: Iterator[str] | Sequence[str], known: dict[str, None], wh
 
 def _keys_ending_alike(name: str, known: dict[str, None]) -> list[str]:
     last = name.rpartition(".")[2]
-    return [key for key in known if key.rpartition(".")[2] == last][:3]
+    alike = [key for key in known if key.rpartition(".")[2] == last]
+    return sorted(alike, key=lambda key: "MASK_DINO" not in key)[:3]
 
 
 def add_maskdino_config(cfg: CfgNode) -> None:
