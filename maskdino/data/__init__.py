@@ -1,8 +1,16 @@
-"""Data: augmentations, training mappers, and the datasets that detectron2 lacks (importing
-registers them)."""
+"""Data: augmentations, training mappers, and the datasets that detectron2 lacks.
 
-from maskdino.data.datasets import register_coco_folder
-from maskdino.data.mappers import InstanceMapper, PanopticMapper, SemanticMapper, build_train_mapper
+Importing registers the datasets.
+"""
+
+from maskdino.data.checks import check_datasets
+from maskdino.data.datasets import register_coco_folder, register_panoptic_folder
+from maskdino.data.mappers import (
+    InstanceMapper,
+    PanopticMapper,
+    SemanticMapper,
+    build_train_mapper,
+)
 from maskdino.data.reading import DataError
 
 __all__ = [
@@ -11,5 +19,7 @@ __all__ = [
     "PanopticMapper",
     "SemanticMapper",
     "build_train_mapper",
+    "check_datasets",
     "register_coco_folder",
+    "register_panoptic_folder",
 ]

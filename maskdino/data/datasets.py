@@ -1,21 +1,34 @@
 """Datasets that detectron2 does not know; importing this module registers them.
-`datasets/README.md` shows the folders.
 
-Most lie under $DETECTRON2_DATASETS (default: ./datasets), like detectron2's own. Those that come
-with the project lie under $MASKDINO_DATASETS (default: the `datasets` folder of the repository).
+`datasets/README.md` shows their folders. Most lie under $DETECTRON2_DATASETS (default:
+./datasets), like detectron2's own. Those that come with the project lie under $MASKDINO_DATASETS
+(default: the `datasets` folder of the repository).
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.utils.file_io import PathManager
+
+from maskdino.data.reading import DataError
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 OWN_ROOT_VARIABLE = "MASKDINO_DATASETS"
+
+# ADE20K numbers its 150 classes from 1. These 50 are stuff; the others are the 100 classes of its
+# instance challenge, in the same order.
+_ADE20K_STUFF_NUMBERS = frozenset(
+    (1, 2, 3, 4, 5, 6, 7, 10, 12, 14, 17, 18, 22, 26, 27, 29, 30, 35, 41, 47, 49, 52, 53, 55, 60)
+    + (61, 62, 64, 69, 78, 80, 85, 92, 95, 97, 100, 101, 102, 106, 107, 110, 114, 115, 118, 123)
+    + (129, 132, 141, 142, 146)
+)
+ADE20K_THING_IDS = tuple(i for i in range(150) if i + 1 not in _ADE20K_STUFF_NUMBERS)
 
 
 def datasets_root() -> Path:
@@ -25,7 +38,13 @@ def datasets_root() -> Path:
 
 def own_datasets_root() -> Path:
     """The folder of the datasets that come with the project."""
-    return Path(os.environ.get(OWN_ROOT_VARIABLE, Path(__file__).resolve().parents[2] / "datasets"))
+    repository = Path(__file__).resolve().parents[2]
+    return Path(os.environ.get(OWN_ROOT_VARIABLE, repository / "datasets"))
+
+
+def ade20k_classes() -> list[str]:
+    """Names of ADE20K's 150 classes."""
+    return list(MetadataCatalog.get("ade20k_sem_seg_train").stuff_classes)
 
 
 def register_coco_folder(
@@ -36,11 +55,10 @@ def register_coco_folder(
     root_variable: str = ROOT_VARIABLE,
     **metadata: object,
 ) -> None:
-    """Registers a dataset in COCO's format: boxes with or without masks, categories with ids of
-    their own.
+    """Registers a dataset in COCO's format: boxes, with or without masks; any category ids.
 
-    Nothing is read before the dataset is used. Registering the same files under the same name again
-    does nothing.
+    Nothing is read before the dataset is used. Registering the same files under the same name
+    again does nothing.
 
     Args:
         name: under which cfg.DATASETS finds it.
@@ -52,22 +70,128 @@ def register_coco_folder(
     Raises:
         ValueError: the name is taken by other files.
     """
-    json_file, image_root = str(json_file), str(image_root)
-
-    def load() -> list[dict]:
-        return load_coco_json(json_file, image_root, name)
-
+    paths = {"json_file": str(json_file), "image_root": str(image_root)}
     _register(
         name,
-        load,
-        {
-            "json_file": json_file,
-            "image_root": image_root,
-            "evaluator_type": "coco",
-            "root_variable": root_variable,
-            **metadata,
-        },
+        lambda: load_coco_json(paths["json_file"], paths["image_root"], name),
+        {**paths, "evaluator_type": "coco", "root_variable": root_variable, **metadata},
     )
+
+
+def register_panoptic_folder(
+    name: str,
+    panoptic_json: str | Path,
+    image_root: str | Path,
+    panoptic_root: str | Path,
+    categories: list[dict],
+    *,
+    instances_json: str | Path | None = None,
+    sem_seg_root: str | Path | None = None,
+    evaluator_type: str = "coco_panoptic_seg",
+    root_variable: str = ROOT_VARIABLE,
+) -> None:
+    """Registers a dataset in COCO's panoptic format; classes are numbered as in `categories`.
+
+    Args:
+        name: under which cfg.DATASETS finds it.
+        panoptic_json: annotations.
+        image_root: folder of the images.
+        panoptic_root: folder of the PNG files of segment ids.
+        categories: {"id", "name", "isthing"[, "color"]} of each class.
+        instances_json: COCO instances of the things, with the same category ids, for AP.
+        sem_seg_root: folder of PNG files of classes (255 is ignored), for mIoU.
+        evaluator_type: what evaluates it.
+        root_variable: the environment variable that moves the dataset, for messages.
+
+    Raises:
+        ValueError: the name is taken by other files.
+    """
+    metadata = {
+        "panoptic_json": str(panoptic_json),
+        "image_root": str(image_root),
+        "panoptic_root": str(panoptic_root),
+        "evaluator_type": evaluator_type,
+        "root_variable": root_variable,
+        "ignore_label": 255,
+        "label_divisor": 1000,
+        **panoptic_metadata(categories),
+    }
+    if instances_json is not None:
+        metadata["json_file"] = str(instances_json)
+    if sem_seg_root is not None:
+        metadata["sem_seg_root"] = str(sem_seg_root)
+    _register(name, lambda: load_panoptic(metadata), metadata)
+
+
+def panoptic_metadata(categories: list[dict]) -> dict:
+    """Class names, and maps from category ids to class numbers, as detectron2 wants them.
+
+    Both lists of names hold all classes, as in detectron2's `coco_2017_val_panoptic`.
+    """
+    numbers = {category["id"]: number for number, category in enumerate(categories)}
+    names = [category["name"] for category in categories]
+    things = {category["id"] for category in categories if category["isthing"]}
+    metadata = {
+        "thing_classes": names,
+        "stuff_classes": names,
+        "thing_dataset_id_to_contiguous_id": {i: n for i, n in numbers.items() if i in things},
+        "stuff_dataset_id_to_contiguous_id": {i: n for i, n in numbers.items() if i not in things},
+    }
+    if all("color" in category for category in categories):
+        colors = [list(category["color"]) for category in categories]
+        metadata.update(thing_colors=colors, stuff_colors=colors)
+    return metadata
+
+
+def load_panoptic(metadata: dict) -> list[dict]:
+    """Reads annotations in COCO's panoptic format.
+
+    Args:
+        metadata: with the paths and maps of `register_panoptic_folder`.
+
+    Returns:
+        Dataset dicts with "file_name", "image_id", "height", "width", "pan_seg_file_name",
+        "segments_info" (its category ids are class numbers) and, if there is a folder of semantic
+        maps, "sem_seg_file_name".
+
+    Raises:
+        DataError: an annotation belongs to no image, or to no category.
+    """
+    json_file = metadata["panoptic_json"]
+    with PathManager.open(json_file) as file:
+        content = json.load(file)
+    images = {image["id"]: image for image in content["images"]}
+    numbers = {
+        **metadata["thing_dataset_id_to_contiguous_id"],
+        **metadata["stuff_dataset_id_to_contiguous_id"],
+    }
+    dicts = []
+    for annotation in content["annotations"]:
+        image = images.get(annotation["image_id"])
+        if image is None:
+            raise DataError(f"{json_file} has no image {annotation['image_id']!r} (an annotation)")
+        unknown = {s["category_id"] for s in annotation["segments_info"]} - set(numbers)
+        if unknown:
+            raise DataError(
+                f"{json_file}: segments of {annotation['file_name']} have the categories "
+                f"{sorted(unknown)}, which the dataset does not know"
+            )
+        segments = [
+            {**s, "category_id": numbers[s["category_id"]]} for s in annotation["segments_info"]
+        ]
+        record = {
+            "file_name": os.path.join(metadata["image_root"], image["file_name"]),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+            "pan_seg_file_name": os.path.join(metadata["panoptic_root"], annotation["file_name"]),
+            "segments_info": segments,
+        }
+        if "sem_seg_root" in metadata:
+            folder = metadata["sem_seg_root"]
+            record["sem_seg_file_name"] = os.path.join(folder, annotation["file_name"])
+        dicts.append(record)
+    return dicts
 
 
 def _register(name: str, load: Callable[[], list[dict]], metadata: dict) -> None:
@@ -93,12 +217,80 @@ def _register_nuclei() -> None:
             folder / "annotations" / f"instances_{split}.json",
             folder / split,
             root_variable=OWN_ROOT_VARIABLE,
+            thing_classes=["nucleus"],
         )
+
+
+def _register_coco_panoptic() -> None:
+    """`coco_2017_val_panoptic_with_sem_seg`: detectron2's has no semantic maps of all classes."""
+    folder = datasets_root() / "coco"
+    for split in ("train", "val"):
+        base = MetadataCatalog.get(f"coco_2017_{split}_panoptic")
+        ids = {
+            **base.thing_dataset_id_to_contiguous_id,
+            **base.stuff_dataset_id_to_contiguous_id,
+        }
+        categories = [
+            {
+                "id": category,
+                "name": base.stuff_classes[number],
+                "color": base.stuff_colors[number],
+                "isthing": category in base.thing_dataset_id_to_contiguous_id,
+            }
+            for category, number in sorted(ids.items(), key=lambda item: item[1])
+        ]
+        register_panoptic_folder(
+            f"coco_2017_{split}_panoptic_with_sem_seg",
+            base.panoptic_json,
+            base.image_root,
+            base.panoptic_root,
+            categories,
+            instances_json=base.json_file,
+            sem_seg_root=folder / f"panoptic_semseg_{split}2017",
+        )
+
+
+def _register_ade20k() -> None:
+    """The semantic datasets, `ade20k_sem_seg_train` and `_val`, are detectron2's."""
+    folder = datasets_root() / "ADEChallengeData2016"
+    names = ade20k_classes()
+    categories = [
+        {"id": i, "name": name, "isthing": i in ADE20K_THING_IDS} for i, name in enumerate(names)
+    ]
+    for split, long_split in (("train", "training"), ("val", "validation")):
+        images = folder / "images" / long_split
+        instances = folder / f"ade20k_instance_{split}.json"
+        register_coco_folder(
+            f"ade20k_instance_{split}",
+            instances,
+            images,
+            thing_classes=[names[i] for i in ADE20K_THING_IDS],
+        )
+        register_panoptic_folder(
+            f"ade20k_panoptic_{split}",
+            folder / f"ade20k_panoptic_{split}.json",
+            images,
+            folder / f"ade20k_panoptic_{split}",
+            categories,
+            instances_json=instances,
+            sem_seg_root=folder / "annotations_detectron2" / long_split,
+            evaluator_type="ade20k_panoptic_seg",
+        )
+
+
+def _register_objects365() -> None:
+    folder = datasets_root() / "objects365"
+    for split in ("train", "val"):
+        annotations = folder / "annotations" / f"objects365_{split}.json"
+        register_coco_folder(f"objects365_{split}", annotations, folder / split)
 
 
 def register_all() -> None:
     """Registers everything in this module; calling it again does nothing."""
     _register_nuclei()
+    _register_coco_panoptic()
+    _register_ade20k()
+    _register_objects365()
 
 
 register_all()

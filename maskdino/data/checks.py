@@ -1,0 +1,156 @@
+"""Checks of a configuration's datasets, made before anything expensive starts."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import os
+from collections import defaultdict
+from pathlib import PurePath
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.utils.file_io import PathManager
+
+from maskdino.data.datasets import OWN_ROOT_VARIABLE, ROOT_VARIABLE, own_datasets_root
+from maskdino.data.reading import DataError
+
+# What the name of a missing path tells about the script that makes it.
+_PREPARE_SCRIPTS = {
+    "annotations_detectron2": "prepare_ade20k.py",
+    "ade20k_": "prepare_ade20k.py",
+    "panoptic_semseg_": "prepare_coco_semantic.py",
+    "cityscapes_panoptic_": "prepare_cityscapes.py",
+    "objects365_": "prepare_objects365.py",
+}
+_PATHS = (
+    "json_file",
+    "image_root",
+    "panoptic_json",
+    "panoptic_root",
+    "sem_seg_root",
+    "image_dir",
+    "gt_dir",
+)
+
+
+def check_datasets(cfg: CfgNode) -> None:
+    """Checks that every dataset of cfg.DATASETS is there, complete, and fits the model.
+
+    Args:
+        cfg: reads DATASETS and MODEL.MASK_DINO.NUM_CLASSES.
+
+    Raises:
+        DataError: an unknown name, a missing folder, file or package, a number of classes that is
+            not the model's, an annotation without image or of an unknown category, or an image
+            of the annotations that is not in its folder.
+    """
+    train, test = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
+    for name in dict.fromkeys(train + test):
+        _check_name(name)
+        metadata = MetadataCatalog.get(name)
+        _check_package(name, metadata, name in test)
+        _check_paths(name, metadata, name in test)
+        _check_classes(name, metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES)
+
+
+def _check_name(name: str) -> None:
+    known = DatasetCatalog.list()
+    if name not in known:
+        close = difflib.get_close_matches(name, known)
+        hint = f"did you mean {' or '.join(close)}?" if close else "register it first"
+        raise DataError(f"dataset {name!r} of cfg.DATASETS is not registered; {hint}")
+
+
+def _check_package(name: str, metadata: Metadata, is_test: bool) -> None:
+    """Only loading instances and evaluating need Cityscapes' own package."""
+    evaluator_type = metadata.get("evaluator_type", "")
+    needed = evaluator_type.startswith("cityscapes") and is_test
+    if (needed or evaluator_type == "cityscapes_instance") and importlib.util.find_spec(
+        "cityscapesscripts"
+    ) is None:
+        raise DataError(
+            f"dataset {name!r} needs the package cityscapesscripts, which is not installed: "
+            "pip install cityscapesscripts"
+        )
+
+
+def _check_paths(name: str, metadata: Metadata, is_test: bool) -> None:
+    variable = metadata.get("root_variable", ROOT_VARIABLE)
+    root = own_datasets_root() if variable == OWN_ROOT_VARIABLE else os.environ.get(variable)
+    for key in _PATHS:
+        path = metadata.get(key)
+        # Panoptic training reads no instances and no semantic maps: they are for evaluation.
+        only_evaluated = (
+            key in ("json_file", "sem_seg_root") and "panoptic_json" in metadata.as_dict()
+        )
+        if path is None or (only_evaluated and not is_test) or PathManager.exists(path):
+            continue
+        script = next((s for part, s in _PREPARE_SCRIPTS.items() if part in path), None)
+        made = f"; `python datasets/{script}` makes it from the downloaded files" if script else ""
+        raise DataError(
+            f"dataset {name!r}: {path} does not exist. The environment variable {variable} (now "
+            f"{root or 'not set: ./datasets'}) names the folder of the datasets, and "
+            f"datasets/README.md shows what it must hold{made}"
+        )
+
+
+def _check_classes(name: str, metadata: Metadata, num_classes: int) -> None:
+    content = None
+    number = _num_classes(metadata)
+    if metadata.get("evaluator_type") == "coco":
+        with PathManager.open(metadata.json_file) as file:
+            content = json.load(file)
+        number = len(content["categories"])
+    if number is not None and number != num_classes:
+        raise DataError(
+            f"dataset {name!r} has {number} classes, but MODEL.MASK_DINO.NUM_CLASSES is "
+            f"{num_classes}"
+        )
+    if content is not None:
+        _check_coco(content, metadata.json_file, metadata.image_root)
+
+
+def _num_classes(metadata: Metadata) -> int | None:
+    """Classes that a model of this dataset tells apart; None if the metadata does not say."""
+    known = metadata.as_dict()
+    if "panoptic_json" in known:
+        maps = (
+            metadata.get(f"{kind}_dataset_id_to_contiguous_id", {}) for kind in ("thing", "stuff")
+        )
+        return len({number for numbers in maps for number in numbers.values()})
+    if known.get("evaluator_type", "").endswith("sem_seg"):
+        return len(known["stuff_classes"])
+    return len(known["thing_classes"]) if "thing_classes" in known else None
+
+
+def _check_coco(content: dict, json_file: str, image_root: str) -> None:
+    """Checks the references inside of COCO annotations, and the image files by their names."""
+    image_ids = {image["id"] for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for annotation in content.get("annotations", ()):
+        number = annotation.get("id")
+        if annotation["image_id"] not in image_ids:
+            raise DataError(
+                f"{json_file}: annotation {number} belongs to image {annotation['image_id']}, "
+                "which is not among the images"
+            )
+        if annotation["category_id"] not in categories:
+            raise DataError(
+                f"{json_file}: annotation {number} has category {annotation['category_id']}, which "
+                f"is not among the {len(categories)} categories"
+            )
+    by_folder = defaultdict(set)
+    for image in content["images"]:
+        path = PurePath(image["file_name"])
+        by_folder[os.path.join(image_root, path.parent)].add(path.name)
+    for folder, names in by_folder.items():
+        # One listing of a folder is far cheaper than a question for each of its files.
+        missing = names - set(PathManager.ls(folder) if PathManager.isdir(folder) else ())
+        if missing:
+            raise DataError(
+                f"{json_file} lists {len(missing)} images that are not in {folder}, for example "
+                f"{', '.join(sorted(missing)[:3])}"
+            )
