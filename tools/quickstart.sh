@@ -31,7 +31,7 @@ last = evaluated[-1]
 masks, boxes = ([last[f"{task}/{name}"] for name in ("AP", "AP50")] for task in ("segm", "bbox"))
 print(
     f"masks: AP {masks[0]:.1f}, AP50 {masks[1]:.1f}; boxes: AP {boxes[0]:.1f}, AP50 {boxes[1]:.1f}"
-    f" (iteration {last['iteration'] + 1}, 24 validation images)"
+    f" (iteration {last['iteration'] + 1}, validation images)"
 )
 PYTHON
 }
