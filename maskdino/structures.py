@@ -9,7 +9,7 @@ only places that convert from and to the frames of images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,19 +47,19 @@ class Predictions:
     boxes: Tensor  # ([O,] B, Q, 4) cx, cy, w, h in [0, 1]
     mask_embeddings: Tensor | None  # ([O,] B, Q, C)
 
-    def map(self, function) -> Predictions:  # noqa: ANN001
+    def map(self, function: Callable[[Tensor], Tensor]) -> Predictions:
         """Applies a function of one tensor to each part."""
         masks = None if self.mask_embeddings is None else function(self.mask_embeddings)
         return Predictions(function(self.class_logits), function(self.boxes), masks)
 
     @staticmethod
-    def stack(outputs: Sequence[Predictions]) -> Predictions:
-        """Stacks outputs of equal shapes along a new first dimension O."""
-        first = outputs[0].mask_embeddings
+    def cat(parts: Sequence[Predictions]) -> Predictions:
+        """Joins stacks of outputs along O."""
+        masks = [part.mask_embeddings for part in parts]
         return Predictions(
-            torch.stack([output.class_logits for output in outputs]),
-            torch.stack([output.boxes for output in outputs]),
-            None if first is None else torch.stack([output.mask_embeddings for output in outputs]),
+            torch.cat([part.class_logits for part in parts]),
+            torch.cat([part.boxes for part in parts]),
+            None if masks[0] is None else torch.cat(masks),
         )
 
 
@@ -87,7 +87,7 @@ class Targets:
 
     labels: Tensor  # (N,) int64
     boxes: Tensor  # (N, 4) cx, cy, w, h in [0, 1]
-    has_box: Tensor  # (N,) bool: False for "stuff" where box prediction is decoupled
+    is_thing: Tensor  # (N,) bool: False for "stuff", of which decoupled box prediction asks no box
     has_mask: Tensor  # (N,) bool
     masks: PackedMasks  # N masks of the canvas; those without a mask are empty
     counts: tuple[int, ...]  # objects of each image
@@ -104,12 +104,19 @@ class Targets:
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of a prediction and an object, as flat index tensors of equal length M."""
+    """Pairs of a prediction and an object, image by image, as flat index tensors of equal length M."""
 
     output: Tensor  # (M,) int64 index into O
     image: Tensor  # (M,) int64 index into B
     query: Tensor  # (M,) int64 index into Q
     target: Tensor  # (M,) int64 index into the N objects of the batch
+    pairs_per_image: tuple[int, ...]
+
+    @staticmethod
+    def from_numpy(pairs: Sequence[np.ndarray], device: torch.device) -> Matches:
+        """From one (4, pairs) array for each image: output, image, query, target."""
+        index = torch.from_numpy(np.concatenate(pairs, axis=1).astype(np.int64))
+        return Matches(*index.to(device, non_blocking=True).unbind(0), tuple(part.shape[1] for part in pairs))
 
 
 class PackedMasks:
@@ -123,7 +130,8 @@ class PackedMasks:
     def __init__(self, bits: Tensor, size: tuple[int, int]) -> None:
         height, width = size
         if bits.dtype != torch.uint8 or tuple(bits.shape[1:]) != (height, (width + 7) // 8):
-            raise ValueError(f"masks of {size} pixels need bytes (N, {height}, {(width + 7) // 8}), not {tuple(bits.shape)}")
+            expected = f"(N, {height}, {(width + 7) // 8}) uint8"
+            raise ValueError(f"masks of {size} pixels need bits {expected}, not {tuple(bits.shape)} {bits.dtype}")
         self.bits = bits
         self.size = (int(height), int(width))
 

@@ -1,0 +1,283 @@
+"""Mask DINO as a detectron2 meta-architecture: the flow from images to losses or results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from maskdino.backbones import build_backbone
+from maskdino.losses.criterion import Criterion
+from maskdino.modeling.decoder import Decoder, DecoderState
+from maskdino.modeling.denoising import DenoisingQueries, attention_mask, build_denoising
+from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbedding
+from maskdino.modeling.heads import PredictionHeads
+from maskdino.modeling.query_selection import build_query_selection
+from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
+from maskdino.structures import Memory, Predictions, Queries, Targets
+from maskdino.targets import prepare_targets
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """MODEL.MASK_DINO.TEST, and the class scores that follow from the loss."""
+
+    instance_on: bool
+    panoptic_on: bool
+    semantic_on: bool
+    decoder_layer: int
+    max_detections: int
+    score_threshold: float
+    mask_scoring: bool
+    panoptic_score_threshold: float
+    panoptic_overlap_threshold: float
+    temperature: float
+    cross_entropy: bool
+
+    def class_scores(self, class_logits: Tensor) -> Tensor:
+        """(..., K) logits to scores of the real classes."""
+        logits = class_logits.float()
+        return logits.softmax(-1)[..., :-1] if self.cross_entropy else logits.sigmoid()
+
+    def class_probs(self, class_logits: Tensor) -> Tensor:
+        """(..., K) logits to probabilities of the real classes that compete with each other."""
+        scores = self.class_scores(class_logits)
+        return scores if self.cross_entropy else (scores / self.temperature).softmax(-1)
+
+
+@META_ARCH_REGISTRY.register()
+class MaskDINO(nn.Module):
+    """Image -> backbone -> encoder -> pixel embedding -> query selection -> decoder -> criterion or results.
+
+    Shape key: B images, Q queries, C channels, O outputs, H, W of the pixel embedding (1/4 of the padded canvas).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        encoder: MultiScaleDeformableEncoder,
+        pixel_embedding: PixelEmbedding | None,
+        heads: PredictionHeads,
+        query_selection: nn.Module,
+        denoising: DenoisingQueries | None,
+        decoder: Decoder,
+        criterion: Criterion,
+        inference: InferenceOptions,
+        is_thing: list[bool],
+        deep_supervision: bool,
+        supervise_initial: bool,
+        size_divisibility: int,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+    ) -> None:
+        """`is_thing` tells for each class whether it is a "thing"; see `maskdino.config` for the rest."""
+        super().__init__()
+        self.backbone, self.encoder, self.pixel_embedding, self.heads = backbone, encoder, pixel_embedding, heads
+        self.query_selection, self.denoising, self.decoder = query_selection, denoising, decoder
+        self.criterion, self.inference = criterion, inference
+        self.deep_supervision, self.supervise_initial = deep_supervision, supervise_initial
+        self.size_divisibility = size_divisibility
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        backbone = build_backbone(cfg)
+        shape = backbone.output_shape()
+        node = cfg.MODEL.MASK_DINO
+        return {
+            "backbone": backbone,
+            "encoder": MultiScaleDeformableEncoder(cfg, shape),
+            "pixel_embedding": PixelEmbedding(cfg, shape) if node.MASK_ON else None,
+            "heads": PredictionHeads(cfg),
+            "query_selection": build_query_selection(cfg),
+            "denoising": build_denoising(cfg),
+            "decoder": Decoder(cfg),
+            "criterion": Criterion(cfg),
+            "inference": _inference_options(cfg),
+            "is_thing": thing_classes(cfg),
+            "deep_supervision": node.LOSS.DEEP_SUPERVISION,
+            "supervise_initial": node.LOSS.SUPERVISE_INITIAL,
+            "size_divisibility": node.SIZE_DIVISIBILITY,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """Trains or infers.
+
+        Args:
+            batched_inputs: detectron2's dicts: `image` (3, h, w) in the range of INPUT.FORMAT; in training
+                `instances` (see `maskdino.targets`); for inference `height` and `width` of the output, if they
+                differ from the image's.
+
+        Returns:
+            In training weighted losses. Else one dict for each image, with `instances`, `panoptic_seg` (ids and
+            segments) and `sem_seg` (K, height, width), as MODEL.MASK_DINO.TEST asks for.
+        """
+        images = self.preprocess(batched_inputs)
+        if not self.training:
+            return self._infer(batched_inputs, images)
+        names = [str(x.get("file_name", x.get("image_id", i))) for i, x in enumerate(batched_inputs)]
+        canvas = tuple(images.tensor.shape[-2:])
+        instances = [x["instances"] for x in batched_inputs]
+        targets = prepare_targets(instances, canvas, self.is_thing, self.device, names)
+        return self.losses(images.tensor, targets)
+
+    def preprocess(self, batched_inputs: list[dict]) -> ImageList:
+        """Normalised images, padded at the right and at the bottom."""
+        images = [
+            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
+        return ImageList.from_tensors(images, self.size_divisibility)
+
+    def losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Weighted losses of normalised, padded images (B, 3, height, width)."""
+        memory, pixels = self._encode(images)
+        queries, proposals = self.query_selection(memory, pixels, self.heads)
+        denoising = None if self.denoising is None else self.denoising(targets)
+        noised, may_attend = 0, None
+        if denoising is not None:
+            noised = denoising.num_queries
+            may_attend = attention_mask(denoising, queries.content.shape[1])
+            queries = _join(denoising.queries, queries)
+        states = self.decoder(queries, memory, self.heads, may_attend)
+        names = ["_initial", *(f"_layer{i}" for i in range(1, len(states) - 1)), ""]
+        if not self.supervise_initial:
+            states, names = states[1:], names[1:]
+        if not self.deep_supervision:
+            states, names = states[-1:], names[-1:]
+        decoded = self._predict(states)
+        matched = decoded.map(lambda x: x[:, :, noised:])
+        suffixes = list(names)
+        if proposals is not None:
+            matched = Predictions.cat([matched, proposals.map(lambda x: x[None])])
+            suffixes.append("_proposal")
+        denoised = None
+        if denoising is not None:
+            # Learned queries are their own initial prediction, which noised ones have no part in.
+            first = int(proposals is None and names[0] == "_initial")
+            denoised = (denoising, decoded.map(lambda x: x[first:, :, :noised]), names[first:])
+        return self.criterion(matched, suffixes, pixels, targets, denoised)
+
+    def predict(self, images: Tensor) -> tuple[Predictions, Tensor | None]:
+        """Predictions of the tested decoder layer (TEST.DECODER_LAYER), and the pixel embedding.
+
+        Args:
+            images: normalised and padded, (B, 3, height, width).
+        """
+        memory, pixels = self._encode(images)
+        queries, _ = self.query_selection(memory, pixels, self.heads)
+        layers = self.inference.decoder_layer
+        states = self.decoder(queries, memory, self.heads, num_layers=None if layers < 0 else layers)
+        return self._predict(states[-1:]).map(lambda x: x[0]), pixels
+
+    def _encode(self, images: Tensor) -> tuple[Memory, Tensor | None]:
+        features = self.backbone(images)
+        memory = self.encoder(features)
+        return memory, None if self.pixel_embedding is None else self.pixel_embedding(features, memory)
+
+    def _predict(self, states: list[DecoderState]) -> Predictions:
+        """Predictions (O, B, Q, ...) of several states in one go."""
+        classes, masks = self.heads.classes_and_masks(torch.stack([state.content for state in states]))
+        return Predictions(classes, torch.stack([state.boxes for state in states]), masks)
+
+    @torch.no_grad()
+    def _infer(self, batched_inputs: list[dict], images: ImageList) -> list[dict]:
+        predictions, pixels = self.predict(images.tensor)
+        canvas = tuple(images.tensor.shape[-2:])
+        results = []
+        for i, (inputs, size) in enumerate(zip(batched_inputs, images.image_sizes, strict=True)):
+            output = (int(inputs.get("height", size[0])), int(inputs.get("width", size[1])))
+            frame = Frame(canvas, tuple(size), output)
+            of_image = predictions.map(lambda x, i=i: x[i])
+            results.append(self.postprocess(of_image, None if pixels is None else pixels[i], frame))
+        return results
+
+    def postprocess(self, predictions: Predictions, pixels: Tensor | None, frame: Frame) -> dict:
+        """Results of one image from its predictions (Q, ...) and pixel embedding (C, H, W)."""
+        options, results = self.inference, {}
+        masks = predictions.mask_embeddings
+        if options.semantic_on:
+            results["sem_seg"] = semantic_inference(
+                options.class_probs(predictions.class_logits),
+                masks,
+                pixels,
+                frame,
+                sum_in_output_frame=options.instance_on or options.panoptic_on,
+            )
+        if options.panoptic_on:
+            best = options.class_scores(predictions.class_logits).amax(-1)
+            scores, labels = options.class_probs(predictions.class_logits).max(-1)
+            results["panoptic_seg"] = panoptic_inference(
+                best > options.panoptic_score_threshold,
+                scores,
+                labels,
+                masks,
+                pixels,
+                frame,
+                is_thing=self.is_thing,
+                overlap_threshold=options.panoptic_overlap_threshold,
+            )
+        if options.instance_on:
+            results["instances"] = instance_inference(
+                options.class_scores(predictions.class_logits),
+                predictions.boxes,
+                masks,
+                pixels,
+                frame,
+                max_detections=options.max_detections,
+                score_threshold=options.score_threshold,
+                mask_scoring=options.mask_scoring,
+                is_thing=self.is_thing if options.panoptic_on else None,
+            )
+        return results
+
+
+def thing_classes(cfg: CfgNode) -> list[bool]:
+    """Whether each class is a "thing", from the metadata of the (first) training dataset; all are where it has none."""
+    number = cfg.MODEL.MASK_DINO.NUM_CLASSES
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+    metadata = MetadataCatalog.get(names[0]) if names and names[0] in MetadataCatalog.list() else None
+    things = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
+    stuff = getattr(metadata, "stuff_dataset_id_to_contiguous_id", None)
+    if not things or not stuff:
+        return [True] * number
+    return [label in things.values() for label in range(number)]
+
+
+def _join(first: Queries, second: Queries) -> Queries:
+    content = torch.cat([first.content.to(second.content.dtype), second.content], dim=1)
+    return Queries(content, torch.cat([first.anchor_logits, second.anchor_logits.float()], dim=1))
+
+
+def _inference_options(cfg: CfgNode) -> InferenceOptions:
+    node = cfg.MODEL.MASK_DINO.TEST
+    layers = cfg.MODEL.MASK_DINO.DECODER.NUM_LAYERS
+    if not -1 <= node.DECODER_LAYER <= layers:
+        raise ValueError(f"MODEL.MASK_DINO.TEST.DECODER_LAYER is {node.DECODER_LAYER}; it must be -1 to {layers}")
+    return InferenceOptions(
+        instance_on=node.INSTANCE_ON,
+        panoptic_on=node.PANOPTIC_ON,
+        semantic_on=node.SEMANTIC_ON,
+        decoder_layer=node.DECODER_LAYER,
+        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+        score_threshold=node.SCORE_THRESHOLD,
+        mask_scoring=node.MASK_SCORING,
+        panoptic_score_threshold=node.PANOPTIC_SCORE_THRESHOLD,
+        panoptic_overlap_threshold=node.PANOPTIC_OVERLAP_THRESHOLD,
+        temperature=node.TEMPERATURE,
+        cross_entropy=cfg.MODEL.MASK_DINO.LOSS.CLASSIFICATION == "cross_entropy",
+    )

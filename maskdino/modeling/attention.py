@@ -1,0 +1,112 @@
+"""Self-attention between queries, and multi-scale deformable attention from queries to the tokens of maps.
+
+Shape key: B images, Q queries, S tokens, C channels, M heads, L levels, P points.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
+from maskdino.structures import SpatialShapes
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention whose positional embedding enters queries and keys, not values."""
+
+    def __init__(self, *, hidden_dim: int, num_heads: int) -> None:
+        super().__init__()
+        _check_heads(hidden_dim, num_heads)
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_dim, hidden_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_dim))
+        self.out_proj = nn.Linear(hidden_dim, hidden_dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, content: Tensor, position: Tensor, may_attend: Tensor | None) -> Tensor:
+        """Content and position (B, Q, C), `may_attend` (Q, Q) bool or None for "all", to (B, Q, C)."""
+        split = 2 * content.shape[-1]
+        query_key = F.linear(content + position, self.in_proj_weight[:split], self.in_proj_bias[:split])
+        value = F.linear(content, self.in_proj_weight[split:], self.in_proj_bias[split:])
+        query, key, value = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (*query_key.chunk(2, dim=-1), value)
+        )
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=may_attend)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Attention to a few sampled points of every level (Deformable DETR), around a cell centre or inside a box."""
+
+    def __init__(self, *, hidden_dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
+        super().__init__()
+        _check_heads(hidden_dim, num_heads)
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        samples = num_heads * num_levels * num_points
+        self.sampling_offsets = nn.Linear(hidden_dim, samples * 2)  # (head, level, point, xy)
+        self.attention_weights = nn.Linear(hidden_dim, samples)  # logits (head, level, point)
+        self.value_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.output_proj = nn.Linear(hidden_dim, hidden_dim)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Heads look in different directions, points at growing distances; all weights equal."""
+        angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        distances = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        offsets = directions[:, None, None] * distances[:, None]  # (M, 1, P, 2)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+        for layer in (self.attention_weights, self.value_proj, self.output_proj):
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.xavier_uniform_(self.value_proj.weight)
+        nn.init.xavier_uniform_(self.output_proj.weight)
+
+    def forward(
+        self, queries: Tensor, tokens: Tensor, spatial_shapes: SpatialShapes, reference: Tensor | None
+    ) -> Tensor:
+        """Reads the maps around each query.
+
+        Args:
+            queries: (B, Q, C), positions added.
+            tokens: (B, S, C) of all levels.
+            spatial_shapes: (height, width) of each level.
+            reference: boxes (B, Q, 4) cx, cy, w, h in [0, 1]: samples lie at `centre + offset / P * size / 2`;
+                or None when queries are the tokens: samples lie `offset` pixels from the token's centre.
+
+        Returns:
+            (B, Q, C).
+        """
+        value = self.value_proj(tokens).unflatten(-1, (self.num_heads, -1))  # (B, S, M, C / M)
+        offsets_and_logits = F.linear(
+            queries,
+            torch.cat([self.sampling_offsets.weight, self.attention_weights.weight]),
+            torch.cat([self.sampling_offsets.bias, self.attention_weights.bias]),
+        )
+        out = ms_deform_attn_fused(value, spatial_shapes, offsets_and_logits, reference, self.num_points)
+        return self.output_proj(out)
+
+
+def _check_heads(hidden_dim: int, num_heads: int) -> None:
+    if hidden_dim % num_heads:
+        raise ValueError(f"HIDDEN_DIM {hidden_dim} must be a multiple of the {num_heads} attention heads")
+
+
+class FeedForward(nn.Module):
+    """Linear, ReLU, Linear."""
+
+    def __init__(self, *, hidden_dim: int, feedforward_dim: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
+        self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(F.relu(self.linear1(x), inplace=True))

@@ -1,0 +1,104 @@
+"""Unified denoising (section 3.6, appendix B.2): noised ground truth that the decoder must reconstruct.
+
+Shape key: B images, N objects of the batch, G groups, T slots of a group, C channels, Q queries.
+"""
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from maskdino.ops.boxes import inverse_sigmoid
+from maskdino.structures import Denoising, Queries, Targets
+
+
+class DenoisingQueries(nn.Module):
+    """Makes noised queries of the objects of a batch."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        num_classes: int,
+        num_queries: int,
+        label_noise: float,
+        box_noise: float,
+        with_masks: bool,
+    ) -> None:
+        super().__init__()
+        self.num_queries, self.label_noise, self.box_noise = num_queries, label_noise, box_noise
+        self.with_masks = with_masks
+        self.label_embedding = nn.Embedding(num_classes, hidden_dim)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.MASK_DINO
+        return {
+            "hidden_dim": node.HIDDEN_DIM,
+            "num_classes": node.NUM_CLASSES,
+            "num_queries": node.DENOISING.NUM_QUERIES,
+            "label_noise": node.DENOISING.LABEL_NOISE,
+            "box_noise": node.DENOISING.BOX_NOISE,
+            "with_masks": node.DENOISING.MODE == "boxes_and_masks",
+        }
+
+    def forward(self, targets: Targets) -> Denoising:
+        """Noised queries in groups, each of which holds every object of an image once.
+
+        There are `num_queries // T` groups, at least one. A batch without objects gets one group of one empty
+        slot, so that every parameter takes part in every step.
+        """
+        slots = max(1, *targets.counts)
+        groups = max(1, self.num_queries // slots) if len(targets) else 1
+        device = targets.boxes.device
+        image, slot = slot_index(targets.counts, device)
+        labels = self._noised_labels(targets.labels.expand(groups, -1))  # (G, N)
+        boxes = self._noised_boxes(targets.boxes.expand(groups, -1, -1))  # (G, N, 4)
+        content = self.label_embedding(labels)  # (G, N, C)
+        batch = len(targets.counts)
+        place = (image, slot)
+        all_content = content.new_zeros(batch, slots, groups, content.shape[-1])
+        all_content = all_content.index_put(place, content.transpose(0, 1))
+        anchor_logits = boxes.new_zeros(batch, slots, groups, 4)
+        anchor_logits = anchor_logits.index_put(place, inverse_sigmoid(boxes).transpose(0, 1))
+        queries = Queries(*(x.transpose(1, 2).flatten(1, 2) for x in (all_content, anchor_logits)))
+        return Denoising(queries, groups, slots, self.with_masks)
+
+    def _noised_labels(self, labels: Tensor) -> Tensor:
+        flip = torch.rand(labels.shape, device=labels.device) < self.label_noise
+        drawn = torch.randint_like(labels, self.label_embedding.num_embeddings)
+        return torch.where(flip, drawn, labels)
+
+    def _noised_boxes(self, boxes: Tensor) -> Tensor:
+        """Shifts centres by up to half a size, and changes sizes, both times the noise scale."""
+        size = boxes[..., 2:]
+        reach = torch.cat([size / 2, size], dim=-1) * self.box_noise
+        return (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
+
+
+def build_denoising(cfg: CfgNode) -> DenoisingQueries | None:
+    """Denoising as the configuration asks for; None when it is off."""
+    mode = cfg.MODEL.MASK_DINO.DENOISING.MODE
+    if mode not in ("boxes_and_masks", "boxes", "off"):
+        raise ValueError(f'MODEL.MASK_DINO.DENOISING.MODE is {mode!r}; it must be "boxes_and_masks", "boxes" or "off"')
+    return None if mode == "off" else DenoisingQueries(cfg)
+
+
+def slot_index(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Image and position in its image of each object of the batch: two (N,) int64 tensors."""
+    image = [image for image, count in enumerate(counts) for _ in range(count)]
+    slot = [slot for count in counts for slot in range(count)]
+    return tuple(torch.tensor([image, slot], dtype=torch.int64).to(device, non_blocking=True))
+
+
+def attention_mask(denoising: Denoising, num_queries: int) -> Tensor:
+    """Who may see whom: nobody sees a group of noised queries but the group itself; all see matching queries.
+
+    Returns:
+        (Q', Q') bool with the noised queries first; rows see columns where True.
+    """
+    noised = denoising.num_queries
+    device = denoising.queries.content.device
+    group = torch.arange(noised + num_queries, device=device) // denoising.slots_per_group
+    group[noised:] = -1
+    return (group[:, None] == group) | (group == -1)

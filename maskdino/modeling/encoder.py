@@ -1,0 +1,180 @@
+"""Multi-scale deformable encoder: backbone features to the memory that queries attend to.
+
+Shape key: B images, S tokens of all levels, C channels, L levels; H, W of a level.
+"""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from maskdino.modeling.attention import FeedForward, MultiScaleDeformableAttention
+from maskdino.modeling.layers import map_sine_embedding
+from maskdino.structures import Memory, SpatialShapes
+
+NORM_GROUPS = 32  # of the group norms after projections
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward network, each followed by a residual sum and LayerNorm."""
+
+    def __init__(
+        self, *, hidden_dim: int, num_heads: int, num_levels: int, num_points: int, feedforward_dim: int
+    ) -> None:
+        super().__init__()
+        self.self_attn = MultiScaleDeformableAttention(
+            hidden_dim=hidden_dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
+        )
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.ffn = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+
+    def forward(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
+        """Tokens (B, S, C) and their position (S, C) to tokens (B, S, C)."""
+        tokens = self.norm1(tokens + self.self_attn(tokens + position, tokens, spatial_shapes, None))
+        return self.norm2(tokens + self.ffn(tokens))
+
+
+class MultiScaleDeformableEncoder(nn.Module):
+    """Projects backbone features to one width, adds coarser levels, and lets all tokens look at all levels."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        input_shape: dict[str, ShapeSpec],
+        in_features: list[str],
+        num_levels: int,
+        num_layers: int,
+        hidden_dim: int,
+        num_heads: int,
+        num_points: int,
+        feedforward_dim: int,
+        activation_checkpoint: bool,
+    ) -> None:
+        """See `maskdino.config` for the arguments; `input_shape` describes the backbone's features."""
+        super().__init__()
+        _check_levels(in_features, num_levels, input_shape)
+        self.in_features = list(in_features)
+        self.activation_checkpoint = activation_checkpoint
+        channels = [input_shape[name].channels for name in in_features]
+        projections = [nn.Conv2d(width, hidden_dim, 1) for width in channels]
+        width = channels[-1]
+        for _ in range(num_levels - len(in_features)):
+            projections.append(nn.Conv2d(width, hidden_dim, 3, stride=2, padding=1))
+            width = hidden_dim
+        for convolution in projections:
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(convolution, nn.GroupNorm(NORM_GROUPS, hidden_dim)) for convolution in projections
+        )
+        self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim))
+        self.layers = nn.ModuleList(
+            EncoderLayer(
+                hidden_dim=hidden_dim,
+                num_heads=num_heads,
+                num_levels=num_levels,
+                num_points=num_points,
+                feedforward_dim=feedforward_dim,
+            )
+            for _ in range(num_layers)
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        node = cfg.MODEL.MASK_DINO.ENCODER
+        return {
+            "input_shape": input_shape,
+            "in_features": node.IN_FEATURES,
+            "num_levels": node.NUM_LEVELS,
+            "num_layers": node.NUM_LAYERS,
+            "hidden_dim": cfg.MODEL.MASK_DINO.HIDDEN_DIM,
+            "num_heads": node.NUM_HEADS,
+            "num_points": node.NUM_POINTS,
+            "feedforward_dim": node.FEEDFORWARD_DIM,
+            "activation_checkpoint": node.ACTIVATION_CHECKPOINT,
+        }
+
+    def forward(self, features: dict[str, Tensor]) -> Memory:
+        """Backbone features (B, channels, H, W) to the memory of all levels."""
+        levels = self._levels(features)
+        spatial_shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
+        tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+        position = torch.cat(
+            [
+                map_sine_embedding(height, width, tokens.shape[2], tokens.device) + embedding
+                for (height, width), embedding in zip(spatial_shapes, self.level_embed, strict=True)
+            ]
+        )
+        for layer in self.layers:
+            if self.activation_checkpoint and self.training:
+                tokens = checkpoint(layer, tokens, position, spatial_shapes, use_reentrant=False)
+            else:
+                tokens = layer(tokens, position, spatial_shapes)
+        return Memory(tokens, spatial_shapes)
+
+    def _levels(self, features: dict[str, Tensor]) -> list[Tensor]:
+        """Projected maps, finest first. The first extra level comes from the coarsest backbone feature itself."""
+        levels = [
+            projection(features[name]) for name, projection in zip(self.in_features, self.input_proj, strict=False)
+        ]
+        source = features[self.in_features[-1]]
+        for projection in self.input_proj[len(self.in_features) :]:
+            source = projection(source)
+            levels.append(source)
+        return levels
+
+
+class PixelEmbedding(nn.Module):
+    """The pixel embedding map of the segmentation branch (section 3.4, equation 1).
+
+    The backbone's finest feature, projected (T), plus the resized finest map of the encoder (F), goes through the
+    segmentation head (M).
+    """
+
+    @configurable
+    def __init__(self, *, input_shape: dict[str, ShapeSpec], in_feature: str, hidden_dim: int) -> None:
+        super().__init__()
+        if in_feature not in input_shape:
+            raise KeyError(f"PIXEL_EMBEDDING.IN_FEATURE {in_feature!r} is none of the backbone's {list(input_shape)}")
+        self.in_feature = in_feature
+        self.lateral = nn.Conv2d(input_shape[in_feature].channels, hidden_dim, 1, bias=False)
+        self.lateral_norm = nn.GroupNorm(NORM_GROUPS, hidden_dim)
+        self.output = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, bias=False)
+        self.output_norm = nn.GroupNorm(NORM_GROUPS, hidden_dim)
+        self.mask_features = nn.Conv2d(hidden_dim, hidden_dim, 1)
+        for convolution in (self.lateral, self.output, self.mask_features):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        node = cfg.MODEL.MASK_DINO
+        return {
+            "input_shape": input_shape,
+            "in_feature": node.PIXEL_EMBEDDING.IN_FEATURE,
+            "hidden_dim": node.HIDDEN_DIM,
+        }
+
+    def forward(self, features: dict[str, Tensor], memory: Memory) -> Tensor:
+        """Backbone features and memory to (B, C, H, W) at the size of the backbone feature (1/4 of the canvas)."""
+        lateral = self.lateral_norm(self.lateral(features[self.in_feature]))
+        height, width = memory.spatial_shapes[0]
+        finest = memory.tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+        finest = F.interpolate(finest, size=lateral.shape[2:], mode="bilinear", align_corners=False)
+        fused = F.relu(self.output_norm(self.output(lateral + finest)))
+        return self.mask_features(fused)
+
+
+def _check_levels(in_features: list[str], num_levels: int, input_shape: dict[str, ShapeSpec]) -> None:
+    missing = [name for name in in_features if name not in input_shape]
+    if missing:
+        raise KeyError(f"ENCODER.IN_FEATURES {missing} are none of the backbone's features {list(input_shape)}")
+    if num_levels < len(in_features):
+        raise ValueError(f"ENCODER.NUM_LEVELS {num_levels} is less than the {len(in_features)} IN_FEATURES")
+    strides = [input_shape[name].stride for name in in_features]
+    if strides != sorted(strides):
+        raise ValueError(f"ENCODER.IN_FEATURES must go from fine to coarse, but have strides {strides}")

@@ -1,0 +1,327 @@
+"""The released Mask DINO models: their tensor names and configuration keys, and what ours are called.
+
+Ours keep levels in one order, finest first. The released models come in two orders (FEATURE_ORDER), which differ
+in the encoder and, reversed, in the decoder; level-wise tensors are put in order here, once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from maskdino.backbones.convert import is_unused_in_swin, swin_rules
+
+ENCODER = "sem_seg_head.pixel_decoder."
+DECODER = "sem_seg_head.predictor."
+LAYER = r"layers\.(\d+)\."
+
+# Released name -> ours; the first pattern that matches the whole name counts.
+RENAMES = tuple(
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        (re.escape(ENCODER) + r"transformer\.level_embed", r"encoder.level_embed"),
+        (re.escape(ENCODER) + rf"transformer\.encoder\.{LAYER}(linear[12]\..*)", r"encoder.layers.\1.ffn.\2"),
+        (re.escape(ENCODER) + rf"transformer\.encoder\.{LAYER}(.*)", r"encoder.layers.\1.\2"),
+        (re.escape(ENCODER) + r"mask_features\.(.*)", r"pixel_embedding.mask_features.\1"),
+        (re.escape(ENCODER) + r"adapter_1\.norm\.(.*)", r"pixel_embedding.lateral_norm.\1"),
+        (re.escape(ENCODER) + r"adapter_1\.weight", r"pixel_embedding.lateral.weight"),
+        (re.escape(ENCODER) + r"layer_1\.norm\.(.*)", r"pixel_embedding.output_norm.\1"),
+        (re.escape(ENCODER) + r"layer_1\.weight", r"pixel_embedding.output.weight"),
+        (re.escape(DECODER) + r"enc_output\.(.*)", r"query_selection.output.\1"),
+        (re.escape(DECODER) + r"enc_output_norm\.(.*)", r"query_selection.output_norm.\1"),
+        (re.escape(DECODER) + r"query_feat\.weight", r"query_selection.content"),
+        (re.escape(DECODER) + r"query_embed\.weight", r"query_selection.anchor_logits"),
+        (re.escape(DECODER) + r"label_enc\.(.*)", r"denoising.label_embedding.\1"),
+        (re.escape(DECODER) + r"class_embed\.(.*)", r"heads.class_head.\1"),
+        (re.escape(DECODER) + r"mask_embed\.(.*)", r"heads.mask_head.\1"),
+        (re.escape(DECODER) + r"_bbox_embed\.(.*)", r"heads.box_head.\1"),
+        (re.escape(DECODER) + r"(?:decoder\.)?bbox_embed\.\d+\.(.*)", r"heads.box_head.\1"),
+        (re.escape(DECODER) + r"(?:decoder_norm|decoder\.norm)\.(.*)", r"heads.norm.\1"),
+        (re.escape(DECODER) + r"decoder\.ref_point_head\.(.*)", r"decoder.position_head.\1"),
+        (re.escape(DECODER) + rf"decoder\.{LAYER}norm1\.(.*)", r"decoder.layers.\1.cross_norm.\2"),
+        (re.escape(DECODER) + rf"decoder\.{LAYER}norm2\.(.*)", r"decoder.layers.\1.self_norm.\2"),
+        (re.escape(DECODER) + rf"decoder\.{LAYER}norm3\.(.*)", r"decoder.layers.\1.ffn_norm.\2"),
+        (re.escape(DECODER) + rf"decoder\.{LAYER}(linear[12]\..*)", r"decoder.layers.\1.ffn.\2"),
+        (re.escape(DECODER) + rf"decoder\.{LAYER}(.*)", r"decoder.layers.\1.\2"),
+    )
+)
+INPUT_PROJECTION = re.compile(re.escape(ENCODER) + r"input_proj\.(\d+)\.(.*)")
+NO_WEIGHTS = re.compile(r"criterion\.empty_weight|pixel_(mean|std)")
+LEVEL_WISE = re.compile(r"(encoder|decoder)\.layers\.\d+\.\w+_attn\.(sampling_offsets|attention_weights)\..*")
+
+
+def is_released(names: Mapping[str, object]) -> bool:
+    """Whether a checkpoint's tensors have released names."""
+    return any(name.startswith(DECODER) for name in names)
+
+
+@dataclass(frozen=True)
+class ReleasedStructure:
+    """What the shapes in a released file say of its model."""
+
+    num_levels: int
+    num_features: int
+    coarsest_first: bool  # "high2low": the encoder's levels are in the file coarsest first
+    num_heads: int
+
+    @staticmethod
+    def from_shapes(shapes: Mapping[str, tuple[int, ...]], num_heads: int = 8) -> ReleasedStructure:
+        """Reads the structure. The number of heads is in no shape; all released models have 8.
+
+        Raises:
+            KeyError: a tensor that every released model has is missing.
+        """
+        level_embed = f"{ENCODER}transformer.level_embed"
+        if level_embed not in shapes:
+            raise KeyError(f"the file has released names, but no {level_embed}")
+        projections = [shapes[f"{ENCODER}input_proj.{i}.0.weight"] for i in range(shapes[level_embed][0])]
+        features = [shape for shape in projections if shape[2] == 1]  # further levels are 3 x 3 convolutions
+        coarsest_first = len(features) > 1 and features[0][1] > features[-1][1]
+        return ReleasedStructure(len(projections), len(features), coarsest_first, num_heads)
+
+    def config_values(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
+        """Values of our configuration keys that the shapes determine."""
+        node = "MODEL.MASK_DINO."
+        encoder, decoder = f"{ENCODER}transformer.encoder.layers.", f"{DECODER}decoder.layers."
+        num_classes = shapes[f"{DECODER}label_enc.weight"][0]
+        values = {
+            f"{node}HIDDEN_DIM": shapes[f"{ENCODER}transformer.level_embed"][1],
+            f"{node}NUM_CLASSES": num_classes,
+            f"{node}ENCODER.NUM_LEVELS": self.num_levels,
+            f"{node}ENCODER.NUM_LAYERS": _count(shapes, encoder),
+            f"{node}ENCODER.FEEDFORWARD_DIM": shapes[f"{encoder}0.linear1.weight"][0],
+            f"{node}DECODER.NUM_LAYERS": _count(shapes, decoder),
+            f"{node}DECODER.FEEDFORWARD_DIM": shapes[f"{decoder}0.linear1.weight"][0],
+            f"{node}QUERY_SELECTION.ENABLED": f"{DECODER}enc_output.weight" in shapes,
+            f"{node}QUERY_SELECTION.LARGEST_PROPOSALS": "coarsest" if self.coarsest_first else "finest",
+            f"{node}LOSS.CLASSIFICATION": (
+                "cross_entropy" if shapes[f"{DECODER}class_embed.weight"][0] > num_classes else "focal"
+            ),
+        }
+        learned = f"{DECODER}query_feat.weight"
+        if learned in shapes:
+            values[f"{node}QUERY_SELECTION.NUM_QUERIES"] = shapes[learned][0]
+        return values
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
+
+
+def our_names(names: Mapping[str, object], structure: ReleasedStructure) -> dict[str, str]:
+    """Our name of each released tensor; tensors that are no weights are left out, several may share one name.
+
+    Raises:
+        KeyError: names that no released model has.
+    """
+    backbone = [name.removeprefix("backbone.") for name in names if name.startswith("backbone.")]
+    swin = any(name.startswith("patch_embed.") for name in backbone)
+    backbone_names = {name: ours for name, (ours, _) in swin_rules(backbone).items()} if swin else {}
+    ours, unknown = {}, []
+    for name in names:
+        if NO_WEIGHTS.fullmatch(name):
+            continue
+        if name.startswith("backbone."):
+            inner = name.removeprefix("backbone.")
+            if not (swin and is_unused_in_swin(inner)):
+                ours[name] = f"backbone.{backbone_names.get(inner, inner)}"
+        elif (found := INPUT_PROJECTION.fullmatch(name)) is not None:
+            ours[name] = f"encoder.input_proj.{_projection(int(found[1]), structure)}.{found[2]}"
+        elif (renamed := _renamed(name)) is not None:
+            ours[name] = renamed
+        else:
+            unknown.append(name)
+    if unknown:
+        raise KeyError(f"{len(unknown)} tensors have no place in Mask DINO: {', '.join(sorted(unknown)[:8])} ...")
+    return ours
+
+
+def _renamed(name: str) -> str | None:
+    for pattern, ours in RENAMES:
+        if pattern.fullmatch(name):
+            return pattern.sub(ours, name)
+    return None
+
+
+def _projection(index: int, structure: ReleasedStructure) -> int:
+    """`input_proj` of coarsest-first models begins with the coarsest feature; the extra levels come last in both."""
+    if structure.coarsest_first and index < structure.num_features:
+        return structure.num_features - 1 - index
+    return index
+
+
+def convert_weights(state: Mapping[str, Tensor], num_heads: int = 8) -> dict[str, Tensor]:
+    """Tensors of a released checkpoint under our names, levels finest first.
+
+    Raises:
+        KeyError: a tensor has no place.
+        ValueError: tensors that are one module in this project differ from each other.
+    """
+    structure = ReleasedStructure.from_shapes({name: tuple(x.shape) for name, x in state.items()}, num_heads)
+    converted: dict[str, Tensor] = {}
+    for name, ours in our_names(state, structure).items():
+        tensor = _finest_first(ours, state[name], structure)
+        if ours in converted and not torch.equal(converted[ours], tensor):
+            raise ValueError(f"{name} differs from the other copies of {ours}, which all layers must share")
+        converted[ours] = tensor
+    return converted
+
+
+def _finest_first(ours: str, tensor: Tensor, structure: ReleasedStructure) -> Tensor:
+    """Reorders levels: the encoder's of coarsest-first models, the decoder's (reversed there) of the others."""
+    if ours == "encoder.level_embed":
+        return tensor.flip(0) if structure.coarsest_first else tensor
+    found = LEVEL_WISE.fullmatch(ours)
+    if found is None or structure.coarsest_first != (found[1] == "encoder"):
+        return tensor
+    by_level = tensor.reshape(structure.num_heads, structure.num_levels, -1)  # (heads, levels, the rest)
+    return by_level.flip(1).reshape(tensor.shape)
+
+
+# --- configurations -------------------------------------------------------------------------------------------
+
+NODE = "MODEL.MASK_DINO."
+# Released key -> our key, or several; values are carried over.
+SAME_VALUE = {
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": f"{NODE}NUM_CLASSES",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": f"{NODE}HIDDEN_DIM",
+    "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": f"{NODE}ENCODER.FEEDFORWARD_DIM",
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": f"{NODE}ENCODER.IN_FEATURES",
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": f"{NODE}ENCODER.NUM_HEADS",
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS": f"{NODE}ENCODER.NUM_POINTS",
+    "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS": f"{NODE}ENCODER.NUM_LEVELS",
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": f"{NODE}ENCODER.NUM_LAYERS",
+    "MODEL.MaskDINO.HIDDEN_DIM": f"{NODE}HIDDEN_DIM",
+    "MODEL.MaskDINO.SIZE_DIVISIBILITY": f"{NODE}SIZE_DIVISIBILITY",
+    "MODEL.MaskDINO.DEC_LAYERS": f"{NODE}DECODER.NUM_LAYERS",
+    "MODEL.MaskDINO.DIM_FEEDFORWARD": f"{NODE}DECODER.FEEDFORWARD_DIM",
+    "MODEL.MaskDINO.NHEADS": f"{NODE}DECODER.NUM_HEADS",
+    "MODEL.MaskDINO.NUM_OBJECT_QUERIES": f"{NODE}QUERY_SELECTION.NUM_QUERIES",
+    "MODEL.MaskDINO.TWO_STAGE": f"{NODE}QUERY_SELECTION.ENABLED",
+    "MODEL.MaskDINO.DN_NUM": f"{NODE}DENOISING.NUM_QUERIES",
+    "MODEL.MaskDINO.COST_CLASS_WEIGHT": f"{NODE}MATCHER.CLASS_WEIGHT",
+    "MODEL.MaskDINO.COST_BOX_WEIGHT": f"{NODE}MATCHER.L1_WEIGHT",
+    "MODEL.MaskDINO.COST_GIOU_WEIGHT": f"{NODE}MATCHER.GIOU_WEIGHT",
+    "MODEL.MaskDINO.COST_MASK_WEIGHT": f"{NODE}MATCHER.MASK_BCE_WEIGHT",
+    "MODEL.MaskDINO.COST_DICE_WEIGHT": f"{NODE}MATCHER.MASK_DICE_WEIGHT",
+    "MODEL.MaskDINO.CLASS_WEIGHT": f"{NODE}LOSS.CLASS_WEIGHT",
+    "MODEL.MaskDINO.BOX_WEIGHT": f"{NODE}LOSS.L1_WEIGHT",
+    "MODEL.MaskDINO.GIOU_WEIGHT": f"{NODE}LOSS.GIOU_WEIGHT",
+    "MODEL.MaskDINO.MASK_WEIGHT": f"{NODE}LOSS.MASK_BCE_WEIGHT",
+    "MODEL.MaskDINO.DICE_WEIGHT": f"{NODE}LOSS.MASK_DICE_WEIGHT",
+    "MODEL.MaskDINO.NO_OBJECT_WEIGHT": f"{NODE}LOSS.NO_OBJECT_WEIGHT",
+    "MODEL.MaskDINO.DEEP_SUPERVISION": f"{NODE}LOSS.DEEP_SUPERVISION",
+    "MODEL.MaskDINO.INITIAL_PRED": f"{NODE}LOSS.SUPERVISE_INITIAL",
+    "MODEL.MaskDINO.PANO_BOX_LOSS": f"{NODE}LOSS.DECOUPLE_STUFF_BOXES",
+    "MODEL.MaskDINO.TRAIN_NUM_POINTS": f"{NODE}LOSS.NUM_POINTS",
+    "MODEL.MaskDINO.OVERSAMPLE_RATIO": f"{NODE}LOSS.OVERSAMPLE_RATIO",
+    "MODEL.MaskDINO.IMPORTANCE_SAMPLE_RATIO": f"{NODE}LOSS.IMPORTANCE_RATIO",
+    "MODEL.MaskDINO.TEST.INSTANCE_ON": f"{NODE}TEST.INSTANCE_ON",
+    "MODEL.MaskDINO.TEST.PANOPTIC_ON": f"{NODE}TEST.PANOPTIC_ON",
+    "MODEL.MaskDINO.TEST.SEMANTIC_ON": f"{NODE}TEST.SEMANTIC_ON",
+    "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD": f"{NODE}TEST.PANOPTIC_SCORE_THRESHOLD",
+    "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD": f"{NODE}TEST.PANOPTIC_OVERLAP_THRESHOLD",
+    "MODEL.MaskDINO.TEST.PANO_TEMPERATURE": f"{NODE}TEST.TEMPERATURE",
+    "INPUT.MIN_SCALE": "INPUT.LSJ.MIN_SCALE",
+    "INPUT.MAX_SCALE": "INPUT.LSJ.MAX_SCALE",
+}
+# Released key -> (value -> {our key: value}).
+CONVERTED = {
+    "MODEL.SEM_SEG_HEAD.FEATURE_ORDER": lambda v: {
+        f"{NODE}QUERY_SELECTION.LARGEST_PROPOSALS": "finest" if v == "low2high" else "coarsest"
+    },
+    "MODEL.SEM_SEG_HEAD.PROJECT_FEATURES": lambda _: {},
+    "MODEL.MaskDINO.DN": lambda v: {
+        f"{NODE}DENOISING.MODE": {"seg": "boxes_and_masks", "standard": "boxes", "no": "off"}[v]
+    },
+    "MODEL.MaskDINO.DN_NOISE_SCALE": lambda v: {
+        f"{NODE}DENOISING.LABEL_NOISE": v / 2,
+        f"{NODE}DENOISING.BOX_NOISE": v,
+    },
+    "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": lambda v: {
+        f"{NODE}QUERY_SELECTION.MASK_ENHANCED_ANCHORS": v if v in ("mask2box", "bitmask") else "none"
+    },
+    "MODEL.MaskDINO.SEMANTIC_CE_LOSS": lambda v: {f"{NODE}LOSS.CLASSIFICATION": "cross_entropy" if v else "focal"},
+    "MODEL.MaskDINO.BOX_LOSS": lambda v: {} if v else {f"{NODE}LOSS.L1_WEIGHT": 0.0, f"{NODE}LOSS.GIOU_WEIGHT": 0.0},
+    "MODEL.MaskDINO.TEST.TEST_FOUCUS_ON_BOX": lambda v: {f"{NODE}TEST.MASK_SCORING": not v},
+    "INPUT.IMAGE_SIZE": lambda v: {"INPUT.LSJ.SIZE": [v, v]},
+    "INPUT.DATASET_MAPPER_NAME": lambda v: {
+        "INPUT.DATASET_MAPPER_NAME": next((task for task in ("instance", "panoptic") if task in v), "semantic"),
+        "INPUT.LSJ.ENABLED": v.endswith("lsj"),
+    },
+}
+# Parts that the released code can switch on but no released model has.
+MUST_BE = {
+    "MODEL.MaskDINO.LEARN_TGT": False,
+    "MODEL.MaskDINO.PRE_NORM": False,
+    "MODEL.MaskDINO.PRED_CONV": False,
+    "MODEL.MaskDINO.ENFORCE_INPUT_PROJ": False,
+    "MODEL.MaskDINO.DROPOUT": 0.0,
+    "MODEL.MaskDINO.TEST.PANO_TRANSFORM_EVAL": True,
+}
+
+
+def convert_config(released: Mapping[str, object], cfg: CfgNode) -> list[str]:
+    """Carries the values of a released configuration into ours.
+
+    Args:
+        released: the nested mapping of a released YAML file (with its base files merged).
+        cfg: our configuration, changed in place.
+
+    Returns:
+        Released keys that have no meaning here and were left out.
+
+    Raises:
+        ValueError: the configuration asks for a part that this project does not have.
+    """
+    left_out = []
+    flat = flatten(released)
+    # Keys that the conversion sets last, so that they win over those that only carry a value.
+    for key, value in sorted(flat.items(), key=lambda item: item[0] in CONVERTED):
+        if key in MUST_BE:
+            if value != MUST_BE[key]:
+                raise ValueError(f"{key} is {value!r}; only {MUST_BE[key]!r} is supported")
+        elif key in CONVERTED:
+            for ours, new in CONVERTED[key](value).items():
+                set_value(cfg, ours, new)
+        elif key in SAME_VALUE:
+            set_value(cfg, SAME_VALUE[key], value)
+        elif key.startswith("MODEL.SWIN."):
+            cfg.MODEL.SWIN[key.rsplit(".", 1)[1]] = value
+        elif _has(cfg, key):
+            set_value(cfg, key, value)
+        else:
+            left_out.append(key)
+    # The released matcher is never told of decoupled boxes.
+    cfg.MODEL.MASK_DINO.MATCHER.DECOUPLE_STUFF_BOXES = False
+    return left_out
+
+
+def flatten(node: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings to one with dotted keys."""
+    flat = {}
+    for key, value in node.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def set_value(cfg: CfgNode, key: str, value: object) -> None:
+    """Sets a dotted key, with yacs' type checks, to which 2 is no float."""
+    node = cfg
+    for part in key.split("."):
+        node = node[part]
+    cfg.merge_from_list([key, float(value) if isinstance(node, float) else value])
+
+
+def _has(cfg: CfgNode, key: str) -> bool:
+    node = cfg
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True

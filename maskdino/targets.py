@@ -1,0 +1,99 @@
+"""Ground truth of images to the network's targets: the frame of boxes, packed masks, which boxes count.
+
+Shape key: N objects of the batch; H, W pixels of the padded canvas.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures.masks import polygons_to_bitmask
+from torch import Tensor
+
+from maskdino.ops.boxes import xyxy_to_cxcywh
+from maskdino.structures import PackedMasks, Targets
+
+
+def prepare_targets(
+    instances: Sequence[Instances],
+    canvas: tuple[int, int],
+    is_thing: Tensor,
+    device: torch.device,
+    names: Sequence[str] = (),
+) -> Targets:
+    """Collects the objects of a batch.
+
+    Args:
+        instances: one for each image, in pixels of that image, with `gt_classes`, and with `gt_boxes` or `gt_masks`
+            (PackedMasks, BitMasks, PolygonMasks or an (N, H, W) tensor); `gt_has_mask` says which of the masks are
+            none. Images whose `gt_masks` is missing train boxes only.
+        canvas: (height, width) of the padded batch.
+        is_thing: (classes,) bool. "Stuff" is left out of box training where that is decoupled (section 3.6).
+        device: where the targets shall be.
+        names: of the images, for messages.
+
+    Returns:
+        Targets whose boxes are divided by the canvas.
+
+    Raises:
+        ValueError: an object's class is not among `is_thing`'s, an image is larger than the canvas, or an image
+            has neither boxes nor masks.
+    """
+    names = tuple(names) or tuple(f"number {i} of the batch" for i in range(len(instances)))
+    height, width = canvas
+    labels, boxes, masks, has_mask = [], [], [], []
+    for image, name in zip(instances, names, strict=True):
+        _check(image, canvas, len(is_thing), name)
+        packed = _packed_masks(image, canvas)
+        known = torch.zeros(len(image), dtype=torch.bool) if packed is None else torch.ones(len(image)).bool()
+        labels.append(image.gt_classes)
+        boxes.append(_boxes(image, packed, name))
+        masks.append(PackedMasks.empty(len(image), canvas) if packed is None else packed.padded(canvas))
+        has_mask.append(image.gt_has_mask if image.has("gt_has_mask") else known)
+    labels = torch.cat(labels).to(device, non_blocking=True)
+    size = torch.tensor([width, height, width, height], dtype=torch.float32)
+    return Targets(
+        labels=labels,
+        boxes=(xyxy_to_cxcywh(torch.cat(boxes)) / size).to(device, non_blocking=True),
+        is_thing=is_thing.to(device)[labels],
+        has_mask=torch.cat(has_mask).to(device, non_blocking=True),
+        masks=PackedMasks.cat(masks).to(device, non_blocking=True),
+        counts=tuple(len(image) for image in instances),
+        names=names,
+    )
+
+
+def _check(image: Instances, canvas: tuple[int, int], num_classes: int, name: str) -> None:
+    if image.image_size[0] > canvas[0] or image.image_size[1] > canvas[1]:
+        raise ValueError(f"image {name} of {tuple(image.image_size)} pixels does not fit the canvas {tuple(canvas)}")
+    if not len(image):
+        return
+    low, high = int(image.gt_classes.min()), int(image.gt_classes.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"image {name} has an object of class {low if low < 0 else high}; the model's classes are 0 to "
+            f"{num_classes - 1} (MODEL.MASK_DINO.NUM_CLASSES)"
+        )
+
+
+def _packed_masks(image: Instances, canvas: tuple[int, int]) -> PackedMasks | None:
+    if not image.has("gt_masks"):
+        return None
+    masks = image.gt_masks
+    if isinstance(masks, PackedMasks):
+        return masks
+    if isinstance(masks, PolygonMasks):
+        height, width = image.image_size
+        bitmaps = [torch.from_numpy(polygons_to_bitmask(polygons, height, width)) for polygons in masks.polygons]
+        return PackedMasks.from_bool(torch.stack(bitmaps)) if bitmaps else PackedMasks.empty(0, canvas)
+    return PackedMasks.from_bool(masks.tensor if isinstance(masks, BitMasks) else masks)
+
+
+def _boxes(image: Instances, masks: PackedMasks | None, name: str) -> Tensor:
+    """(n, 4) xyxy in pixels of the image."""
+    if image.has("gt_boxes"):
+        boxes = image.gt_boxes
+        return (boxes.tensor if isinstance(boxes, Boxes) else boxes).float()
+    if masks is None:
+        raise ValueError(f"image {name} has neither gt_boxes nor gt_masks")
+    return BitMasks(masks.to_bool()).get_bounding_boxes().tensor
