@@ -1,0 +1,234 @@
+"""Box and mask average precision of COCO, with faster-coco-eval or pycocotools.
+
+Shape key: N instances of an image, H, W pixels of the image.
+"""
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import logging
+import os
+from types import ModuleType
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_json
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+from pycocotools import mask as mask_util
+
+try:
+    import faster_coco_eval
+except ImportError:  # optional: pycocotools computes the same numbers
+    faster_coco_eval: ModuleType | None = None
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def instances_to_records(instances: Instances, image_id: int) -> list[dict]:
+    """Turns predictions into COCO's result records, masks as compressed RLE.
+
+    Args:
+        instances: ``scores`` (N,), ``pred_classes`` (N,), and ``pred_boxes`` and ``pred_masks``
+            (N, H, W) bool as far as the model predicts them.
+        image_id: of the dataset.
+
+    Returns:
+        N records; ``category_id`` is the contiguous class index.
+    """
+    records = [
+        {"image_id": image_id, "category_id": category, "score": score}
+        for category, score in zip(
+            instances.pred_classes.tolist(), instances.scores.tolist(), strict=True
+        )
+    ]
+    if instances.has("pred_boxes") and records:
+        boxes = BoxMode.convert(
+            instances.pred_boxes.tensor.cpu().float(), BoxMode.XYXY_ABS, BoxMode.XYWH_ABS
+        )
+        for record, box in zip(records, boxes.tolist(), strict=True):
+            record["bbox"] = box
+    if instances.has("pred_masks"):
+        for record, mask in zip(records, instances.pred_masks, strict=True):
+            # One mask at a time: N maps of a large image as bytes would be the memory's peak.
+            rle = mask_util.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
+            record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+    return records
+
+
+class COCOInstanceEvaluator(DatasetEvaluator):
+    """AP of boxes ("bbox") and, where model and data have masks, of masks ("segm"), in percent.
+
+    Category ids may be any integers: the dataset's metadata map them to class indices.
+
+    Args:
+        dataset_name: a dataset with COCO annotations, or of detectron2's standard format.
+        output_folder: predictions go to ``coco_instances_results.json`` there; None: nowhere.
+        with_masks: whether the model predicts masks.
+        fast: whether to compute with faster-coco-eval (equal numbers, sooner).
+
+    Raises:
+        ImportError: if ``fast`` is asked for and faster-coco-eval is not installed.
+    """
+
+    def __init__(
+        self, dataset_name: str, output_folder: str | None, *, with_masks: bool, fast: bool
+    ) -> None:
+        if fast and faster_coco_eval is None:
+            raise ImportError("faster-coco-eval is missing: pip install faster-coco-eval")
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._output_folder = output_folder
+        self._fast = fast
+        self._ground_truth = _read_annotations(dataset_name, output_folder)
+        annotations = self._ground_truth.get("annotations")
+        if annotations is None:
+            logger.info("%s has no annotations: predictions are only written.", dataset_name)
+        self._tasks = ["bbox"]
+        if with_masks and any(annotation.get("segmentation") for annotation in annotations or ()):
+            self._tasks.append("segm")
+        mapping = self._metadata.get("thing_dataset_id_to_contiguous_id") or {
+            category["id"]: category["id"] for category in self._ground_truth["categories"]
+        }
+        self._category_of_class = {index: category for category, index in mapping.items()}
+        self._records: list[dict] = []
+
+    def reset(self) -> None:
+        """Forgets all predictions."""
+        self._records = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Takes in the ``instances`` that the model predicts for a batch of images.
+
+        Raises:
+            ValueError: if a predicted class is none of the dataset's.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            for record in instances_to_records(output["instances"], image["image_id"]):
+                category = self._category_of_class.get(record["category_id"])
+                if category is None:
+                    raise ValueError(
+                        f"The model predicts class {record['category_id']}, but the dataset "
+                        f"'{self._metadata.name}' has {len(self._category_of_class)} classes; "
+                        "MODEL.MASK_DINO.NUM_CLASSES must fit."
+                    )
+                record["category_id"] = category
+                self._records.append(record)
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """Returns the metrics of each task on the main process; None on the others."""
+        gathered = comm.gather(self._records)
+        if not comm.is_main_process():
+            return None
+        records = list(itertools.chain.from_iterable(gathered))
+        if self._output_folder:
+            PathManager.mkdirs(self._output_folder)
+            path = os.path.join(self._output_folder, "coco_instances_results.json")
+            with PathManager.open(path, "w") as file:
+                json.dump(records, file)
+        if "annotations" not in self._ground_truth:
+            return {}
+        if not records:
+            logger.warning("No instance was predicted in '%s': AP is 0.", self._metadata.name)
+        return {task: self._evaluate_task(task, records) for task in self._tasks}
+
+    def _evaluate_task(self, task: str, records: list[dict]) -> dict[str, float]:
+        if not records:
+            return dict.fromkeys(METRICS, 0.0)
+        stats, precisions, categories = average_precision(
+            self._ground_truth, records, task, fast=self._fast
+        )
+        results = dict(zip(METRICS, stats, strict=True))
+        logger.info("Evaluation results for %s:\n%s", task, create_small_table(results))
+        if len(categories) > 1:
+            names = {c["id"]: c["name"] for c in self._ground_truth["categories"]}
+            per_class = {
+                f"AP-{names[category]}": _mean_precision(precisions[:, :, index, 0, -1])
+                for index, category in enumerate(categories)
+            }
+            logger.info("Per class, %s:\n%s", task, _columns(per_class))
+            results.update(per_class)
+        return results
+
+
+def average_precision(
+    ground_truth: dict, records: list[dict], task: str, *, fast: bool
+) -> tuple[list[float], np.ndarray, list[int]]:
+    """Compares predictions with annotations.
+
+    Args:
+        ground_truth: the content of COCO's annotation file.
+        records: at least one result record with ``bbox`` or ``segmentation``, whichever ``task``
+            needs.
+        task: "bbox" or "segm".
+        fast: see `COCOInstanceEvaluator`.
+
+    Returns:
+        The values of `METRICS` in percent (NaN where nothing could be measured), the precisions
+        (thresholds, recalls, categories, areas, detections), and the category ids.
+    """
+    geometry = "bbox" if task == "bbox" else "segmentation"
+    kept = ("image_id", "category_id", "score", geometry)
+    # Size classes (small, medium, large) come from the box in one task, the mask in the other.
+    predictions = [{key: record[key] for key in kept} for record in records]
+    if fast:
+        api = faster_coco_eval.COCO(copy.deepcopy(ground_truth))
+        evaluation = faster_coco_eval.COCOeval_faster(api, api.loadRes(predictions), iouType=task)
+        _run(evaluation)
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            api = COCO()
+            api.dataset = copy.deepcopy(ground_truth)
+            api.createIndex()
+            evaluation = COCOeval(api, api.loadRes(predictions), task)
+            _run(evaluation)
+    stats = [100.0 * value if value >= 0 else float("nan") for value in evaluation.stats[:6]]
+    return [float(s) for s in stats], evaluation.eval["precision"], list(evaluation.params.catIds)
+
+
+def _run(evaluation: object) -> None:
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+
+
+def _read_annotations(dataset_name: str, output_folder: str | None) -> dict:
+    metadata = MetadataCatalog.get(dataset_name)
+    path = metadata.get("json_file")
+    if path is None:
+        if output_folder is None:
+            raise ValueError(f"'{dataset_name}' has no COCO annotations: give an output folder.")
+        path = os.path.join(output_folder, f"{dataset_name}_coco_format.json")
+        PathManager.mkdirs(output_folder)
+        if comm.is_main_process():
+            convert_to_coco_json(dataset_name, path, allow_cached=False)
+        comm.synchronize()
+    with PathManager.open(path) as file:
+        ground_truth = json.load(file)
+    # pycocotools wants these even where nobody filled them in.
+    ground_truth.setdefault("info", {})
+    for annotation in ground_truth.get("annotations", ()):
+        annotation.setdefault("iscrowd", 0)
+        if "area" not in annotation:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+    return ground_truth
+
+
+def _mean_precision(precisions: np.ndarray) -> float:
+    valid = precisions[precisions > -1]
+    return float(valid.mean() * 100) if valid.size else float("nan")
+
+
+def _columns(values: dict[str, float], per_line: int = 4) -> str:
+    cells = [f"{name[3:]:<20.20}{value:7.2f}" for name, value in values.items()]
+    lines = [cells[start : start + per_line] for start in range(0, len(cells), per_line)]
+    return "\n".join("   ".join(line) for line in lines)

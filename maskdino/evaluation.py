@@ -1,0 +1,118 @@
+"""Which evaluators a dataset gets: one table from its type and the model's tasks."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    SemSegEvaluator,
+)
+
+from maskdino import coco_evaluation
+from maskdino.coco_evaluation import COCOInstanceEvaluator
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What an evaluator is built for."""
+
+    dataset_name: str
+    output_folder: str
+    with_masks: bool
+
+
+def _coco(request: _Request) -> DatasetEvaluator:
+    return COCOInstanceEvaluator(
+        request.dataset_name,
+        request.output_folder,
+        with_masks=request.with_masks,
+        fast=coco_evaluation.faster_coco_eval is not None,
+    )
+
+
+def _lvis(request: _Request) -> DatasetEvaluator:
+    tasks = ("bbox", "segm") if request.with_masks else ("bbox",)
+    return LVISEvaluator(request.dataset_name, tasks, output_dir=request.output_folder)
+
+
+def _panoptic(request: _Request) -> DatasetEvaluator:
+    return COCOPanopticEvaluator(request.dataset_name, request.output_folder)
+
+
+def _semantic(request: _Request) -> DatasetEvaluator:
+    return SemSegEvaluator(request.dataset_name, output_dir=request.output_folder)
+
+
+def _cityscapes_instance(request: _Request) -> DatasetEvaluator:
+    return CityscapesInstanceEvaluator(request.dataset_name)
+
+
+def _cityscapes_semantic(request: _Request) -> DatasetEvaluator:
+    return CityscapesSemSegEvaluator(request.dataset_name)
+
+
+_Builder = Callable[[_Request], DatasetEvaluator]
+_COCO_PANOPTIC = {"instance": _coco, "panoptic": _panoptic, "semantic": _semantic}
+_CITYSCAPES = {
+    "instance": _cityscapes_instance,
+    "panoptic": _panoptic,
+    "semantic": _cityscapes_semantic,
+}
+# Type of the dataset (its metadata's `evaluator_type`) -> task of the model -> evaluator.
+EVALUATORS: dict[str, dict[str, _Builder]] = {
+    "coco": {"instance": _coco},
+    "lvis": {"instance": _lvis},
+    "sem_seg": {"semantic": _semantic},
+    "coco_panoptic_seg": _COCO_PANOPTIC,
+    "ade20k_instance": {"instance": _coco},
+    "ade20k_panoptic_seg": _COCO_PANOPTIC,
+    "cityscapes_instance": {"instance": _cityscapes_instance},
+    "cityscapes_sem_seg": {"semantic": _cityscapes_semantic},
+    "cityscapes_panoptic_seg": _CITYSCAPES,
+}
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
+    """Builds the evaluators of all tasks that both the model and the dataset have.
+
+    Results go below ``OUTPUT_DIR/inference/<dataset name>``.
+
+    Args:
+        cfg: configuration; ``MODEL.MASK_DINO.TEST`` says which tasks the model does.
+        dataset_name: name of a registered dataset.
+
+    Raises:
+        ValueError: if the dataset's type is unknown, or the model does nothing it can be judged by.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in EVALUATORS:
+        raise ValueError(
+            f"The dataset '{dataset_name}' has the evaluator type {kind!r}; known types are "
+            f"{', '.join(EVALUATORS)}. Set `evaluator_type` in its metadata."
+        )
+    test = cfg.MODEL.MASK_DINO.TEST
+    enabled = {
+        "panoptic": test.PANOPTIC_ON,
+        "instance": test.INSTANCE_ON,
+        "semantic": test.SEMANTIC_ON,
+    }
+    request = _Request(
+        dataset_name,
+        os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+        cfg.MODEL.MASK_DINO.MASK_ON,
+    )
+    builders = [EVALUATORS[kind][task] for task in enabled if enabled[task] and task in EVALUATORS[kind]]
+    if not builders:
+        raise ValueError(
+            f"Nothing to evaluate on '{dataset_name}': it serves {', '.join(EVALUATORS[kind])}, "
+            f"the model does {[task for task in enabled if enabled[task]]} (MODEL.MASK_DINO.TEST)."
+        )
+    return DatasetEvaluators([builder(request) for builder in builders])

@@ -1,0 +1,210 @@
+"""What happens around training steps: averaged weights, checkpoints, the console's lines."""
+
+import datetime
+import logging
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import HookBase
+from detectron2.utils.events import EventWriter, get_event_storage
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+
+class WeightAverage:
+    """The exponential moving average of a model's weights (EMA).
+
+    Floating-point parameters and buffers are averaged; others are copied.
+
+    Args:
+        model: the model, not wrapped; the average starts at its weights.
+        decay: share of the old average that a step keeps, in [0, 1).
+
+    Raises:
+        ValueError: if ``decay`` lies outside [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"SOLVER.EMA.DECAY is {decay}; it must lie in [0, 1).")
+        self._model = model
+        self._decay = decay
+        self.restored = False
+        self._average: dict[str, Tensor] = {}
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Starts over at the model's present weights."""
+        self._average = {
+            name: value.detach().clone(memory_format=torch.preserve_format)
+            for name, value in self._model.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the average towards the model's present weights."""
+        current = self._model.state_dict()
+        floating = [name for name, value in current.items() if value.is_floating_point()]
+        torch._foreach_lerp_(
+            [self._average[name] for name in floating],
+            [current[name] for name in floating],
+            1.0 - self._decay,
+        )
+        for name in current.keys() - set(floating):
+            self._average[name].copy_(current[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights; afterwards its own again."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, value in self._model.state_dict().items():
+            kept = value.clone()
+            value.copy_(self._average[name])
+            self._average[name].copy_(kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the averaged weights, under the model's names."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Sets the averaged weights.
+
+        Raises:
+            KeyError: if a name of the model is missing.
+        """
+        missing = self._average.keys() - state.keys()
+        if missing:
+            raise KeyError(f"The saved average of weights lacks {sorted(missing)}.")
+        for name, value in self._average.items():
+            value.copy_(state[name])
+        self.restored = True
+
+
+class PeriodicCheckpoint(HookBase):
+    """Writes checkpoints every ``period`` iterations and at the end, but never of broken weights.
+
+    Args:
+        checkpointer: writes the whole state of the training.
+        period: iterations.
+
+    Raises:
+        ValueError: if ``period`` is not positive.
+    """
+
+    def __init__(self, checkpointer: DetectionCheckpointer, period: int) -> None:
+        if period < 1:
+            raise ValueError(f"SOLVER.CHECKPOINT_PERIOD is {period}; use at least 1.")
+        self._checkpointer = checkpointer
+        self._period = period
+
+    def after_step(self) -> None:
+        """Saves if it is time, once the step has proved to be sound (in all processes)."""
+        iteration = self.trainer.iter
+        last = iteration == self.trainer.max_iter - 1
+        if last or (iteration + 1) % self._period == 0:
+            self.trainer.check_gradient()
+            name = "model_final" if last else f"model_{iteration:07d}"
+            self._checkpointer.save(name, iteration=iteration)
+
+
+class SaveAverage(HookBase):
+    """Writes the averaged weights, at the end, as a model of its own.
+
+    Args:
+        checkpointer: writes the model alone, to a folder of its own.
+        average: the averaged weights of that model.
+    """
+
+    def __init__(self, checkpointer: DetectionCheckpointer, average: WeightAverage) -> None:
+        self._checkpointer = checkpointer
+        self._average = average
+
+    def after_step(self) -> None:
+        """Saves after the last step."""
+        if self.trainer.iter == self.trainer.max_iter - 1:
+            with self._average.applied():
+                self._checkpointer.save("model_final")
+
+
+class Resources(HookBase):
+    """Records throughput (images per second) and peak memory (MB: of the GPU, else the process)."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+
+    def after_step(self) -> None:
+        """Reads the time of the step from the timer, which must come before this hook."""
+        storage = self.trainer.storage
+        seconds = storage.latest().get("time")
+        if seconds is not None:
+            storage.put_scalar("images_per_second", self._batch_size / seconds[0])
+        storage.put_scalar("max_memory_mb", _peak_memory_mb(), smoothing_hint=False)
+
+
+def _peak_memory_mb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class ConsoleWriter(EventWriter):
+    """Prints one compact line: progress, the main losses, learning rate, speed, memory.
+
+    Main losses are those whose name does not extend another's (``loss_class``, not
+    ``loss_class_3``): the others are in TensorBoard and ``metrics.json``.
+
+    Args:
+        max_iter: iterations in all, for the estimated time of arrival (ETA).
+        window: iterations of the running medians.
+    """
+
+    def __init__(self, max_iter: int, window: int = 20) -> None:
+        self._max_iter = max_iter
+        self._window = window
+
+    def write(self) -> None:
+        """Writes the line of the present iteration; nothing after the last one."""
+        storage = get_event_storage()
+        if storage.iter >= self._max_iter:
+            return
+        histories = storage.histories()
+        parts = [f"iter {storage.iter + 1}/{self._max_iter}"]
+        if "time" in histories:
+            step = histories["time"].median(self._window)
+            left = int(histories["time"].global_avg() * (self._max_iter - storage.iter - 1))
+            storage.put_scalar("eta_seconds", left, smoothing_hint=False)
+            parts += [f"eta {datetime.timedelta(seconds=left)}", f"{step:.3g} s/iter"]
+        for name in ("total_loss", *_main_losses(histories)):
+            if name in histories:
+                parts.append(f"{name} {histories[name].median(self._window):.4g}")
+        for name, form in (
+            ("lr", "lr {:.3g}"),
+            ("images_per_second", "{:.3g} images/s"),
+            ("data_time", "data {:.3g} s"),
+            ("max_memory_mb", "memory {:.0f} MB"),
+        ):
+            if name in histories:
+                parts.append(form.format(histories[name].latest()))
+        logger.info("  ".join(parts))
+
+
+def _main_losses(names: dict) -> list[str]:
+    losses = sorted(name for name in names if name.startswith("loss"))
+    return [
+        name for name in losses if not any(name.startswith(f"{other}_") for other in losses)
+    ]

@@ -1,0 +1,120 @@
+"""Starting one process per GPU, or several on a CPU, by ourselves or under torchrun."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+from detectron2.engine import launch as launch_on_gpus
+from detectron2.utils import comm
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def launch(
+    main: Callable[..., object],
+    *args: object,
+    processes: int,
+    machines: int = 1,
+    machine_rank: int = 0,
+    url: str = "auto",
+) -> None:
+    """Runs ``main(*args)`` in every process of a training.
+
+    Under torchrun (it sets RANK, WORLD_SIZE and LOCAL_RANK), this process joins the others. Else
+    the processes of this machine are started: through detectron2's launcher where there are GPUs,
+    and with gloo on a CPU.
+
+    Args:
+        main: a function of a module, for it is pickled.
+        args: its arguments.
+        processes: processes, with one GPU each if there are GPUs, on this machine.
+        machines: number of machines.
+        machine_rank: this machine's number, from 0.
+        url: where the processes meet, as ``tcp://host:port``; "auto" for a single machine.
+
+    Raises:
+        ValueError: if there are fewer GPUs than processes.
+    """
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        _join_torchrun()
+        try:
+            main(*args)
+        finally:
+            torch.distributed.destroy_process_group()
+        return
+    if processes * machines == 1:
+        main(*args)
+        return
+    if torch.cuda.is_available():
+        if processes > torch.cuda.device_count():
+            raise ValueError(
+                f"{processes} GPUs asked for, but {torch.cuda.device_count()} found here."
+            )
+        launch_on_gpus(main, processes, machines, machine_rank, url, args, TIMEOUT)
+        return
+    if url == "auto":
+        if machines > 1:
+            raise ValueError("Several machines need --dist-url tcp://HOST:PORT of the first one.")
+        url = f"tcp://127.0.0.1:{_free_port()}"
+    torch.multiprocessing.spawn(
+        _cpu_process,
+        args=(main, args, processes, machines, machine_rank, url),
+        nprocs=processes,
+    )
+
+
+def _cpu_process(
+    local_rank: int,
+    main: Callable[..., object],
+    args: tuple,
+    processes: int,
+    machines: int,
+    machine_rank: int,
+    url: str,
+) -> None:
+    # All cores for each process would make them wait for one another.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=url,
+        world_size=processes * machines,
+        rank=machine_rank * processes + local_rank,
+        timeout=TIMEOUT,
+    )
+    _create_local_group(processes)
+    try:
+        main(*args)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _join_torchrun() -> None:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
+    _create_local_group(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
+
+
+def _create_local_group(processes: int) -> None:
+    """Tells detectron2 which processes share this machine."""
+    if hasattr(comm, "create_local_process_group"):  # newer than 0.6
+        comm.create_local_process_group(processes)
+        return
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    for first in range(0, world_size, processes):
+        ranks = list(range(first, first + processes))
+        group = torch.distributed.new_group(ranks)  # every process must create every group
+        if rank in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,155 @@
+"""The optimizer with few parameter groups, and the clipping of gradients.
+
+Shape key: this module handles parameters of any shape.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import SGD, AdamW, Optimizer
+
+NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+# Position tables of window transformers are plain parameters, not nn.Embedding.
+POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
+
+GradientClipper = Callable[[Iterable[nn.Parameter]], Tensor]
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """Builds the optimizer that ``SOLVER.OPTIMIZER`` names.
+
+    Parameters of equal learning rate and weight decay share a group: at most four with the default
+    keys, so that a step is a few fused kernels.
+
+    Args:
+        cfg: configuration; the node ``SOLVER`` is read.
+        model: the model; parameters below ``backbone.`` learn ``SOLVER.BACKBONE_MULTIPLIER`` times
+            as fast.
+
+    Raises:
+        ValueError: if the optimizer is unknown, or the model has nothing to train.
+    """
+    solver = cfg.SOLVER
+    groups = parameter_groups(
+        model,
+        learning_rate=solver.BASE_LR,
+        backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+        bias_multiplier=solver.BIAS_LR_FACTOR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_embed=solver.WEIGHT_DECAY_EMBED,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    if not groups:
+        raise ValueError("The model has no trainable parameters; is everything frozen?")
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    if solver.OPTIMIZER == "ADAMW":
+        return AdamW(groups, lr=solver.BASE_LR, fused=fused)
+    if solver.OPTIMIZER == "SGD":
+        return SGD(
+            groups,
+            lr=solver.BASE_LR,
+            momentum=solver.MOMENTUM,
+            nesterov=solver.NESTEROV,
+            fused=fused,
+        )
+    raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; use 'ADAMW' or 'SGD'.")
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    backbone_multiplier: float,
+    bias_multiplier: float,
+    weight_decay: float,
+    weight_decay_norm: float,
+    weight_decay_embed: float,
+    weight_decay_bias: float | None,
+) -> list[dict]:
+    """Sorts the trainable parameters by (learning rate, weight decay).
+
+    Args:
+        model: the model; a parameter that several modules share is taken once.
+        learning_rate: of everything outside the backbone.
+        backbone_multiplier: factor for parameters below ``backbone.``.
+        bias_multiplier: factor for biases.
+        weight_decay: of all that the following do not name.
+        weight_decay_norm: of normalisation layers, their biases included.
+        weight_decay_embed: of ``nn.Embedding`` and position tables.
+        weight_decay_bias: of other biases; None means ``weight_decay``.
+
+    Returns:
+        Groups with the keys ``params``, ``lr`` and ``weight_decay``, in the order of their first
+        parameter.
+    """
+    bias_decay = weight_decay if weight_decay_bias is None else weight_decay_bias
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for module, name, parameter in _trainable_parameters(model):
+        leaf = name.rpartition(".")[2]
+        rate = learning_rate
+        if name.startswith("backbone."):
+            rate *= backbone_multiplier
+        if leaf == "bias":
+            rate *= bias_multiplier
+        if isinstance(module, NORM_LAYERS):
+            decay = weight_decay_norm
+        elif isinstance(module, nn.Embedding) or leaf in POSITION_TABLES:
+            decay = weight_decay_embed
+        else:
+            decay = bias_decay if leaf == "bias" else weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def _trainable_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    seen: set[nn.Parameter] = set()
+    for module_name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                yield module, f"{module_name}.{leaf}" if module_name else leaf, parameter
+
+
+def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
+    """Builds the function that clips gradients just before an optimizer step.
+
+    It clips in place, after gradients were accumulated, averaged over processes and unscaled, and
+    returns the norm of the whole model's gradient before clipping (0-d tensor on the model's
+    device: reading it waits for the device, so leave that to the logger).
+
+    ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``: "full_model" bounds the norm of all gradients together,
+    "norm" that of each parameter, "value" each element.
+
+    Raises:
+        ValueError: if the type is unknown, or the bound not positive.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    norm_type, bound = float(clip.NORM_TYPE), float(clip.CLIP_VALUE)
+    kind = clip.CLIP_TYPE if clip.ENABLED else "none"
+    if kind not in ("none", "full_model", "norm", "value"):
+        raise ValueError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {kind!r}; use 'full_model', 'norm' or 'value'."
+        )
+    if kind != "none" and not bound > 0:
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be positive, but is {bound}.")
+
+    def clipper(parameters: Iterable[nn.Parameter]) -> Tensor:
+        trained = [p for p in parameters if p.grad is not None]
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in trained], norm_type)
+        if kind == "full_model":
+            torch.nn.utils.clip_grads_with_norm_(trained, bound, total_norm)
+        elif kind == "value":
+            torch.nn.utils.clip_grad_value_(trained, bound)
+        elif kind == "norm":
+            for parameter in trained:
+                torch.nn.utils.clip_grad_norm_(parameter, bound, norm_type)
+        return total_norm
+
+    return clipper

@@ -1,0 +1,176 @@
+"""One optimizer step: micro-batches, mixed precision, clipping, and the numbers for the log.
+
+Shape key: L logged losses.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from maskdino.solver import GradientClipper
+
+
+def mixed_precision_dtype(enabled: bool, device: torch.device) -> torch.dtype | None:
+    """Returns bfloat16 on a GPU that computes in it, else float16; None means float32 (CPU)."""
+    if not enabled or device.type != "cuda":
+        return None
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
+
+
+class LossReader:
+    """Brings the losses of a batch to the host in one copy, without waiting for the backward pass.
+
+    The copy is started between forward and backward; by the time the backward pass is enqueued,
+    it is done. With several processes it carries this process's losses and the mean over all.
+
+    Args:
+        losses: scalars by name; the same names in every process.
+        extra: one more scalar that travels along, equal in all processes.
+    """
+
+    def __init__(self, losses: dict[str, Tensor], extra: Tensor) -> None:
+        self._names = sorted(losses)
+        own = torch.stack([losses[name].detach().float() for name in self._names])  # (L,)
+        mean = own
+        if comm.get_world_size() > 1:
+            mean = own / comm.get_world_size()
+            torch.distributed.all_reduce(mean)
+        values = torch.cat([own, mean, extra.detach().float().reshape(1)])
+        self._host = values.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> tuple[dict[str, float], dict[str, float], float]:
+        """Returns this process's losses, their mean over processes, and the extra scalar."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        values = self._host.tolist()
+        count = len(self._names)
+        own = dict(zip(self._names, values[:count], strict=True))
+        mean = dict(zip(self._names, values[count:-1], strict=True))
+        return own, mean, values[-1]
+
+
+class TrainStep:
+    """Trains a model that turns a batch into a dict of weighted scalar losses.
+
+    Gradients are the mean over micro-batches (and processes) of the gradient of each one's summed
+    losses. This is the gradient of the whole batch if losses are means over images; where they are
+    normalised otherwise (Mask DINO: by the mean number of objects per process of a micro-batch), it
+    is that normalisation which applies.
+
+    Attributes:
+        model: the model, possibly wrapped for several processes.
+        optimizer: its optimizer.
+        grad_scaler: scales losses in float16 training; does nothing otherwise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        clip_gradients: GradientClipper,
+        *,
+        accumulation_steps: int,
+        mixed_precision: bool,
+    ) -> None:
+        """Puts the model in training mode.
+
+        Raises:
+            ValueError: if ``accumulation_steps`` is not positive.
+        """
+        if accumulation_steps < 1:
+            raise ValueError(f"SOLVER.ACCUMULATION_STEPS is {accumulation_steps}; use at least 1.")
+        self.model = model.train()
+        self.optimizer = optimizer
+        self._clip_gradients = clip_gradients
+        self._accumulation_steps = accumulation_steps
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._device = self._parameters[0].device
+        self._dtype = mixed_precision_dtype(mixed_precision, self._device)
+        half = self._dtype is torch.float16
+        self.grad_scaler = torch.amp.GradScaler(self._device.type, enabled=half)
+        self._gradient_norm = torch.zeros((), device=self._device)
+        self._images: list[str] = []
+
+    def run(self, batches: Iterator[list[dict]]) -> dict[str, float]:
+        """Takes the next micro-batches and makes one step.
+
+        Returns:
+            Scalars for the log: every loss and ``total_loss`` (means over micro-batches and
+            processes), ``data_time`` in seconds, ``gradient_norm`` of the step before.
+
+        Raises:
+            FloatingPointError: if a loss is not finite (the weights are then those before the
+                step), or the gradient of the step before was not.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = {}
+        data_time, norm = 0.0, 0.0
+        last_images, self._images = self._images, []
+        for micro in range(self._accumulation_steps):
+            start = time.perf_counter()
+            batch = next(batches)
+            data_time += time.perf_counter() - start
+            self._images += [str(image.get("file_name", "?")) for image in batch]
+            reader = self._backward(batch, synchronise=micro == self._accumulation_steps - 1)
+            own, mean, norm = reader.read()
+            self._check_losses(own)
+            self._check_norm(norm, last_images)
+            for name, value in mean.items():
+                sums[name] = sums.get(name, 0.0) + value / self._accumulation_steps
+        self.grad_scaler.unscale_(self.optimizer)
+        self._gradient_norm = self._clip_gradients(self._parameters)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        return {
+            **sums,
+            "total_loss": sum(sums.values()),
+            "data_time": data_time,
+            "gradient_norm": norm,
+        }
+
+    def check_gradient(self) -> None:
+        """Waits for the last step, and raises FloatingPointError if its gradient was not finite."""
+        self._check_norm(float(self._gradient_norm), self._images)
+
+    def _backward(self, batch: list[dict], synchronise: bool) -> LossReader:
+        wrapped = isinstance(self.model, DistributedDataParallel)
+        alone = wrapped and not synchronise
+        with self.model.no_sync() if alone else contextlib.nullcontext():
+            with torch.autocast(
+                self._device.type, dtype=self._dtype, enabled=self._dtype is not None
+            ):
+                losses = self.model(batch)
+            reader = LossReader(losses, self._gradient_norm)
+            total = torch.stack([loss.float() for loss in losses.values()]).sum()
+            self.grad_scaler.scale(total / self._accumulation_steps).backward()
+        return reader
+
+    def _check_losses(self, losses: dict[str, float]) -> None:
+        bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
+        if bad:
+            raise FloatingPointError(
+                f"Losses that are not finite: {bad}, on the images {self._images}. No step was "
+                "made, and the last checkpoint stays. Look at these images and their annotations, "
+                "or lower SOLVER.BASE_LR."
+            )
+
+    def _check_norm(self, norm: float, images: list[str]) -> None:
+        # In float16 an overflow is expected now and then: the scaler leaves such a step out.
+        if not math.isfinite(norm) and not self.grad_scaler.is_enabled():
+            raise FloatingPointError(
+                f"The norm of the gradient was {norm} on the images {images}, though every loss "
+                "was finite. The last checkpoint stays; resume from it with a lower SOLVER.BASE_LR."
+            )

@@ -1,0 +1,261 @@
+"""Training: detectron2's trainer with resumable data, averaged weights and one exact step."""
+
+import json
+import logging
+import os
+import weakref
+from collections import OrderedDict
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from maskdino.checkpoint import MaskDINOCheckpointer
+from maskdino.data import build_train_mapper, check_datasets
+from maskdino.data_stream import (
+    Purpose,
+    TrainingData,
+    build_training_data,
+    derive_seed,
+    seed_everything,
+)
+from maskdino.evaluation import build_evaluator
+from maskdino.hooks import (
+    ConsoleWriter,
+    PeriodicCheckpoint,
+    Resources,
+    SaveAverage,
+    WeightAverage,
+)
+from maskdino.solver import build_gradient_clipper, build_optimizer
+from maskdino.train_step import TrainStep
+
+logger = logging.getLogger(__name__)
+
+WRITE_PERIOD = 20  # iterations between lines of the log
+
+
+class MaskDINOTrainer(DefaultTrainer):
+    """Trains and evaluates what a configuration describes.
+
+    All randomness is a function of one seed and of the iteration: a run that was killed and is
+    resumed sees the same data, augmentation and noise as one that ran through. With ``SEED`` -1
+    the seed is drawn once, logged, and kept in the checkpoint.
+
+    Attributes:
+        seed: non-negative integer.
+        average: the averaged weights, or None.
+        scheduler: learning-rate schedule.
+        checkpointer: reads and writes the whole state.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """Builds model, optimizer, data and hooks; nothing is trained or loaded yet.
+
+        Raises:
+            ValueError, OSError: if the configuration, or a dataset that it names, is at fault.
+        """
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        check_datasets(cfg)
+        self.cfg = cfg
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.seed = cfg.SEED if cfg.SEED >= 0 else _draw_seed()
+        seed_everything(derive_seed(self.seed, Purpose.MODEL))
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self.training_data = self.build_train_loader(cfg)
+        self._batches = None
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+        self._trainer = TrainStep(
+            _distribute(model),
+            optimizer,
+            build_gradient_clipper(cfg),
+            accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
+            mixed_precision=cfg.SOLVER.AMP.ENABLED,
+        )
+        self._plain_model = model
+        parts = {"trainer": weakref.proxy(self)}
+        if self.average is not None:
+            parts["ema"] = self.average
+        self.checkpointer = MaskDINOCheckpointer(self.model, cfg.OUTPUT_DIR, **parts)
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See `maskdino.solver.build_optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainingData:
+        """Returns the training data; `train` starts it at the iteration it begins with."""
+        return build_training_data(cfg, build_train_mapper(cfg))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """See `maskdino.evaluation.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name)
+
+    def build_hooks(self) -> list[HookBase]:
+        """Returns the hooks, in the order in which they act after a step."""
+        cfg = self.cfg
+        result: list[HookBase] = [hooks.IterationTimer(), Resources(cfg.SOLVER.IMS_PER_BATCH)]
+        if self.average is not None:
+            folder = os.path.join(cfg.OUTPUT_DIR, "ema")
+            checkpointer = MaskDINOCheckpointer(self._plain_model, folder)
+            result.append(SaveAverage(checkpointer, self.average))
+        # Before the evaluation: should that fail, the weights are safe.
+        result.append(PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+        result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
+        if comm.is_main_process():
+            result.append(hooks.PeriodicWriter(self.build_writers(), period=WRITE_PERIOD))
+        return result
+
+    def build_writers(self) -> list:
+        """Returns the writers of the console, ``metrics.json`` and TensorBoard."""
+        folder = self.cfg.OUTPUT_DIR
+        PathManager.mkdirs(folder)
+        return [
+            ConsoleWriter(self.max_iter),
+            JSONWriter(os.path.join(folder, "metrics.json")),
+            TensorboardXWriter(folder),
+        ]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Goes on from the last checkpoint of ``OUTPUT_DIR``, or loads ``MODEL.WEIGHTS``.
+
+        Args:
+            resume: whether to look for a checkpoint; without one, training starts at the beginning.
+        """
+        resumed = resume and self.checkpointer.has_checkpoint()
+        if resume and not resumed:
+            logger.info("No checkpoint in %s: starting at the beginning.", self.cfg.OUTPUT_DIR)
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resumed:
+            self.start_iter = self.iter + 1
+        if self.average is not None and not self.average.restored:
+            if resumed:
+                logger.warning("The checkpoint has no averaged weights: the average starts now.")
+            self.average.reset()
+
+    def train(self) -> OrderedDict | None:
+        """Trains from ``start_iter`` to ``SOLVER.MAX_ITER``; see `DefaultTrainer.train`."""
+        logger.info("The seed is %d; training starts at iteration %d.", self.seed, self.start_iter)
+        self._batches = self.training_data.start(self.seed, self.start_iter)
+        try:
+            return super().train()
+        finally:
+            self._batches = None  # ends the loading processes
+
+    def run_step(self) -> None:
+        """Makes one optimizer step and records its scalars."""
+        seed_everything(derive_seed(self.seed, Purpose.STEP, self.iter, comm.get_rank()))
+        scalars = self._trainer.run(self._batches)
+        for name, value in scalars.items():
+            self.storage.put_scalar(name, value)
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        self.storage.put_scalar("lr", rate, smoothing_hint=False)
+        self.scheduler.step()
+        if self.average is not None:
+            self.average.update()
+
+    def check_gradient(self) -> None:
+        """See `TrainStep.check_gradient`."""
+        self._trainer.check_gradient()
+
+    def evaluate(self) -> OrderedDict:
+        """Evaluates the averaged weights, if there are, else the model's; also to a JSON file."""
+        if self.average is None:
+            self._last_eval_results = self.test(self.cfg, self._plain_model)
+        else:
+            with self.average.applied():
+                self._last_eval_results = self.test(self.cfg, self._plain_model)
+        if comm.is_main_process():
+            write_results(self.cfg.OUTPUT_DIR, self._last_eval_results)
+        return self._last_eval_results
+
+    def state_dict(self) -> dict:
+        """Returns all that a run needs to go on, but the weights."""
+        return {
+            **super().state_dict(),
+            "seed": self.seed,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "grad_scaler": self._trainer.grad_scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores `state_dict`; the seed is the checkpoint's, so that the data go on."""
+        super().load_state_dict(state_dict)
+        if self.cfg.SEED not in (-1, state_dict["seed"]):
+            logger.warning(
+                "SEED is %d, but the run began with %d, which stays.",
+                self.cfg.SEED,
+                state_dict["seed"],
+            )
+        self.seed = state_dict["seed"]
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self.scheduler.load_state_dict(state_dict["scheduler"])
+        if state_dict["grad_scaler"] and self._trainer.grad_scaler.is_enabled():
+            self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def evaluate_weights(cfg: CfgNode, resume: bool) -> OrderedDict:
+    """Evaluates ``MODEL.WEIGHTS``, or the last checkpoint of ``OUTPUT_DIR``, without training.
+
+    With ``SOLVER.EMA.ENABLED``, the averaged weights of the file are used, if it has them.
+
+    Args:
+        cfg: configuration.
+        resume: whether to prefer the last checkpoint.
+    """
+    check_datasets(cfg)
+    model = MaskDINOTrainer.build_model(cfg)
+    average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+    parts = {} if average is None else {"ema": average}
+    checkpointer = MaskDINOCheckpointer(model, cfg.OUTPUT_DIR, **parts)
+    path = cfg.MODEL.WEIGHTS
+    if resume and checkpointer.has_checkpoint():
+        path = checkpointer.get_checkpoint_file()
+    checkpointer.load(path)
+    if average is not None and average.restored:
+        logger.info("Evaluating the averaged weights.")
+        model.load_state_dict(average.state_dict())
+    results = MaskDINOTrainer.test(cfg, model)
+    if comm.is_main_process():
+        write_results(cfg.OUTPUT_DIR, results)
+    return results
+
+
+def write_results(folder: str, results: dict) -> None:
+    """Writes the numbers of an evaluation to ``<folder>/inference/results.json``."""
+    target = os.path.join(folder, "inference")
+    PathManager.mkdirs(target)
+    with PathManager.open(os.path.join(target, "results.json"), "w") as file:
+        json.dump(results, file, indent=1)
+
+
+def _draw_seed() -> int:
+    """Draws a seed, the same in all processes."""
+    return int(comm.all_gather(int.from_bytes(os.urandom(4), "little"))[0])
+
+
+def _distribute(model: nn.Module) -> nn.Module:
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    return DistributedDataParallel(
+        model,
+        device_ids=[comm.get_local_rank()] if on_gpu else None,
+        broadcast_buffers=False,
+    )

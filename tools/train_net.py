@@ -1,0 +1,108 @@
+"""Trains and evaluates Mask DINO.
+
+    python tools/train_net.py --config-file configs/coco/instance/maskdino_R50.yaml --num-gpus 8
+    python tools/train_net.py --config-file F --resume
+    python tools/train_net.py --config-file F --eval-only MODEL.WEIGHTS output/model_final.pth
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file F
+
+Keys and values at the end override the file: SOLVER.IMS_PER_BATCH 8 OUTPUT_DIR output/small
+"""
+
+import argparse
+import logging
+import sys
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+
+from maskdino.config import load_config
+from maskdino.launch import launch
+from maskdino.trainer import MaskDINOTrainer, evaluate_weights
+
+logger = logging.getLogger("maskdino.train_net")
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; ``words`` stands in for it in tests."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="do not train")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of this machine to use")
+    parser.add_argument(
+        "--num-processes", type=int, default=1, help="processes on a machine without GPU"
+    )
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument(
+        "--dist-url", default="auto", help="tcp://HOST:PORT of the first of several machines"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="values that override the file"
+    )
+    return parser.parse_args(words)
+
+
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """Reads the configuration, checks that the weights exist, and settles the device.
+
+    Raises:
+        FileNotFoundError: if the configuration or ``MODEL.WEIGHTS`` does not exist.
+        KeyError, ValueError: see `maskdino.config.load_config`.
+    """
+    if not PathManager.isfile(args.config_file):
+        raise FileNotFoundError(f"There is no configuration {args.config_file}")
+    cfg = load_config(args.config_file, args.opts)
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not PathManager.isfile(weights):
+        raise FileNotFoundError(f"MODEL.WEIGHTS names the file {weights}, which does not exist")
+    if args.eval_only and not weights and not args.resume:
+        raise ValueError("--eval-only needs MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def run(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Trains or evaluates, in one of possibly several processes."""
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="maskdino")
+    default_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu":
+        logger.warning("Running on the CPU, in float32.")
+    if args.eval_only:
+        evaluate_weights(cfg, resume=args.resume)
+        return
+    trainer = MaskDINOTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+def main() -> None:
+    """Runs the command."""
+    args = parse_arguments()
+    try:
+        cfg = read_config(args)
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    if not torch.cuda.is_available() and args.num_gpus > 1:
+        sys.exit(f"error: --num-gpus {args.num_gpus}, but there is no GPU; use --num-processes")
+    launch(
+        run,
+        args,
+        cfg,
+        processes=args.num_gpus if torch.cuda.is_available() else args.num_processes,
+        machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        url=args.dist_url,
+    )
+
+
+if __name__ == "__main__":
+    main()
