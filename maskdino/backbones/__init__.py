@@ -1,0 +1,15 @@
+"""Backbones: any timm model with a feature pyramid, or one that detectron2 has registered."""
+
+from .build import D2SwinTransformer, build_backbone, build_timm_backbone
+from .convert import convert_backbone, convert_swin, swin_rules
+from .timm_backbone import TimmBackbone
+
+__all__ = [
+    "D2SwinTransformer",
+    "TimmBackbone",
+    "build_backbone",
+    "build_timm_backbone",
+    "convert_backbone",
+    "convert_swin",
+    "swin_rules",
+]

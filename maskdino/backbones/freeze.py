@@ -1,0 +1,66 @@
+"""Freezing of the first stages of a timm feature extractor, counted as detectron2 counts them."""
+
+from timm.utils import freeze
+from torch import nn
+
+
+def freeze_stages(body: nn.Module, freeze_at: int) -> None:
+    """Freezes parameters and batch-norm statistics of the first stages (in place).
+
+    Args:
+        body: a timm model made with `features_only=True`.
+        freeze_at: 0 freezes nothing, 1 all that comes before res2 (the stem), 2 also res2, ... 5
+            also res5.
+
+    Raises:
+        ValueError: if `freeze_at` is outside 0..5 or its stage is none of the model's.
+    """
+    if not 0 <= freeze_at <= 5:
+        raise ValueError(f"MODEL.BACKBONE.FREEZE_AT must be 0, 1, 2, 3, 4 or 5, got {freeze_at}")
+    if freeze_at == 0:
+        return
+    stage = _stage_name(body, stride=2 ** max(freeze_at, 2))
+    names = [name for name, _ in body.named_modules()]
+    if freeze_at == 1:
+        last = names.index(stage) - 1
+    else:
+        last = max(i for i, name in enumerate(names) if _is_inside(name, stage))
+    frozen = _topmost_until(names, last)
+    if frozen:  # timm takes an empty list for "everything"
+        freeze(body, frozen)
+
+
+def _is_inside(name: str, parent: str) -> bool:
+    return name == parent or parent == "" or name.startswith(parent + ".")
+
+
+def _topmost_until(names: list[str], last: int) -> list[str]:
+    """Names of the largest modules that lie completely in `names[: last + 1]` (the order of registration)."""
+    chosen: list[str] = []
+    for name in names[: last + 1]:
+        if any(_is_inside(name, parent) for parent in chosen):
+            continue
+        if not any(_is_inside(later, name) for later in names[last + 1 :]):
+            chosen.append(name)
+    return chosen
+
+
+def _stage_name(body: nn.Module, stride: int) -> str:
+    """Name inside `body` of the module that gives the last feature of this stride."""
+    modules = dict(body.named_modules())
+    named = [info["module"] for info in body.feature_info.info if info["reduction"] == stride]
+    if not named:
+        raise ValueError(
+            f"MODEL.BACKBONE.FREEZE_AT asks for a stage of stride {stride}; there is none"
+        )
+    # timm's extractors keep a module's name, flatten its first dot, or hold the whole model in
+    # `body` or `model`.
+    name = named[-1]
+    candidates = (name, name.replace(".", "_", 1), f"body.{name}", f"model.{name}")
+    for candidate in candidates:
+        if candidate in modules:
+            return candidate
+    raise ValueError(
+        f"cannot freeze stages of this backbone: no module of it is called {' or '.join(candidates)}; "
+        "set MODEL.BACKBONE.FREEZE_AT: 0"
+    )
