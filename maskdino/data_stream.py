@@ -39,7 +39,11 @@ class Purpose(IntEnum):
 
 def derive_seed(seed: int, purpose: Purpose, *parts: int) -> int:
     """Returns a 63-bit seed that depends on all the non-negative integers, in order."""
-    words = np.random.SeedSequence((purpose, seed, *parts)).generate_state(2, np.uint32).astype(np.uint64)
+    words = (
+        np.random.SeedSequence((purpose, seed, *parts))
+        .generate_state(2, np.uint32)
+        .astype(np.uint64)
+    )
     return int(words[0] << np.uint64(31) | words[1] >> np.uint64(1))
 
 

@@ -109,7 +109,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
         cfg.MODEL.MASK_DINO.MASK_ON,
     )
-    builders = [EVALUATORS[kind][task] for task in enabled if enabled[task] and task in EVALUATORS[kind]]
+    builders = [
+        EVALUATORS[kind][task] for task in enabled if enabled[task] and task in EVALUATORS[kind]
+    ]
     if not builders:
         raise ValueError(
             f"Nothing to evaluate on '{dataset_name}': it serves {', '.join(EVALUATORS[kind])}, "

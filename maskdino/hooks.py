@@ -205,6 +205,4 @@ class ConsoleWriter(EventWriter):
 
 def _main_losses(names: dict) -> list[str]:
     losses = sorted(name for name in names if name.startswith("loss"))
-    return [
-        name for name in losses if not any(name.startswith(f"{other}_") for other in losses)
-    ]
+    return [name for name in losses if not any(name.startswith(f"{other}_") for other in losses)]

@@ -76,7 +76,9 @@ class MaskDINOTrainer(DefaultTrainer):
         self.training_data = self.build_train_loader(cfg)
         self._batches = None
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+        self.average = (
+            WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+        )
         self._trainer = TrainStep(
             _distribute(model),
             optimizer,

@@ -39,7 +39,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--num-processes", type=int, default=1, help="processes on a machine without GPU"
     )
     parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, help="number of this machine, from 0"
+    )
     parser.add_argument(
         "--dist-url", default="auto", help="tcp://HOST:PORT of the first of several machines"
     )
@@ -63,7 +65,9 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     if weights and "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS names the file {weights}, which does not exist")
     if args.eval_only and not weights and not args.resume:
-        raise ValueError("--eval-only needs MODEL.WEIGHTS FILE, or --resume for the last checkpoint")
+        raise ValueError(
+            "--eval-only needs MODEL.WEIGHTS FILE, or --resume for the last checkpoint"
+        )
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
