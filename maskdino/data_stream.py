@@ -39,12 +39,8 @@ class Purpose(IntEnum):
 
 def derive_seed(seed: int, purpose: Purpose, *parts: int) -> int:
     """Returns a 63-bit seed that depends on all the non-negative integers, in order."""
-    words = (
-        np.random.SeedSequence((purpose, seed, *parts))
-        .generate_state(2, np.uint32)
-        .astype(np.uint64)
-    )
-    return int(words[0] << np.uint64(31) | words[1] >> np.uint64(1))
+    high, low = np.random.SeedSequence((purpose, seed, *parts)).generate_state(2).tolist()
+    return high << 31 | low >> 1
 
 
 def seed_everything(seed: int) -> None:
@@ -175,8 +171,9 @@ class TrainingData:
         shares = comm.get_world_size() * accumulation_steps
         if batch_size < 1 or batch_size % shares:
             raise ValueError(
-                f"SOLVER.IMS_PER_BATCH is {batch_size}; it must be a positive multiple of the "
-                f"{comm.get_world_size()} processes x SOLVER.ACCUMULATION_STEPS {accumulation_steps}."
+                f"SOLVER.IMS_PER_BATCH is {batch_size}; it must be a positive multiple of "
+                f"{comm.get_world_size()} processes x {accumulation_steps} "
+                "SOLVER.ACCUMULATION_STEPS."
             )
         self._records = DatasetFromList(records, copy=False)
         self._mapper = mapper

@@ -109,12 +109,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
         cfg.MODEL.MASK_DINO.MASK_ON,
     )
-    builders = [
-        EVALUATORS[kind][task] for task in enabled if enabled[task] and task in EVALUATORS[kind]
-    ]
+    table = EVALUATORS[kind]
+    builders = [table[task] for task, on in enabled.items() if on and task in table]
     if not builders:
         raise ValueError(
-            f"Nothing to evaluate on '{dataset_name}': it serves {', '.join(EVALUATORS[kind])}, "
+            f"Nothing to evaluate on '{dataset_name}': it serves {', '.join(table)}, "
             f"the model does {[task for task in enabled if enabled[task]]} (MODEL.MASK_DINO.TEST)."
         )
     return DatasetEvaluators([builder(request) for builder in builders])

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from maskdino.checkpoint import MaskDINOCheckpointer
+from maskdino.config import load_config
 from maskdino.data import build_train_mapper, check_datasets
 from maskdino.data_stream import (
     Purpose,
@@ -34,8 +35,12 @@ from maskdino.hooks import (
     SaveAverage,
     WeightAverage,
 )
+from maskdino.launch import launch
 from maskdino.solver import build_gradient_clipper, build_optimizer
 from maskdino.train_step import TrainStep
+
+# All that the command for training needs.
+__all__ = ["MaskDINOTrainer", "evaluate_weights", "launch", "load_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +81,7 @@ class MaskDINOTrainer(DefaultTrainer):
         self.training_data = self.build_train_loader(cfg)
         self._batches = None
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.average = (
-            WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
-        )
+        self.average = _build_average(cfg, model)
         self._trainer = TrainStep(
             _distribute(model),
             optimizer,
@@ -223,7 +226,7 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> OrderedDict:
     """
     check_datasets(cfg)
     model = MaskDINOTrainer.build_model(cfg)
-    average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+    average = _build_average(cfg, model)
     parts = {} if average is None else {"ema": average}
     checkpointer = MaskDINOCheckpointer(model, cfg.OUTPUT_DIR, **parts)
     path = cfg.MODEL.WEIGHTS
@@ -245,6 +248,11 @@ def write_results(folder: str, results: dict) -> None:
     PathManager.mkdirs(target)
     with PathManager.open(os.path.join(target, "results.json"), "w") as file:
         json.dump(results, file, indent=1)
+
+
+def _build_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
+    ema = cfg.SOLVER.EMA
+    return WeightAverage(model, ema.DECAY) if ema.ENABLED else None
 
 
 def _draw_seed() -> int:

@@ -19,9 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from maskdino.config import load_config
-from maskdino.launch import launch
-from maskdino.trainer import MaskDINOTrainer, evaluate_weights
+from maskdino.trainer import MaskDINOTrainer, evaluate_weights, launch, load_config
 
 logger = logging.getLogger("maskdino.train_net")
 
