@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+AREA_EPS = 1e-6  # added to areas that divide, as in the released models; boxes are parts of the canvas
 EMPTY_MASK_COORDINATE = 1e8  # upper left corner that "mask2box" gives an empty mask
 
 
@@ -33,8 +34,7 @@ def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     )
     hull = _area(torch.minimum(boxes_a[..., :2], boxes_b[..., :2]), torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:]))
     union = area_a + area_b - intersection
-    tiny = torch.finfo(union.dtype).tiny  # two empty boxes: 0 instead of NaN
-    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    return intersection / (union + AREA_EPS) - (hull - union) / (hull + AREA_EPS)
 
 
 def _area(low: Tensor, high: Tensor) -> Tensor:

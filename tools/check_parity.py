@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""Compares this implementation with a worked case of the released one: outputs, results, losses, gradients.
+
+    python tools/check_parity.py --folder FOLDER --case NAME
+
+FOLDER holds NAME_config.yaml (released keys), NAME_parameters.tsv and make_weights.py (which make the weights),
+NAME_inputs.npz and NAME_expected.npz. The exit status is 0 only if outputs, results and losses agree to 1e-4 and
+gradient norms to 1e-3, relative to the largest magnitude of each quantity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.structures import BitMasks, Instances
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from maskdino.config import add_maskdino_config
+from maskdino.model import MaskDINO
+from maskdino.modeling.heads import mask_logits
+from maskdino.ops.points import PointSampler
+from maskdino.postprocess import Frame
+from maskdino.released import ReleasedStructure, convert_config, convert_weights, our_names
+from maskdino.structures import PackedMasks
+from maskdino.targets import prepare_targets
+
+VALUE_BOUND, GRADIENT_BOUND = 1e-4, 1e-3
+OUTPUT_SIZE = (256, 320)  # height and width that the cases ask for
+TERMS = {
+    "loss_ce": "loss_class",
+    "loss_bbox": "loss_l1",
+    "loss_giou": "loss_giou",
+    "loss_mask": "loss_mask_bce",
+    "loss_dice": "loss_mask_dice",
+}
+
+
+class FixedPoints(PointSampler):
+    """Gives the same points at every draw."""
+
+    def __init__(self, points: Tensor) -> None:
+        super().__init__(len(points), 1.0, 0.0)
+        self.points = points
+
+    def uniform(self, number: int, device: torch.device) -> Tensor:
+        return self.points.to(device).expand(number, -1, -1)
+
+    def uncertain(self, maps: Tensor) -> Tensor:
+        return self.points.to(maps.device).expand(len(maps), -1, -1)
+
+
+class Case:
+    """A worked case: our model with its weights, its inputs, and what it must compute."""
+
+    def __init__(self, folder: Path, name: str, device: str = "cpu") -> None:
+        self.inputs = dict(np.load(folder / f"{name}_inputs.npz"))
+        self.expected = dict(np.load(folder / f"{name}_expected.npz"))
+        self.weights = {
+            key: torch.from_numpy(value)
+            for key, value in _weight_maker(folder).released_weights(str(folder / f"{name}_parameters.tsv")).items()
+        }
+        self.cfg = released_cfg(folder / f"{name}_config.yaml")
+        self.cfg.MODEL.DEVICE = device
+        self.model = MaskDINO(self.cfg).to(device)
+        heads = self.cfg.MODEL.MASK_DINO.ENCODER.NUM_HEADS
+        missing, unexpected = self.model.load_state_dict(convert_weights(self.weights, heads), strict=False)
+        missing = [key for key in missing if not key.endswith(("num_batches_tracked", "relative_position_index"))]
+        if missing or unexpected:
+            raise ValueError(f"weights do not fit: missing {missing[:8]}, left over {unexpected[:8]}")
+        self.images = torch.from_numpy(self.inputs["images"]).float().to(device)
+
+    def normalized(self) -> Tensor:
+        return self.model.preprocess([{"image": image} for image in self.images]).tensor
+
+    @torch.no_grad()
+    def outputs(self) -> Iterator[tuple[str, Tensor]]:
+        """What `eval/...` names: the last layer's predictions and the encoder's."""
+        model = self.model.eval()
+        images = self.normalized()
+        predictions, pixels = model.predict(images)
+        yield "eval/pred_logits", predictions.class_logits
+        yield "eval/pred_boxes", predictions.boxes
+        yield "eval/pred_masks", mask_logits(predictions.mask_embeddings, pixels)
+        memory, pixels = model._encode(images)
+        _, proposals = model.query_selection(memory, pixels, model.heads)
+        if proposals is not None:
+            yield "eval/interm_logits", proposals.class_logits
+            yield "eval/interm_boxes", proposals.boxes
+
+    @torch.no_grad()
+    def results(self) -> Iterator[tuple[str, Tensor]]:
+        """What `result/<image>/...` names: after post-processing."""
+        height, width = OUTPUT_SIZE
+        inputs = [{"image": image, "height": height, "width": width} for image in self.images]
+        for i, result in enumerate(self.model.eval()(inputs)):
+            if "instances" in result:
+                instances = result["instances"]
+                yield f"result/{i}/instances/scores", instances.scores
+                yield f"result/{i}/instances/classes", instances.pred_classes
+                yield f"result/{i}/instances/boxes", instances.pred_boxes.tensor
+                yield f"result/{i}/instances/mask_area", instances.pred_masks.sum((1, 2))
+            if "sem_seg" in result:
+                yield f"result/{i}/sem_seg", result["sem_seg"]
+                classes = result["sem_seg"].argmax(0).flatten()
+                yield f"result/{i}/sem_seg_argmax_hist", torch.bincount(classes, minlength=len(result["sem_seg"]))
+            if "panoptic_seg" in result:
+                yield f"result/{i}/panoptic_seg", result["panoptic_seg"][0]
+
+    def losses(self) -> dict[str, Tensor]:
+        """Weighted losses under released names, with every random point replaced by the case's."""
+        model = self.model.train()
+        model.criterion.points = FixedPoints(torch.from_numpy(self.inputs["points"]).float())
+        images = self.normalized()
+        instances = []
+        for i in range(len(self.images)):
+            masks = torch.from_numpy(self.inputs[f"masks_{i}"]).bool()
+            of_image = Instances(tuple(masks.shape[1:]))
+            of_image.gt_classes = torch.from_numpy(self.inputs[f"labels_{i}"]).long()
+            of_image.gt_boxes = BitMasks(masks).get_bounding_boxes()
+            of_image.gt_masks = PackedMasks.from_bool(masks)
+            instances.append(of_image)
+        targets = prepare_targets(instances, tuple(images.shape[-2:]), model.is_thing, images.device)
+        return {released_loss_name(name): loss for name, loss in model.losses(images, targets).items()}
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of the gradient of each released parameter (reordering levels does not change a norm)."""
+        parameters = dict(self.model.named_parameters())
+        heads = self.cfg.MODEL.MASK_DINO.ENCODER.NUM_HEADS
+        structure = ReleasedStructure.from_shapes({k: tuple(v.shape) for k, v in self.weights.items()}, heads)
+        return {
+            f"grad_norm/{name}": parameters[ours].grad.norm().item()
+            for name, ours in our_names(self.weights, structure).items()
+            if ours in parameters and parameters[ours].grad is not None
+        }
+
+
+def released_cfg(path: Path) -> CfgNode:
+    """Our configuration from a released YAML file."""
+    cfg = get_cfg()
+    add_maskdino_config(cfg)
+    convert_config(yaml.safe_load(path.read_text()), cfg)
+    return cfg
+
+
+def released_loss_name(name: str) -> str:
+    """`loss_l1_denoising_layer2` to `loss/loss_bbox_dn_2`."""
+    found = re.fullmatch(r"(loss_\w+?)(_denoising)?(_initial|_proposal|_layer\d+)?", name)
+    term = next(released for released, ours in TERMS.items() if ours == found[1])
+    suffix = (found[3] or "").replace("_layer", "_").replace("_initial", "_0").replace("_proposal", "_interm")
+    return f"loss/{term}{'_dn' if found[2] else ''}{suffix}"
+
+
+def relative_error(ours: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference, relative to the largest magnitude that is expected."""
+    if ours.shape != expected.shape:
+        return float("inf")
+    scale = max(float(np.abs(expected).max(initial=0.0)), 1e-6)
+    return float(np.abs(ours.astype(np.float64) - expected).max(initial=0.0)) / scale
+
+
+def pooled(ours: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Means over blocks of pixels, where the case kept only these of a (K, height, width) result."""
+    if ours.ndim == 3 and ours.shape[1:] != expected.shape[1:]:
+        block = tuple(have // want for have, want in zip(ours.shape[1:], expected.shape[1:], strict=True))
+        return F.avg_pool2d(torch.from_numpy(ours)[None], block)[0].numpy()
+    return ours
+
+
+def align_instances(computed: dict[str, np.ndarray], expected: dict[str, np.ndarray], image: int) -> None:
+    """Puts our instances of an image in the order of the expected ones, which is not defined (in place)."""
+    prefix = f"result/{image}/instances/"
+    if f"{prefix}boxes" not in expected or len(computed[f"{prefix}boxes"]) != len(expected[f"{prefix}boxes"]):
+        return
+    distance = np.abs(expected[f"{prefix}boxes"][:, None] - computed[f"{prefix}boxes"]).sum(-1)
+    distance = distance + (expected[f"{prefix}classes"][:, None] != computed[f"{prefix}classes"]) * distance.max()
+    order = linear_sum_assignment(distance)[1]
+    for name in [name for name in computed if name.startswith(prefix)]:
+        computed[name] = computed[name][order]
+
+
+def compare(case: Case) -> Iterator[tuple[str, float, float]]:
+    """Yields (quantity, relative error, bound); an expected quantity that we do not compute has an infinite error."""
+    computed = {name: value.cpu().numpy() for name, value in (*case.outputs(), *case.results())}
+    for image in range(len(case.images)):
+        align_instances(computed, case.expected, image)
+    losses = case.losses()
+    sum(losses.values()).backward()
+    computed |= {name: loss.detach().cpu().numpy() for name, loss in losses.items()}
+    computed |= {name: np.asarray(norm) for name, norm in case.gradient_norms().items()}
+    for name in sorted(losses.keys() - case.expected.keys()):
+        yield f"{name} (not expected)", float("inf"), VALUE_BOUND
+    for name, expected in case.expected.items():
+        bound = GRADIENT_BOUND if name.startswith("grad_norm/") else VALUE_BOUND
+        ours = computed.get(name)
+        yield name, float("inf") if ours is None else relative_error(pooled(ours, expected), expected), bound
+
+
+def main() -> int:
+    """Prints one line for each quantity, then the verdict."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the worked cases")
+    parser.add_argument("--case", required=True, help="name of the case, such as instance")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    failed = 0
+    worst: dict[str, float] = {}
+    for name, error, bound in compare(Case(arguments.folder, arguments.case, arguments.device)):
+        ok = error <= bound
+        failed += not ok
+        group = name.split("/")[0]
+        worst[group] = max(worst.get(group, 0.0), error)
+        print(f"{'ok  ' if ok else 'FAIL'} {error:9.2e}  {name}")
+    print("; ".join(f"{group}: {error:.1e}" for group, error in worst.items()))
+    print(f"case {arguments.case}: {'passed' if not failed else f'{failed} quantities differ'}")
+    return int(failed > 0)
+
+
+def _weight_maker(folder: Path) -> object:
+    spec = importlib.util.spec_from_file_location("make_weights", folder / "make_weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    sys.exit(main())
