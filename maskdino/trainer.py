@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter, TensorboardXWriter
 from detectron2.utils.file_io import PathManager
@@ -17,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import maskdino.model  # noqa: F401  registers the meta-architecture
 from maskdino.checkpoint import MaskDINOCheckpointer
 from maskdino.config import load_config
 from maskdino.data import build_train_mapper, check_datasets
@@ -97,6 +99,14 @@ class MaskDINOTrainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Builds the meta-architecture that the configuration names, on its device."""
+        model = build_model(cfg)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info("%s with %.1f M trainable parameters.", type(model).__name__, trained / 1e6)
+        return model
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """See `maskdino.solver.build_optimizer`."""
         return build_optimizer(cfg, model)
@@ -117,6 +127,7 @@ class MaskDINOTrainer(DefaultTrainer):
         result: list[HookBase] = [hooks.IterationTimer(), Resources(cfg.SOLVER.IMS_PER_BATCH)]
         if self.average is not None:
             folder = os.path.join(cfg.OUTPUT_DIR, "ema")
+            PathManager.mkdirs(folder)
             checkpointer = MaskDINOCheckpointer(self._plain_model, folder)
             result.append(SaveAverage(checkpointer, self.average))
         # Before the evaluation: should that fail, the weights are safe.
@@ -228,7 +239,7 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> OrderedDict:
     model = MaskDINOTrainer.build_model(cfg)
     average = _build_average(cfg, model)
     parts = {} if average is None else {"ema": average}
-    checkpointer = MaskDINOCheckpointer(model, cfg.OUTPUT_DIR, **parts)
+    checkpointer = MaskDINOCheckpointer(model, cfg.OUTPUT_DIR, require_all=True, **parts)
     path = cfg.MODEL.WEIGHTS
     if resume and checkpointer.has_checkpoint():
         path = checkpointer.get_checkpoint_file()

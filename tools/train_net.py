@@ -10,11 +10,13 @@ Keys and values at the end override the file: SOLVER.IMS_PER_BATCH 8 OUTPUT_DIR 
 
 import argparse
 import logging
+import os
+import platform
 import sys
 
+import detectron2
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
@@ -72,12 +74,28 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
+def set_up(cfg: CfgNode) -> None:
+    """Opens the logs, and writes the whole configuration beside them."""
+    PathManager.mkdirs(cfg.OUTPUT_DIR)
+    for name in ("fvcore", "detectron2", "maskdino"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    if comm.is_main_process():
+        path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+        with PathManager.open(path, "w") as file:
+            file.write(cfg.dump())
+        logger.info("Command: %s", " ".join(sys.argv))
+        logger.info("The whole configuration is in %s", path)
+        versions = (detectron2.__version__, torch.__version__, platform.python_version())
+        logger.info("detectron2 %s, torch %s, Python %s", *versions)
+        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        device = torch.cuda.get_device_name() if on_gpu else "the CPU, in float32"
+        logger.info("%d process(es) on %s", comm.get_world_size(), device)
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Trains or evaluates, in one of possibly several processes."""
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="maskdino")
-    default_setup(cfg, args)
-    if cfg.MODEL.DEVICE == "cpu":
-        logger.warning("Running on the CPU, in float32.")
+    set_up(cfg)
     if args.eval_only:
         evaluate_weights(cfg, resume=args.resume)
         return
