@@ -15,7 +15,8 @@ pictures=$output/predictions
 
 say() { printf 'quickstart: %s\n' "$*"; }
 
-# Prints the last evaluation that the run logged: mask and box AP and AP50. Fails if there is none.
+# Prints the result of the finished run: mask and box AP and AP50. Fails if the last thing that the
+# run logged is no evaluation.
 last_evaluation() {
   "$python" - "$output/metrics.json" <<'PYTHON'
 import json
@@ -24,19 +25,18 @@ from pathlib import Path
 
 path = Path(sys.argv[1])
 lines = path.read_text().splitlines() if path.is_file() else []
-evaluated = [record for record in map(json.loads, lines) if "segm/AP" in record]
-if not evaluated:
-    sys.exit(1)
-last = evaluated[-1]
+last = json.loads(lines[-1]) if lines else {}
+if "segm/AP" not in last:
+    sys.exit(f"{path} does not end with an evaluation")
 masks, boxes = ([last[f"{task}/{name}"] for name in ("AP", "AP50")] for task in ("segm", "bbox"))
 print(
     f"masks: AP {masks[0]:.1f}, AP50 {masks[1]:.1f}; boxes: AP {boxes[0]:.1f}, AP50 {boxes[1]:.1f}"
-    f" (iteration {last['iteration'] + 1}, validation images)"
+    " (in percent, on the validation images)"
 )
 PYTHON
 }
 
-if [ -f "$output/model_final.pth" ] && last_evaluation >/dev/null; then
+if [ -f "$output/model_final.pth" ] && last_evaluation >/dev/null 2>&1; then
   say "$output/model_final.pth is trained already; to start over: rm -r $output"
 else
   [ ! -f "$output/last_checkpoint" ] || say "going on from $(cat "$output/last_checkpoint")"
