@@ -38,7 +38,7 @@ def build_backbone(cfg: CfgNode) -> Backbone:
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """The builder for plain detectron2 models, which want a registered name: the timm model is MODEL.TIMM.NAME."""
+    """Builder for plain detectron2 models, which want a registered name; takes MODEL.TIMM.NAME."""
     return _timm_backbone(cfg, cfg.MODEL.TIMM.NAME, input_shape)
 
 

@@ -46,12 +46,12 @@ def swin_rules(names: Iterable[str]) -> dict[str, tuple[str, Tensor | None]]:
 
 
 def is_unused_in_swin(name: str) -> bool:
-    """Whether a tensor of a Swin file (no leading "backbone.") is a derived table, or the classifier's."""
+    """Whether a Swin file's tensor is a derived table or a classifier's (names as in `swin_rules`)."""
     return _UNUSED_IN_SWIN.fullmatch(name) is not None
 
 
 def convert_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames a Swin's weights for `TimmBackbone.load_state_dict`; `state_dict` as for `swin_rules`."""
+    """Renames a Swin's weights (names as in `swin_rules`) for `TimmBackbone.load_state_dict`."""
     return {ours: state_dict[name] for name, (ours, _) in swin_rules(state_dict).items()}
 
 
@@ -101,7 +101,7 @@ def _swin_name(name: str, merge_ends_stage: bool) -> str:
 
 
 def _timm_name(name: str, wanted: Iterable[str]) -> str:
-    """The name inside timm's extractor, which flattens the first dot where the model keeps a sequence."""
+    """The name inside timm's extractor, which flattens the first dot where there is a sequence."""
     flattened = f"body.{name.replace('.', '_', 1)}"
     return flattened if _part(flattened) in {_part(other) for other in wanted} else f"body.{name}"
 

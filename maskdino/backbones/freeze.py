@@ -35,7 +35,7 @@ def _is_inside(name: str, parent: str) -> bool:
 
 
 def _topmost_until(names: list[str], last: int) -> list[str]:
-    """Names of the largest modules that lie completely in `names[: last + 1]` (the order of registration)."""
+    """Names of the largest modules that lie in `names[: last + 1]` (in order of registration)."""
     chosen: list[str] = []
     for name in names[: last + 1]:
         if any(_is_inside(name, parent) for parent in chosen):
@@ -61,6 +61,6 @@ def _stage_name(body: nn.Module, stride: int) -> str:
         if candidate in modules:
             return candidate
     raise ValueError(
-        f"cannot freeze stages of this backbone: no module of it is called {' or '.join(candidates)}; "
+        f"cannot freeze stages: no module of the backbone is called {' or '.join(candidates)}; "
         "set MODEL.BACKBONE.FREEZE_AT: 0"
     )

@@ -28,7 +28,7 @@ def swin_arguments(name: str) -> dict[str, bool]:
 
 
 class _PadToWindows:
-    """Mixin of a timm Swin block: pads the map to whole windows before it is rolled, and crops it again."""
+    """Mixin of a timm Swin block: pads the map to whole windows before it is rolled."""
 
     def _attn(self, x: Tensor) -> Tensor:
         """Window attention of a map (B, H, W, C), float, of any size; returns the same shape."""

@@ -11,7 +11,7 @@ from typing import Any
 import timm
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
-from timm.layers import convert_sync_batchnorm
+from timm.layers import DropPath, convert_sync_batchnorm
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -77,6 +77,8 @@ class TimmBackbone(Backbone):
         if output_norm:
             self.norms.update({f: nn.LayerNorm(c) for f, c in self._out_feature_channels.items()})
 
+        if drop_path_rate == 0:
+            _disable_drop_path(self.body)
         pad_before_shift(self.body)
         freeze_stages(self.body, freeze_at)
         self.body = _with_batch_norm(self.body, batch_norm)
@@ -145,10 +147,10 @@ def _create_extractor(
     reductions = [info["reduction"] for info in body.feature_info.info]
     missing = [stride for stride in strides if stride not in reductions]
     if missing:
+        lacking = ", ".join(f"res{stride.bit_length() - 1} (stride {stride})" for stride in missing)
         raise ValueError(
             f"backbone {name!r} has features of strides {sorted(set(reductions))} and lacks "
-            f"{', '.join(f'res{stride.bit_length() - 1} (stride {stride})' for stride in missing)}; "
-            "choose a model with a feature pyramid, or other features"
+            f"{lacking}; choose a model with a feature pyramid, or other features"
         )
     last = {
         reduction: index for index, reduction in enumerate(reductions)
@@ -170,14 +172,14 @@ def _check_name(name: str) -> None:
     )
     hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
     raise ValueError(
-        f"MODEL.BACKBONE.NAME: {name!r} is neither registered in detectron2 nor a timm model; {hint}"
+        f"MODEL.BACKBONE.NAME: {name!r} is registered neither in detectron2 nor in timm; {hint}"
     )
 
 
 def _features_only(name: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, features_only=True, **options)
-    except (RuntimeError, NotImplementedError, AttributeError, AssertionError) as error:
+    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"timm cannot make a feature extractor of {name!r} with {dict(options)}: {error}"
         ) from error
@@ -189,8 +191,8 @@ def _pretrained(name: str, options: Mapping[str, Any]) -> nn.Module:
         return timm.create_model(name, features_only=True, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
         raise RuntimeError(
-            f"timm's weights of {name!r} cannot be loaded ({error}); without network, convert a file with "
-            "tools/convert_backbone.py, give it as MODEL.WEIGHTS and set MODEL.TIMM.PRETRAINED False"
+            f"timm's weights of {name!r} cannot be loaded ({error}); without network, convert a "
+            "file with tools/convert_backbone.py and give it as MODEL.WEIGHTS"
         ) from error
 
 
@@ -206,8 +208,15 @@ def _with_batch_norm(body: nn.Module, batch_norm: str) -> nn.Module:
     return body
 
 
+def _disable_drop_path(body: nn.Module) -> None:
+    """Switches off stochastic depth, which some models (Swin) have unless told otherwise."""
+    for module in body.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+
+
 def _enable_checkpointing(body: nn.Module) -> None:
-    """Switches on activation checkpointing: inside the stages where timm can, else of whole stages."""
+    """Switches on activation checkpointing: inside stages where timm can, else of whole stages."""
     inner = [m for m in body.modules() if m is not body and hasattr(m, "grad_checkpointing")]
     for module in inner or [body]:
         module.grad_checkpointing = True
