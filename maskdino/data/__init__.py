@@ -4,7 +4,11 @@ Importing registers the datasets.
 """
 
 from maskdino.data.checks import check_datasets
-from maskdino.data.datasets import register_coco_folder, register_panoptic_folder
+from maskdino.data.datasets import (
+    register_coco_folder,
+    register_panoptic_folder,
+    register_semantic_folder,
+)
 from maskdino.data.mappers import (
     InstanceMapper,
     PanopticMapper,
@@ -22,4 +26,5 @@ __all__ = [
     "check_datasets",
     "register_coco_folder",
     "register_panoptic_folder",
+    "register_semantic_folder",
 ]

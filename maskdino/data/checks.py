@@ -24,6 +24,7 @@ _PREPARE_SCRIPTS = {
     "panoptic_semseg_": "prepare_coco_semantic.py",
     "cityscapes_panoptic_": "prepare_cityscapes.py",
     "objects365_": "prepare_objects365.py",
+    "nuclei/semantic_": "prepare_semantic_from_instances.py",
 }
 _PATHS = (
     "json_file",

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets import load_coco_json, load_sem_seg
 from detectron2.utils.file_io import PathManager
 
 from maskdino.data.reading import DataError
@@ -209,9 +209,53 @@ def _register(name: str, load: Callable[[], list[dict]], metadata: dict) -> None
     MetadataCatalog.get(name).set(**metadata)
 
 
+def register_semantic_folder(
+    name: str,
+    sem_seg_root: str | Path,
+    image_root: str | Path,
+    classes: list[str],
+    *,
+    image_ext: str = "jpg",
+    root_variable: str = ROOT_VARIABLE,
+) -> None:
+    """Registers images with semantic maps: PNG files of the same names; 255 is ignored.
+
+    Args:
+        name: under which cfg.DATASETS finds it.
+        sem_seg_root: folder of the maps; a pixel is the position of its class in `classes`.
+        image_root: folder of the images.
+        classes: names.
+        image_ext: how the names of the images end.
+        root_variable: the environment variable that moves the dataset, for messages.
+
+    Raises:
+        ValueError: the name is taken by other files.
+    """
+    paths = {"sem_seg_root": str(sem_seg_root), "image_root": str(image_root)}
+    _register(
+        name,
+        lambda: load_sem_seg(paths["sem_seg_root"], paths["image_root"], image_ext=image_ext),
+        {
+            **paths,
+            "stuff_classes": classes,
+            "ignore_label": 255,
+            "evaluator_type": "sem_seg",
+            "root_variable": root_variable,
+        },
+    )
+
+
 def _register_nuclei() -> None:
     folder = own_datasets_root() / "nuclei"
     for split in ("train", "val"):
+        register_semantic_folder(
+            f"nuclei_sem_seg_{split}",
+            folder / f"semantic_{split}",
+            folder / split,
+            ["background", "nucleus"],
+            image_ext="png",
+            root_variable=OWN_ROOT_VARIABLE,
+        )
         register_coco_folder(
             f"nuclei_{split}",
             folder / "annotations" / f"instances_{split}.json",

@@ -45,8 +45,8 @@ class Window:
 def pack(windows: Sequence[Window | None], size: tuple[int, int]) -> PackedMasks:
     """Packs N windows into masks of the whole image (height, width); None gives a mask without
     foreground."""
-    masks = PackedMasks.empty(len(windows), size)
-    bits = masks.bits.numpy()  # the same memory
+    # NumPy's zeros are the operating system's: only bytes with foreground are ever touched.
+    bits = np.zeros((len(windows), size[0], (size[1] + 7) // 8), np.uint8)
     for row, window in zip(bits, windows, strict=True):
         if window is not None:
             packed = np.packbits(window.pixels, axis=1)
@@ -54,7 +54,7 @@ def pack(windows: Sequence[Window | None], size: tuple[int, int]) -> PackedMasks
             row[
                 window.top : window.top + len(packed), first_byte : first_byte + packed.shape[1]
             ] = packed
-    return masks
+    return PackedMasks(torch.from_numpy(bits), size)
 
 
 def transform_mask(

@@ -1,0 +1,163 @@
+"""What the prepare scripts share: parallel work with a progress bar, and files written whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # the scripts work before the project is installed
+
+VOID = 255  # in maps of classes: no class
+
+
+class PreparationError(RuntimeError):
+    """Something is missing or wrong in the downloaded files."""
+
+
+def say(text: str) -> None:
+    """Prints a line without tearing a progress bar."""
+    tqdm.write(text)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that all prepare scripts have."""
+    parser = argparse.ArgumentParser(description=description)
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    parser.add_argument(
+        "--root", type=Path, default=Path(root), help="folder of the datasets [%(default)s]"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes [%(default)s]"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="make files anew that are already there"
+    )
+    return parser
+
+
+def require(path: Path, what: str) -> Path:
+    """Returns the path, or raises a PreparationError that says what should be there."""
+    if not path.exists():
+        raise PreparationError(f"{path} does not exist: it should be {what} (datasets/README.md)")
+    return path
+
+
+def find_files(folder: Path, pattern: str, what: str) -> list[Path]:
+    """Sorted paths below a folder; at least one, else a PreparationError."""
+    paths = sorted(require(folder, what).glob(pattern))
+    if not paths:
+        raise PreparationError(f"{folder} holds no {pattern}: it should be {what}")
+    return paths
+
+
+def run(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int, description: str
+) -> list[Any]:
+    """Applies a picklable function to items in several processes; results in the items' order."""
+    if workers <= 1:
+        return [function(item) for item in tqdm(items, desc=description)]
+    with ProcessPoolExecutor(workers) as pool:
+        # A broken file ends everything at once; what was written before stays, and is not redone.
+        chunk = max(len(items) // (workers * 32), 1)
+        results = pool.map(function, items, chunksize=chunk)
+        return list(tqdm(results, total=len(items), desc=description))
+
+
+def save_image(path: Path, pixels: np.ndarray) -> None:
+    """Writes a PNG under a temporary name first: a file with its final name is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    Image.fromarray(pixels).save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def save_json(path: Path, content: dict) -> None:
+    """Writes JSON under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content))
+    temporary.replace(path)
+
+
+def is_done(path: Path, overwrite: bool) -> bool:
+    """Whether a file is there and stays; says so."""
+    done = path.exists() and not overwrite
+    if done:
+        say(f"{path} is there already: left as it is (--overwrite makes it anew)")
+    return done
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """(H, W) or (H, W, C), as the file has them; errors name the file."""
+    try:
+        return np.array(Image.open(path))
+    except (OSError, SyntaxError) as error:
+        raise PreparationError(f"cannot read {path}: {error}") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the file's head."""
+    with Image.open(path) as image:
+        return image.height, image.width
+
+
+def colors_of_ids(ids: np.ndarray) -> np.ndarray:
+    """(H, W) segment ids below 2**24 to (H, W, 3) uint8, COCO's panoptic format."""
+    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
+
+
+def ids_of_colors(colors: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 to (H, W) int64 segment ids."""
+    red, green, blue = np.moveaxis(colors[..., :3].astype(np.int64), -1, 0)
+    return red | green << 8 | blue << 16
+
+
+def describe_segments(ids: np.ndarray, category_of_id: Callable[[int], int]) -> list[dict]:
+    """Lists the segments of a map of ids, 0 left out, as "segments_info" does.
+
+    Args:
+        ids: (H, W) of any integer type.
+        category_of_id: category id of a segment id.
+
+    Returns:
+        "id", "category_id", "area", "bbox" (x, y, width, height) and "iscrowd" 0 of each.
+    """
+    numbers, inverse, areas = np.unique(ids, return_inverse=True, return_counts=True)
+    inverse = inverse.reshape(ids.shape)
+    height, width = ids.shape
+    rows, columns = np.indices(ids.shape)
+    low = np.full((len(numbers), 2), max(height, width))
+    high = np.zeros((len(numbers), 2), int)
+    for axis, positions in enumerate((columns, rows)):
+        np.minimum.at(low[:, axis], inverse, positions)
+        np.maximum.at(high[:, axis], inverse, positions + 1)
+    return [
+        {
+            "id": int(number),
+            "category_id": int(category_of_id(int(number))),
+            "area": int(area),
+            "bbox": [*start.tolist(), *(end - start).tolist()],
+            "iscrowd": 0,
+        }
+        for number, area, start, end in zip(numbers, areas, low, high, strict=True)
+        if number
+    ]
+
+
+def main(function: Callable[[], None]) -> None:
+    """Runs a script; its own errors are one line, without a traceback."""
+    try:
+        function()
+    except PreparationError as error:
+        sys.exit(f"error: {error}")

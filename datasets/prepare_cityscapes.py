@@ -1,0 +1,134 @@
+"""Makes Cityscapes' maps of the 19 training classes, and its panoptic maps.
+
+From cityscapes/gtFine/{train,val}/CITY/*_labelIds.png it makes *_labelTrainIds.png beside them
+(255 is no class), and from *_instanceIds.png it makes gtFine/cityscapes_panoptic_{train,val}/
+with its .json, all as Cityscapes' own scripts do. What is there already is kept: start it again
+after an interruption.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
+from preparation import (
+    VOID,
+    PreparationError,
+    colors_of_ids,
+    describe_segments,
+    find_files,
+    ids_of_colors,
+    image_size,
+    is_done,
+    main,
+    make_parser,
+    read_pixels,
+    require,
+    run,
+    save_image,
+    save_json,
+    say,
+)
+
+SPLITS = ("train", "val")
+TRAIN_IDS = {category["id"]: category["trainId"] for category in CITYSCAPES_CATEGORIES}
+THINGS = {category["id"] for category in CITYSCAPES_CATEGORIES if category["isthing"]}
+
+
+def make_train_ids(source: Path, overwrite: bool) -> bool:
+    """Makes one map of training classes; False if it was there."""
+    path = source.with_name(source.name.replace("_labelIds", "_labelTrainIds"))
+    if path.exists() and not overwrite:
+        return False
+    table = np.full(256, VOID, np.uint8)
+    table[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
+    labels = read_pixels(source)
+    if labels.dtype != np.uint8 or labels.ndim != 2:
+        raise PreparationError(f"{source} is no map of label ids: {labels.dtype} {labels.shape}")
+    save_image(path, table[labels])
+    return True
+
+
+def make_panoptic(source: Path, output: Path, overwrite: bool) -> list[dict]:
+    """Makes one panoptic map unless it is there, and lists its segments.
+
+    An instance id is label * 1000 + number; a label alone is stuff, or a group of things that
+    were not told apart: a crowd.
+    """
+    path = output / panoptic_name(source)
+    if path.exists() and not overwrite:
+        ids = ids_of_colors(read_pixels(path))
+    else:
+        ids = read_pixels(source).astype(np.int64)
+        labels = np.where(ids < 1000, ids, ids // 1000)
+        ids = np.where(np.isin(labels, list(TRAIN_IDS)), ids, 0)
+        save_image(path, colors_of_ids(ids))
+    segments = describe_segments(ids, lambda i: i if i < 1000 else i // 1000)
+    for segment in segments:
+        segment["iscrowd"] = int(segment["id"] < 1000 and segment["category_id"] in THINGS)
+    return segments
+
+
+def panoptic_name(source: Path) -> str:
+    return source.name.replace("_instanceIds", "_panoptic")
+
+
+def image_id(source: Path) -> str:
+    """City, sequence and frame."""
+    return "_".join(source.name.split("_")[:3])
+
+
+def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) -> None:
+    output = folder / "gtFine" / f"cityscapes_panoptic_{split}"
+    if is_done(output.with_suffix(".json"), overwrite):
+        return
+    pattern = "*/*_gtFine_instanceIds.png"
+    sources = find_files(folder / "gtFine" / split, pattern, "Cityscapes' fine annotations")
+    work = partial(make_panoptic, output=output, overwrite=overwrite)
+    segments = run(work, sources, workers, str(output))
+    images = []
+    for source in sources:
+        name = f"{image_id(source)}_leftImg8bit.png"
+        path = folder / "leftImg8bit" / split / source.parent.name / name
+        height, width = image_size(require(path, f"the image of {source}"))
+        # Cityscapes' own files carry the annotation's name here, without its kind.
+        file_name = f"{image_id(source)}_gtFine_leftImg8bit.png"
+        images.append(
+            {"id": image_id(source), "file_name": file_name, "height": height, "width": width}
+        )
+    annotations = [
+        {"image_id": image_id(s), "file_name": panoptic_name(s), "segments_info": found}
+        for s, found in zip(sources, segments, strict=True)
+    ]
+    categories = [
+        {"id": c["id"], "name": c["name"], "color": list(c["color"]), "isthing": c["isthing"]}
+        for c in CITYSCAPES_CATEGORIES
+    ]
+    save_json(
+        output.with_suffix(".json"),
+        {"images": images, "annotations": annotations, "categories": categories},
+    )
+
+
+def prepare_train_ids(folder: Path, split: str, workers: int, overwrite: bool) -> None:
+    pattern = "*/*_gtFine_labelIds.png"
+    sources = find_files(folder / "gtFine" / split, pattern, "Cityscapes' fine annotations")
+    work = partial(make_train_ids, overwrite=overwrite)
+    made = sum(run(work, sources, workers, f"{split}: labelTrainIds"))
+    say(f"{split}: {made} maps labelTrainIds made, {len(sources) - made} were there")
+
+
+def start() -> None:
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS)
+    arguments = parser.parse_args()
+    folder = require(arguments.root / "cityscapes", "Cityscapes as it is downloaded")
+    for split in arguments.splits:
+        prepare_train_ids(folder, split, arguments.workers, arguments.overwrite)
+        prepare_panoptic(folder, split, arguments.workers, arguments.overwrite)
+
+
+if __name__ == "__main__":
+    main(start)

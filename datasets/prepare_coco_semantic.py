@@ -1,0 +1,84 @@
+"""Makes semantic maps of COCO (or any dataset in its format) from its panoptic maps.
+
+A pixel holds the position of its category in the JSON file; 255 where there is no segment. Needs
+coco/annotations/panoptic_{train,val}2017.json and coco/panoptic_{train,val}2017/, and makes
+coco/panoptic_semseg_{train,val}2017/. Maps that are there already are kept: start it again after
+an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from preparation import (
+    VOID,
+    PreparationError,
+    ids_of_colors,
+    main,
+    make_parser,
+    read_pixels,
+    require,
+    run,
+    save_image,
+    say,
+)
+
+
+def convert(
+    annotation: dict, numbers: dict[int, int], panoptic: Path, output: Path, overwrite: bool
+) -> bool:
+    """Makes one map; False if it was there."""
+    path = output / annotation["file_name"]
+    if path.exists() and not overwrite:
+        return False
+    source = panoptic / annotation["file_name"]
+    ids = ids_of_colors(read_pixels(source))
+    labels = np.full(ids.shape, VOID, np.uint8)
+    for segment in annotation["segments_info"]:
+        mask = ids == segment["id"]
+        if not mask.any():
+            raise PreparationError(f"{source} has no pixel of its segment {segment['id']}")
+        labels[mask] = numbers[segment["category_id"]]
+    save_image(path, labels)
+    return True
+
+
+def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwrite: bool) -> None:
+    """Makes the maps of one split."""
+    content = json.loads(require(json_file, "panoptic annotations").read_text())
+    require(panoptic, "the PNG files of the panoptic annotations")
+    numbers = {category["id"]: i for i, category in enumerate(content["categories"])}
+    work = partial(convert, numbers=numbers, panoptic=panoptic, output=output, overwrite=overwrite)
+    made = sum(run(work, content["annotations"], workers, str(output)))
+    kept = len(content["annotations"]) - made
+    say(f"{output}: {made} maps made, {kept} were there (--overwrite makes them anew)")
+
+
+def start() -> None:
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--splits", nargs="+", default=["train", "val"], choices=["train", "val"])
+    parser.add_argument("--json", type=Path, help="panoptic annotations of another dataset")
+    parser.add_argument("--panoptic", type=Path, help="with --json: its folder of PNG files")
+    parser.add_argument("--output", type=Path, help="with --json: folder of the semantic maps")
+    arguments = parser.parse_args()
+    options = (arguments.workers, arguments.overwrite)
+    if arguments.json:
+        if not (arguments.panoptic and arguments.output):
+            parser.error("--json needs --panoptic and --output")
+        prepare(arguments.json, arguments.panoptic, arguments.output, *options)
+        return
+    folder = arguments.root / "coco"
+    for split in arguments.splits:
+        prepare(
+            folder / "annotations" / f"panoptic_{split}2017.json",
+            folder / f"panoptic_{split}2017",
+            folder / f"panoptic_semseg_{split}2017",
+            *options,
+        )
+
+
+if __name__ == "__main__":
+    main(start)

@@ -1,0 +1,84 @@
+"""Makes semantic maps from instances in COCO's format: 0 is background, i the i-th category.
+
+Without options it makes those of the nuclei, datasets/nuclei/semantic_{train,val}/, for the
+datasets nuclei_sem_seg_{train,val}. Crowd regions are "ignore" (255). Where objects overlap, the
+smaller one is on top. Maps that are there already are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+from preparation import VOID, main, make_parser, require, run, save_image, say
+
+from maskdino.data.datasets import own_datasets_root
+
+
+def decode(segmentation: list | dict, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of polygons or RLE."""
+    rle = segmentation
+    if isinstance(segmentation, list):
+        rle = mask_util.merge(mask_util.frPyObjects(segmentation, *size))
+    elif isinstance(segmentation["counts"], list):
+        rle = mask_util.frPyObjects(segmentation, *size)
+    return mask_util.decode(rle).astype(bool)
+
+
+def convert(
+    item: tuple[dict, list[dict]], numbers: dict[int, int], output: Path, overwrite: bool
+) -> bool:
+    """Makes the map of one image; False if it was there."""
+    image, annotations = item
+    path = output / Path(image["file_name"]).with_suffix(".png")
+    if path.exists() and not overwrite:
+        return False
+    size = (image["height"], image["width"])
+    labels = np.zeros(size, np.uint8)
+    crowds_first_then_large = sorted(
+        annotations, key=lambda a: (not a.get("iscrowd", 0), -a["area"])
+    )
+    for annotation in crowds_first_then_large:
+        crowd = annotation.get("iscrowd", 0)
+        mask = decode(annotation["segmentation"], size)
+        labels[mask] = VOID if crowd else numbers[annotation["category_id"]]
+    save_image(path, labels)
+    return True
+
+
+def prepare(json_file: Path, output: Path, workers: int, overwrite: bool) -> None:
+    """Makes the maps of one annotation file."""
+    content = json.loads(require(json_file, "COCO annotations").read_text())
+    ids = sorted(category["id"] for category in content["categories"])
+    by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    items = [(image, by_image[image["id"]]) for image in content["images"]]
+    numbers = {category: i for i, category in enumerate(ids, start=1)}
+    work = partial(convert, numbers=numbers, output=output, overwrite=overwrite)
+    made = sum(run(work, items, workers, str(output)))
+    say(f"{output}: {made} maps made, {len(items) - made} were there")
+
+
+def start() -> None:
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="annotations of another dataset")
+    parser.add_argument("--output", type=Path, help="with --json: folder of the maps")
+    arguments = parser.parse_args()
+    options = (arguments.workers, arguments.overwrite)
+    if arguments.json:
+        if not arguments.output:
+            parser.error("--json needs --output")
+        prepare(arguments.json, arguments.output, *options)
+        return
+    folder = own_datasets_root() / "nuclei"
+    for split in ("train", "val"):
+        json_file = folder / "annotations" / f"instances_{split}.json"
+        prepare(json_file, folder / f"semantic_{split}", *options)
+
+
+if __name__ == "__main__":
+    main(start)
