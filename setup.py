@@ -90,10 +90,11 @@ def operators() -> dict:
         extension = CUDAExtension
         sources += sorted(relative("csrc/cuda", "*.cpp") + relative("csrc/cuda", "*.cu"))
         flags["nvcc"] = NVCC_FLAGS
-    else:
-        say("building operators for the CPU")
+    built = extension(
+        "maskdino._C", sources, extra_compile_args=flags, extra_link_args=openmp
+    )
     return {
-        "ext_modules": [extension("maskdino._C", sources, extra_compile_args=flags, extra_link_args=openmp)],
+        "ext_modules": [built],
         "cmdclass": {"build_ext": BuildExtension},
     }
 

@@ -10,28 +10,41 @@
 namespace maskdino {
 namespace cpu {
 
-// Rows (a token's channels) are padded to this many bytes, the longest vector register.
-constexpr int64_t kRowAlignment = 64;
+// Bytes of the longest vector register; rows (a token's channels) and samples are padded to it.
+constexpr int64_t kLongestVector = 64;
+
+// Row numbers, as wide as T, so that a vector of T has a vector of row numbers.
+template <typename T>
+struct IntegerOf {
+  using type = int64_t;
+};
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <typename T>
+using Integer = typename IntegerOf<T>::type;
 
 // One head of one image. "Samples" are the L x P points of a query, in (level, point) order; T is
 // the type of arithmetic, float or double. Strides count elements from one query to the next.
 template <typename T>
 struct HeadTask {
   // The samples' levels: sizes as numbers, sizes as integers, and the first token of the level.
+  // Padded to padded<T>(samples) with sizes of -1, so that no location is inside a padding sample.
   int64_t samples;
   int64_t points;  // P
   const T* width;
   const T* height;
-  const int32_t* columns;
-  const int32_t* lines;
-  const int32_t* start;
+  const Integer<T>* columns;
+  const Integer<T>* lines;
+  const Integer<T>* start;
 
   // Head-major feature rows, padded with zeros; row `zero_row` is all zeros and stands for every
   // corner outside the map, so that no sample needs a branch.
   const T* rows;
   int64_t row_stride;
   int64_t channels;
-  int32_t zero_row;
+  Integer<T> zero_row;
 
   // reference_size 0: `points_xy` are normalised locations and `scores` are weights.
   // reference_size 2 or 4: `points_xy` are offsets around `reference` and `scores` are logits.
@@ -53,16 +66,27 @@ struct HeadTask {
   T* grad_reference;
 };
 
-// Memory for one thread: numbers and row indices.
-constexpr int64_t scratch_numbers(int64_t samples, int64_t row_stride) {
-  return 13 * samples + row_stride;
+// Samples, or channels, rounded up to whole vectors of any length.
+template <typename T>
+constexpr int64_t padded(int64_t count) {
+  constexpr int64_t lanes = kLongestVector / static_cast<int64_t>(sizeof(T));
+  return (count + lanes - 1) / lanes * lanes;
 }
-constexpr int64_t scratch_indices(int64_t samples) { return 4 * samples; }
+
+// Memory for one thread: numbers, set to zero, and row numbers.
+template <typename T>
+constexpr int64_t scratch_numbers(int64_t samples, int64_t row_stride) {
+  return 13 * padded<T>(samples) + row_stride;
+}
+template <typename T>
+constexpr int64_t scratch_indices(int64_t samples) {
+  return 4 * padded<T>(samples);
+}
 
 // Computes queries [begin, end) of a task.
 template <typename T>
 using Kernel = void (*)(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers,
-                        int32_t* indices);
+                        Integer<T>* indices);
 
 template <typename T>
 struct Kernels {

@@ -20,40 +20,56 @@ template <typename T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(MASKDINO_VECTOR_BYTES)));
   typedef T quarter __attribute__((vector_size(16)));
+  typedef Integer<T> integers __attribute__((vector_size(MASKDINO_VECTOR_BYTES)));
 };
 template <typename T>
 using Vector = typename VectorOf<T>::type;
+template <typename T>
+using Integers = typename VectorOf<T>::integers;
 
 template <typename T>
 constexpr int64_t kLanes = MASKDINO_VECTOR_BYTES / sizeof(T);
 
-template <typename T>
-MASKDINO_INLINE Vector<T> load(const T* source) {
-  Vector<T> vector;
+template <typename V>
+MASKDINO_INLINE V load_as(const void* source) {
+  V vector;
   __builtin_memcpy(&vector, source, sizeof(vector));
   return vector;
 }
 
 template <typename T>
-MASKDINO_INLINE void store(T* target, Vector<T> vector) {
+MASKDINO_INLINE Vector<T> load(const T* source) {
+  return load_as<Vector<T>>(source);
+}
+
+template <typename V, typename T>
+MASKDINO_INLINE void store(T* target, V vector) {
   __builtin_memcpy(target, &vector, sizeof(vector));
 }
 
-// Sums the lanes of each of four vectors.
+// Sums the lanes of a vector, halving it until 16 bytes are left.
 template <typename T>
-MASKDINO_INLINE void sum_lanes(const Vector<T>* vectors, T* sums) {
+MASKDINO_INLINE T sum_lanes(Vector<T> vector) {
   constexpr int kParts = MASKDINO_VECTOR_BYTES / 16;
   constexpr int kLanesOfPart = 16 / sizeof(T);
-  for (int corner = 0; corner < 4; ++corner) {
-    typename VectorOf<T>::quarter parts[kParts];
-    __builtin_memcpy(parts, &vectors[corner], sizeof(parts));
-    for (int count = kParts / 2; count >= 1; count /= 2) {
-      for (int part = 0; part < count; ++part) parts[part] += parts[part + count];
-    }
-    T sum = parts[0][0] + parts[0][kLanesOfPart / 2];
-    if (kLanesOfPart == 4) sum += parts[0][1] + parts[0][kLanesOfPart - 1];
-    sums[corner] = sum;
+  typename VectorOf<T>::quarter parts[kParts];
+  __builtin_memcpy(parts, &vector, sizeof(parts));
+  for (int count = kParts / 2; count >= 1; count /= 2) {
+    for (int part = 0; part < count; ++part) parts[part] += parts[part + count];
   }
+  T sum = parts[0][0] + parts[0][kLanesOfPart / 2];
+  if (kLanesOfPart == 4) sum += parts[0][1] + parts[0][kLanesOfPart - 1];
+  return sum;
+}
+
+// The largest lane; NaN lanes may be passed over.
+template <typename T>
+MASKDINO_INLINE T largest_lane(Vector<T> vector) {
+  T largest = vector[0];
+  for (int lane = 1; lane < kLanes<T>; ++lane) {
+    largest = vector[lane] > largest ? vector[lane] : largest;
+  }
+  return largest;
 }
 
 // exp(x) for x <= 0, within 2 units in the last place; 0 below -87, NaN for NaN. Free of branches
@@ -81,66 +97,76 @@ MASKDINO_INLINE float exp_nonpositive(float x) {
 
 MASKDINO_INLINE double exp_nonpositive(double x) { return __builtin_exp(x); }
 
-// Views into one thread's scratch memory; arrays of 4 * samples are ordered (corner, sample) with
-// corners top left, top right, bottom left, bottom right.
+// Views into one thread's scratch memory. Samples are padded to whole vectors; arrays of corners
+// are ordered (corner, padded sample) with corners top left, top right, bottom left, bottom right.
+// Padding lanes of `weight` stay 0 and those of `corner_row` the zero row.
 template <typename T>
 struct Scratch {
-  Scratch(T* numbers, int32_t* indices, int64_t samples)
-      : x(numbers),
-        y(numbers + samples),
-        weight(numbers + 2 * samples),
-        fraction_x(numbers + 3 * samples),
-        fraction_y(numbers + 4 * samples),
-        corner_weight(numbers + 5 * samples),
-        dot(numbers + 9 * samples),
-        row_buffer(numbers + 13 * samples),
+  Scratch(T* numbers, Integer<T>* indices, int64_t samples)
+      : padded((samples + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
+        x(numbers),
+        y(numbers + padded),
+        weight(numbers + 2 * padded),
+        fraction_x(numbers + 3 * padded),
+        fraction_y(numbers + 4 * padded),
+        corner_weight(numbers + 5 * padded),
+        dot(numbers + 9 * padded),
+        row_buffer(numbers + 13 * padded),
         corner_row(indices) {}
-  T *__restrict x, *__restrict y, *__restrict weight;
-  T *__restrict fraction_x, *__restrict fraction_y;
-  T *__restrict corner_weight, *__restrict dot, *__restrict row_buffer;
-  int32_t* __restrict corner_row;
+  int64_t padded;
+  T *x, *y, *weight, *fraction_x, *fraction_y, *corner_weight, *dot, *row_buffer;
+  Integer<T>* corner_row;
 };
 
 template <typename T>
-MASKDINO_INLINE void softmax(const T* __restrict logits, T* __restrict weight, int64_t count) {
-  T largest = logits[0];
-  for (int64_t i = 1; i < count; ++i) largest = logits[i] > largest ? logits[i] : largest;
-  for (int64_t i = 0; i < count; ++i) weight[i] = exp_nonpositive(logits[i] - largest);
-  T sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += weight[i];
-  const T scale = T(1) / sum;
-  for (int64_t i = 0; i < count; ++i) weight[i] *= scale;
+MASKDINO_INLINE void softmax(const T* logits, T* weight, int64_t count, int64_t padded) {
+  __builtin_memcpy(weight, logits, count * sizeof(T));
+  for (int64_t i = count; i < padded; ++i) weight[i] = -__builtin_inff();
+  Vector<T> largest = load(weight);
+  for (int64_t i = kLanes<T>; i < padded; i += kLanes<T>) {
+    const Vector<T> here = load(weight + i);
+    largest = here > largest ? here : largest;
+  }
+  const T shift = largest_lane<T>(largest);
+  for (int64_t i = 0; i < padded; ++i) weight[i] = exp_nonpositive(weight[i] - shift);
+  Vector<T> sum = load(weight);
+  for (int64_t i = kLanes<T>; i < padded; i += kLanes<T>) sum += load(weight + i);
+  const T scale = T(1) / sum_lanes<T>(sum);
+  for (int64_t i = 0; i < padded; i += kLanes<T>) store(weight + i, load(weight + i) * scale);
 }
 
 // Stage 1a: pixel coordinates (pixel centres at integers) and weights of a query's samples.
 template <typename T>
-MASKDINO_INLINE void locate(const HeadTask<T>& task, int64_t query, Scratch<T>& s) {
+MASKDINO_INLINE void locate(const HeadTask<T>& task, int64_t query, const Scratch<T>& s) {
   const int64_t n = task.samples;
-  const T* __restrict xy = task.points_xy + query * task.points_stride;
-  const T* __restrict scores = task.scores + query * task.scores_stride;
-  const T* __restrict width = task.width;
-  const T* __restrict height = task.height;
+  const T* xy = task.points_xy + query * task.points_stride;
+  const T* scores = task.scores + query * task.scores_stride;
+  const T* width = task.width;
+  const T* height = task.height;
+  T* __restrict x = s.x;
+  T* __restrict y = s.y;
   if (task.reference_size == 0) {
+    __builtin_memcpy(s.weight, scores, n * sizeof(T));
     for (int64_t i = 0; i < n; ++i) {
-      s.x[i] = xy[2 * i] * width[i] - T(0.5);
-      s.y[i] = xy[2 * i + 1] * height[i] - T(0.5);
-      s.weight[i] = scores[i];
+      x[i] = xy[2 * i] * width[i] - T(0.5);
+      y[i] = xy[2 * i + 1] * height[i] - T(0.5);
     }
     return;
   }
-  softmax(scores, s.weight, n);
+  softmax(scores, s.weight, n, s.padded);
   const T* reference = task.reference + query * task.reference_size;
   const T centre_x = reference[0], centre_y = reference[1];
   if (task.reference_size == 2) {
     for (int64_t i = 0; i < n; ++i) {
-      s.x[i] = centre_x * width[i] + xy[2 * i] - T(0.5);
-      s.y[i] = centre_y * height[i] + xy[2 * i + 1] - T(0.5);
+      x[i] = centre_x * width[i] + xy[2 * i] - T(0.5);
+      y[i] = centre_y * height[i] + xy[2 * i + 1] - T(0.5);
     }
   } else {
-    const T step_x = reference[2] * T(0.5) / task.points, step_y = reference[3] * T(0.5) / task.points;
+    const T step_x = reference[2] * T(0.5) / task.points;
+    const T step_y = reference[3] * T(0.5) / task.points;
     for (int64_t i = 0; i < n; ++i) {
-      s.x[i] = (centre_x + xy[2 * i] * step_x) * width[i] - T(0.5);
-      s.y[i] = (centre_y + xy[2 * i + 1] * step_y) * height[i] - T(0.5);
+      x[i] = (centre_x + xy[2 * i] * step_x) * width[i] - T(0.5);
+      y[i] = (centre_y + xy[2 * i + 1] * step_y) * height[i] - T(0.5);
     }
   }
 }
@@ -149,38 +175,39 @@ MASKDINO_INLINE void locate(const HeadTask<T>& task, int64_t query, Scratch<T>& 
 // is moved to (-2, -2), where all four corners are the zero row; so the conversions to integers
 // below cannot overflow and every index is in range.
 template <typename T>
-MASKDINO_INLINE void find_corners(const HeadTask<T>& task, Scratch<T>& s) {
-  const int64_t n = task.samples;
-  const T* __restrict width = task.width;
-  const T* __restrict height = task.height;
-  const int32_t* __restrict columns = task.columns;
-  const int32_t* __restrict lines = task.lines;
-  const int32_t* __restrict start = task.start;
-  const int32_t zero_row = task.zero_row;
-  for (int64_t i = 0; i < n; ++i) {
-    const bool touches =
-        (s.x[i] > T(-1)) & (s.x[i] < width[i]) & (s.y[i] > T(-1)) & (s.y[i] < height[i]);
-    const T x = touches ? s.x[i] : T(-2);
-    const T y = touches ? s.y[i] : T(-2);
-    int32_t left = static_cast<int32_t>(x);
-    int32_t top = static_cast<int32_t>(y);
-    left -= x < static_cast<T>(left) ? 1 : 0;  // truncation to floor
-    top -= y < static_cast<T>(top) ? 1 : 0;
-    s.fraction_x[i] = x - static_cast<T>(left);
-    s.fraction_y[i] = y - static_cast<T>(top);
-    const int32_t row = start[i] + top * columns[i] + left;
-    const bool left_in = left >= 0, right_in = (left >= -1) & (left + 1 < columns[i]);
-    const bool top_in = top >= 0, bottom_in = (top >= -1) & (top + 1 < lines[i]);
-    s.corner_row[i] = top_in & left_in ? row : zero_row;
-    s.corner_row[n + i] = top_in & right_in ? row + 1 : zero_row;
-    s.corner_row[2 * n + i] = bottom_in & left_in ? row + columns[i] : zero_row;
-    s.corner_row[3 * n + i] = bottom_in & right_in ? row + columns[i] + 1 : zero_row;
-    const T top_weight = s.weight[i] * (T(1) - s.fraction_y[i]);
-    const T bottom_weight = s.weight[i] * s.fraction_y[i];
-    s.corner_weight[i] = top_weight * (T(1) - s.fraction_x[i]);
-    s.corner_weight[n + i] = top_weight * s.fraction_x[i];
-    s.corner_weight[2 * n + i] = bottom_weight * (T(1) - s.fraction_x[i]);
-    s.corner_weight[3 * n + i] = bottom_weight * s.fraction_x[i];
+MASKDINO_INLINE void find_corners(const HeadTask<T>& task, const Scratch<T>& s) {
+  using V = Vector<T>;
+  using I = Integers<T>;
+  const int64_t n = s.padded;
+  const V outside = V{} - T(2);
+  const I zero_row = I{} + task.zero_row;
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    V x = load(s.x + i), y = load(s.y + i);
+    const V width = load(task.width + i), height = load(task.height + i);
+    const I touches = (x > T(-1)) & (x < width) & (y > T(-1)) & (y < height);
+    x = touches ? x : outside;
+    y = touches ? y : outside;
+    I left = __builtin_convertvector(x, I), top = __builtin_convertvector(y, I);
+    left += x < __builtin_convertvector(left, V);  // a true comparison is -1: truncation to floor
+    top += y < __builtin_convertvector(top, V);
+    const V fx = x - __builtin_convertvector(left, V), fy = y - __builtin_convertvector(top, V);
+    store(s.fraction_x + i, fx);
+    store(s.fraction_y + i, fy);
+
+    const I columns = load_as<I>(task.columns + i), lines = load_as<I>(task.lines + i);
+    const I row = load_as<I>(task.start + i) + top * columns + left;
+    const I left_in = left >= 0, right_in = (left >= -1) & (left < columns - 1);
+    const I top_in = top >= 0, bottom_in = (top >= -1) & (top < lines - 1);
+    store(s.corner_row + i, (top_in & left_in) ? row : zero_row);
+    store(s.corner_row + n + i, (top_in & right_in) ? row + 1 : zero_row);
+    store(s.corner_row + 2 * n + i, (bottom_in & left_in) ? row + columns : zero_row);
+    store(s.corner_row + 3 * n + i, (bottom_in & right_in) ? row + columns + 1 : zero_row);
+
+    const V bottom_weight = load(s.weight + i) * fy, top_weight = load(s.weight + i) - bottom_weight;
+    store(s.corner_weight + i, top_weight - top_weight * fx);
+    store(s.corner_weight + n + i, top_weight * fx);
+    store(s.corner_weight + 2 * n + i, bottom_weight - bottom_weight * fx);
+    store(s.corner_weight + 3 * n + i, bottom_weight * fx);
   }
 }
 
@@ -191,41 +218,42 @@ MASKDINO_INLINE void sum_rows(const HeadTask<T>& task, const Scratch<T>& s, int6
                               T* output) {
   Vector<T> even[Count] = {}, odd[Count] = {};
   const T* rows = task.rows + channel;
-  for (int64_t i = 0; i < 4 * task.samples; i += 2) {
-    const T* first = rows + s.corner_row[i] * task.row_stride;
-    const T* second = rows + s.corner_row[i + 1] * task.row_stride;
-    for (int v = 0; v < Count; ++v) {
-      even[v] += s.corner_weight[i] * load<T>(first + v * kLanes<T>);
-      odd[v] += s.corner_weight[i + 1] * load<T>(second + v * kLanes<T>);
+  for (int corner = 0; corner < 4; ++corner) {
+    const T* weight = s.corner_weight + corner * s.padded;
+    const Integer<T>* row = s.corner_row + corner * s.padded;
+    for (int64_t i = 0; i < task.samples; i += 2) {  // an odd count ends in a padding lane
+      const T* first = rows + row[i] * task.row_stride;
+      const T* second = rows + row[i + 1] * task.row_stride;
+      for (int v = 0; v < Count; ++v) {
+        even[v] += weight[i] * load(first + v * kLanes<T>);
+        odd[v] += weight[i + 1] * load(second + v * kLanes<T>);
+      }
     }
   }
-  for (int v = 0; v < Count; ++v) store<T>(output + channel + v * kLanes<T>, even[v] + odd[v]);
+  for (int v = 0; v < Count; ++v) store(output + channel + v * kLanes<T>, even[v] + odd[v]);
 }
 
 // Stage 2, backward: adds to grad_rows, and to the dot products of grad_output with the corners.
 template <typename T, int Count>
 MASKDINO_INLINE void spread_rows(const HeadTask<T>& task, const Scratch<T>& s, int64_t channel,
                                  const T* grad_output) {
-  const int64_t n = task.samples;
+  const int64_t n = s.padded;
   Vector<T> grad[Count];
-  for (int v = 0; v < Count; ++v) grad[v] = load<T>(grad_output + channel + v * kLanes<T>);
-  for (int64_t i = 0; i < n; ++i) {
-    Vector<T> products[4];
+  for (int v = 0; v < Count; ++v) grad[v] = load(grad_output + channel + v * kLanes<T>);
+  for (int64_t i = 0; i < task.samples; ++i) {
     for (int corner = 0; corner < 4; ++corner) {
       const int64_t at = s.corner_row[corner * n + i] * task.row_stride + channel;
       const T weight = s.corner_weight[corner * n + i];
       const T* row = task.rows + at;
       T* grad_row = task.grad_rows + at;
-      products[corner] = grad[0] * load<T>(row);
-      for (int v = 1; v < Count; ++v) products[corner] += grad[v] * load<T>(row + v * kLanes<T>);
+      Vector<T> product = grad[0] * load(row);
+      for (int v = 1; v < Count; ++v) product += grad[v] * load(row + v * kLanes<T>);
+      s.dot[corner * n + i] += sum_lanes<T>(product);
       for (int v = 0; v < Count; ++v) {
         T* target = grad_row + v * kLanes<T>;
-        store<T>(target, load<T>(target) + weight * grad[v]);
+        store(target, load(target) + weight * grad[v]);
       }
     }
-    T sums[4];
-    sum_lanes<T>(products, sums);
-    for (int corner = 0; corner < 4; ++corner) s.dot[corner * n + i] += sums[corner];
   }
 }
 
@@ -240,7 +268,7 @@ MASKDINO_INLINE void spread_rows(const HeadTask<T>& task, const Scratch<T>& s, i
   } while (false)
 
 template <typename T>
-void forward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, int32_t* indices) {
+void forward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, Integer<T>* indices) {
   Scratch<T> s(numbers, indices, task.samples);
   const bool whole_rows = task.channels == task.row_stride;
   for (int64_t query = begin; query < end; ++query) {
@@ -255,18 +283,18 @@ void forward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, in
 
 // Stage 3: gradients with respect to locations (in pixels, into x and y) and weights (into dot).
 template <typename T>
-MASKDINO_INLINE void gradients_of_samples(Scratch<T>& s, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const T top_left = s.dot[i], top_right = s.dot[n + i];
-    const T bottom_left = s.dot[2 * n + i], bottom_right = s.dot[3 * n + i];
-    const T fx = s.fraction_x[i], fy = s.fraction_y[i];
-    const T top = top_left + fx * (top_right - top_left);
-    const T bottom = bottom_left + fx * (bottom_right - bottom_left);
-    const T slope_x =
-        (T(1) - fy) * (top_right - top_left) + fy * (bottom_right - bottom_left);
-    s.dot[i] = top + fy * (bottom - top);
-    s.x[i] = s.weight[i] * slope_x;
-    s.y[i] = s.weight[i] * (bottom - top);
+MASKDINO_INLINE void gradients_of_samples(const Scratch<T>& s) {
+  using V = Vector<T>;
+  const int64_t n = s.padded;
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const V top_left = load(s.dot + i), top_slope = load(s.dot + n + i) - top_left;
+    const V bottom_left = load(s.dot + 2 * n + i);
+    const V bottom_slope = load(s.dot + 3 * n + i) - bottom_left;
+    const V fx = load(s.fraction_x + i), fy = load(s.fraction_y + i), weight = load(s.weight + i);
+    const V top = top_left + fx * top_slope, bottom = bottom_left + fx * bottom_slope;
+    store(s.dot + i, top + fy * (bottom - top));
+    store(s.x + i, weight * (top_slope + fy * (bottom_slope - top_slope)));
+    store(s.y + i, weight * (bottom - top));
   }
 }
 
@@ -291,36 +319,42 @@ MASKDINO_INLINE void write_offset_gradients(const HeadTask<T>& task, int64_t que
   const T* __restrict xy = task.points_xy + query * task.points_stride;
   T* __restrict grad_xy = task.grad_points_xy + query * task.points_stride;
   T* __restrict grad_scores = task.grad_scores + query * task.scores_stride;
-  T mean = 0;
-  for (int64_t i = 0; i < n; ++i) mean += s.weight[i] * s.dot[i];
+  Vector<T> products{};
+  for (int64_t i = 0; i < s.padded; i += kLanes<T>) products += load(s.weight + i) * load(s.dot + i);
+  const T mean = sum_lanes<T>(products);
   for (int64_t i = 0; i < n; ++i) grad_scores[i] = s.weight[i] * (s.dot[i] - mean);
 
-  // Gradients of normalised locations, summed over the samples for the reference.
-  T centre_x = 0, centre_y = 0, size_x = 0, size_y = 0;
   const bool boxes = task.reference_size == 4;
   const T* reference = task.reference + query * task.reference_size;
   const T per_point = T(0.5) / task.points;
-  for (int64_t i = 0; i < n; ++i) {
-    const T grad_x = s.x[i] * task.width[i], grad_y = s.y[i] * task.height[i];
-    centre_x += grad_x;
-    centre_y += grad_y;
-    size_x += grad_x * xy[2 * i] * per_point;
-    size_y += grad_y * xy[2 * i + 1] * per_point;
-    grad_xy[2 * i] = boxes ? grad_x * reference[2] * per_point : s.x[i];
-    grad_xy[2 * i + 1] = boxes ? grad_y * reference[3] * per_point : s.y[i];
+  if (boxes) {
+    const T step_x = reference[2] * per_point, step_y = reference[3] * per_point;
+    for (int64_t i = 0; i < n; ++i) {
+      grad_xy[2 * i] = s.x[i] * task.width[i] * step_x;
+      grad_xy[2 * i + 1] = s.y[i] * task.height[i] * step_y;
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      grad_xy[2 * i] = s.x[i];
+      grad_xy[2 * i + 1] = s.y[i];
+    }
   }
   if (task.grad_reference == nullptr) return;
   T* grad_reference = task.grad_reference + query * task.reference_size;
-  grad_reference[0] = centre_x;
-  grad_reference[1] = centre_y;
-  if (boxes) {
-    grad_reference[2] = size_x;
-    grad_reference[3] = size_y;
+  for (int64_t k = 0; k < task.reference_size; ++k) grad_reference[k] = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T grad_x = s.x[i] * task.width[i], grad_y = s.y[i] * task.height[i];
+    grad_reference[0] += grad_x;
+    grad_reference[1] += grad_y;
+    if (boxes) {
+      grad_reference[2] += grad_x * xy[2 * i] * per_point;
+      grad_reference[3] += grad_y * xy[2 * i + 1] * per_point;
+    }
   }
 }
 
 template <typename T>
-void backward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, int32_t* indices) {
+void backward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, Integer<T>* indices) {
   Scratch<T> s(numbers, indices, task.samples);
   const bool whole_rows = task.channels == task.row_stride;
   for (int64_t c = task.channels; c < task.row_stride; ++c) s.row_buffer[c] = 0;
@@ -332,9 +366,9 @@ void backward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, i
       __builtin_memcpy(s.row_buffer, grad_output, task.channels * sizeof(T));
       grad_output = s.row_buffer;
     }
-    for (int64_t i = 0; i < 4 * task.samples; ++i) s.dot[i] = 0;
+    __builtin_memset(s.dot, 0, 4 * s.padded * sizeof(T));
     MASKDINO_OVER_CHANNELS(spread_rows, grad_output);
-    gradients_of_samples(s, task.samples);
+    gradients_of_samples(s);
     if (task.reference_size == 0) {
       write_location_gradients(task, query, s);
     } else {

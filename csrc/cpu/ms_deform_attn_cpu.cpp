@@ -85,15 +85,21 @@ struct SampleTable {
       for (int64_t point = 0; point < sizes.points; ++point) {
         width.push_back(static_cast<T>(columns_here));
         height.push_back(static_cast<T>(lines_here));
-        columns.push_back(static_cast<int32_t>(columns_here));
-        lines.push_back(static_cast<int32_t>(lines_here));
-        start.push_back(static_cast<int32_t>(first));
+        columns.push_back(static_cast<Integer<T>>(columns_here));
+        lines.push_back(static_cast<Integer<T>>(lines_here));
+        start.push_back(static_cast<Integer<T>>(first));
       }
       first += lines_here * columns_here;
     }
+    const int64_t samples = padded<T>(sizes.samples());
+    width.resize(samples, T(-1));
+    height.resize(samples, T(-1));
+    columns.resize(samples, -1);
+    lines.resize(samples, -1);
+    start.resize(samples, 0);
   }
   std::vector<T> width, height;
-  std::vector<int32_t> columns, lines, start;
+  std::vector<Integer<T>> columns, lines, start;
 };
 
 // The centre of every token, (1, S, 2), computed as division so that it is rounded once.
@@ -127,7 +133,7 @@ HeadTask<T> make_task(const Inputs& in, const SampleTable<T>& table, int64_t pai
   task.lines = table.lines.data();
   task.start = table.start.data();
   task.channels = z.channels;
-  task.zero_row = static_cast<int32_t>(z.tokens);
+  task.zero_row = static_cast<Integer<T>>(z.tokens);
   task.output_stride = z.heads * z.channels;
   const T* points_xy = in.points_xy.const_data_ptr<T>();
   if (in.fused()) {
@@ -147,11 +153,6 @@ HeadTask<T> make_task(const Inputs& in, const SampleTable<T>& table, int64_t pai
   return task;
 }
 
-int64_t padded_channels(const Sizes& sizes, int64_t element_size) {
-  const int64_t lanes = kRowAlignment / element_size;
-  return (sizes.channels + lanes - 1) / lanes * lanes;
-}
-
 // The pairs [begin, begin + count) that are processed together, and the rows copied for them.
 struct Round {
   int64_t begin, count;
@@ -160,12 +161,11 @@ struct Round {
 
 // Calls `body(round)` for all pairs, `pairs_per_round` at a time.
 template <typename Body>
-void for_each_round(const Inputs& in, int64_t pairs_per_round, at::TensorOptions options,
-                    const Body& body) {
+void for_each_round(const Inputs& in, int64_t pairs_per_round, int64_t stride, const Body& body) {
   const Sizes& z = in.sizes;
   const int64_t pairs = z.images * z.heads;
-  const int64_t stride = padded_channels(z, options.dtype().itemsize());
-  const at::Tensor rows = at::zeros({pairs_per_round, z.tokens + 1, stride}, options);
+  const at::Tensor rows =
+      at::zeros({pairs_per_round, z.tokens + 1, stride}, in.points_xy.options());
   for (int64_t begin = 0; begin < pairs; begin += pairs_per_round) {
     const int64_t count = std::min(pairs_per_round, pairs - begin);
     for (int64_t i = 0; i < count; ++i) {
@@ -183,8 +183,8 @@ template <typename T, typename Body>
 void in_parallel(const Sizes& z, int64_t count, int64_t parts, int64_t stride, const Body& body) {
   const int64_t queries_per_part = (z.queries + parts - 1) / parts;
   at::parallel_for(0, count * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> numbers(scratch_numbers(z.samples(), stride));
-    std::vector<int32_t> indices(scratch_indices(z.samples()));
+    std::vector<T> numbers(scratch_numbers<T>(z.samples(), stride));
+    std::vector<Integer<T>> indices(scratch_indices<T>(z.samples()));
     for (int64_t work = begin; work < end; ++work) {
       const int64_t part = work % parts;
       const int64_t first = part * queries_per_part;
@@ -206,12 +206,12 @@ at::Tensor run_forward(const Inputs& in) {
   const Kernel<T> kernel = choose_kernels<T>().forward;
   const int64_t pairs_per_round = std::min<int64_t>(z.images * z.heads, at::get_num_threads());
   const int64_t blocks = (z.queries + kQueriesPerBlock - 1) / kQueriesPerBlock;
+  const int64_t stride = padded<T>(z.channels);
   T* const target = output.data_ptr<T>();
-  for_each_round(in, pairs_per_round, options, [&](const Round& round) {
-    const int64_t stride = round.rows.size(2);
+  for_each_round(in, pairs_per_round, stride, [&](const Round& round) {
     const T* const rows = round.rows.template const_data_ptr<T>();
     const auto work = [&](int64_t i, int64_t, int64_t first, int64_t last, T* numbers,
-                          int32_t* indices) {
+                          Integer<T>* indices) {
       const int64_t pair = round.begin + i;
       HeadTask<T> task = make_task<T>(in, table, pair);
       task.row_stride = stride;
@@ -278,15 +278,15 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
   const int64_t threads = at::get_num_threads();
   const int64_t pairs_per_round = std::min<int64_t>(z.images * z.heads, threads);
   const int64_t parts = std::clamp<int64_t>(threads / pairs_per_round, 1, z.queries);
-  const int64_t stride = padded_channels(z, sizeof(T));
+  const int64_t stride = padded<T>(z.channels);
   const at::Tensor grad_rows =
       at::empty({pairs_per_round, parts, z.tokens + 1, stride}, options);
   T* const grad_rows_data = grad_rows.data_ptr<T>();
-  for_each_round(in, pairs_per_round, options, [&](const Round& round) {
+  for_each_round(in, pairs_per_round, stride, [&](const Round& round) {
     const T* const rows = round.rows.template const_data_ptr<T>();
     grad_rows.zero_();
     const auto work = [&](int64_t i, int64_t part, int64_t first, int64_t last, T* numbers,
-                          int32_t* indices) {
+                          Integer<T>* indices) {
       const int64_t pair = round.begin + i;
       HeadTask<T> task = make_task<T>(in, table, pair);
       set_gradients(task, in, grads, grad_output, pair);
