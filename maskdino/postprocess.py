@@ -44,7 +44,9 @@ def resize_to_output(maps: Tensor, frame: Frame) -> Tensor:
 def output_masks(embeddings: Tensor, pixel_embedding: Tensor, frame: Frame) -> Iterator[Tensor]:
     """Mask logits of queries in the output frame, a few queries at a time: (r, OH, OW) float32."""
     pixels = max(frame.canvas[0] * frame.canvas[1], frame.output[0] * frame.output[1])
-    for part in embeddings.split(max(1, ELEMENTS_AT_ONCE // pixels)):
+    at_once = max(1, ELEMENTS_AT_ONCE // pixels)
+    for begin in range(0, len(embeddings), at_once):  # nothing at all where there are no queries
+        part = embeddings[begin : begin + at_once]
         maps = torch.mm(part, pixel_embedding.flatten(1)).unflatten(1, pixel_embedding.shape[1:]).float()
         yield resize_to_output(resize_to_canvas(maps, frame), frame)
 
@@ -80,21 +82,20 @@ def instance_inference(
         max_detections: that many best (query, class) pairs are kept.
         score_threshold: pairs with a lower final score are left out.
         mask_scoring: whether the score is multiplied by the mean mask probability over the mask.
-        is_thing: (K,) bool; other classes are left out. None for all.
+        is_thing: (K,) bool; of the best pairs those of other classes are left out. None for all.
 
     Returns:
         `pred_boxes`, `scores`, `pred_classes` and, with a mask branch, `pred_masks` (R, OH, OW) bool, best first
         by class score.
     """
-    scores = class_scores
-    classes = torch.arange(scores.shape[1], device=scores.device)
+    num_classes = class_scores.shape[1]
+    number = min(max_detections, class_scores.numel())
+    scores, index = class_scores.flatten().topk(number, sorted=True)
+    query, label = index // num_classes, index % num_classes
+    kept = scores >= score_threshold  # a mask's quality is at most 1: what is below stays below
     if is_thing is not None:
-        classes = classes[is_thing]
-        scores = scores[:, is_thing]
-    scores, index = scores.flatten().topk(min(max_detections, scores.numel()), sorted=True)
-    query, label = index // len(classes), classes[index % len(classes)]
-    above = scores >= score_threshold  # a mask's quality is at most 1: what is below stays below
-    scores, query, label = scores[above], query[above], label[above]
+        kept = kept & is_thing[label]
+    scores, query, label = scores[kept], query[kept], label[kept]
     result = Instances(frame.output)
     if mask_embeddings is not None:
         unique, which = query.unique(return_inverse=True)
