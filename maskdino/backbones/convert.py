@@ -46,7 +46,7 @@ def swin_rules(names: Iterable[str]) -> dict[str, tuple[str, Tensor | None]]:
 
 
 def is_unused_in_swin(name: str) -> bool:
-    """Whether a Swin file's tensor is a derived table or a classifier's (names as in `swin_rules`)."""
+    """Whether a Swin file's tensor is a derived table or a classifier's (see `swin_rules`)."""
     return _UNUSED_IN_SWIN.fullmatch(name) is not None
 
 

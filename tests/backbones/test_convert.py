@@ -71,7 +71,7 @@ def test_published_swin_file_gives_timms_features() -> None:
         torch.testing.assert_close(output, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0", SWIN])
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "mobilenetv2_035", SWIN])
 def test_timm_state_dict_gives_timms_features(name: str) -> None:
     arguments = SMALL if name == SWIN else {}
     classifier = timm.create_model(name, **arguments, **swin_arguments(name)).eval()
