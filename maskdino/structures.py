@@ -177,7 +177,8 @@ class PackedMasks:
         return self.bits.shape[0]
 
     def __getitem__(self, index: int | slice | Tensor) -> PackedMasks:
-        return PackedMasks(self.bits[index : index + 1] if isinstance(index, int) else self.bits[index], self.size)
+        bits = self.bits[index]
+        return PackedMasks(bits[None] if isinstance(index, int) else bits, self.size)
 
     def __repr__(self) -> str:
         return f"PackedMasks(number={len(self)}, size={self.size})"
