@@ -1,0 +1,166 @@
+"""Sampling at points against loops, and mask logits at points against maps that are kept."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskdino.ops import points as points_module
+from maskdino.ops.points import (
+    PointSampler,
+    mask_logits_at_points,
+    sample_maps,
+    sample_packed_masks,
+)
+from maskdino.structures import PackedMasks
+
+
+def slow_sample(image: Tensor, x: float, y: float) -> float:
+    """Bilinear value of a map (H, W) at (x, y) in [0, 1]: pixel centres at (i + 0.5) / size."""
+    height, width = image.shape
+    column, row = x * width - 0.5, y * height - 0.5
+    value = 0.0
+    for i in (math.floor(row), math.floor(row) + 1):
+        for j in (math.floor(column), math.floor(column) + 1):
+            if 0 <= i < height and 0 <= j < width:
+                value += (1 - abs(row - i)) * (1 - abs(column - j)) * float(image[i, j])
+    return value
+
+
+def border_points(number: int) -> Tensor:
+    """Points in [0, 1], among them the corners and the centre."""
+    corners = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
+    return torch.cat([corners, torch.rand(number - 5, 2)])
+
+
+def test_sample_maps() -> None:
+    maps = torch.randn(2, 3, 5, 9, dtype=torch.float64)
+    points = torch.stack([border_points(12), border_points(12)])
+    found = sample_maps(maps, points.double())
+    for b in range(2):
+        for c in range(3):
+            for p in range(12):
+                expected = slow_sample(maps[b, c], *points[b, p].tolist())
+                assert found[b, c, p].item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 8), (7, 13), (3, 17)])
+def test_packed_masks_are_sampled_as_float_masks(size: tuple[int, int]) -> None:
+    masks = torch.rand(4, *size) < 0.5
+    index = torch.tensor([2, 0, 0, 3, 1])
+    points = torch.stack([border_points(20) for _ in index])
+    found = sample_packed_masks(PackedMasks.from_bool(masks), index, points)
+    assert found.dtype == torch.float32 and found.shape == (5, 20)
+    for m, mask in enumerate(masks[index]):
+        for p, point in enumerate(points[m].tolist()):
+            assert found[m, p].item() == pytest.approx(slow_sample(mask, *point), abs=1e-5)
+    plain = sample_maps(masks[index].float().unsqueeze(1), points).squeeze(1)
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
+
+
+def test_packed_masks_share_points_or_are_none() -> None:
+    masks = torch.rand(3, 6, 10) < 0.5
+    packed, points = PackedMasks.from_bool(masks), torch.rand(1, 7, 2)
+    index = torch.arange(3)
+    shared = sample_packed_masks(packed, index, points)
+    torch.testing.assert_close(shared, sample_packed_masks(packed, index, points.expand(3, -1, -1)))
+    assert sample_packed_masks(packed, index[:0], points[:0]).shape == (0, 7)
+    empty = PackedMasks.empty(0, (6, 10))
+    assert sample_packed_masks(empty, index[:0], points[:0]).shape == (0, 7)
+
+
+class CyclingPoints:
+    """Hands out given points (M, P, 2), in order, whatever the maps."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points, self.given, self.sizes = points, 0, []
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        self.sizes.append(len(maps))
+        self.given += len(maps)
+        return self.points[self.given - len(maps) : self.given]
+
+
+def plain_logits(embeddings: Tensor, pixels: Tensor, points: Tensor) -> Tensor:
+    """The plain way: whole maps, then samples of each."""
+    maps = torch.einsum("mc,chw->mhw", embeddings, pixels)
+    grid = 2 * points[:, None] - 1
+    return F.grid_sample(maps[:, None], grid, align_corners=False)[:, 0, 0]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_mask_logits_at_points(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are those of the plain way, however many maps exist at a time."""
+    monkeypatch.setattr(points_module, "MAP_ELEMENTS_AT_ONCE", at_once * 6 * 7)
+    embeddings = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    pixels = torch.randn(4, 6, 7, dtype=torch.float64, requires_grad=True)
+    points = torch.rand(5, 11, 2, dtype=torch.float64)
+    choose = CyclingPoints(points)
+    found, used = mask_logits_at_points(embeddings, pixels, choose)
+    assert max(choose.sizes) <= at_once and sum(choose.sizes) == 5
+    assert torch.equal(used, points)
+    expected = plain_logits(embeddings, pixels, points)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    inputs = (embeddings, pixels)
+    for a, b in zip(
+        torch.autograd.grad((found * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_mask_logits_at_points_gradcheck() -> None:
+    points = torch.rand(3, 5, 2, dtype=torch.float64)
+    embeddings = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    pixels = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    function = lambda e, f: mask_logits_at_points(e, f, CyclingPoints(points))[0]  # noqa: E731
+    assert torch.autograd.gradcheck(function, (embeddings, pixels))
+
+
+def test_mask_logits_of_no_mask_give_zero_gradients() -> None:
+    embeddings = torch.randn(0, 4, requires_grad=True)
+    pixels = torch.randn(4, 6, 7, requires_grad=True)
+    logits, points = mask_logits_at_points(embeddings, pixels, PointSampler(9, 3, 0.5).uncertain)
+    assert logits.shape == (0, 9) and points.shape == (0, 9, 2)
+    logits.sum().backward()
+    assert torch.equal(pixels.grad, torch.zeros_like(pixels))
+
+
+def test_mask_logits_under_autocast_keep_the_dtypes_of_gradients() -> None:
+    embeddings = torch.randn(3, 8, requires_grad=True)
+    pixels = torch.randn(8, 5, 5).bfloat16().requires_grad_()
+    points = torch.rand(3, 6, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, _ = mask_logits_at_points(embeddings, pixels, CyclingPoints(points))
+    assert logits.dtype == torch.float32
+    logits.sum().backward()
+    assert embeddings.grad.dtype == torch.float32 and pixels.grad.dtype == torch.bfloat16
+    expected = plain_logits(embeddings, pixels.float(), points)
+    torch.testing.assert_close(logits, expected, atol=0.1, rtol=0.05)
+
+
+def test_uncertain_points_prefer_small_logits() -> None:
+    """On a map that is certain on its left half, the chosen points lie on the right half."""
+    maps = torch.full((2, 8, 8), 10.0)
+    maps[:, :, 4:] = 0.0
+    sampler = PointSampler(100, 3.0, 0.75)
+    points = sampler.uncertain(maps)
+    assert points.shape == (2, 100, 2) and (points >= 0).all() and (points <= 1).all()
+    right = (points[..., 0] > 0.5).sum(1)
+    assert (right >= 75).all()  # all uncertain ones, and about half of the 25 uniform ones
+    assert (right < 100).all()
+    certain_first = points[:, :75, 0]
+    assert (certain_first > 0.5).all()
+
+
+def test_sampler_draws_anew_and_refuses_impossible_shares() -> None:
+    sampler = PointSampler(10, 3.0, 0.75)
+    assert not torch.equal(
+        sampler.uniform(1, torch.device("cpu")), sampler.uniform(1, torch.device("cpu"))
+    )
+    with pytest.raises(ValueError, match="5 candidates are fewer than the 10"):
+        PointSampler(10, 0.5, 1.0)
