@@ -1,0 +1,219 @@
+"""Tests of maskdino.evaluation and maskdino.coco_evaluation."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import Boxes, Instances
+from pycocotools import mask as mask_util
+
+from maskdino import coco_evaluation
+from maskdino.coco_evaluation import COCOInstanceEvaluator, average_precision
+from maskdino.config import load_config
+from maskdino.evaluation import build_evaluator
+
+SIZE = (40, 60)
+# Category ids as users have them: neither from 0, nor dense, nor in order.
+CATEGORIES = {7: "nut", 3: "date", 90: "fig"}
+
+
+def rectangle(left: int, top: int, width: int, height: int) -> np.ndarray:
+    mask = np.zeros(SIZE, dtype=np.uint8)
+    mask[top : top + height, left : left + width] = 1
+    return mask
+
+
+def annotation(number: int, image: int, category: int, box: tuple, masks: bool) -> dict:
+    result = {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "bbox": [float(x) for x in box],
+        "area": float(box[2] * box[3]),
+        "iscrowd": 0,
+    }
+    if masks:
+        rle = mask_util.encode(np.asfortranarray(rectangle(*box)))
+        result["segmentation"] = {"size": list(SIZE), "counts": rle["counts"].decode()}
+    return result
+
+
+OBJECTS = [
+    (1, 7, (2, 2, 10, 8)),
+    (1, 3, (20, 10, 30, 20)),
+    (2, 7, (5, 5, 20, 20)),
+    (2, 90, (0, 0, 3, 3)),
+]
+
+
+@pytest.fixture(params=[True, False], ids=["masks", "boxes"])
+def dataset(request: pytest.FixtureRequest, tmp_path: Path):  # noqa: ANN201
+    """A dataset of two images and four objects: (name, has masks)."""
+    content = {
+        "images": [
+            {"id": i, "height": SIZE[0], "width": SIZE[1], "file_name": f"{i}.png"} for i in (1, 2)
+        ],
+        "categories": [{"id": i, "name": name} for i, name in CATEGORIES.items()],
+        "annotations": [
+            annotation(i + 1, *entry, request.param) for i, entry in enumerate(OBJECTS)
+        ],
+    }
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(content))
+    name = f"fruits_{request.param}"
+    register_coco_instances(name, {}, str(path), str(tmp_path))
+    DatasetCatalog.get(name)  # fills in the map of category ids
+    yield name, request.param
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def predictions(image: int, classes: dict[int, int], with_masks: bool) -> Instances:
+    """What a perfect model says of an image."""
+    found = [(classes[category], box) for at, category, box in OBJECTS if at == image]
+    result = Instances(SIZE)
+    result.scores = torch.linspace(0.9, 0.5, len(found))
+    result.pred_classes = torch.tensor([label for label, _ in found])
+    boxes = torch.tensor([[x, y, x + w, y + h] for _, (x, y, w, h) in found], dtype=torch.float32)
+    result.pred_boxes = Boxes(boxes)
+    if with_masks:
+        masks = np.stack([rectangle(*box) for _, box in found]).astype(bool)
+        result.pred_masks = torch.from_numpy(masks)
+    return result
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("model_has_masks", [True, False])
+def test_perfect_predictions(
+    dataset: tuple[str, bool], tmp_path: Path, fast: bool, model_has_masks: bool
+) -> None:
+    name, data_has_masks = dataset
+    classes = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+    evaluator = COCOInstanceEvaluator(
+        name, str(tmp_path / "out"), with_masks=model_has_masks, fast=fast
+    )
+    evaluator.reset()
+    for image in (1, 2):
+        outputs = {"instances": predictions(image, classes, model_has_masks)}
+        evaluator.process([{"image_id": image}], [outputs])
+    results = evaluator.evaluate()
+    assert results.keys() == {"bbox", "segm"} if model_has_masks and data_has_masks else {"bbox"}
+    for values in results.values():
+        assert values["AP"] == pytest.approx(100.0)
+        assert {f"AP-{fruit}" for fruit in CATEGORIES.values()} <= values.keys()
+    written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert {record["category_id"] for record in written} == set(CATEGORIES)
+
+
+def test_no_prediction_is_no_precision(dataset: tuple[str, bool]) -> None:
+    evaluator = COCOInstanceEvaluator(dataset[0], None, with_masks=False, fast=False)
+    evaluator.reset()
+    evaluator.process([{"image_id": 1}], [{"instances": predictions(3, {}, False)}])
+    assert evaluator.evaluate()["bbox"]["AP"] == 0.0
+
+
+def test_class_that_the_dataset_lacks(dataset: tuple[str, bool]) -> None:
+    evaluator = COCOInstanceEvaluator(dataset[0], None, with_masks=False, fast=False)
+    with pytest.raises(ValueError, match=r"predicts class 5, but .* has 3 classes"):
+        evaluator.process([{"image_id": 1}], [{"instances": predictions(1, {7: 5, 3: 0}, False)}])
+
+
+def test_missing_fast_evaluator(dataset: tuple[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco_evaluation, "faster_coco_eval", None)
+    with pytest.raises(ImportError, match="pip install faster-coco-eval"):
+        COCOInstanceEvaluator(dataset[0], None, with_masks=False, fast=True)
+
+
+def jittered_results(ground_truth: dict, generator: np.random.Generator) -> list[dict]:
+    """Shifted, relabelled, dropped and doubled annotations, as a mediocre model predicts them."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in ground_truth["images"]}
+    categories = [category["id"] for category in ground_truth["categories"]]
+    records = []
+    for entry in ground_truth["annotations"]:
+        for _ in range(generator.integers(0, 3)):
+            shift = generator.integers(-3, 4, 2)
+            mask = _decode(entry["segmentation"], *sizes[entry["image_id"]])
+            rle = mask_util.encode(np.asfortranarray(np.roll(mask, shift, (0, 1))))
+            wrong = generator.random() < 0.1
+            records.append(
+                {
+                    "image_id": entry["image_id"],
+                    "category_id": int(generator.choice(categories))
+                    if wrong
+                    else entry["category_id"],
+                    "bbox": [float(value) for value in mask_util.toBbox(rle)],
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                    "score": round(float(generator.random()), 2),  # with ties
+                }
+            )
+    return records
+
+
+def _decode(segmentation: dict | list, height: int, width: int) -> np.ndarray:
+    if isinstance(segmentation, list):
+        segmentation = mask_util.merge(mask_util.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = mask_util.frPyObjects(segmentation, height, width)
+    return mask_util.decode(segmentation)
+
+
+def assert_fast_equals_pycocotools(ground_truth: dict) -> None:
+    records = jittered_results(ground_truth, np.random.default_rng(0))
+    for task in ("bbox", "segm"):
+        before = copy.deepcopy(records)
+        fast = average_precision(ground_truth, records, task, fast=True)
+        plain = average_precision(ground_truth, records, task, fast=False)
+        assert records == before
+        assert 5 < plain[0][0] < 95
+        np.testing.assert_allclose(fast[0], plain[0], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(fast[1], plain[1], rtol=0, atol=1e-12)
+        assert fast[2] == plain[2]
+
+
+def test_fast_numbers_are_pycocotools_on_nuclei(repository: Path) -> None:
+    path = repository / "datasets" / "nuclei" / "annotations" / "instances_val.json"
+    assert_fast_equals_pycocotools(json.loads(path.read_text()))
+
+
+def test_fast_numbers_are_pycocotools_on_coco(shared: Callable[..., Path]) -> None:
+    paths = sorted(shared("data", "coco_mini", "annotations").glob("instances_val*.json"))
+    assert paths
+    ground_truth = json.loads(paths[0].read_text())
+    assert any(entry["iscrowd"] for entry in ground_truth["annotations"])
+    assert_fast_equals_pycocotools(ground_truth)
+
+
+@pytest.fixture
+def typed_dataset():  # noqa: ANN201
+    """Makes a dataset name of the given evaluator type."""
+    names = []
+
+    def make(kind: str | None) -> str:
+        name = f"typed_{kind}"
+        metadata = MetadataCatalog.get(name)
+        if kind:
+            metadata.set(evaluator_type=kind)
+        names.append(name)
+        return name
+
+    yield make
+    for name in names:
+        MetadataCatalog.remove(name)
+
+
+def test_evaluators_of_a_dataset(dataset: tuple[str, bool], tmp_path: Path) -> None:
+    evaluators = build_evaluator(load_config(None, ["OUTPUT_DIR", str(tmp_path)]), dataset[0])
+    assert [type(e) for e in evaluators._evaluators] == [COCOInstanceEvaluator]
+
+
+def test_unknown_type_and_nothing_to_evaluate(typed_dataset: Callable[[str | None], str]) -> None:
+    with pytest.raises(ValueError, match="evaluator type None; known types are coco, "):
+        build_evaluator(load_config(), typed_dataset(None))
+    with pytest.raises(ValueError, match=r"serves semantic, the model does \['instance'\]"):
+        build_evaluator(load_config(), typed_dataset("sem_seg"))

@@ -1,0 +1,127 @@
+"""Tests of maskdino.train_step."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from maskdino.config import load_config
+from maskdino.solver import build_gradient_clipper
+from maskdino.train_step import TrainStep
+
+
+class Quadratic(nn.Module):
+    """Losses that are means over the images of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+
+    def forward(self, batch: list[dict]) -> dict[str, Tensor]:
+        inputs = torch.stack([image["image"] for image in batch])
+        return {
+            "loss_square": (inputs @ self.weight).square().mean(),
+            "loss_linear": (inputs @ self.weight).mean() * 0.1,
+        }
+
+
+IMAGES = [
+    {"image": torch.tensor(values), "file_name": f"{index}.png"}
+    for index, values in enumerate([[1.0, 2.0], [0.5, -1.0], [3.0, 0.0], [1.0, 1.0]])
+]
+NAN_IMAGE = {"image": torch.tensor([float("nan"), 0.0]), "file_name": "broken.png"}
+
+
+def step(accumulation_steps: int = 1, model: nn.Module | None = None) -> TrainStep:
+    model = model or Quadratic()
+    clip = ["CLIP_TYPE", "full_model", "CLIP_VALUE", "0.7", "ENABLED", "True"]
+    names = [f"SOLVER.CLIP_GRADIENTS.{w}" if i % 2 == 0 else w for i, w in enumerate(clip)]
+    return TrainStep(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        build_gradient_clipper(load_config(None, names)),
+        accumulation_steps=accumulation_steps,
+        mixed_precision=True,
+    )
+
+
+def test_step_is_a_clipped_gradient_step() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+    inputs = torch.stack([image["image"] for image in IMAGES])
+    loss = (inputs @ weight).square().mean() + (inputs @ weight).mean() * 0.1
+    loss.backward()
+    expected = weight - 0.1 * weight.grad * 0.7 / weight.grad.norm()
+    trained = step()
+    scalars = trained.run(iter([IMAGES]))
+    torch.testing.assert_close(trained.model.weight, expected)
+    assert scalars["total_loss"] == pytest.approx(loss.item())
+    assert scalars["total_loss"] == pytest.approx(scalars["loss_square"] + scalars["loss_linear"])
+    assert scalars["data_time"] >= 0
+
+
+def test_accumulation_equals_the_whole_batch() -> None:
+    whole, parts = step(), step(accumulation_steps=2)
+    for _ in range(3):
+        expected = whole.run(iter([IMAGES]))
+        found = parts.run(iter([IMAGES[:2], IMAGES[2:]]))
+        assert found["total_loss"] == pytest.approx(expected["total_loss"])
+    torch.testing.assert_close(parts.model.weight, whole.model.weight)
+
+
+def test_scaled_losses_are_clipped_after_unscaling() -> None:
+    plain, scaled = step(), step()
+    scaled.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for _ in range(3):
+        plain.run(iter([IMAGES]))
+        scaled.run(iter([IMAGES]))
+    torch.testing.assert_close(scaled.model.weight, plain.model.weight)
+
+
+def test_scaler_leaves_overflow_out() -> None:
+    model = Quadratic()
+    trained = step(model=model)
+    trained.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    before = model.weight.detach().clone()
+    handle = model.weight.register_hook(lambda gradient: gradient * float("inf"))
+    trained.run(iter([IMAGES]))
+    trained.check_gradient()
+    assert torch.equal(model.weight, before)
+    handle.remove()
+    trained.run(iter([IMAGES]))
+    assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_bad_loss_names_itself_and_the_images(accumulation_steps: int) -> None:
+    trained = step(accumulation_steps)
+    before = trained.model.weight.detach().clone()
+    batches = [IMAGES[:2], [IMAGES[2], NAN_IMAGE]][-accumulation_steps:]
+    with pytest.raises(FloatingPointError, match=r"loss_linear.*nan.*loss_square.*broken\.png"):
+        trained.run(iter(batches))
+    assert torch.equal(trained.model.weight, before)
+
+
+def check(trained: TrainStep) -> None:
+    trained.check_gradient()
+
+
+def run_again(trained: TrainStep) -> None:
+    trained.run(iter([IMAGES[:1]]))
+
+
+@pytest.mark.parametrize("notice", [check, run_again])
+def test_bad_gradient_of_finite_losses_is_noticed(notice: Callable[[TrainStep], None]) -> None:
+    model = Quadratic()
+    trained = step(model=model)
+    model.weight.register_hook(lambda gradient: gradient * float("nan"))
+    trained.run(iter([IMAGES]))
+    # Broken weights may break the next losses, too: either message is right then.
+    with pytest.raises(FloatingPointError, match="norm of the gradient was nan|not finite"):
+        notice(trained)
+
+
+def test_accumulation_of_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match="ACCUMULATION_STEPS is 0"):
+        step(0)

@@ -1,0 +1,203 @@
+"""Tests of maskdino.trainer, maskdino.hooks and maskdino.launch, with a stand-in for the model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from maskdino.hooks import WeightAverage
+from maskdino.trainer import MaskDINOTrainer, evaluate_weights, launch
+from tests.stand_in import read_checkpoint, tiny_config, train, train_in_process
+
+EMA = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5)
+
+
+def assert_same(found: object, expected: object, path: str = "") -> None:
+    """Compares nested containers of tensors and numbers, bit by bit."""
+    assert type(found) is type(expected), path
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for key in expected:
+            assert_same(found[key], expected[key], f"{path}.{key}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), path
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), path
+        for index, pair in enumerate(zip(found, expected, strict=True)):
+            assert_same(*pair, f"{path}[{index}]")
+    else:
+        assert found == expected, path
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(tiny_config(folder, *EMA))
+    return folder
+
+
+def test_killed_and_resumed_run_ends_the_same(whole_run: Path, tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; from tests.stand_in import tiny_config, train\n"
+        f"train(tiny_config(Path({str(tmp_path)!r}), *{EMA!r}), kill_after=4)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    killed = subprocess.run([sys.executable, "-c", script], cwd=root, check=False)
+    assert killed.returncode == -9
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    # Loading processes and evaluations in between must not matter.
+    cfg = tiny_config(tmp_path, *EMA, "DATALOADER.NUM_WORKERS", 2)
+    resumed = train(cfg, resume=True)
+    assert resumed.start_iter == 4
+    assert_same(read_checkpoint(tmp_path), read_checkpoint(whole_run))
+
+
+def test_drawn_seed_is_kept(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "SEED", -1, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()")
+    first = train(cfg)
+    cfg.SOLVER.MAX_ITER = 4
+    second = train(cfg, resume=True)
+    assert second.seed == first.seed
+    other = MaskDINOTrainer(cfg)
+    assert other.seed != first.seed  # drawn anew: chance of a clash is 2 ** -32
+
+
+def test_resuming_a_finished_run_trains_no_more(whole_run: Path) -> None:
+    before = read_checkpoint(whole_run)
+    trainer = train(tiny_config(whole_run, *EMA), resume=True)
+    assert trainer.start_iter == 6
+    assert_same(read_checkpoint(whole_run), before)
+
+
+def test_log_holds_losses_rate_speed_and_memory(whole_run: Path) -> None:
+    lines = (whole_run / "metrics.json").read_text().splitlines()
+    last = json.loads(lines[-1])
+    for name in ("total_loss", "loss_class", "loss_class_noise", "lr", "time", "data_time"):
+        assert name in last
+    for name in ("images_per_second", "max_memory_mb", "eta_seconds", "gradient_norm"):
+        assert last[name] >= 0
+    assert list(whole_run.glob("events.out.tfevents*"))
+
+
+def test_averaged_weights_follow_their_formula() -> None:
+    model = nn.BatchNorm1d(2)
+    average = WeightAverage(model, 0.75)
+    expected = model.weight.detach().clone()
+    for step in range(3):
+        with torch.no_grad():
+            model.weight.add_(step + 1.0)
+            model.num_batches_tracked.add_(1)
+        average.update()
+        expected = 0.75 * expected + 0.25 * model.weight.detach()
+    own = model.weight.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(model.weight.detach(), expected)
+        assert model.num_batches_tracked == 3
+    assert torch.equal(model.weight, own)
+    assert_same(average.state_dict()["weight"], average.state_dict()["weight"])
+    with pytest.raises(ValueError, match=r"DECAY is 1\.0"):
+        WeightAverage(model, 1.0)
+    with pytest.raises(KeyError, match="lacks.*weight"):
+        average.load_state_dict({})
+
+
+def test_averaged_weights_are_saved_as_a_model(whole_run: Path) -> None:
+    whole = read_checkpoint(whole_run)
+    alone = read_checkpoint(whole_run / "ema")
+    assert alone.keys() == {"model"}
+    assert_same(dict(alone["model"]), whole["ema"])
+    assert not torch.equal(whole["ema"]["head.weight"], whole["model"]["head.weight"])
+
+
+def test_evaluation_uses_averaged_weights(whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        MaskDINOTrainer,
+        "test",
+        classmethod(lambda _cls, _cfg, model: seen.append(model.head.weight.clone()) or {}),
+    )
+    whole = read_checkpoint(whole_run)
+    weights = ("MODEL.WEIGHTS", whole_run / "model_final.pth")
+    evaluate_weights(tiny_config(whole_run, *EMA, *weights), resume=False)
+    evaluate_weights(tiny_config(whole_run, *weights), resume=False)
+    assert torch.equal(seen[0], whole["ema"]["head.weight"])
+    assert torch.equal(seen[1], whole["model"]["head.weight"])
+
+
+PLAIN = (
+    *("MODEL.MASK_DINO.LOSS.SUPERVISE_INITIAL", False),  # random numbers differ by process
+    *("DATASETS.TEST", "('nuclei_val',)", "INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 64),
+)
+
+
+@pytest.fixture(scope="module")
+def single_process_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one process, without random numbers in the model."""
+    folder = tmp_path_factory.mktemp("single")
+    train(tiny_config(folder, *PLAIN))
+    return folder
+
+
+def assert_equal_runs(found: Path, expected: Path) -> None:
+    ours, theirs = read_checkpoint(found)["model"], read_checkpoint(expected)["model"]
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)
+    results = [
+        json.loads((f / "inference" / "results.json").read_text()) for f in (found, expected)
+    ]
+    assert results[0]["bbox"] == pytest.approx(results[1]["bbox"], abs=0.05, nan_ok=True)
+    assert results[0]["segm"] == pytest.approx(results[1]["segm"], abs=0.05, nan_ok=True)
+
+
+def test_two_processes_train_as_one(single_process_run: Path, tmp_path: Path) -> None:
+    launch(train_in_process, tiny_config(tmp_path, *PLAIN), processes=2)
+    assert_equal_runs(tmp_path, single_process_run)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_one_process(
+    single_process_run: Path, tmp_path: Path, repository: Path
+) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from maskdino.trainer import launch\n"
+        "from tests.stand_in import tiny_config, train_in_process\n"
+        f"cfg = tiny_config(Path({str(tmp_path)!r}), *{PLAIN!r})\n"
+        "launch(train_in_process, cfg, processes=1)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    subprocess.run([*command, str(script)], check=True, cwd=repository, env=environment)
+    assert_equal_runs(tmp_path, single_process_run)
+
+
+def test_bad_loss_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    trainer = MaskDINOTrainer(tiny_config(tmp_path))
+    trainer.resume_or_load(False)
+
+    def break_weights(*_: object) -> None:
+        with torch.no_grad():
+            if trainer.iter == 3:
+                trainer.model.head.bias.fill_(float("nan"))
+
+    trainer.model.register_forward_pre_hook(break_weights)
+    with pytest.raises(FloatingPointError, match=r"loss_class.*nan.*nuclei"):
+        trainer.train()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert all(
+        p.isfinite().all() for p in read_checkpoint(tmp_path, "model_0000001.pth")["model"].values()
+    )
+
+
+def test_too_many_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 GPUs asked for, but 1 found"):
+        launch(print, processes=2)

@@ -1,0 +1,94 @@
+"""Tests of tools/train_net.py."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from maskdino.config import load_config
+from tests.stand_in import CONFIG, tiny_config
+
+
+@pytest.fixture(scope="module")
+def tool(repository: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "train_net", repository / "tools" / "train_net.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config-file", "nowhere.yaml"], "no configuration nowhere.yaml"),
+        (["SOLVER.BASE_LRR", "1"], "Unknown configuration key SOLVER.BASE_LRR.*SOLVER.BASE_LR"),
+        (["NUM_QUERIES", "1"], "did you mean MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES"),
+        (["SOLVER.MAX_ITER"], "KEY VALUE pairs"),
+        (["SOLVER.MAX_ITER", "many"], "Type mismatch.*SOLVER.MAX_ITER"),
+        (["MODEL.WEIGHTS", "lost.pth"], "MODEL.WEIGHTS names the file lost.pth"),
+        (["--eval-only"], "--eval-only needs MODEL.WEIGHTS"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    if "--config-file" not in words:
+        words = ["--config-file", str(CONFIG), *words]
+    monkeypatch.setattr(sys, "argv", ["train_net.py", *words])
+    with pytest.raises(SystemExit, match=f"(?s)^error: .*{message}"):
+        tool.main()
+
+
+def test_unknown_key_of_a_file_names_the_file(tool: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("VERSION: 2\nMODEL:\n  MASK_DINO:\n    NUM_CLASS: 3\n")
+    with pytest.raises(KeyError, match=r"MASK_DINO.NUM_CLASS in .*mine.yaml.*NUM_CLASSES"):
+        tool.read_config(tool.parse_arguments(["--config-file", str(path)]))
+
+
+def test_configurations_are_not_executed(tool: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "evil.yaml"
+    trap = tmp_path / "trap"
+    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir [{trap}]\n")
+    with pytest.raises(Exception, match="python/object"):
+        tool.read_config(tool.parse_arguments(["--config-file", str(path)]))
+    assert not trap.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpus_that_are_not_there(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train_net.py", "--config-file", str(CONFIG), "--num-gpus", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="no GPU; use --num-processes"):
+        tool.main()
+
+
+def test_trains_resumes_and_evaluates(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    test_set = ("DATASETS.TEST", "('nuclei_val',)", "INPUT.MIN_SIZE_TEST", 32)
+    config.write_text(tiny_config(tmp_path / "out", "SOLVER.MAX_ITER", 5, *test_set).dump())
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(config), *words])
+        tool.main()
+
+    run()
+    out = tmp_path / "out"
+    assert load_config(str(out / "config.yaml")) == load_config(str(config))
+    results = out / "inference" / "results.json"
+    first = results.read_text()
+    assert '"segm"' in first
+    results.unlink()
+    run("--resume")
+    assert results.read_text() == first
+    results.unlink()
+    run("--eval-only", "MODEL.WEIGHTS", str(out / "model_final.pth"))
+    assert results.read_text() == first
+    assert "Command: train_net.py" in (out / "log.txt").read_text()
