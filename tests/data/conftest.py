@@ -1,0 +1,41 @@
+"""Configurations and small datasets for the tests of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from PIL import Image
+
+from maskdino.config import add_maskdino_config
+
+
+@pytest.fixture
+def make_cfg() -> Callable[..., CfgNode]:
+    """Makes a configuration of one class and small images; keys and values follow one another."""
+
+    def make(*options: object) -> CfgNode:
+        cfg = get_cfg()
+        add_maskdino_config(cfg)
+        cfg.INPUT.FORMAT = "RGB"
+        cfg.INPUT.LSJ.SIZE = [64, 96]
+        cfg.MODEL.MASK_DINO.NUM_CLASSES = 1
+        cfg.merge_from_list(list(options))
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def save_image(tmp_path: Path) -> Callable[[np.ndarray, str], str]:
+    """Saves pixels under a name in the test's folder, and returns the path."""
+
+    def save(pixels: np.ndarray, name: str = "image.png") -> str:
+        path = tmp_path / name
+        Image.fromarray(pixels).save(path)
+        return str(path)
+
+    return save

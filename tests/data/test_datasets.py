@@ -1,0 +1,279 @@
+"""Datasets and their checks, on drawn folders and on real images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+
+from maskdino.data import (
+    DataError,
+    build_train_mapper,
+    check_datasets,
+    datasets,
+    register_coco_folder,
+    register_panoptic_folder,
+)
+from tests.data.synthetic import make_scenes, write_coco
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """A drawn `coco` folder."""
+    return write_coco(tmp_path, {"train": make_scenes(3)})
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A dataset name of the test's own; catalogues are global."""
+    name = f"test/{request.node.name}"
+    yield name
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+    MetadataCatalog.pop(name, None)
+
+
+def change(path: Path, function: Callable[[dict], None]) -> None:
+    """Edits a JSON file."""
+    content = json.loads(path.read_text())
+    function(content)
+    path.write_text(json.dumps(content))
+
+
+def test_importing_registers_what_detectron2_lacks() -> None:
+    names = set(DatasetCatalog.list())
+    for dataset in (
+        "nuclei_{}",
+        "nuclei_sem_seg_{}",
+        "coco_2017_{}_panoptic_with_sem_seg",
+        "ade20k_instance_{}",
+        "ade20k_panoptic_{}",
+        "objects365_{}",
+    ):
+        assert {dataset.format("train"), dataset.format("val")} <= names
+
+
+def test_registering_again_does_nothing_but_never_replaces(tmp_path: Path, name: str) -> None:
+    datasets.register_all()
+    register_coco_folder(name, tmp_path / "a.json", tmp_path)
+    register_coco_folder(name, tmp_path / "a.json", tmp_path)
+    with pytest.raises(ValueError, match=f"{name}.*json_file"):
+        register_coco_folder(name, tmp_path / "b.json", tmp_path)
+
+
+def test_coco_panoptic_classes_are_detectron2s() -> None:
+    ours = MetadataCatalog.get("coco_2017_val_panoptic_with_sem_seg")
+    theirs = MetadataCatalog.get("coco_2017_val_panoptic")
+    for key in (
+        "thing_classes",
+        "stuff_classes",
+        "thing_colors",
+        "thing_dataset_id_to_contiguous_id",
+        "stuff_dataset_id_to_contiguous_id",
+        "panoptic_json",
+        "image_root",
+        "label_divisor",
+    ):
+        assert ours.get(key) == theirs.get(key)
+
+
+def test_ade20k_things_and_stuff() -> None:
+    metadata = MetadataCatalog.get("ade20k_panoptic_train")
+    classes = metadata.stuff_classes
+    things = [classes[i] for i in metadata.thing_dataset_id_to_contiguous_id.values()]
+    stuff = [classes[i] for i in metadata.stuff_dataset_id_to_contiguous_id.values()]
+    assert (len(classes), len(things), len(stuff)) == (150, 100, 50)
+    assert {"person", "car", "bed", "flag"} <= set(things)
+    assert {"wall", "sky", "shower", "crt screen"} <= set(stuff)
+    assert MetadataCatalog.get("ade20k_instance_train").thing_classes == things
+
+
+def test_nuclei_are_complete(make_cfg: Callable) -> None:
+    cfg = make_cfg("DATASETS.TRAIN", ("nuclei_train",), "DATASETS.TEST", ("nuclei_val",))
+    check_datasets(cfg)
+    assert len(DatasetCatalog.get("nuclei_train")) == 80
+    assert sum(len(d["annotations"]) for d in DatasetCatalog.get("nuclei_val")) == 615
+
+
+def test_drawn_coco_loads_and_maps(make_cfg: Callable, coco: Path, name: str) -> None:
+    register_coco_folder(name, coco / "annotations/instances_train2017.json", coco / "train2017")
+    cfg = make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 2)
+    check_datasets(cfg)
+    cfg.INPUT.LSJ.MIN_SCALE = cfg.INPUT.LSJ.MAX_SCALE = 1.0
+    mapper = build_train_mapper(cfg)
+    for record in get_detection_dataset_dicts(name):
+        instances = mapper(record)["instances"]
+        assert len(instances) == 4 and set(instances.gt_classes.tolist()) == {0, 1}
+        assert instances.gt_masks.to_bool().any(dim=(1, 2)).all()
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_images_without_objects(coco: Path, name: str, filtered: bool) -> None:
+    path = coco / "annotations/instances_train2017.json"
+    # The crowds remain: they are no objects.
+    change(path, lambda c: c.update(annotations=[a for a in c["annotations"] if a["iscrowd"]]))
+    change(path, lambda c: c["annotations"].append({**c["annotations"][0], "iscrowd": 0, "id": 99}))
+    register_coco_folder(name, path, coco / "train2017")
+    dicts = get_detection_dataset_dicts(name, filter_empty=filtered)
+    assert len(dicts) == (1 if filtered else 3)
+
+
+def break_image_id(content: dict) -> None:
+    content["annotations"][1]["image_id"] = 12345
+
+
+def break_category(content: dict) -> None:
+    content["annotations"][1]["category_id"] = 77
+
+
+def break_file_name(content: dict) -> None:
+    content["images"][1]["file_name"] = "lost.jpg"
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (break_image_id, "annotation 2 belongs to image 12345"),
+        (break_category, "annotation 2 has category 77"),
+        (break_file_name, "1 images that are not in .*train2017.*lost.jpg"),
+    ],
+)
+def test_broken_annotations_are_found_before_training(
+    make_cfg: Callable, coco: Path, name: str, function: Callable, message: str
+) -> None:
+    path = coco / "annotations/instances_train2017.json"
+    change(path, function)
+    register_coco_folder(name, path, coco / "train2017")
+    cfg = make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 2)
+    with pytest.raises(DataError, match=message):
+        check_datasets(cfg)
+
+
+def test_missing_folders_name_the_path_and_the_variable(
+    make_cfg: Callable, tmp_path: Path, name: str
+) -> None:
+    register_coco_folder(name, tmp_path / "none.json", tmp_path / "images")
+    expected = rf"{tmp_path}/none.json does not exist.*DETECTRON2_DATASETS.*README"
+    with pytest.raises(DataError, match=expected):
+        check_datasets(make_cfg("DATASETS.TRAIN", (name,)))
+
+
+def test_made_files_name_their_script(
+    make_cfg: Callable, coco: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(coco.parent))
+    categories = json.loads((coco / "annotations/panoptic_train2017.json").read_text())[
+        "categories"
+    ]
+    register_panoptic_folder(
+        name,
+        coco / "annotations/panoptic_train2017.json",
+        coco / "train2017",
+        coco / "panoptic_train2017",
+        categories,
+        sem_seg_root=coco / "panoptic_semseg_train2017",
+    )
+    options = ("MODEL.MASK_DINO.NUM_CLASSES", 4)
+    check_datasets(make_cfg("DATASETS.TRAIN", (name,), *options))  # evaluation alone needs maps
+    with pytest.raises(DataError, match=rf"{coco.parent}.*prepare_coco_semantic.py"):
+        check_datasets(make_cfg("DATASETS.TEST", (name,), *options))
+    with pytest.raises(DataError, match="has 4 classes.*NUM_CLASSES is 5"):
+        check_datasets(make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 5))
+
+
+def test_panoptic_annotations_without_image_or_category(coco: Path, name: str) -> None:
+    path = coco / "annotations/panoptic_train2017.json"
+    categories = json.loads(path.read_text())["categories"]
+    register_panoptic_folder(
+        name, path, coco / "train2017", coco / "panoptic_train2017", categories
+    )
+    change(path, lambda c: c["annotations"][0]["segments_info"][0].update(category_id=5))
+    with pytest.raises(DataError, match=r"000000000001.png have the categories \[5\]"):
+        DatasetCatalog.get(name)
+    change(path, lambda c: c["annotations"][0].update(image_id=55))
+    with pytest.raises(DataError, match="no image 55"):
+        DatasetCatalog.get(name)
+
+
+def test_names_packages_and_classes_are_checked(
+    make_cfg: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="'nuclei_trian' .*did you mean nuclei_train"):
+        check_datasets(make_cfg("DATASETS.TRAIN", ("nuclei_trian",)))
+    with pytest.raises(DataError, match="has 1 classes.*NUM_CLASSES is 80"):
+        check_datasets(
+            make_cfg("DATASETS.TEST", ("nuclei_val",), "MODEL.MASK_DINO.NUM_CLASSES", 80)
+        )
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(DataError, match="pip install cityscapesscripts"):
+        check_datasets(make_cfg("DATASETS.TRAIN", ("cityscapes_fine_instance_seg_train",)))
+
+
+@pytest.mark.parametrize(
+    ("folder", "json_file", "images", "classes", "has_masks"),
+    [
+        ("coco_mini", "instances_val2017.json", "val2017", 80, True),
+        ("bccd_boxes", "instances_test.json", "test", 3, False),
+        ("fruits_nuts", "instances_val.json", "val", 3, True),
+    ],
+)
+def test_real_datasets(
+    make_cfg: Callable,
+    shared: Callable,
+    name: str,
+    folder: str,
+    json_file: str,
+    images: str,
+    classes: int,
+    has_masks: bool,
+) -> None:
+    root = shared("data", folder)
+    register_coco_folder(name, root / "annotations" / json_file, root / images)
+    cfg = make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", classes)
+    check_datasets(cfg)
+    cfg.INPUT.LSJ.MIN_SCALE = cfg.INPUT.LSJ.MAX_SCALE = 1.0
+    cfg.INPUT.LSJ.SIZE = [480, 640]
+    cfg.INPUT.RANDOM_FLIP = "none"
+    mapper = build_train_mapper(cfg)
+    compared = 0
+    for record in get_detection_dataset_dicts(name)[:12]:
+        instances = mapper(record)["instances"]
+        assert instances.has("gt_masks") == has_masks
+        # At this size nothing is cropped: boxes are the annotated ones, scaled, to a pixel.
+        scale = min(480 / record["height"], 640 / record["width"])
+        kept = [a for a in record["annotations"] if not a["iscrowd"]]
+        expected = np.array([a["bbox"] for a in kept]) * scale
+        expected[:, 2:] += expected[:, :2]
+        if len(instances) == len(kept):
+            difference = np.abs(instances.gt_boxes.tensor.numpy() - expected)
+            assert np.median(difference) < 1.0 and difference.max() < 4.0
+            compared += 1
+    assert compared >= 3
+
+
+def test_real_panoptic_pair(make_cfg: Callable, shared: Callable, name: str) -> None:
+    root = shared("data", "coco_panoptic_pair")
+    path = root / "annotations" / "panoptic_val2017.json"
+    categories = json.loads(path.read_text())["categories"]
+    assert datasets.panoptic_metadata(categories)["stuff_dataset_id_to_contiguous_id"] == (
+        MetadataCatalog.get("coco_2017_val_panoptic").stuff_dataset_id_to_contiguous_id
+    )
+    register_panoptic_folder(name, path, root / "val2017", path.with_suffix(""), categories)
+    options = ("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 133)
+    cfg = make_cfg(*options, "INPUT.DATASET_MAPPER_NAME", "panoptic", "INPUT.LSJ.ENABLED", False)
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (0,), "INPUT.RANDOM_FLIP", "none"])
+    mapper = build_train_mapper(cfg)
+    for record in DatasetCatalog.get(name):
+        instances = mapper(record)["instances"]
+        segments = [s for s in record["segments_info"] if not s["iscrowd"]]
+        areas = instances.gt_masks.to_bool().sum((1, 2)).tolist()
+        assert areas == [s["area"] for s in segments]
+        boxes = np.array([s["bbox"] for s in segments])
+        boxes[:, 2:] += boxes[:, :2]
+        assert (instances.gt_boxes.tensor.numpy() == boxes).all()
+        things = [s["category_id"] < 80 for s in segments]
+        assert instances.gt_is_thing.tolist() == things
