@@ -64,5 +64,5 @@ def test_released_schedules() -> None:
         ("maskdino_R50", 50, [44.444, 48.148]),
     ):
         cfg = load_config(str(folder / f"{name}.yaml"))
-        assert cfg.SOLVER.MAX_ITER == epochs * 7375
+        assert epochs * 7375 == cfg.SOLVER.MAX_ITER
         assert [round(step / 7375, 3) for step in cfg.SOLVER.STEPS] == drops

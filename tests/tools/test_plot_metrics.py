@@ -1,0 +1,66 @@
+"""Tests of tools/plot_metrics.py."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from matplotlib import image as mpl_image
+
+
+@pytest.fixture(scope="module")
+def tool(repository: Path) -> ModuleType:
+    path = repository / "tools" / "plot_metrics.py"
+    spec = importlib.util.spec_from_file_location("plot_metrics", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write(folder: Path, records: list[dict], tail: str = "") -> Path:
+    path = folder / "metrics.json"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+    return path
+
+
+def test_later_runs_replace_what_they_repeat(tool: ModuleType, tmp_path: Path) -> None:
+    iterations = [19, 39, 59, 39, 59, 59]
+    records = [{"iteration": it, "total_loss": float(i)} for i, it in enumerate(iterations)]
+    records[5]["segm/AP"] = 12.5
+    curves = tool.read_metrics(write(tmp_path, records, tail='{"iteration": 79, "tot'))
+    assert curves == {"total_loss": ([19, 39, 59], [0.0, 3.0, 5.0]), "segm/AP": ([59], [12.5])}
+
+
+def test_broken_line_is_named(tool: ModuleType, tmp_path: Path) -> None:
+    path = write(tmp_path, [], tail='oops\n{"iteration": 1}\n')
+    with pytest.raises(ValueError, match="line 1, is no JSON: 'oops'"):
+        tool.read_metrics(path)
+
+
+def test_writes_a_picture(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("total_loss", "loss_class", "loss_giou", "lr", "images_per_second", "segm/AP")
+    write(tmp_path, [{"iteration": it, **dict.fromkeys(names, 1.0 / it)} for it in (20, 40)])
+    monkeypatch.setattr(sys, "argv", ["plot_metrics.py", str(tmp_path)])
+    tool.main()
+    picture = mpl_image.imread(tmp_path / "metrics.png")
+    assert picture.shape[0] > 300
+    assert picture[..., :3].std() > 0.05  # not blank
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("", "no metrics yet")])
+def test_nothing_to_plot(
+    tool: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str | None,
+    message: str,
+) -> None:
+    if content is not None:
+        (tmp_path / "metrics.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["plot_metrics.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match=message):
+        tool.main()

@@ -1,0 +1,134 @@
+"""Draws the curves of a training: losses, learning rate, average precision, throughput, memory.
+
+    python tools/plot_metrics.py output/nuclei            # writes output/nuclei/metrics.png
+
+It reads the folder's metrics.json, also while the training runs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+Curves = dict[str, tuple[list[int], list[float]]]  # name -> iterations, values
+
+# Title of a panel -> how its curves are chosen by name.
+LOSSES = ("loss_class", "loss_l1", "loss_giou", "loss_mask_bce", "loss_mask_dice")
+METRICS = ("AP", "AP50", "PQ", "mIoU")
+
+
+def read_metrics(path: Path) -> Curves:
+    """Reads the curves of metrics.json, one JSON object a line.
+
+    A run that was resumed, or started anew, in the same folder repeats iterations: what came
+    later replaces what lay at or after its iteration.
+
+    Args:
+        path: the file; an unfinished last line is left out.
+
+    Raises:
+        ValueError: if another line is no JSON.
+    """
+    lines = path.read_text().splitlines()
+    records: list[dict] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}, is no JSON: {line[:80]!r}") from error
+        while records and records[-1]["iteration"] > record["iteration"]:
+            records.pop()
+        records.append(record)
+    curves: Curves = {}
+    for record in records:
+        for name, value in record.items():
+            iterations, values = curves.setdefault(name, ([], []))
+            if iterations and iterations[-1] == record["iteration"]:
+                values[-1] = value
+            else:
+                iterations.append(record["iteration"])
+                values.append(value)
+    curves.pop("iteration", None)
+    return curves
+
+
+def choose_panels(curves: Curves) -> dict[str, list[str]]:
+    """Returns the panels that have curves, with the names of these."""
+    metrics = [name for name in curves if name.rpartition("/")[2] in METRICS]
+    panels = {
+        "total loss": ["total_loss"],
+        "losses of the last layer": list(LOSSES),
+        "AP, PQ, mIoU (%)": sorted(metrics),
+        "learning rate": ["lr"],
+        "norm of the gradient": ["gradient_norm"],
+        "images per second": ["images_per_second"],
+        "seconds per iteration": ["time", "data_time"],
+        "peak memory (MB)": ["max_memory_mb"],
+    }
+    found = {title: [n for n in names if n in curves] for title, names in panels.items()}
+    return {title: names for title, names in found.items() if names}
+
+
+def draw_panel(axes: Axes, title: str, names: list[str], curves: Curves) -> None:
+    """Draws curves into one panel."""
+    for name in names:
+        iterations, values = curves[name]
+        marker = "o" if len(values) < 30 else None
+        axes.plot(iterations, values, label=name, marker=marker, markersize=3, linewidth=1.2)
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+    if "loss" in title or "norm" in title:
+        axes.set_yscale("log")
+    if len(names) > 1:
+        axes.legend(fontsize=7)
+
+
+def plot(curves: Curves, title: str, target: Path) -> None:
+    """Draws all panels into a PNG."""
+    panels = choose_panels(curves)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False, constrained_layout=True
+    )
+    for place, (name, chosen) in zip(axes.flat, panels.items(), strict=False):
+        draw_panel(place, name, chosen, curves)
+    for place in axes.flat[len(panels) :]:
+        place.set_visible(False)
+    for place in axes[-1]:
+        place.set_xlabel("iteration", fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output_dir", type=Path, help="the OUTPUT_DIR of a training")
+    parser.add_argument("--output", type=Path, help="default: metrics.png in that folder")
+    args = parser.parse_args()
+    source = args.output_dir / "metrics.json"
+    if not source.is_file():
+        sys.exit(f"error: {source} does not exist; is {args.output_dir} the folder of a training?")
+    curves = read_metrics(source)
+    if not choose_panels(curves):
+        sys.exit(f"error: {source} holds no metrics yet")
+    target = args.output or args.output_dir / "metrics.png"
+    plot(curves, str(args.output_dir), target)
+    print(f"{len(curves)} curves read, picture written to {target}")
+
+
+if __name__ == "__main__":
+    main()
