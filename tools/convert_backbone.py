@@ -12,11 +12,10 @@ itself.
 import argparse
 
 import torch
-from detectron2.config import get_cfg
 from timm.models import load_state_dict
 
 from maskdino.backbones import TimmBackbone, build_backbone, convert_backbone
-from maskdino.config import add_maskdino_config
+from maskdino.trainer import load_config
 
 
 def main() -> None:
@@ -31,10 +30,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    cfg = get_cfg()
-    add_maskdino_config(cfg)
-    cfg.merge_from_file(arguments.config_file)
-    cfg.MODEL.TIMM.PRETRAINED = False
+    cfg = load_config(arguments.config_file, ["MODEL.TIMM.PRETRAINED", "False"])
     backbone = build_backbone(cfg)
     if not isinstance(backbone, TimmBackbone):
         parser.error(
@@ -42,6 +38,8 @@ def main() -> None:
         )
 
     weights = convert_backbone(load_state_dict(arguments.source, device="cpu"), backbone)
+    # The norms of the outputs, which no classifier has, are written as they are initialised.
+    weights = backbone.state_dict() | weights
     prefixed = {f"backbone.{name}": tensor for name, tensor in weights.items()}
     torch.save(
         {"model": prefixed, "__author__": "timm", "matching_heuristics": False}, arguments.target

@@ -1,0 +1,125 @@
+"""The weights that the paper's authors released, and the results that they published for them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+RELEASE = "https://github.com/IDEA-Research/detrex-storage/releases/download/maskdino-v0.1.0/"
+# These models give the finest level the largest proposals, and their weights depend on it.
+_FINEST = ("MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS", "finest")
+
+
+@dataclass(frozen=True)
+class ReleasedModel:
+    """One released file.
+
+    Attributes:
+        config: the shipped configuration of the model, relative to `configs/`.
+        file: name of the file in the release.
+        results: published results in percent, by metric; `gflops` and `million_parameters` where
+            published.
+        overrides: keys and values in turn in which the released model departs from the
+            configuration.
+        sha256: hexadecimal checksum of the file; None where nobody has published or computed one.
+    """
+
+    config: str
+    file: str
+    results: Mapping[str, float]
+    overrides: tuple[str, ...] = field(default=())
+    sha256: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the file is."""
+        return RELEASE + self.file
+
+
+def _released(config: str, file: str, *overrides: str, **results: float) -> ReleasedModel:
+    return ReleasedModel(config, file, MappingProxyType(results), overrides)
+
+
+RELEASED = (
+    _released(
+        "coco/instance/maskdino_R50_ffn1024.yaml",
+        "maskdino_r50_50ep_300q_hid1024_3sd1_instance_maskenhanced_mask46.1ap_box51.5ap.pth",
+        mask_ap=46.1,
+        box_ap=51.5,
+        million_parameters=47,
+        gflops=226,
+    ),
+    _released(
+        "coco/instance/maskdino_R50.yaml",
+        "maskdino_r50_50ep_300q_hid2048_3sd1_instance_maskenhanced_mask46.3ap_box51.7ap.pth",
+        *_FINEST,
+        mask_ap=46.3,
+        box_ap=51.7,
+        million_parameters=52,
+        gflops=286,
+    ),
+    _released(
+        "coco/instance/maskdino_swinl_plain_anchors.yaml",
+        "maskdino_swinl_50ep_300q_hid2048_3sd1_instance_mask52.1ap_box58.3ap.pth",
+        *_FINEST,
+        mask_ap=52.1,
+        box_ap=58.3,
+        million_parameters=223,
+        gflops=1326,
+    ),
+    _released(
+        "coco/instance/maskdino_swinl.yaml",
+        "maskdino_swinl_50ep_300q_hid2048_3sd1_instance_maskenhanced_mask52.3ap_box59.0ap.pth",
+        *_FINEST,
+        mask_ap=52.3,
+        box_ap=59.0,
+        million_parameters=223,
+        gflops=1326,
+    ),
+    _released(
+        "coco/panoptic/maskdino_R50.yaml",
+        "maskdino_r50_50ep_300q_hid2048_3sd1_panoptic_pq53.0.pth",
+        *_FINEST,
+        pq=53.0,
+        box_ap=48.8,
+        mask_ap=44.3,
+        miou=60.6,
+    ),
+    _released(
+        "coco/panoptic/maskdino_swinl.yaml",
+        "maskdino_swinl_50ep_300q_hid2048_3sd1_panoptic_58.3pq.pth",
+        *_FINEST,
+        pq=58.3,
+        box_ap=56.2,
+        mask_ap=50.6,
+        miou=67.5,
+    ),
+    _released(
+        "ade20k/semantic/maskdino_R50.yaml",
+        "maskdino_r50_50ep_100q_celoss_hid1024_3s_semantic_ade20k_48.7miou.pth",
+        miou=48.7,
+    ),
+    _released(
+        "cityscapes/semantic/maskdino_R50.yaml",
+        "maskdino_r50_50ep_100q_celoss_hid1024_3s_semantic_cityscapes_79.8miou.pth",
+        miou=79.8,
+    ),
+)
+
+
+def find_released(name: str) -> ReleasedModel:
+    """Finds released weights by the name of their configuration or of their file.
+
+    Args:
+        name: such as `coco/instance/maskdino_R50.yaml`; the ending may be left out.
+
+    Raises:
+        KeyError: if no weights were released under this name; the message lists those there are.
+    """
+    for model in RELEASED:
+        if name in (model.config, model.file) or name in (
+            model.config.removesuffix(".yaml"),
+            model.file.removesuffix(".pth"),
+        ):
+            return model
+    known = ", ".join(model.config for model in RELEASED)
+    raise KeyError(f"no weights were released for {name!r}; there are some for {known}")
