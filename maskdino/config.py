@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
-
 # Nodes of a file whose keys another library defines: arguments of a timm model, released Swin configurations.
 _OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
 
