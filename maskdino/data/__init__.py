@@ -10,9 +10,11 @@ from maskdino.data.datasets import (
     register_semantic_folder,
 )
 from maskdino.data.mappers import (
+    InferenceMapper,
     InstanceMapper,
     PanopticMapper,
     SemanticMapper,
+    build_test_mapper,
     build_train_mapper,
 )
 from maskdino.data.reading import DataError
@@ -22,6 +24,8 @@ __all__ = [
     "InstanceMapper",
     "PanopticMapper",
     "SemanticMapper",
+    "InferenceMapper",
+    "build_test_mapper",
     "build_train_mapper",
     "check_datasets",
     "register_coco_folder",

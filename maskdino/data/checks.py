@@ -41,7 +41,7 @@ def check_datasets(cfg: CfgNode) -> None:
     """Checks that every dataset of cfg.DATASETS is there, complete, and fits the model.
 
     Args:
-        cfg: reads DATASETS and MODEL.MASK_DINO.NUM_CLASSES.
+        cfg: reads DATASETS, the number of classes, and what the model learns and is tested on.
 
     Raises:
         DataError: an unknown name, a missing folder, file or package, a number of classes that is
@@ -53,7 +53,7 @@ def check_datasets(cfg: CfgNode) -> None:
         _check_name(name)
         metadata = MetadataCatalog.get(name)
         _check_package(name, metadata, name in test)
-        _check_paths(name, metadata, name in test)
+        _check_paths(name, metadata, _unused_paths(cfg, name, metadata))
         _check_classes(name, metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES)
 
 
@@ -78,16 +78,25 @@ def _check_package(name: str, metadata: Metadata, is_test: bool) -> None:
         )
 
 
-def _check_paths(name: str, metadata: Metadata, is_test: bool) -> None:
+def _unused_paths(cfg: CfgNode, name: str, metadata: Metadata) -> set[str]:
+    """Panoptic datasets come with instances and semantic maps, which not every run reads."""
+    if "panoptic_json" not in metadata.as_dict():
+        return set()
+    is_test = name in cfg.DATASETS.TEST
+    unused = set()
+    if not (is_test and cfg.MODEL.MASK_DINO.TEST.INSTANCE_ON):
+        unused.add("json_file")
+    if not is_test and cfg.INPUT.DATASET_MAPPER_NAME != "semantic":
+        unused.add("sem_seg_root")
+    return unused
+
+
+def _check_paths(name: str, metadata: Metadata, unused: set[str]) -> None:
     variable = metadata.get("root_variable", ROOT_VARIABLE)
     root = own_datasets_root() if variable == OWN_ROOT_VARIABLE else os.environ.get(variable)
     for key in _PATHS:
         path = metadata.get(key)
-        # Panoptic training reads no instances and no semantic maps: they are for evaluation.
-        only_evaluated = (
-            key in ("json_file", "sem_seg_root") and "panoptic_json" in metadata.as_dict()
-        )
-        if path is None or (only_evaluated and not is_test) or PathManager.exists(path):
+        if key in unused or path is None or PathManager.exists(path):
             continue
         script = next((s for part, s in _PREPARE_SCRIPTS.items() if part in path), None)
         made = f"; `python datasets/{script}` makes it from the downloaded files" if script else ""

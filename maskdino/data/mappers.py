@@ -115,7 +115,8 @@ class InstanceMapper(Mapper):
             try:
                 category = self._check_class(annotation["category_id"])
                 box, window = self._transform(annotation, transforms, before, size)
-            except (DataError, KeyError) as error:
+            except (ValueError, KeyError, TypeError, AssertionError) as error:
+                # detectron2 asserts that boxes have four numbers.
                 raise DataError(
                     f"an annotation of image {example['file_name']} is wrong: {error}"
                 ) from error
@@ -282,6 +283,40 @@ class SemanticMapper(Mapper):
         return example
 
 
+class InferenceMapper(Mapper):
+    """Only the image, resized as INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST say; no ground truth."""
+
+    @configurable
+    def __init__(self, **common) -> None:  # noqa: ANN003
+        """
+        Args:
+            common: see `Mapper`.
+        """
+        super().__init__(**common)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        return _common_arguments(cfg, is_train=False)
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        """
+        Args:
+            dataset_dict: detectron2's, with "file_name"; left as it is.
+
+        Returns:
+            The dict with "image", and with "height" and "width" of the file.
+
+        Raises:
+            DataError: the image cannot be read; names the file.
+        """
+        example, image = self._read(dataset_dict)
+        aug_input = T.AugInput(image)
+        self.augmentations(aug_input)
+        example.pop("annotations", None)
+        example["image"] = _image_tensor(aug_input.image)
+        return example
+
+
 MAPPERS = {"instance": InstanceMapper, "panoptic": PanopticMapper, "semantic": SemanticMapper}
 
 
@@ -297,6 +332,11 @@ def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
             f"INPUT.DATASET_MAPPER_NAME is {name!r}; it must be one of {', '.join(MAPPERS)}"
         )
     return MAPPERS[name](cfg, is_train=True)
+
+
+def build_test_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
+    """The mapper of evaluation, for any task; unlike detectron2's, it names broken images."""
+    return InferenceMapper(cfg)
 
 
 def _common_arguments(cfg: CfgNode, is_train: bool, ignored_category: int | None = None) -> dict:

@@ -142,7 +142,8 @@ def adjust_color(
             round(hue * 256) % 256
         )  # a circle of 256 steps: overflow is what we want
         hsv[..., 1] = _linear(hsv[..., 1], saturation, 0)
-        image = np.asarray(Image.fromarray(hsv, mode="HSV").convert("RGB"))
+        channels = [Image.fromarray(channel) for channel in np.moveaxis(hsv, -1, 0)]
+        image = np.asarray(Image.merge("HSV", channels).convert("RGB"))
     image = _linear(image, 1 if contrast_first else contrast, 0)
     return image[:, :, ::-1] if image_format == "BGR" else image
 

@@ -181,6 +181,9 @@ def test_made_files_name_their_script(
     check_datasets(make_cfg("DATASETS.TRAIN", (name,), *options))  # evaluation alone needs maps
     with pytest.raises(DataError, match=rf"{coco.parent}.*prepare_coco_semantic.py"):
         check_datasets(make_cfg("DATASETS.TEST", (name,), *options))
+    semantic = ("INPUT.DATASET_MAPPER_NAME", "semantic")
+    with pytest.raises(DataError, match=r"prepare_coco_semantic.py"):
+        check_datasets(make_cfg("DATASETS.TRAIN", (name,), *options, *semantic))
     with pytest.raises(DataError, match="has 4 classes.*NUM_CLASSES is 5"):
         check_datasets(make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 5))
 

@@ -19,6 +19,7 @@ from maskdino.data import (
     InstanceMapper,
     PanopticMapper,
     SemanticMapper,
+    build_test_mapper,
     build_train_mapper,
 )
 from tests.data.synthetic import draw
@@ -168,6 +169,8 @@ def test_errors_name_the_file(make_cfg: Callable, make_dict: Callable, tmp_path:
         (annotation(segmentation={"size": [9, 9], "counts": [81]}), r"\[9, 9\].*\(60, 80\)"),
         (annotation(segmentation=[], bbox=[0, 0, float("nan"), 5]), "not finite"),
         ({"category_id": 0}, "bbox"),
+        (annotation(segmentation=[], bbox=[1, 2, 3]), "4"),
+        (annotation(segmentation=[["a"]]), "'a'"),
     ):
         with pytest.raises(DataError, match=rf"image\.png.*{message}"):
             mapper(make_dict(wrong))
@@ -319,6 +322,23 @@ def test_another_ignored_label(save_image: Callable) -> None:
     example = mapper({"file_name": path, "sem_seg_file_name": path})
     assert example["instances"].gt_classes.tolist() == [0, 2]
     assert example["sem_seg"].tolist() == [[0, 1, 2]]
+
+
+def test_panoptic_data_without_things(panoptic_cfg: CfgNode, panoptic_dict: dict) -> None:
+    panoptic_cfg.DATASETS.TRAIN = ("mapper_test_without_things",)
+    instances = build_train_mapper(panoptic_cfg)(panoptic_dict)["instances"]
+    assert instances.gt_is_thing.tolist() == [False, False]
+
+
+def test_evaluation_reads_images_only(make_cfg: Callable, make_dict: Callable) -> None:
+    mapper = build_test_mapper(make_cfg("INPUT.MIN_SIZE_TEST", 30))
+    given = make_dict(annotation(), sem_seg_file_name="never read")
+    example = mapper(given)
+    assert tuple(example["image"].shape) == (3, 30, 40) and "annotations" not in example
+    assert (example["height"], example["width"], example["image_id"]) == (60, 80, 7)
+    Path(given["file_name"]).write_bytes(Path(given["file_name"]).read_bytes()[:90])
+    with pytest.raises(DataError, match=r"cannot read image .*image\.png"):
+        mapper(given)
 
 
 def test_mapper_names(make_cfg: Callable) -> None:
