@@ -1,0 +1,123 @@
+"""Noised queries: groups, slots, noise, and who may see whom."""
+
+import pytest
+import torch
+
+from maskdino.modeling.denoising import DenoisingQueries, attention_mask, build_denoising
+from maskdino.structures import Denoising, PackedMasks, Queries, Targets
+from tests.helpers import NUM_CLASSES, tiny_cfg
+
+
+def targets_of(counts: tuple[int, ...]) -> Targets:
+    """Drawn objects without masks."""
+    number = sum(counts)
+    return Targets(
+        labels=torch.randint(0, NUM_CLASSES, (number,)),
+        boxes=torch.rand(number, 4) * 0.5 + 0.25,
+        is_thing=torch.ones(number, dtype=torch.bool),
+        has_mask=torch.zeros(number, dtype=torch.bool),
+        masks=PackedMasks.empty(number, (8, 8)),
+        counts=counts,
+        names=tuple(map(str, range(len(counts)))),
+    )
+
+
+def quiet(**overrides: object) -> DenoisingQueries:
+    """Denoising without noise."""
+    return build_denoising(
+        tiny_cfg(DENOISING__LABEL_NOISE=0.0, DENOISING__BOX_NOISE=0.0, **overrides)
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "groups", "slots"),
+    [((3, 1), 2, 3), ((1,), 8, 1), ((8, 0), 1, 8), ((9, 2), 1, 9), ((50,), 1, 50), ((0, 0), 1, 1)],
+)
+def test_number_of_groups(counts: tuple[int, ...], groups: int, slots: int) -> None:
+    """At most 8 queries here, but at least one group."""
+    denoising = quiet()(targets_of(counts))
+    assert (denoising.num_groups, denoising.slots_per_group) == (groups, slots)
+    assert denoising.queries.content.shape[:2] == (len(counts), groups * slots)
+    assert denoising.queries.anchor_logits.shape == (len(counts), groups * slots, 4)
+
+
+def test_each_group_holds_each_object_and_slots_stay_empty() -> None:
+    module, targets = quiet(), targets_of((3, 0, 2))
+    denoising = module(targets)
+    for image, (first, count) in enumerate(zip(targets.offsets, targets.counts, strict=True)):
+        for group in range(denoising.num_groups):
+            for slot in range(denoising.slots_per_group):
+                place = group * denoising.slots_per_group + slot
+                content = denoising.queries.content[image, place]
+                anchor = denoising.queries.anchor_logits[image, place]
+                if slot < count:
+                    label, box = targets.labels[first + slot], targets.boxes[first + slot]
+                    assert torch.equal(content, module.label_embedding.weight[label])
+                    torch.testing.assert_close(anchor.sigmoid(), box)
+                else:
+                    assert not content.any() and not anchor.any()
+
+
+def test_box_noise_stays_in_its_range() -> None:
+    module = build_denoising(tiny_cfg(DENOISING__LABEL_NOISE=0.0, DENOISING__NUM_QUERIES=2000))
+    targets = targets_of((2,))
+    targets.boxes[:, 2:] *= 0.5  # so that nothing is clamped
+    boxes = module(targets).queries.anchor_logits.sigmoid().unflatten(1, (-1, 2))[0]  # (G, 2, 4)
+    moved = boxes - targets.boxes
+    size = targets.boxes[:, 2:]
+    reach = 0.4 * torch.cat([size / 2, size], dim=1)
+    share = moved / reach
+    assert (share.abs() <= 1 + 1e-4).all()
+    assert (share.amax(0) > 0.95).all() and (share.amin(0) < -0.95).all()
+    torch.testing.assert_close(share.mean(0), torch.zeros(2, 4), atol=0.1, rtol=0)
+
+
+def test_noised_boxes_stay_on_the_canvas() -> None:
+    module = build_denoising(tiny_cfg(DENOISING__BOX_NOISE=1.0, DENOISING__NUM_QUERIES=400))
+    targets = targets_of((1,))
+    targets.boxes[0] = torch.tensor([0.05, 0.95, 0.9, 0.9])
+    logits = module(targets).queries.anchor_logits
+    assert logits.isfinite().all()
+    assert logits.sigmoid().amax() > 0.9999 and logits.sigmoid().amin() < 1e-4  # clamped, both
+
+
+def test_label_noise_draws_that_share_uniformly() -> None:
+    module = build_denoising(
+        tiny_cfg(DENOISING__LABEL_NOISE=0.5, DENOISING__BOX_NOISE=0.0, DENOISING__NUM_QUERIES=5000)
+    )
+    with torch.no_grad():  # each class's embedding is its number
+        module.label_embedding.weight.copy_(torch.arange(NUM_CLASSES)[:, None])
+    targets = targets_of((1,))
+    labels = module(targets).queries.content[0, :, 0].long()
+    share = torch.bincount(labels, minlength=NUM_CLASSES) / len(labels)
+    expected = torch.full((NUM_CLASSES,), 0.5 / NUM_CLASSES)
+    expected[targets.labels[0]] += 0.5
+    torch.testing.assert_close(share, expected, atol=0.03, rtol=0)
+
+
+def test_embedding_takes_part_in_batches_without_objects() -> None:
+    module = quiet()
+    module(targets_of((0, 0))).queries.content.sum().backward()
+    gradient = module.label_embedding.weight.grad
+    assert gradient is not None and not gradient.any()
+
+
+def test_who_may_see_whom() -> None:
+    groups, slots, matching = 3, 2, 4
+    noised = groups * slots
+    queries = Queries(torch.zeros(1, noised, 8), torch.zeros(1, noised, 4))
+    mask = attention_mask(Denoising(queries, groups, slots, True), matching)
+    assert mask.shape == (noised + matching,) * 2 and mask.dtype == torch.bool
+    for seer in range(noised + matching):
+        for seen in range(noised + matching):
+            matching_seen = seen >= noised
+            same_group = max(seer, seen) < noised and seer // slots == seen // slots
+            assert mask[seer, seen] == (matching_seen or same_group), (seer, seen)
+
+
+def test_modes() -> None:
+    assert build_denoising(tiny_cfg(DENOISING__MODE="off")) is None
+    assert not quiet(DENOISING__MODE="boxes")(targets_of((1,))).with_masks
+    assert quiet()(targets_of((1,))).with_masks
+    with pytest.raises(ValueError, match="MODE is 'masks'; it must be"):
+        build_denoising(tiny_cfg(DENOISING__MODE="masks"))

@@ -1,0 +1,64 @@
+"""Embeddings and positions against their formulas, one number at a time."""
+
+import math
+
+import pytest
+import torch
+
+from maskdino.modeling.layers import MLP, box_sine_embedding, cell_centers, map_sine_embedding
+
+CPU = torch.device("cpu")
+
+
+def slow_sine(value: float, channels: int) -> list[float]:
+    """Embedding of a value in turns: sine on even channels, cosine on odd ones."""
+    embedding = []
+    for channel in range(channels):
+        angle = 2 * math.pi * value / 10000 ** (2 * (channel // 2) / channels)
+        embedding.append(math.cos(angle) if channel % 2 else math.sin(angle))
+    return embedding
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+def test_map_embedding(size: tuple[int, int]) -> None:
+    height, width = size
+    found = map_sine_embedding(height, width, 16, CPU)
+    assert found.shape == (height * width, 16)
+    for row in range(height):
+        for column in range(width):
+            y, x = (row + 1) / (height + 1e-6), (column + 1) / (width + 1e-6)
+            expected = torch.tensor(slow_sine(y, 8) + slow_sine(x, 8))
+            torch.testing.assert_close(found[row * width + column], expected, atol=1e-5, rtol=0)
+
+
+def test_box_embedding_is_of_y_x_width_height() -> None:
+    x, y, width, height = 0.1, 0.7, 0.3, 0.25
+    found = box_sine_embedding(torch.tensor([x, y, width, height]), 6)
+    expected = torch.tensor([v for part in (y, x, width, height) for v in slow_sine(part, 6)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_cell_centers() -> None:
+    expected = [((j + 0.5) / 3, (i + 0.5) / 2) for i in range(2) for j in range(3)]
+    torch.testing.assert_close(cell_centers(2, 3, CPU), torch.tensor(expected))
+
+
+def test_constants_made_in_inference_mode_serve_training() -> None:
+    with torch.inference_mode():
+        first = map_sine_embedding(7, 11, 8, CPU)
+    assert map_sine_embedding(7, 11, 8, CPU) is first  # kept
+    assert not first.is_inference()
+    weight = torch.ones(8, requires_grad=True)
+    (first * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, first.sum(0))
+
+
+def test_mlp() -> None:
+    mlp = MLP(input_dim=3, hidden_dim=5, output_dim=2, num_layers=3)
+    assert [tuple(layer.weight.shape) for layer in mlp.layers] == [(5, 3), (5, 5), (2, 5)]
+    x = torch.randn(4, 3)
+    expected = x
+    for i, layer in enumerate(mlp.layers):
+        expected = expected @ layer.weight.t() + layer.bias
+        expected = expected if i == 2 else expected.clamp(min=0)
+    torch.testing.assert_close(mlp(x), expected)
