@@ -1,0 +1,225 @@
+"""Draws regions, boxes and labels on pictures, and puts pictures side by side.
+
+Colours are (red, green, blue), 0 to 255. Pictures are (H, W, 3) uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as mask_utils
+
+Color = tuple[int, int, int]
+
+FILL_OPACITY = 0.35
+MAX_LABELS = 30  # with more regions than this, labels would hide the picture
+GOLDEN_RATIO = 0.618033988749895
+LUMINANCE = np.array([0.299, 0.587, 0.114])  # share of red, green and blue
+MIN_LUMINANCE = 0.4
+
+
+@dataclass(frozen=True)
+class Region:
+    """One thing to draw.
+
+    Attributes:
+        color: of fill, contour, box and label.
+        label: text, "" for none.
+        box: x0, y0, x1, y1 in pixels, or None.
+        rle: mask in COCO's compressed form, or None.
+        fill: whether the mask is filled, or only outlined.
+    """
+
+    color: Color
+    label: str = ""
+    box: tuple[float, float, float, float] | None = None
+    rle: dict | None = None
+    fill: bool = True
+
+
+@lru_cache(maxsize=4096)
+def color_of(index: int) -> Color:
+    """A bright colour; neighbouring numbers get colours that are far apart."""
+    hue = (index * GOLDEN_RATIO + 0.02) % 1
+    saturation = (0.95, 0.6, 0.8)[index % 3]
+    value = (1.0, 1.0, 0.8)[(index // 3) % 3]
+    color = np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+    # Pure blue and violet are too dark to be seen on a dark picture: mix in white.
+    white = max(0.0, (MIN_LUMINANCE - color @ LUMINANCE) / (1 - color @ LUMINANCE))
+    return tuple(int(part) for part in (255 * (color + white * (1 - color))).round())
+
+
+def draw_regions(
+    image: np.ndarray,
+    regions: Sequence[Region],
+    *,
+    scale: int = 1,
+    show_boxes: bool | None = None,
+    max_labels: int = MAX_LABELS,
+) -> np.ndarray:
+    """Draws regions, the largest first.
+
+    Args:
+        image: (H, W, 3) uint8; left as it is.
+        regions: their masks have the size of the picture.
+        scale: whole factor by which the picture is enlarged first, so that thin lines show.
+        show_boxes: None: boxes of regions without a mask, and of those that carry a label.
+        max_labels: with more regions than this, no label is drawn.
+
+    Returns:
+        (scale * H, scale * W, 3) uint8.
+    """
+    canvas = enlarge(image, scale)
+    width = line_width(canvas)
+    for region in sorted(regions, key=_area, reverse=True):
+        if region.rle is not None:
+            _draw_mask(canvas, region, scale, width)
+    labelled = len(regions) <= max_labels
+    drawing = ImageDraw.Draw(picture := Image.fromarray(canvas))
+    for region in regions:
+        explained = (labelled and region.label) or region.rle is None
+        if region.box is not None and (explained if show_boxes is None else show_boxes):
+            box = [scale * value for value in region.box]
+            drawing.rectangle(_ordered(box), outline=region.color, width=width)
+    if labelled:
+        font = ImageFont.load_default(size=font_size(canvas))
+        for region in regions:
+            if region.label:
+                _draw_label(drawing, region, scale, font)
+    return np.array(picture)
+
+
+def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
+    """A copy with every pixel repeated `scale` times in both directions."""
+    return np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
+
+
+def line_width(image: np.ndarray) -> int:
+    """Pixels of lines that look thin at the size of a picture."""
+    return max(1, round(max(image.shape[:2]) / 900))
+
+
+def font_size(image: np.ndarray) -> int:
+    """Pixels of letters that can be read at the size of a picture."""
+    return int(np.clip(max(image.shape[:2]) / 55, 10, 200))
+
+
+def _area(region: Region) -> float:
+    if region.rle is not None:
+        return float(mask_utils.area(region.rle))
+    x0, y0, x1, y1 = region.box or (0, 0, 0, 0)
+    return (x1 - x0) * (y1 - y0)
+
+
+def _ordered(box: Sequence[float]) -> list[float]:
+    """A box that Pillow accepts: it refuses those whose second corner comes first."""
+    x0, y0, x1, y1 = box
+    return [x0, y0, max(x0, x1), max(y0, y1)]
+
+
+def _draw_mask(canvas: np.ndarray, region: Region, scale: int, width: int) -> None:
+    """Fills and outlines in place; touches the mask's surroundings only."""
+    mask, (top, left) = crop_mask(region.rle)
+    if mask.size == 0:
+        return
+    mask = enlarge(mask, scale)
+    rows = slice(top * scale, top * scale + mask.shape[0])
+    columns = slice(left * scale, left * scale + mask.shape[1])
+    window = canvas[rows, columns]
+    color = np.array(region.color, np.float32)
+    if region.fill:
+        filled = window[mask] * (1 - FILL_OPACITY) + color * FILL_OPACITY
+        window[mask] = filled.round().astype(np.uint8)
+    window[contour(mask, width)] = region.color
+
+
+def crop_mask(rle: dict) -> tuple[np.ndarray, tuple[int, int]]:
+    """The part of a mask inside its bounding box, bool, and that box's (top, left)."""
+    left, top, width, height = (int(round(value)) for value in mask_utils.toBbox(rle))
+    mask = mask_utils.decode(rle)[top : top + height, left : left + width]
+    return mask.astype(bool), (top, left)
+
+
+def contour(mask: np.ndarray, width: int = 1) -> np.ndarray:
+    """(H, W) bool: the foreground pixels that are at most `width` pixels from the background."""
+    inner = np.pad(mask, 1)
+    for _ in range(width):
+        core = inner.copy()
+        core[1:-1, 1:-1] &= inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+        inner = core
+    return mask & ~inner[1:-1, 1:-1]
+
+
+def _draw_label(
+    drawing: ImageDraw.ImageDraw, region: Region, scale: int, font: ImageFont.FreeTypeFont
+) -> None:
+    """Writes above the upper left corner of the box, or on the middle of the mask."""
+    left, top, right, bottom = drawing.textbbox((0, 0), region.label, font=font)
+    width, height = right - left + 4, bottom - top + 4
+    x, y = _label_place(region, width, height, scale)
+    limit_x, limit_y = drawing.im.size[0] - width, drawing.im.size[1] - height
+    x, y = min(max(x, 0), max(limit_x, 0)), min(max(y, 0), max(limit_y, 0))
+    drawing.rectangle([x, y, x + width, y + height], fill=region.color)
+    ink = "black" if np.dot(region.color, LUMINANCE) > 110 else "white"
+    drawing.text((x + 2 - left, y + 2 - top), region.label, fill=ink, font=font)
+
+
+def _label_place(region: Region, width: float, height: float, scale: int) -> tuple[float, float]:
+    if region.box is not None:
+        return scale * region.box[0], scale * region.box[1] - height
+    mask, (top, left) = crop_mask(region.rle)
+    rows, columns = np.nonzero(mask)
+    if len(rows) == 0:
+        return 0, 0
+    distance = (rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2
+    nearest = distance.argmin()
+    x, y = scale * (left + columns[nearest]), scale * (top + rows[nearest])
+    return float(x - width / 2), float(y - height / 2)
+
+
+def beside(panels: Sequence[tuple[str, np.ndarray]], *, gap: int = 8) -> np.ndarray:
+    """Puts pictures side by side on white, each below its caption.
+
+    Args:
+        panels: caption and picture; pictures may differ in size.
+        gap: pixels between the pictures.
+    """
+    size = max(12, min(28, max(picture.shape[1] for _, picture in panels) // 32))
+    font = ImageFont.load_default(size=size)
+    strip = size + 10
+    height = strip + max(picture.shape[0] for _, picture in panels)
+    width = sum(picture.shape[1] for _, picture in panels) + gap * (len(panels) - 1)
+    sheet = Image.new("RGB", (width, height), "white")
+    drawing, x = ImageDraw.Draw(sheet), 0
+    for caption, picture in panels:
+        text = _shortened(caption, picture.shape[1], font)
+        drawing.text((x + 2, 4), text, fill="black", font=font)
+        sheet.paste(Image.fromarray(picture), (x, strip))
+        x += picture.shape[1] + gap
+    return np.array(sheet)
+
+
+def below(pictures: Sequence[np.ndarray], *, gap: int = 8) -> np.ndarray:
+    """Puts pictures one below the other, on white."""
+    width = max(picture.shape[1] for picture in pictures)
+    height = sum(picture.shape[0] for picture in pictures) + gap * (len(pictures) - 1)
+    sheet, y = np.full((height, width, 3), 255, np.uint8), 0
+    for picture in pictures:
+        sheet[y : y + picture.shape[0], : picture.shape[1]] = picture
+        y += picture.shape[0] + gap
+    return sheet
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """The text, its middle left out where it is too long for `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    keep = len(text)
+    while keep > 2 and font.getlength(text[: keep // 2] + "..." + text[-(keep // 2) :]) > width:
+        keep -= 1
+    return text[: keep // 2] + "..." + text[-(keep // 2) :]

@@ -1,0 +1,462 @@
+"""The public way to use a trained model: pictures in, typed results out.
+
+    import maskdino
+    model = maskdino.MaskDINOPredictor.from_config("coco/instance/maskdino_R50", "model_final.pth")
+    result = model("photo.jpg")
+    result.save("drawn.png")
+
+Shape key: B images, Q queries, K classes, C channels, N objects, H, W pixels of a picture.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from PIL import Image
+from torch import Tensor
+
+from maskdino.checkpoint import MaskDINOCheckpointer
+from maskdino.config import load_config
+from maskdino.hooks import WeightAverage
+from maskdino.images import ImageSource, load_image, network_image, network_size
+from maskdino.model import InferenceOptions, MaskDINO
+from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
+from maskdino.results import TASKS, Categories, ImageResult, encode_mask
+from maskdino.structures import Predictions
+
+MASK_BYTES_AT_ONCE = 1 << 28  # decoded masks of one picture that exist at one time
+MAP_VALUES_AT_ONCE = 1 << 28  # values of class maps; label maps of larger pictures are enlarged
+WINDOW = 4  # batches of pictures that are read ahead, so that those of one size meet
+
+
+class Network(Protocol):
+    """What the predictor asks of the network, whichever runtime computes it."""
+
+    def __call__(self, images: list[Tensor]) -> tuple[Predictions, Tensor | None, tuple[int, int]]:
+        """From B pictures (3, h, w) uint8 in INPUT.FORMAT.
+
+        Returns:
+            Predictions (B, Q, ...), the pixel embedding (B, C, H / 4, W / 4) or None, and the size
+            of the padded canvas.
+        """
+
+
+class TorchNetwork:
+    """The model in PyTorch; on CUDA in mixed precision."""
+
+    def __init__(self, model: MaskDINO) -> None:
+        self.model = model.eval()
+
+    def __call__(self, images: list[Tensor]) -> tuple[Predictions, Tensor | None, tuple[int, int]]:
+        batch = self.model.preprocess([{"image": image} for image in images]).tensor
+        on_gpu = batch.device.type == "cuda"
+        half = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16
+        with torch.autocast(batch.device.type, dtype=half, enabled=on_gpu):
+            predictions, pixels = self.model.predict(batch)
+        return predictions, pixels, tuple(batch.shape[-2:])
+
+
+@dataclass(frozen=True)
+class PredictorOptions:
+    """How pictures are read, and what is kept of the predictions.
+
+    Attributes:
+        tasks: which of "instance", "panoptic" and "semantic" results hold.
+        confidence_threshold: objects with a lower score are left out, in [0, 1].
+        shortest, longest: pixels of the edges at which the network reads a picture.
+        image_format: INPUT.FORMAT, "RGB" or "BGR".
+        size_divisibility: canvases are a multiple of this many pixels.
+        batch_size: pictures that the network reads at one time.
+    """
+
+    tasks: tuple[str, ...]
+    confidence_threshold: float
+    shortest: int
+    longest: int
+    image_format: str
+    size_divisibility: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if not self.tasks or not set(self.tasks) <= set(TASKS):
+            raise ValueError(f"tasks are {self.tasks}; they must be of {', '.join(TASKS)}")
+        if not 0 <= self.confidence_threshold <= 1:
+            raise ValueError(f"confidence_threshold {self.confidence_threshold} is not in [0, 1]")
+        if self.batch_size < 1 or self.shortest < 0 or self.longest < 1:
+            raise ValueError(
+                f"batch size {self.batch_size} and sizes {self.shortest}, {self.longest} must be "
+                "positive"
+            )
+
+
+class MaskDINOPredictor:
+    """Objects, panoptic segments and class maps of pictures.
+
+    Pictures are read by the network in batches of equal padded size, so that a picture's result
+    does not depend on the others.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        categories: Categories,
+        inference: InferenceOptions,
+        is_thing: Tensor,
+        options: PredictorOptions,
+    ) -> None:
+        """
+        Args:
+            network: computes predictions.
+            categories: names of the classes.
+            inference: how predictions become results (`model.inference`).
+            is_thing: (K,) bool (`model.is_thing`).
+            options: what is asked for.
+        """
+        self.network, self.categories, self.inference = network, categories, inference
+        self.is_thing, self.options = is_thing, options
+
+    @classmethod
+    def from_config(
+        cls,
+        config: str | os.PathLike,
+        weights: str | os.PathLike | None = None,
+        *,
+        device: str | torch.device | None = None,
+        confidence_threshold: float = 0.5,
+        tasks: Sequence[str] | None = None,
+        size: int | None = None,
+        max_detections: int | None = None,
+        batch_size: int = 1,
+        opts: Sequence[str] = (),
+    ) -> MaskDINOPredictor:
+        """Builds a trained model.
+
+        Args:
+            config: path of a YAML file, or its name below `configs`: "coco/instance/maskdino_R50".
+            weights: checkpoint, ours or a released one; None: MODEL.WEIGHTS of the configuration.
+            device: None: the configuration's, or the CPU where there is no GPU.
+            confidence_threshold: objects with a lower score are left out.
+            tasks: of "instance", "panoptic" and "semantic"; None: those the model was trained for.
+            size: pixels of the shorter edge at which the network reads pictures; None: the
+                configuration's.
+            max_detections: at most so many objects for each picture; None: the configuration's.
+            batch_size: pictures that the network reads at one time.
+            opts: keys and values that override the configuration.
+
+        Raises:
+            FileNotFoundError: there is no such configuration or checkpoint.
+            ValueError: the checkpoint does not fit, or an argument is out of range.
+        """
+        cfg = load_config(str(find_config(config)), list(opts))
+        cfg.MODEL.DEVICE = str(_device(device, cfg.MODEL.DEVICE))
+        cfg.MODEL.WEIGHTS = _weights(weights, cfg)
+        if max_detections is not None:
+            cfg.TEST.DETECTIONS_PER_IMAGE = max_detections
+        model = build_model(cfg)
+        load_weights(model, cfg)
+        return cls.from_model(
+            model,
+            cfg,
+            confidence_threshold=confidence_threshold,
+            tasks=tasks,
+            size=size,
+            batch_size=batch_size,
+        )
+
+    @classmethod
+    def from_model(
+        cls,
+        model: MaskDINO,
+        cfg: CfgNode,
+        *,
+        confidence_threshold: float = 0.5,
+        tasks: Sequence[str] | None = None,
+        size: int | None = None,
+        batch_size: int = 1,
+    ) -> MaskDINOPredictor:
+        """From a model that is there already; see `from_config`."""
+        test, node = cfg.MODEL.MASK_DINO.TEST, cfg.MODEL.MASK_DINO
+        switches = (test.INSTANCE_ON, test.PANOPTIC_ON, test.SEMANTIC_ON)
+        able = tuple(task for task, on in zip(TASKS, switches, strict=True) if on)
+        tasks = able if tasks is None else tuple(tasks)
+        if not node.MASK_ON and set(tasks) - {"instance"}:
+            raise ValueError(f"a model without masks cannot do {tasks}; it gives boxes only")
+        shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        if size is not None:
+            shortest, longest = size, max(size, round(size * longest / max(shortest, 1)))
+        options = PredictorOptions(
+            tasks=tasks,
+            confidence_threshold=confidence_threshold,
+            shortest=shortest,
+            longest=longest,
+            image_format=cfg.INPUT.FORMAT,
+            size_divisibility=node.SIZE_DIVISIBILITY,
+            batch_size=batch_size,
+        )
+        return cls(
+            TorchNetwork(model),
+            categories=Categories.from_config(cfg),
+            inference=model.inference,
+            is_thing=model.is_thing,
+            options=options,
+        )
+
+    def __call__(
+        self, images: ImageSource | Iterable[ImageSource], channel_order: str = "RGB"
+    ) -> ImageResult | list[ImageResult]:
+        """Predicts.
+
+        Args:
+            images: one picture or many; see `maskdino.images.load_image`. Arrays and tensors with
+                four dimensions are many.
+            channel_order: "RGB" or "BGR", of arrays and tensors.
+
+        Returns:
+            One result, or a list in the order of the pictures.
+
+        Raises:
+            ImageError: something is no picture; names it.
+        """
+        single = isinstance(images, str | os.PathLike | Image.Image)
+        single = single or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
+        results = list(self.stream([images] if single else images, channel_order))
+        return results[0] if single else results
+
+    def stream(
+        self, images: Iterable[ImageSource], channel_order: str = "RGB"
+    ) -> Iterator[ImageResult]:
+        """Predicts many pictures, in order; few of them are in memory at one time."""
+        iterator = enumerate(images)
+        while window := list(itertools.islice(iterator, WINDOW * self.options.batch_size)):
+            groups, results = defaultdict(list), {}
+            for number, source in window:
+                picture = _Picture.read(number, source, channel_order, self.options)
+                groups[picture.canvas].append(picture)
+            for group in groups.values():
+                for begin in range(0, len(group), self.options.batch_size):
+                    batch = group[begin : begin + self.options.batch_size]
+                    found = self._predict(batch)
+                    results |= {p.number: r for p, r in zip(batch, found, strict=True)}
+            yield from (results[number] for number, _ in window)
+
+    @torch.inference_mode()
+    def _predict(self, pictures: list[_Picture]) -> list[ImageResult]:
+        predictions, pixels, canvas = self.network([picture.tensor for picture in pictures])
+        results = []
+        for i, picture in enumerate(pictures):
+            frame = Frame(canvas, tuple(picture.tensor.shape[-2:]), picture.size)
+            of_image = predictions.map(lambda x, i=i: x[i])
+            parts = self._postprocess(of_image, None if pixels is None else pixels[i], frame)
+            results.append(
+                ImageResult(
+                    picture.name, picture.size, self.categories, source=picture.source, **parts
+                )
+            )
+        return results
+
+    def _postprocess(self, predictions: Predictions, pixels: Tensor | None, frame: Frame) -> dict:
+        """Fields of the result of one picture; predictions (Q, ...), pixels (C, H/4, W/4)."""
+        parts = {}
+        if "instance" in self.options.tasks:
+            parts |= self._objects(predictions, pixels, frame)
+        if "panoptic" in self.options.tasks:
+            parts |= self._segments(predictions, pixels, frame)
+        if "semantic" in self.options.tasks:
+            parts["label_map"] = self._label_map(predictions, pixels, frame)
+        return parts
+
+    def _objects(self, predictions: Predictions, pixels: Tensor | None, frame: Frame) -> dict:
+        """The objects above the threshold; masks of few queries exist at one time."""
+        scores = self.inference.class_scores(predictions.class_logits)
+        if self.inference.panoptic_on:
+            scores = scores.masked_fill(~self.is_thing, -1)
+        number = min(self.inference.max_detections, scores.numel())
+        best, index = scores.flatten().topk(number)
+        # What is not among the best gets a score below every threshold.
+        scores = torch.full_like(scores, -1).flatten().scatter(0, index, best).view_as(scores)
+        queries = (scores.amax(1) >= self.options.confidence_threshold).nonzero()[:, 0]
+        at_once = max(1, MASK_BYTES_AT_ONCE // (frame.output[0] * frame.output[1]))
+        parts = [
+            self._some_objects(scores[some], predictions.map(lambda x, s=some: x[s]), pixels, frame)
+            for some in (queries.split(at_once) if len(queries) else [queries])
+        ]
+        boxes, confidences, labels = (np.concatenate([p[i] for p in parts]) for i in range(3))
+        order = np.argsort(-confidences, kind="stable")
+        rles = None
+        if predictions.mask_embeddings is not None:
+            masks = [rle for part in parts for rle in part[3]]
+            rles = tuple(masks[i] for i in order)
+        return {
+            "boxes": boxes[order],
+            "scores": confidences[order],
+            "class_ids": labels[order],
+            "rles": rles,
+        }
+
+    def _some_objects(
+        self, scores: Tensor, predictions: Predictions, pixels: Tensor | None, frame: Frame
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
+        """Boxes (cut at the border), scores, classes and masks of what some queries found."""
+        found = instance_inference(
+            scores,
+            predictions.boxes,
+            predictions.mask_embeddings,
+            pixels,
+            frame,
+            max_detections=scores.numel(),
+            score_threshold=self.options.confidence_threshold,
+            mask_scoring=self.inference.mask_scoring,
+        )
+        found.pred_boxes.clip(frame.output)
+        masks = found.pred_masks.cpu().numpy() if found.has("pred_masks") else ()
+        return (
+            found.pred_boxes.tensor.cpu().numpy(),
+            found.scores.float().cpu().numpy(),
+            found.pred_classes.cpu().numpy(),
+            [encode_mask(mask) for mask in masks],
+        )
+
+    def _segments(self, predictions: Predictions, pixels: Tensor, frame: Frame) -> dict:
+        inference, map_frame = self.inference, _map_frame(frame, 8)
+        best = inference.class_scores(predictions.class_logits).amax(-1)
+        scores, labels = inference.class_probs(predictions.class_logits).max(-1)
+        ids, segments = panoptic_inference(
+            best > inference.panoptic_score_threshold,
+            scores,
+            labels,
+            predictions.mask_embeddings,
+            pixels,
+            map_frame,
+            is_thing=self.is_thing,
+            overlap_threshold=inference.panoptic_overlap_threshold,
+        )
+        return {"panoptic_ids": _full_size(ids, frame), "segments": tuple(segments)}
+
+    def _label_map(self, predictions: Predictions, pixels: Tensor, frame: Frame) -> np.ndarray:
+        probs = self.inference.class_probs(predictions.class_logits)
+        total = semantic_inference(
+            probs,
+            predictions.mask_embeddings,
+            pixels,
+            _map_frame(frame, probs.shape[1]),
+            sum_in_output_frame=self.inference.instance_on or self.inference.panoptic_on,
+        )
+        # 255 means "ignored" in maps of 8 bits.
+        dtype = torch.uint8 if probs.shape[1] <= 255 else torch.int32
+        return _full_size(total.argmax(0).to(dtype), frame)
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture on its way through the network."""
+
+    number: int
+    name: str
+    source: ImageSource  # its path, or its pixels
+    size: tuple[int, int]
+    tensor: Tensor  # (3, h, w) uint8
+    canvas: tuple[int, int]
+
+    @staticmethod
+    def read(
+        number: int, source: ImageSource, channel_order: str, options: PredictorOptions
+    ) -> _Picture:
+        image = load_image(source, channel_order)
+        size = network_size(image.shape[:2], options.shortest, options.longest)
+        multiple = max(1, options.size_divisibility)
+        canvas = tuple(-(-edge // multiple) * multiple for edge in size)
+        is_file = isinstance(source, str | os.PathLike)
+        return _Picture(
+            number,
+            str(source) if is_file else f"image {number}",
+            source if is_file else image,
+            image.shape[:2],
+            network_image(image, size, options.image_format),
+            canvas,
+        )
+
+
+def _map_frame(frame: Frame, values_per_pixel: int) -> Frame:
+    """The frame, or for huge pictures one whose output has the network's size."""
+    values = values_per_pixel * frame.output[0] * frame.output[1]
+    return frame if values <= MAP_VALUES_AT_ONCE else replace(frame, output=frame.image)
+
+
+def _full_size(labels: Tensor, frame: Frame) -> np.ndarray:
+    """A map of integers at the size of the picture."""
+    if tuple(labels.shape) != frame.output:
+        # Integers below 2 ** 24 are exact in float32, which all interpolation knows.
+        enlarged = F.interpolate(
+            labels[None, None].float(), size=frame.output, mode="nearest-exact"
+        )
+        labels = enlarged[0, 0].to(labels.dtype)
+    return labels.cpu().numpy()
+
+
+def find_config(config: str | os.PathLike) -> Path:
+    """The path of a configuration, given as path or as name below the folder `configs`.
+
+    Raises:
+        FileNotFoundError: there is none; the message names those most like it.
+    """
+    package = Path(__file__).resolve().parent
+    folders = [
+        folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()
+    ]
+    named = str(config) if str(config).endswith((".yaml", ".yml")) else f"{config}.yaml"
+    for path in (Path(config), *(folder / named for folder in folders)):
+        if path.is_file():
+            return path
+    names = [
+        path.relative_to(folder).with_suffix("").as_posix()
+        for folder in folders
+        for path in sorted(folder.rglob("*.yaml"))
+    ]
+    similar = difflib.get_close_matches(str(config), names, n=3, cutoff=0.3)
+    hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+    raise FileNotFoundError(f"there is no configuration {config}{hint}")
+
+
+def load_weights(model: MaskDINO, cfg: CfgNode) -> None:
+    """Loads MODEL.WEIGHTS; the averaged weights where the run kept an average (SOLVER.EMA).
+
+    Raises:
+        ValueError: the file does not hold all weights of the model.
+    """
+    average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+    parts = {} if average is None else {"ema": average}
+    MaskDINOCheckpointer(model, require_all=True, **parts).load(cfg.MODEL.WEIGHTS)
+    if average is not None and average.restored:
+        model.load_state_dict(average.state_dict())
+
+
+def _weights(weights: str | os.PathLike | None, cfg: CfgNode) -> str:
+    path = str(cfg.MODEL.WEIGHTS if weights is None else weights)
+    if not path:
+        raise ValueError("the configuration names no MODEL.WEIGHTS: give weights=PATH")
+    if "://" not in path and not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    return path
+
+
+def _device(wanted: str | torch.device | None, configured: str) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    if wanted is None:
+        return torch.device(configured if has_gpu else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and not has_gpu:
+        raise ValueError(f"device {device} was asked for, but PyTorch finds no GPU here")
+    return device

@@ -1,0 +1,296 @@
+"""What is known of one picture, predicted or true: to be drawn, saved or converted.
+
+Shape key: N objects, H, W pixels of the picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+from maskdino.drawing import MAX_LABELS, Region, color_of, draw_regions
+from maskdino.images import ImageSource, load_image
+
+TASKS = ("instance", "panoptic", "semantic")
+IGNORED = 255  # in label maps
+
+
+@dataclass(frozen=True)
+class Categories:
+    """The classes of a model or dataset, by class number.
+
+    Attributes:
+        names: of each class.
+        is_thing: whether a class has countable objects; the others are "stuff".
+        dataset_ids: the number of each class in the dataset's own files.
+    """
+
+    names: tuple[str, ...]
+    is_thing: tuple[bool, ...]
+    dataset_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @staticmethod
+    def from_config(cfg: CfgNode) -> Categories:
+        """Those of the first known dataset; "class 0", ... where it has no names."""
+        datasets = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
+        known = [name for name in datasets if name in MetadataCatalog.list()]
+        metadata = MetadataCatalog.get(known[0]) if known else Metadata()
+        return Categories.from_metadata(metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES)
+
+    @staticmethod
+    def from_metadata(metadata: Metadata, number: int) -> Categories:
+        """From detectron2's metadata of a dataset with `number` classes."""
+        things = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        stuff = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
+        candidates = (metadata.get("thing_classes"), metadata.get("stuff_classes"))
+        complete = [list(names) for names in candidates if names and len(names) == number]
+        names = complete[0] if complete else [f"class {label}" for label in range(number)]
+        ids = {label: i for i, label in {**things, **stuff}.items()}
+        only_stuff = not things and metadata.get("thing_classes") is None
+        only_stuff = only_stuff and metadata.get("stuff_classes") is not None
+        thing_labels = set(things.values()) if things and stuff else set(range(number))
+        return Categories(
+            tuple(names),
+            tuple(label in thing_labels and not only_stuff for label in range(number)),
+            tuple(ids.get(label, label) for label in range(number)),
+        )
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """Objects, segments or classes of one picture; what was not asked for is None.
+
+    Attributes:
+        name: of the picture, as its file's path.
+        size: (H, W) in pixels.
+        categories: the classes.
+        boxes: (N, 4) float32 x0, y0, x1, y1 in pixels, best object first.
+        scores: (N,) float32 in [0, 1]; None for ground truth.
+        class_ids: (N,) int64 class numbers.
+        rles: N masks in COCO's compressed form ("counts" in bytes); None without masks.
+        panoptic_ids: (H, W) int32 segment of each pixel, 0 for none.
+        segments: for each segment "id", "category_id" (class number), "isthing" and, for
+            predicted things, "score".
+        label_map: (H, W) uint8 or int32 class of each pixel; 255 is ignored in ground truth.
+        source: the picture: its path, or (H, W, 3) uint8 RGB.
+    """
+
+    name: str
+    size: tuple[int, int]
+    categories: Categories
+    boxes: np.ndarray | None = None
+    scores: np.ndarray | None = None
+    class_ids: np.ndarray | None = None
+    rles: tuple[dict, ...] | None = None
+    panoptic_ids: np.ndarray | None = None
+    segments: tuple[dict, ...] | None = None
+    label_map: np.ndarray | None = None
+    source: ImageSource | None = None
+
+    def __len__(self) -> int:
+        """Number of objects or, without objects, of panoptic segments."""
+        return len(self.boxes) if self.boxes is not None else len(self.segments or ())
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Which of "instance", "panoptic" and "semantic" the result holds."""
+        parts = (self.boxes, self.panoptic_ids, self.label_map)
+        return tuple(t for t, part in zip(TASKS, parts, strict=True) if part is not None)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of each object's class."""
+        return [self.categories.names[label] for label in self._objects("class_ids")]
+
+    @property
+    def masks(self) -> np.ndarray:
+        """(N, H, W) bool, decoded at each access."""
+        if not self._objects("rles"):
+            return np.zeros((0, *self.size), bool)
+        return mask_utils.decode(list(self.rles)).transpose(2, 0, 1).astype(bool)
+
+    @property
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8 RGB; read again where the picture is a file."""
+        if self.source is None:
+            raise ValueError(f"the result of {self.name} was made without its picture")
+        return load_image(self.source)
+
+    def select(self, keep: np.ndarray) -> ImageResult:
+        """The result with some of its objects: `keep` are indices, or (N,) bool."""
+        index = np.arange(len(self._objects("boxes")))[keep]
+        parts = {
+            name: None if (part := getattr(self, name)) is None else part[index]
+            for name in ("boxes", "scores", "class_ids")
+        }
+        rles = None if self.rles is None else tuple(self.rles[i] for i in index)
+        return replace(self, **parts, rles=rles)
+
+    def to_instances(self) -> Instances:
+        """The objects as detectron2's evaluators and visualisers take them, on the CPU."""
+        instances = Instances(self.size)
+        instances.pred_boxes = Boxes(torch.from_numpy(self._objects("boxes").copy()))
+        if self.scores is not None:
+            instances.scores = torch.from_numpy(self.scores.copy())
+        instances.pred_classes = torch.from_numpy(self.class_ids.copy())
+        if self.rles is not None:
+            instances.pred_masks = torch.from_numpy(self.masks)
+        return instances
+
+    def to_coco(self, image_id: int | str | None = None) -> list[dict]:
+        """Objects, else panoptic segments, else classes, as a list in the form of COCO's results.
+
+        Args:
+            image_id: the picture's number in the dataset; None: its name.
+
+        Returns:
+            "image_id", "category_id" (the dataset's), "category_name", "bbox" (x, y, w, h) and,
+            where known, "score" and "segmentation"; plain values that JSON can hold.
+        """
+        image_id = self.name if image_id is None else image_id
+        return [{"image_id": image_id, **entry} for entry in self._coco_entries(self.tasks[0])]
+
+    def to_dict(self) -> dict:
+        """All of the result as plain values that JSON can hold."""
+        return {
+            "image": self.name,
+            "height": self.size[0],
+            "width": self.size[1],
+            **{task: list(self._coco_entries(task)) for task in self.tasks},
+        }
+
+    def draw(
+        self,
+        task: str | None = None,
+        *,
+        scale: int = 1,
+        show_boxes: bool | None = None,
+        max_labels: int = MAX_LABELS,
+        colors: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Draws on the picture.
+
+        Args:
+            task: one of `tasks`; None for panoptic segments if there are, else objects, else
+                classes.
+            scale: whole factor by which the picture is enlarged first.
+            show_boxes: of objects; None: where they carry a label, or there is no mask.
+            max_labels: with more objects or segments than this, names are left out.
+            colors: a number for each object; equal numbers get equal colours. None: all differ.
+
+        Returns:
+            (scale * H, scale * W, 3) uint8 RGB.
+        """
+        task = task or next(t for t in ("panoptic", "instance", "semantic") if t in self.tasks)
+        return draw_regions(
+            self.image,
+            self.regions(task, colors),
+            scale=scale,
+            show_boxes=show_boxes,
+            max_labels=max_labels,
+        )
+
+    def save(self, path: str | os.PathLike, **drawing: object) -> Path:
+        """Writes the drawn picture, or with the suffix .json all of `to_dict`.
+
+        Args:
+            path: its suffix names the format; folders are made.
+            drawing: arguments of `draw`.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".json":
+            path.write_text(json.dumps(self.to_dict()))
+        else:
+            Image.fromarray(self.draw(**drawing)).save(path)
+        return path
+
+    def regions(self, task: str, colors: Sequence[int] | None = None) -> list[Region]:
+        """What `draw` draws."""
+        if task not in self.tasks:
+            raise ValueError(f"the result of {self.name} holds {self.tasks}, not {task!r}")
+        if task == "instance":
+            return [self._object_region(i, colors) for i in range(len(self))]
+        regions = []
+        for number, (label, rle, score) in enumerate(self._map_regions(task)):
+            thing = task == "panoptic" and self.categories.is_thing[label]
+            # Far from the colours of other classes, and of other objects.
+            color = color_of(len(self.categories) + number if thing else label)
+            regions.append(Region(color, _label(self.categories.names[label], score), rle=rle))
+        return regions
+
+    def _object_region(self, i: int, colors: Sequence[int] | None) -> Region:
+        label = int(self.class_ids[i])
+        thing = self.categories.is_thing[label]
+        own_color = i if thing else label
+        color = color_of(own_color if colors is None else colors[i])
+        name = self.categories.names[label] if len(self.categories) > 1 else ""
+        score = None if self.scores is None else float(self.scores[i])
+        rle = None if self.rles is None else self.rles[i]
+        box = tuple(self.boxes[i].tolist()) if thing or rle is None else None
+        return Region(color, _label(name, score), box, rle)
+
+    def _map_regions(self, task: str) -> Iterator[tuple[int, dict, float | None]]:
+        """Class number, mask and score of each panoptic segment, or each class of the label map."""
+        if task == "panoptic":
+            for segment in self.segments:
+                rle = encode_mask(self.panoptic_ids == segment["id"])
+                yield segment["category_id"], rle, segment.get("score")
+            return
+        for label in np.unique(self.label_map):
+            if label != IGNORED and label < len(self.categories):
+                yield int(label), encode_mask(self.label_map == label), None
+
+    def _coco_entries(self, task: str) -> Iterator[dict]:
+        if task == "instance":
+            for i, label in enumerate(self.class_ids):
+                x0, y0, x1, y1 = (float(value) for value in self.boxes[i])
+                entry = self._coco_entry(int(label), [x0, y0, x1 - x0, y1 - y0])
+                if self.scores is not None:
+                    entry["score"] = float(self.scores[i])
+                if self.rles is not None:
+                    entry["segmentation"] = _plain_rle(self.rles[i])
+                yield entry
+            return
+        for label, rle, score in self._map_regions(task):
+            entry = self._coco_entry(label, [float(value) for value in mask_utils.toBbox(rle)])
+            entry |= {} if score is None else {"score": float(score)}
+            yield entry | {"area": int(mask_utils.area(rle)), "segmentation": _plain_rle(rle)}
+
+    def _coco_entry(self, label: int, box: list[float]) -> dict:
+        names, ids = self.categories.names, self.categories.dataset_ids
+        return {"category_id": ids[label], "category_name": names[label], "bbox": box}
+
+    def _objects(self, field: str) -> np.ndarray | tuple[dict, ...]:
+        value = getattr(self, field)
+        if value is None:
+            raise ValueError(f"the result of {self.name} has no {field}; it holds {self.tasks}")
+        return value
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """(H, W) bool to COCO's compressed form."""
+    return mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
+
+
+def _plain_rle(rle: dict) -> dict:
+    height, width = rle["size"]
+    return {"size": [int(height), int(width)], "counts": rle["counts"].decode("ascii")}
+
+
+def _label(name: str, score: float | None) -> str:
+    return name if score is None else f"{name} {100 * score:.0f}".strip()

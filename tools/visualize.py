@@ -1,0 +1,174 @@
+"""Draws what a model is trained with, and what it predicts.
+
+    python tools/visualize.py data --config-file F --output DIR
+    python tools/visualize.py predictions --config-file F --weights W --dataset NAME --output DIR
+
+`data` draws ground truth after augmentation, as the training mapper hands it to the model.
+`predictions` draws ground truth and predictions side by side.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from PIL import Image
+
+from maskdino import build_train_mapper
+from maskdino.drawing import below, beside, enlarge
+from maskdino.ground_truth import ground_truth_of, ground_truth_of_example
+from maskdino.images import load_image
+from maskdino.predictor import MaskDINOPredictor, find_config
+from maskdino.results import Categories, ImageResult
+from maskdino.trainer import load_config
+
+PANEL_PIXELS = 560  # smaller pictures are enlarged to about this, so that lines look thin
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; `words` stands in for it in tests."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file")
+    common.add_argument("--output", required=True, type=Path, metavar="DIR")
+    common.add_argument("--num-images", type=int, default=8, metavar="N")
+    common.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="keys and values, at the end"
+    )
+    views = parser.add_subparsers(dest="view", required=True)
+    data = views.add_parser("data", parents=[common], help="augmented ground truth")
+    data.add_argument("--seed", type=int, default=0, help="of the augmentations")
+    predictions = views.add_parser(
+        "predictions", parents=[common], help="predictions beside ground truth"
+    )
+    predictions.add_argument("--weights", metavar="FILE", help="default: MODEL.WEIGHTS")
+    predictions.add_argument("--dataset", metavar="NAME", help="default: first of DATASETS.TEST")
+    predictions.add_argument("--confidence-threshold", type=float, default=0.4, metavar="T")
+    predictions.add_argument("--device", help="default: MODEL.DEVICE, or the CPU without a GPU")
+    args = parser.parse_args(words)
+    if args.num_images < 1:
+        parser.error(f"--num-images {args.num_images} must be at least 1")
+    return args
+
+
+def spread(records: list[dict], number: int) -> list[dict]:
+    """At most `number` of the records, evenly over all of them."""
+    if not records:
+        raise ValueError("the dataset has no images")
+    indices = np.linspace(0, len(records) - 1, min(number, len(records))).round().astype(int)
+    return [records[i] for i in indices]
+
+
+def enlargement(size: tuple[int, int]) -> int:
+    """Whole factor that brings a picture near to `PANEL_PIXELS`."""
+    return max(1, round(PANEL_PIXELS / max(size)))
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 object", "2 objects"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def pixels(size: Sequence[int]) -> str:
+    """(height, width, ...) in words."""
+    return f"{size[1]} x {size[0]} px"
+
+
+def caption(heading: str, result: ImageResult, task: str) -> str:
+    """What stands above a panel."""
+    if task == "instance":
+        return f"{heading}: {counted(len(result.boxes), 'object')}"
+    if task == "panoptic":
+        return f"{heading}: {counted(len(result.segments), 'segment')}"
+    return f"{heading}: classes"
+
+
+def comparison(truth: ImageResult, predicted: ImageResult, threshold: float) -> np.ndarray:
+    """One row for each task: the picture, ground truth where there is any, and predictions."""
+    scale = enlargement(truth.size)
+    rows = []
+    for task in predicted.tasks:
+        panels = []
+        if task in truth.tasks:
+            picture = truth.draw(task, scale=scale)
+            panels.append((caption("ground truth", truth, task), picture))
+        heading = f"predicted, score {threshold:g}+" if task == "instance" else "predicted"
+        picture = predicted.draw(task, scale=scale)
+        panels.append((caption(heading, predicted, task), picture))
+        rows.append(beside(panels))
+    return below(rows)
+
+
+def draw_predictions(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
+    """Writes one picture for each image; returns the paths."""
+    name = args.dataset or cfg.DATASETS.TEST[0]
+    if name not in DatasetCatalog.list():
+        raise ValueError(f"there is no dataset {name!r}; registered are {DatasetCatalog.list()}")
+    predictor = MaskDINOPredictor.from_config(
+        args.config_file,
+        args.weights,
+        device=args.device,
+        confidence_threshold=args.confidence_threshold,
+        opts=args.opts,
+    )
+    records = spread(DatasetCatalog.get(name), args.num_images)
+    # Class names are known once the annotations were read.
+    categories = Categories.from_metadata(MetadataCatalog.get(name), len(predictor.categories))
+    predictor.categories = categories
+    paths = []
+    results = predictor.stream(record["file_name"] for record in records)
+    for record, predicted in zip(records, results, strict=True):
+        truth = ground_truth_of(record, categories)
+        sheet = comparison(truth, predicted, args.confidence_threshold)
+        paths.append(args.output / f"{Path(record['file_name']).stem}.png")
+        Image.fromarray(sheet).save(paths[-1])
+    return paths
+
+
+def draw_data(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
+    """Writes one picture for each training example; returns the paths."""
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
+    categories = Categories.from_config(cfg)
+    mapper = build_train_mapper(cfg)
+    paths = []
+    for number, record in enumerate(spread(records, args.num_images)):
+        example = mapper(record)
+        seen = ground_truth_of_example(example, categories, cfg.INPUT.FORMAT)
+        original = load_image(record["file_name"])
+        panels = [
+            (f"file, {pixels(original.shape)}", enlarge(original, enlargement(original.shape[:2]))),
+            (
+                caption(f"augmented, {pixels(seen.size)}", seen, "instance"),
+                seen.draw("instance", scale=enlargement(seen.size), show_boxes=True),
+            ),
+        ]
+        paths.append(args.output / f"{number:03d}_{Path(record['file_name']).stem}.png")
+        Image.fromarray(beside(panels)).save(paths[-1])
+    return paths
+
+
+def main(words: list[str] | None = None) -> None:
+    """Runs the command."""
+    args = parse_arguments(words)
+    try:
+        cfg = load_config(str(find_config(args.config_file)), args.opts)
+        args.output.mkdir(parents=True, exist_ok=True)
+        draw = draw_data if args.view == "data" else draw_predictions
+        paths = draw(args, cfg)
+    except (KeyError, ValueError, OSError) as error:
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    print(f"{counted(len(paths), 'picture')} in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
