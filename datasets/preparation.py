@@ -68,10 +68,14 @@ def run(
     if workers <= 1:
         return [function(item) for item in tqdm(items, desc=description)]
     with ProcessPoolExecutor(workers) as pool:
-        # A broken file ends everything at once; what was written before stays, and is not redone.
         chunk = max(len(items) // (workers * 32), 1)
         results = pool.map(function, items, chunksize=chunk)
-        return list(tqdm(results, total=len(items), desc=description))
+        try:
+            return list(tqdm(results, total=len(items), desc=description))
+        except BaseException:
+            # One broken file, or an interruption, ends it now; what was written is not redone.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -106,6 +107,22 @@ def test_missing_segments_and_folders_are_errors(
     png.write_bytes(b"broken")
     with pytest.raises(RuntimeError, match="cannot read .*000000000001.png"):
         script("prepare_coco_semantic", "--root", tmp_path)
+
+
+def test_a_broken_file_ends_the_work_at_once(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "datasets"))
+    preparation = importlib.import_module("preparation")
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        preparation.run(divide_slowly, list(range(400)), 2, "test")
+    assert time.monotonic() - start < 5  # all of it would take 10 seconds
+
+
+def divide_slowly(number: int) -> float:
+    time.sleep(0.05)
+    return 1 / number
 
 
 def test_ade20k(
