@@ -122,7 +122,7 @@ class SlowSwin:
         return y_out.reshape(rows, columns, channels)[:height, :width]
 
 
-@pytest.mark.parametrize("size", [(128, 160), (224, 112), (97, 131), (32, 64), (33, 200)])
+@pytest.mark.parametrize("size", [(128, 160), (97, 131), (32, 64)])
 def test_features_equal_a_slow_computation(
     shared: Callable[..., Path], size: tuple[int, int]
 ) -> None:

@@ -56,7 +56,7 @@ def test_pyramid_of_many_families(name: str) -> None:
     arguments = TINY_SWIN if name.startswith("swin") else {}
     backbone = build_backbone(configuration(name, ARGS=arguments)).eval()
     with torch.no_grad():
-        outputs = pyramid(backbone, torch.randn(1, 3, 96, 160))
+        outputs = pyramid(backbone, torch.randn(1, 3, 64, 96))
     assert [backbone.output_shape()[f].stride for f in outputs] == [4, 8, 16, 32]
     assert list(outputs) == ["res2", "res3", "res4", "res5"]
     assert backbone.size_divisibility == 32
