@@ -1,11 +1,12 @@
 // Multi-scale deformable attention on a CPU: what one head of one image needs, and who computes it.
 //
-// Plain C++ without torch or standard-library templates: the sources that implement it are compiled
+// Plain C++ without torch or standard-library functions: the sources that implement it are compiled
 // for several instruction sets, and shared inline functions compiled for one set must not leak into
 // code that runs where that set is missing.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace maskdino {
 namespace cpu {

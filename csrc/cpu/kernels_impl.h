@@ -1,6 +1,6 @@
 // The CPU kernels, written once over vectors of MASKDINO_VECTOR_BYTES bytes in the namespace
 // MASKDINO_INSTRUCTION_SET. Included at the end of kernels_plain.cpp, kernels_avx2.cpp and
-// kernels_avx512.cpp, which choose both; it includes nothing itself, for the reason in kernels.h.
+// kernels_avx512.cpp, which choose both; it includes no library header, for the reason in kernels.h.
 //
 // A query of a head goes through three stages:
 //   1. locate:     locations and weights of its samples, then 4 corner rows and 4 corner weights
@@ -9,93 +9,14 @@
 //                  backward the dot products grad_output . row and the additions to grad_rows;
 //   3. scatter:    backward only: from dot products to gradients of locations and scores.
 
+#include "vectors_impl.h"
+
 namespace maskdino {
 namespace cpu {
 namespace MASKDINO_INSTRUCTION_SET {
 namespace {
 
-#define MASKDINO_INLINE inline __attribute__((always_inline))
-
-template <typename T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(MASKDINO_VECTOR_BYTES)));
-  typedef T quarter __attribute__((vector_size(16)));
-  typedef Integer<T> integers __attribute__((vector_size(MASKDINO_VECTOR_BYTES)));
-};
-template <typename T>
-using Vector = typename VectorOf<T>::type;
-template <typename T>
-using Integers = typename VectorOf<T>::integers;
-
-template <typename T>
-constexpr int64_t kLanes = MASKDINO_VECTOR_BYTES / sizeof(T);
-
-template <typename V>
-MASKDINO_INLINE V load_as(const void* source) {
-  V vector;
-  __builtin_memcpy(&vector, source, sizeof(vector));
-  return vector;
-}
-
-template <typename T>
-MASKDINO_INLINE Vector<T> load(const T* source) {
-  return load_as<Vector<T>>(source);
-}
-
-template <typename V, typename T>
-MASKDINO_INLINE void store(T* target, V vector) {
-  __builtin_memcpy(target, &vector, sizeof(vector));
-}
-
-// Sums the lanes of a vector, halving it until 16 bytes are left.
-template <typename T>
-MASKDINO_INLINE T sum_lanes(Vector<T> vector) {
-  constexpr int kParts = MASKDINO_VECTOR_BYTES / 16;
-  constexpr int kLanesOfPart = 16 / sizeof(T);
-  typename VectorOf<T>::quarter parts[kParts];
-  __builtin_memcpy(parts, &vector, sizeof(parts));
-  for (int count = kParts / 2; count >= 1; count /= 2) {
-    for (int part = 0; part < count; ++part) parts[part] += parts[part + count];
-  }
-  T sum = parts[0][0] + parts[0][kLanesOfPart / 2];
-  if (kLanesOfPart == 4) sum += parts[0][1] + parts[0][kLanesOfPart - 1];
-  return sum;
-}
-
-// The largest lane; NaN lanes may be passed over.
-template <typename T>
-MASKDINO_INLINE T largest_lane(Vector<T> vector) {
-  T largest = vector[0];
-  for (int lane = 1; lane < kLanes<T>; ++lane) {
-    largest = vector[lane] > largest ? vector[lane] : largest;
-  }
-  return largest;
-}
-
-// exp(x) for x <= 0, within 2 units in the last place; 0 below -87, NaN for NaN. Free of branches
-// and library calls, so that a loop over it vectorises.
-MASKDINO_INLINE float exp_nonpositive(float x) {
-  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + kRound;
-  const float power = shifted - kRound;
-  const float rest = (clamped - power * 0.693359375f) + power * 2.12194440e-4f;
-  float series = 1.9875691e-4f;
-  series = series * rest + 1.3981999e-3f;
-  series = series * rest + 8.3334519e-3f;
-  series = series * rest + 4.1665795e-2f;
-  series = series * rest + 1.6666665e-1f;
-  series = series * rest + 5.0000001e-1f;
-  series = series * rest * rest + rest + 1.0f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 127u) << 23;  // the low bits of `shifted` hold the power of two
-  float scale;
-  __builtin_memcpy(&scale, &bits, sizeof(scale));
-  return x < -87.0f ? 0.0f : series * scale;
-}
-
-MASKDINO_INLINE double exp_nonpositive(double x) { return __builtin_exp(x); }
+constexpr int64_t kQueriesAhead = 6;  // how early inputs are prefetched
 
 // Views into one thread's scratch memory. Samples are padded to whole vectors; arrays of corners
 // are ordered (corner, padded sample) with corners top left, top right, bottom left, bottom right.
@@ -120,8 +41,9 @@ struct Scratch {
 
 template <typename T>
 MASKDINO_INLINE void softmax(const T* logits, T* weight, int64_t count, int64_t padded) {
-  __builtin_memcpy(weight, logits, count * sizeof(T));
-  for (int64_t i = count; i < padded; ++i) weight[i] = -__builtin_inff();
+  const int64_t whole = count / kLanes<T> * kLanes<T>;
+  for (int64_t i = 0; i < whole; i += kLanes<T>) store(weight + i, load(logits + i));
+  for (int64_t i = whole; i < padded; ++i) weight[i] = i < count ? logits[i] : -__builtin_inff();
   Vector<T> largest = load(weight);
   for (int64_t i = kLanes<T>; i < padded; i += kLanes<T>) {
     const Vector<T> here = load(weight + i);
@@ -133,6 +55,30 @@ MASKDINO_INLINE void softmax(const T* logits, T* weight, int64_t count, int64_t 
   for (int64_t i = kLanes<T>; i < padded; i += kLanes<T>) sum += load(weight + i);
   const T scale = T(1) / sum_lanes<T>(sum);
   for (int64_t i = 0; i < padded; i += kLanes<T>) store(weight + i, load(weight + i) * scale);
+}
+
+// Asks for the memory of a later query: queries lie a whole row of all heads apart, too far for the
+// processor to foresee.
+template <bool Backward, typename T>
+MASKDINO_INLINE void prefetch(const HeadTask<T>& task, int64_t query) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t xy = query * task.points_stride, scores = query * task.scores_stride;
+  for (int64_t i = 0; i < 2 * task.samples; i += kLine) {
+    __builtin_prefetch(task.points_xy + xy + i);
+    if (Backward) __builtin_prefetch(task.grad_points_xy + xy + i, 1);
+  }
+  for (int64_t i = 0; i < task.samples; i += kLine) {
+    __builtin_prefetch(task.scores + scores + i);
+    if (Backward) __builtin_prefetch(task.grad_scores + scores + i, 1);
+  }
+  for (int64_t i = 0; i < task.channels; i += kLine) {
+    const int64_t at = query * task.output_stride + i;
+    if (Backward) {
+      __builtin_prefetch(task.grad_output + at);
+    } else {
+      __builtin_prefetch(task.output + at, 1);
+    }
+  }
 }
 
 // Stage 1a: pixel coordinates (pixel centres at integers) and weights of a query's samples.
@@ -241,19 +187,22 @@ MASKDINO_INLINE void spread_rows(const HeadTask<T>& task, const Scratch<T>& s, i
   Vector<T> grad[Count];
   for (int v = 0; v < Count; ++v) grad[v] = load(grad_output + channel + v * kLanes<T>);
   for (int64_t i = 0; i < task.samples; ++i) {
+    Vector<T> products[4];
     for (int corner = 0; corner < 4; ++corner) {
       const int64_t at = s.corner_row[corner * n + i] * task.row_stride + channel;
       const T weight = s.corner_weight[corner * n + i];
       const T* row = task.rows + at;
       T* grad_row = task.grad_rows + at;
-      Vector<T> product = grad[0] * load(row);
-      for (int v = 1; v < Count; ++v) product += grad[v] * load(row + v * kLanes<T>);
-      s.dot[corner * n + i] += sum_lanes<T>(product);
+      products[corner] = grad[0] * load(row);
+      for (int v = 1; v < Count; ++v) products[corner] += grad[v] * load(row + v * kLanes<T>);
       for (int v = 0; v < Count; ++v) {
         T* target = grad_row + v * kLanes<T>;
         store(target, load(target) + weight * grad[v]);
       }
     }
+    T sums[4];
+    sum_lanes_of_four(products, sums);
+    for (int corner = 0; corner < 4; ++corner) s.dot[corner * n + i] += sums[corner];
   }
 }
 
@@ -272,6 +221,7 @@ void forward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, In
   Scratch<T> s(numbers, indices, task.samples);
   const bool whole_rows = task.channels == task.row_stride;
   for (int64_t query = begin; query < end; ++query) {
+    if (query + kQueriesAhead < end) prefetch<false>(task, query + kQueriesAhead);
     locate(task, query, s);
     find_corners(task, s);
     T* output = task.output + query * task.output_stride;
@@ -359,6 +309,7 @@ void backward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, I
   const bool whole_rows = task.channels == task.row_stride;
   for (int64_t c = task.channels; c < task.row_stride; ++c) s.row_buffer[c] = 0;
   for (int64_t query = begin; query < end; ++query) {
+    if (query + kQueriesAhead < end) prefetch<true>(task, query + kQueriesAhead);
     locate(task, query, s);
     find_corners(task, s);
     const T* grad_output = task.grad_output + query * task.output_stride;
