@@ -65,7 +65,7 @@ def test_published_swin_file_gives_timms_features() -> None:
     backbone = backbone_of(SWIN, **SMALL)
     checkpoint = {"model": as_published(classifier.state_dict())}
     backbone.load_state_dict(convert_backbone(checkpoint, backbone))
-    images = torch.randn(1, 3, 96, 64)
+    images = torch.randn(1, 3, 224, 224)  # sizes that windows divide
     expected = classifier.forward_intermediates(images, intermediates_only=True)
     for output, want in zip(backbone(images).values(), expected, strict=True):
         torch.testing.assert_close(output, want, atol=1e-5, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_timm_state_dict_gives_timms_features(name: str) -> None:
     classifier = timm.create_model(name, **arguments, **swin_arguments(name)).eval()
     backbone = backbone_of(name, **arguments)
     backbone.load_state_dict(convert_backbone(classifier.state_dict(), backbone))
-    images = torch.randn(1, 3, 96, 64)
+    images = torch.randn(1, 3, 224, 224)  # sizes that windows divide
     expected = classifier.forward_intermediates(images, intermediates_only=True)
     torch.testing.assert_close(backbone(images)["res5"], expected[-1], atol=1e-5, rtol=1e-5)
 
