@@ -1,0 +1,258 @@
+"""Results against the plain way: all masks, resized, then the published rules as loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskdino import postprocess
+from maskdino.postprocess import (
+    Frame,
+    instance_inference,
+    output_boxes,
+    panoptic_inference,
+    semantic_inference,
+)
+
+QUERIES, CLASSES, CHANNELS = 14, 4, 6
+FRAMES = (
+    Frame((32, 64), (32, 64), (32, 64)),
+    Frame((32, 64), (27, 50), (41, 83)),
+    Frame((64, 32), (20, 30), (9, 13)),
+    Frame((32, 32), (1, 1), (3, 2)),
+)
+
+
+def drawn(frame: Frame) -> tuple[Tensor, Tensor]:
+    """Mask embeddings (Q, C) and a smooth pixel embedding (C, H/4, W/4)."""
+    coarse = torch.randn(1, CHANNELS, 3, 3)
+    size = (frame.canvas[0] // 4, frame.canvas[1] // 4)
+    pixels = F.interpolate(coarse, size, mode="bicubic")[0]
+    return torch.randn(QUERIES, CHANNELS) * 3, pixels
+
+
+def plain_masks(embeddings: Tensor, pixels: Tensor, frame: Frame, *, output: bool = True) -> Tensor:
+    """Mask logits of all queries in the frame of the output, or of the image."""
+    maps = torch.einsum("qc,chw->qhw", embeddings, pixels)[None]
+    maps = F.interpolate(maps, frame.canvas, mode="bilinear", align_corners=False)
+    maps = maps[..., : frame.image[0], : frame.image[1]]
+    if output:
+        maps = F.interpolate(maps, frame.output, mode="bilinear", align_corners=False)
+    return maps[0]
+
+
+@pytest.fixture(params=[1, 1 << 25], ids=["one at a time", "all at once"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes masks one by one, or all together."""
+    monkeypatch.setattr(postprocess, "ELEMENTS_AT_ONCE", request.param)
+
+
+def test_boxes_in_the_output_frame() -> None:
+    frame = Frame((64, 128), (50, 100), (100, 50))
+    found = output_boxes(torch.tensor([[0.5, 0.5, 0.25, 0.5]]), frame)
+    # In the canvas: x 48..80, y 16..48; the output is half as wide and twice as high.
+    torch.testing.assert_close(found, torch.tensor([[24.0, 32.0, 40.0, 96.0]]))
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("mask_scoring", [True, False])
+@pytest.mark.parametrize("frame", FRAMES)
+def test_instances_are_those_of_the_plain_way(frame: Frame, mask_scoring: bool) -> None:
+    embeddings, pixels = drawn(frame)
+    scores, boxes = torch.rand(QUERIES, CLASSES), torch.rand(QUERIES, 4)
+    is_thing, threshold = torch.tensor([True, False, True, True]), 0.2
+    pairs = [(scores[q, k].item(), q, k) for q in range(QUERIES) for k in range(CLASSES)]
+    masks = plain_masks(embeddings, pixels, frame)
+    expected = []
+    for score, q, k in sorted(pairs, reverse=True)[:20]:
+        foreground = masks[q] > 0
+        quality = (masks[q].sigmoid() * foreground).sum() / (foreground.sum() + 1e-6)
+        final = score * quality.item() if mask_scoring else score
+        if is_thing[k] and final >= threshold:
+            expected.append((final, q, k, foreground))
+    found = instance_inference(
+        scores,
+        boxes,
+        embeddings,
+        pixels,
+        frame,
+        max_detections=20,
+        score_threshold=threshold,
+        mask_scoring=mask_scoring,
+        is_thing=is_thing,
+    )
+    assert found.image_size == frame.output and len(found) == len(expected)
+    assert found.pred_classes.tolist() == [k for _, _, k, _ in expected]
+    torch.testing.assert_close(found.scores, torch.tensor([s for s, *_ in expected]))
+    queries = [q for _, q, _, _ in expected]
+    torch.testing.assert_close(found.pred_boxes.tensor, output_boxes(boxes[queries], frame))
+    for mask, (*_, foreground) in zip(found.pred_masks, expected, strict=True):
+        assert (mask != foreground).float().mean() < 0.01  # rounding at the borders
+    assert found.pred_masks.dtype == torch.bool
+
+
+def test_detections_without_masks_and_more_than_there_are() -> None:
+    scores = torch.rand(3, 2)
+    found = instance_inference(
+        scores,
+        torch.rand(3, 4),
+        None,
+        None,
+        FRAMES[1],
+        max_detections=100,
+        score_threshold=0.0,
+        mask_scoring=True,
+    )
+    assert len(found) == 6 and not found.has("pred_masks")
+    assert found.scores.tolist() == scores.flatten().sort(descending=True).values.tolist()
+
+
+def test_nothing_above_the_threshold() -> None:
+    embeddings, pixels = drawn(FRAMES[1])
+    found = instance_inference(
+        torch.rand(QUERIES, CLASSES),
+        torch.rand(QUERIES, 4),
+        embeddings,
+        pixels,
+        FRAMES[1],
+        max_detections=20,
+        score_threshold=1.5,
+        mask_scoring=True,
+    )
+    assert len(found) == 0 and found.pred_masks.shape == (0, 41, 83)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("in_output", [True, False])
+@pytest.mark.parametrize("frame", FRAMES)
+def test_semantic(frame: Frame, in_output: bool) -> None:
+    embeddings, pixels = drawn(frame)
+    probs = torch.rand(QUERIES, CLASSES)
+    masks = plain_masks(embeddings, pixels, frame, output=in_output).sigmoid()
+    expected = torch.zeros(CLASSES, *masks.shape[1:])
+    for q in range(QUERIES):
+        for k in range(CLASSES):
+            expected[k] += probs[q, k] * masks[q]
+    if not in_output:
+        expected = F.interpolate(
+            expected[None], frame.output, mode="bilinear", align_corners=False
+        )[0]
+    found = semantic_inference(probs, embeddings, pixels, frame, sum_in_output_frame=in_output)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def slow_panoptic(
+    keep: Tensor, scores: Tensor, labels: Tensor, probs: Tensor, is_thing: Tensor
+) -> tuple[Tensor, list[tuple[int, int, float]]]:
+    """The published merge: ids (H, W), and (id, class, score) of each segment."""
+    kept = [q for q in range(len(scores)) if keep[q]]
+    height, width = probs.shape[1:]
+    winner = torch.full((height, width), -1)
+    for i in range(height):
+        for j in range(width):
+            values = [(scores[q] * probs[q, i, j]).item() for q in kept]
+            winner[i, j] = kept[values.index(max(values))] if values else -1
+    ids, segments, stuff = torch.zeros(height, width, dtype=torch.int32), [], {}
+    for q in kept:
+        won, own = winner == q, probs[q] >= 0.5
+        visible = won & own
+        if not (won.any() and own.any() and visible.any()):
+            continue
+        if won.sum().item() / own.sum().item() < 0.8:
+            continue
+        label = labels[q].item()
+        if not is_thing[label] and label in stuff:
+            ids[visible] = stuff[label]
+            continue
+        segments.append((len(segments) + 1, label, scores[q].item()))
+        ids[visible] = len(segments)
+        if not is_thing[label]:
+            stuff[label] = len(segments)
+    return ids, segments
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("frame", FRAMES[1:3])
+def test_panoptic_merge(frame: Frame, seed: int) -> None:
+    torch.manual_seed(seed)
+    embeddings, pixels = drawn(frame)
+    keep, scores = torch.rand(QUERIES) < 0.8, torch.rand(QUERIES)
+    labels = torch.randint(0, CLASSES, (QUERIES,))
+    is_thing = torch.tensor([True, False, False, True])
+    found, segments = panoptic_inference(
+        keep,
+        scores,
+        labels,
+        embeddings,
+        pixels,
+        frame,
+        is_thing=is_thing,
+        overlap_threshold=0.8,
+    )
+    probs = plain_masks(embeddings, pixels, frame).sigmoid()
+    ids, expected = slow_panoptic(keep, scores, labels, probs, is_thing)
+    assert found.dtype == torch.int32 and found.shape == frame.output
+    assert (found != ids).float().mean() < 0.01  # rounding at the borders
+    assert len(expected) > 0
+    assert [(s["id"], s["category_id"]) for s in segments] == [(i, k) for i, k, _ in expected]
+    for segment, (_, label, score) in zip(segments, expected, strict=True):
+        assert segment["isthing"] == bool(is_thing[label])
+        assert ("score" in segment) == segment["isthing"]
+        assert segment.get("score", score) == pytest.approx(score)
+
+
+def test_stuff_of_one_class_is_one_segment() -> None:
+    """Two queries that share the image between them: merged if stuff, two segments if things."""
+    pixels = torch.ones(1, 8, 8)
+    pixels[:, :, 4:] = -1
+    frame = Frame((32, 32), (32, 32), (32, 32))
+    for thing in (True, False):
+        ids, segments = panoptic_inference(
+            torch.tensor([True, True]),
+            torch.tensor([0.9, 0.8]),
+            torch.tensor([0, 0]),
+            torch.tensor([[20.0], [-20.0]]),
+            pixels,
+            frame,
+            is_thing=torch.tensor([thing]),
+            overlap_threshold=0.8,
+        )
+        assert len(segments) == (2 if thing else 1)
+        assert ids[:, :15].unique().tolist() == [1]
+        assert ids[:, 17:].unique().tolist() == [2 if thing else 1]
+
+
+def test_covered_segments_are_dropped() -> None:
+    """The weaker of two equal masks has nothing left."""
+    frame = Frame((32, 32), (32, 32), (32, 32))
+    ids, segments = panoptic_inference(
+        torch.tensor([True, True]),
+        torch.tensor([0.3, 0.9]),
+        torch.tensor([0, 0]),
+        torch.full((2, 1), 9.0),
+        torch.ones(1, 8, 8),
+        frame,
+        is_thing=torch.tensor([True]),
+        overlap_threshold=0.8,
+    )
+    assert [s["score"] for s in segments] == [pytest.approx(0.9)]
+    assert (ids == 1).all()
+
+
+def test_panoptic_of_no_queries() -> None:
+    embeddings, pixels = drawn(FRAMES[1])
+    ids, segments = panoptic_inference(
+        torch.zeros(QUERIES, dtype=torch.bool),
+        torch.rand(QUERIES),
+        torch.zeros(QUERIES, dtype=torch.int64),
+        embeddings,
+        pixels,
+        FRAMES[1],
+        is_thing=torch.tensor([True]),
+        overlap_threshold=0.8,
+    )
+    assert segments == [] and ids.shape == (41, 83) and not ids.any()

@@ -1,0 +1,113 @@
+"""Ground truth to targets: formats of masks, the frame of boxes, and bad annotations."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+
+from maskdino.structures import PackedMasks, Targets
+from maskdino.targets import prepare_targets
+from tests.helpers import drawn_instances, rectangles
+
+CPU = torch.device("cpu")
+THINGS = torch.tensor([True, False, True, True, True])
+
+
+def prepare(*images: Instances, canvas: tuple[int, int] = (32, 64), **options: object) -> Targets:
+    return prepare_targets(images, canvas, THINGS, CPU, **options)
+
+
+def test_boxes_are_divided_by_the_canvas() -> None:
+    image = Instances((20, 40))
+    image.gt_classes = torch.tensor([0, 1])
+    image.gt_boxes = Boxes(torch.tensor([[0.0, 0.0, 40.0, 20.0], [8.0, 4.0, 16.0, 12.0]]))
+    targets = prepare(image)
+    expected = torch.tensor(
+        [[20 / 64, 10 / 32, 40 / 64, 20 / 32], [12 / 64, 8 / 32, 8 / 64, 8 / 32]]
+    )
+    torch.testing.assert_close(targets.boxes, expected)
+    assert targets.is_thing.tolist() == [True, False]
+    assert targets.has_mask.tolist() == [False, False]
+    assert targets.masks.size == (32, 64) and not targets.masks.to_bool().any()
+
+
+@pytest.mark.parametrize("kind", ["packed", "bitmasks", "tensor", "polygons"])
+def test_masks_of_all_formats(kind: str) -> None:
+    boxes = torch.tensor([[2.0, 3.0, 10.0, 9.0], [0.0, 0.0, 30.0, 20.0]])
+    masks = rectangles(boxes, (20, 30))
+    image = Instances((20, 30))
+    image.gt_classes = torch.tensor([2, 0])
+    polygons = [[np.array([x0, y0, x1, y0, x1, y1, x0, y1])] for x0, y0, x1, y1 in boxes.tolist()]
+    image.gt_masks = {
+        "packed": PackedMasks.from_bool(masks),
+        "bitmasks": BitMasks(masks),
+        "tensor": masks,
+        "polygons": PolygonMasks(polygons),
+    }[kind]
+    targets = prepare(image)
+    expected = torch.zeros(2, 32, 64, dtype=torch.bool)
+    expected[:, :20, :30] = masks
+    assert torch.equal(targets.masks.to_bool(), expected)
+    assert targets.has_mask.all()
+    # Without gt_boxes the boxes are those of the masks, whose last pixel lies inside.
+    torch.testing.assert_close(targets.boxes[0], torch.tensor([6 / 64, 6 / 32, 8 / 64, 6 / 32]))
+
+
+def test_images_with_and_without_masks_and_objects() -> None:
+    images = (
+        drawn_instances((20, 30), 2),
+        drawn_instances((32, 64), 0),
+        drawn_instances((10, 10), 3, masks=False),
+        drawn_instances((16, 16), 2),
+    )
+    images[3].gt_has_mask = torch.tensor([False, True])
+    targets = prepare(*images, names=["a", "b", "c", "d"])
+    assert targets.counts == (2, 0, 3, 2) and targets.offsets == (0, 2, 2, 5) and len(targets) == 7
+    assert targets.has_mask.tolist() == [True, True, False, False, False, False, True]
+    assert targets.names == ("a", "b", "c", "d")
+    assert torch.equal(targets.labels, torch.cat([image.gt_classes for image in images]))
+    assert torch.equal(targets.masks.to_bool()[5:, :16, :16], images[3].gt_masks.to_bool())
+
+
+@pytest.mark.parametrize("kind", ["packed", "bitmasks", "polygons", "none"])
+def test_images_without_objects(kind: str) -> None:
+    image = Instances((20, 30))
+    image.gt_classes = torch.zeros(0, dtype=torch.int64)
+    image.gt_boxes = Boxes(torch.zeros(0, 4))
+    if kind != "none":
+        image.gt_masks = {
+            "packed": PackedMasks.empty(0, (20, 30)),
+            "bitmasks": BitMasks(torch.zeros(0, 20, 30)),
+            "polygons": PolygonMasks([]),
+        }[kind]
+    targets = prepare(image, image)
+    assert len(targets) == 0 and targets.boxes.shape == (0, 4) and len(targets.masks) == 0
+    assert targets.boxes.dtype == torch.float32 and targets.has_mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_wrong_classes_name_the_image(label: int) -> None:
+    image = drawn_instances((20, 30), 2)
+    image.gt_classes[1] = label
+    with pytest.raises(ValueError, match=f"second.png has an object of class {label};.*0 to 4"):
+        prepare(drawn_instances((20, 30), 2), image, names=["first.png", "second.png"])
+
+
+def test_large_images_name_themselves() -> None:
+    with pytest.raises(ValueError, match=r"number 0 of the batch of \(33, 10\) pixels"):
+        prepare(drawn_instances((33, 10), 1))
+
+
+def test_images_without_annotation_name_themselves() -> None:
+    image = Instances((20, 30))
+    image.gt_classes = torch.tensor([0])
+    with pytest.raises(ValueError, match="x.png has neither gt_boxes nor gt_masks"):
+        prepare(image, names=["x.png"])
+
+
+def test_inputs_are_not_modified() -> None:
+    image = drawn_instances((20, 30), 2)
+    before = image.gt_boxes.tensor.clone()
+    targets = prepare(image)
+    targets.boxes.zero_()
+    assert torch.equal(image.gt_boxes.tensor, before)
