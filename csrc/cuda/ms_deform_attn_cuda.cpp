@@ -1,0 +1,256 @@
+// The operators on a GPU: prepares tensors, chooses the shape of the launch, calls kernels. Nothing
+// here reads a number back from the device.
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace maskdino {
+namespace cuda {
+namespace {
+
+constexpr int64_t kSharedMemory = 48 * 1024;  // what a block has without asking for more
+
+bool is_aligned(const at::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+
+Geometry make_geometry(const Sizes& sizes, at::IntArrayRef shapes, bool tokens_are_queries,
+                       int lanes, int64_t element_size) {
+  TORCH_CHECK_VALUE(sizes.levels <= kMaxLevels && sizes.samples() <= kMaxSamples,
+                    "the CUDA kernels take at most ", kMaxLevels, " levels and ", kMaxSamples,
+                    " samples, got ", sizes.levels, " levels of ", sizes.points, " points");
+  Geometry g{};
+  g.images = sizes.images;
+  g.tokens = sizes.tokens;
+  g.queries = sizes.queries;
+  g.heads = static_cast<int>(sizes.heads);
+  g.channels = static_cast<int>(sizes.channels);
+  g.levels = static_cast<int>(sizes.levels);
+  g.points = static_cast<int>(sizes.points);
+  g.samples = g.levels * g.points;
+  // A block takes as many queries as its threads and shared memory hold: 16 bytes per sample for
+  // its level, and in backward one number per sample and query.
+  const int64_t most = std::min<int64_t>(
+      kMaxThreads / lanes, (kSharedMemory / g.samples - 16) / element_size);
+  int side = 8;
+  while (side * side > most) side /= 2;
+  // Without tiles, small blocks: a decoder has few queries, and every processor should get some.
+  g.queries_per_block = tokens_are_queries ? side * side : std::min<int>(side * side, 16);
+  g.tile_side = tokens_are_queries ? side : 0;
+  int64_t tiles = 0, tokens = 0;
+  for (int level = 0; level < g.levels; ++level) {
+    const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
+    g.height[level] = static_cast<int>(height);
+    g.width[level] = static_cast<int>(width);
+    g.first_token[level] = static_cast<int>(tokens);
+    g.first_tile[level] = static_cast<int>(tiles);
+    tokens += height * width;
+    tiles += ((height + side - 1) / side) * ((width + side - 1) / side);
+  }
+  g.first_tile[g.levels] = static_cast<int>(tiles);
+  g.blocks_per_head = tokens_are_queries
+                          ? tiles
+                          : (g.queries + g.queries_per_block - 1) / g.queries_per_block;
+  const int64_t blocks = g.blocks_per_head * sizes.heads * sizes.images;
+  TORCH_CHECK_VALUE(blocks <= std::numeric_limits<int32_t>::max(), "too many queries for one ",
+                    "launch: ", sizes.images, " images of ", sizes.queries, " queries");
+  return g;
+}
+
+// Tensors that keep the memory of a launch alive, contiguous.
+struct Prepared {
+  Sizes sizes;
+  at::IntArrayRef shapes;
+  at::Tensor value, points, scores, reference;  // scores and reference may be undefined
+  bool fused() const { return !scores.defined(); }
+};
+
+template <typename T, bool Fused>
+Inputs<T, Fused> make_inputs(const Prepared& in, bool vectors) {
+  using Raw = typename Inputs<T, Fused>::Raw;
+  const int lanes = lanes_per_query(in.sizes.channels, sizeof(T), vectors);
+  Inputs<T, Fused> inputs{};
+  inputs.geometry = make_geometry(in.sizes, in.shapes, Fused && !in.reference.defined(), lanes,
+                                  sizeof(Arithmetic<T>));
+  inputs.value = in.value.const_data_ptr<T>();
+  inputs.points = in.points.const_data_ptr<Raw>();
+  if (!Fused) inputs.scores = in.scores.const_data_ptr<Raw>();
+  if (in.reference.defined()) {
+    inputs.reference = in.reference.const_data_ptr<Arithmetic<T>>();
+    inputs.reference_size = static_cast<int>(in.reference.size(2));
+  }
+  return inputs;
+}
+
+// Calls `body(T{}, fused as a compile-time constant)`.
+template <typename Body>
+void dispatch(const Prepared& in, const Body& body) {
+  const auto with_type = [&](auto number) {
+    in.fused() ? body(number, std::true_type{}) : body(number, std::false_type{});
+  };
+  switch (in.value.scalar_type()) {
+    case at::kDouble:
+      return with_type(double{});
+    case at::kHalf:
+      return with_type(c10::Half{});
+    case at::kBFloat16:
+      return with_type(c10::BFloat16{});
+    default:
+      return with_type(float{});
+  }
+}
+
+at::Tensor forward(const Prepared& in) {
+  const Sizes& z = in.sizes;
+  at::Tensor output =
+      at::empty({z.images, z.queries, z.heads * z.channels}, in.value.options());
+  if (z.empty()) return output;
+  const bool vectors = has_vector_kernel(z.channels, in.value.element_size()) &&
+                       is_aligned(in.value) && is_aligned(output);
+  dispatch(in, [&](auto number, auto fused) {
+    using T = decltype(number);
+    const auto inputs = make_inputs<T, decltype(fused)::value>(in, vectors);
+    launch_forward(inputs, output.data_ptr<T>(), vectors,
+                   c10::cuda::getCurrentCUDAStream().stream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return output;
+}
+
+struct Result {
+  at::Tensor value, points, scores, reference;
+};
+
+// The power of two by which gradients of the value are multiplied to become 64-bit integers: as
+// large as it can be without overflow of a sum of all contributions. One number, on the device;
+// NaN or infinite where a gradient is, which then shows in the result.
+at::Tensor fixed_point_scale(const Prepared& in, const at::Tensor& grad_output) {
+  at::Tensor bound = grad_output.abs().amax().to(at::kDouble);
+  if (!in.fused()) bound = bound * in.scores.abs().amax().to(at::kDouble);
+  const double contributions = 4.0 * static_cast<double>(in.sizes.queries * in.sizes.samples());
+  const double bits = 60.0 - std::ceil(std::log2(contributions));
+  return at::exp2(bits - at::ceil(at::log2(bound.clamp_min(1e-200))));
+}
+
+Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradient) {
+  check_grad_output(grad, in.value, in.sizes);
+  const at::Tensor grad_output = grad.contiguous();
+  const Sizes& z = in.sizes;
+  const auto type = compute_type(in.value);
+  const auto options = in.value.options().dtype(type);
+  const bool deterministic = at::globalContext().deterministicAlgorithms();
+  Result result{at::zeros(in.value.sizes(), options.dtype(deterministic ? at::kLong : type)),
+                at::empty_like(in.points), in.fused() ? at::Tensor() : at::empty_like(in.scores),
+                at::Tensor()};
+  if (reference_gradient) {
+    result.reference = at::empty({z.images, z.heads, z.queries, in.reference.size(2)}, options);
+  }
+  if (z.empty()) {
+    result.value = at::zeros(in.value.sizes(), in.value.options());
+    result.points.zero_();
+    if (result.scores.defined()) result.scores.zero_();
+    if (reference_gradient) result.reference.zero_();
+    return result;
+  }
+  const at::Tensor scale = deterministic ? fixed_point_scale(in, grad_output) : at::Tensor();
+  const bool vectors = has_vector_kernel(z.channels, in.value.element_size()) &&
+                       is_aligned(in.value) && is_aligned(grad_output) && is_aligned(result.value);
+  dispatch(in, [&](auto number, auto fused) {
+    using T = decltype(number);
+    constexpr bool kFused = decltype(fused)::value;
+    using Raw = typename Inputs<T, kFused>::Raw;
+    const auto inputs = make_inputs<T, kFused>(in, vectors);
+    Gradients<T, kFused> gradients{};
+    gradients.output = grad_output.const_data_ptr<T>();
+    gradients.value = result.value.data_ptr();
+    gradients.scale = deterministic ? scale.const_data_ptr<double>() : nullptr;
+    gradients.points = result.points.data_ptr<Raw>();
+    if (!kFused) gradients.scores = result.scores.data_ptr<Raw>();
+    if (reference_gradient) gradients.reference = result.reference.data_ptr<Arithmetic<T>>();
+    launch_backward(inputs, gradients, vectors, c10::cuda::getCurrentCUDAStream().stream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  if (deterministic) result.value = result.value.to(at::kDouble) / scale;
+  result.value = result.value.to(in.value.scalar_type());
+  return result;
+}
+
+Prepared prepare(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,
+                 const at::Tensor& weights) {
+  return {check_inputs(value, shapes, locations, weights), shapes, value.contiguous(),
+          locations.contiguous(), weights.contiguous(), at::Tensor()};
+}
+
+Prepared prepare_fused(const at::Tensor& value, at::IntArrayRef shapes,
+                       const at::Tensor& offsets_and_logits,
+                       const std::optional<at::Tensor>& reference, int64_t num_points) {
+  return {check_fused_inputs(value, shapes, offsets_and_logits, reference, num_points),
+          shapes,
+          value.contiguous(),
+          offsets_and_logits.contiguous(),
+          at::Tensor(),
+          reference.has_value() ? reference->contiguous() : at::Tensor()};
+}
+
+at::Tensor ms_deform_attn(const at::Tensor& value, at::IntArrayRef shapes,
+                          const at::Tensor& locations, const at::Tensor& weights) {
+  const at::NoGradGuard no_grad;
+  const c10::cuda::CUDAGuard device(value.device());
+  return forward(prepare(value, shapes, locations, weights));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_backward(
+    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef shapes,
+    const at::Tensor& locations, const at::Tensor& weights) {
+  const at::NoGradGuard no_grad;
+  const c10::cuda::CUDAGuard device(value.device());
+  const Result result = backward(prepare(value, shapes, locations, weights), grad_output, false);
+  return {result.value, result.points, result.scores};
+}
+
+at::Tensor ms_deform_attn_fused(const at::Tensor& value, at::IntArrayRef shapes,
+                                const at::Tensor& offsets_and_logits,
+                                const std::optional<at::Tensor>& reference, int64_t num_points) {
+  const at::NoGradGuard no_grad;
+  const c10::cuda::CUDAGuard device(value.device());
+  return forward(prepare_fused(value, shapes, offsets_and_logits, reference, num_points));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_fused_backward(
+    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef shapes,
+    const at::Tensor& offsets_and_logits, const std::optional<at::Tensor>& reference,
+    int64_t num_points, bool reference_gradient) {
+  const at::NoGradGuard no_grad;
+  const c10::cuda::CUDAGuard device(value.device());
+  TORCH_CHECK_VALUE(!reference_gradient || reference.has_value(),
+                    "reference_gradient is asked for, but there is no reference");
+  const Prepared in = prepare_fused(value, shapes, offsets_and_logits, reference, num_points);
+  const Result result = backward(in, grad_output, reference_gradient);
+  const at::Tensor grad_reference =
+      reference_gradient ? result.reference.sum(1)
+                         : at::empty({0}, value.options().dtype(compute_type(value)));
+  return {result.value, result.points, grad_reference};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(maskdino, CUDA, m) {
+  m.impl("ms_deform_attn", &ms_deform_attn);
+  m.impl("ms_deform_attn_backward", &ms_deform_attn_backward);
+  m.impl("ms_deform_attn_fused", &ms_deform_attn_fused);
+  m.impl("ms_deform_attn_fused_backward", &ms_deform_attn_fused_backward);
+}
+
+}  // namespace cuda
+}  // namespace maskdino
