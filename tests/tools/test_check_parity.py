@@ -1,0 +1,65 @@
+"""The worked cases of the released models pass, and the tool notices where they would not."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def tool(repository: Path) -> ModuleType:
+    path = repository / "tools" / "check_parity.py"
+    spec = importlib.util.spec_from_file_location("check_parity", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["instance", "semantic_ce", "swin"])
+def test_case_agrees(name: str, tool: ModuleType, shared: Callable[..., Path]) -> None:
+    """Every quantity within its bound, every kind of quantity present."""
+    folder = shared("fixtures", f"{name}_expected.npz").parent
+    compared = list(tool.compare(tool.Case(folder, name)))
+    beyond = {quantity: error for quantity, error, bound in compared if not error <= bound}
+    assert not beyond
+    groups = {quantity.split("/")[0] for quantity, *_ in compared}
+    assert groups == {"eval", "result", "loss", "grad_norm"}
+    assert {bound for *_, bound in compared} == {1e-4, 1e-3}
+
+
+def test_changed_weights_are_noticed(tool: ModuleType, shared: Callable[..., Path]) -> None:
+    folder = shared("fixtures", "semantic_ce_expected.npz").parent
+    case = tool.Case(folder, "semantic_ce")
+    with torch.no_grad():
+        case.model.decoder.layers[0].ffn.linear1.weight[0, 0] += 1.0
+    for name, value in case.outputs():
+        assert tool.relative_error(value.numpy(), case.expected[name]) > 1e-4, name
+
+
+def test_relative_error(tool: ModuleType) -> None:
+    expected = np.array([4.0, -10.0])
+    assert tool.relative_error(np.array([4.0, -9.0]), expected) == pytest.approx(0.1)
+    assert tool.relative_error(np.zeros(3), expected) == float("inf")
+    assert tool.relative_error(np.zeros(0), np.zeros(0)) == 0
+    assert not tool.relative_error(np.array([np.nan, 0.0]), expected) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("ours", "released"),
+    [
+        ("loss_class", "loss/loss_ce"),
+        ("loss_l1_layer2", "loss/loss_bbox_2"),
+        ("loss_mask_dice_initial", "loss/loss_dice_0"),
+        ("loss_giou_proposal", "loss/loss_giou_interm"),
+        ("loss_mask_bce_denoising", "loss/loss_mask_dn"),
+        ("loss_mask_bce_denoising_layer1", "loss/loss_mask_dn_1"),
+    ],
+)
+def test_names_of_losses(ours: str, released: str, tool: ModuleType) -> None:
+    assert tool.released_loss_name(ours) == released
