@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
@@ -17,11 +18,11 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-import maskdino.model  # noqa: F401  registers the meta-architecture
 from maskdino.checkpoint import MaskDINOCheckpointer
 from maskdino.config import load_config
-from maskdino.data import build_train_mapper, check_datasets
+from maskdino.data import build_test_mapper, build_train_mapper, check_datasets
 from maskdino.data_stream import (
     Purpose,
     TrainingData,
@@ -115,6 +116,11 @@ class MaskDINOTrainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> TrainingData:
         """Returns the training data; `train` starts it at the iteration it begins with."""
         return build_training_data(cfg, build_train_mapper(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        """Returns the images of a dataset, one by one, as the evaluation sees them."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -1,0 +1,68 @@
+"""Tests of tools/analyze_model.py."""
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from maskdino.config import load_config
+
+
+@pytest.fixture(scope="module")
+def tool(repository: Path) -> ModuleType:
+    path = repository / "tools" / "analyze_model.py"
+    spec = importlib.util.spec_from_file_location("analyze_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Nested(nn.Module):
+    """Its part `outer` calls its part `head`, and it has a product of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = self.outer(images).flatten(2).transpose(1, 2)  # (B, HW, 4)
+        return self.head(pixels) @ torch.ones(5, 2, device=images.device)
+
+
+def test_parts_are_counted_apart(tool: ModuleType) -> None:
+    model = Nested().to("meta")
+    with tool.PartCounter(model) as counter:
+        model(torch.zeros(2, 3, 6, 7, device="meta"))
+    pixels = 2 * 6 * 7
+    expected = {"outer": pixels * 27 * 4, "head": pixels * 4 * 5, "rest": pixels * 5 * 2}
+    assert {part: n for part, n in counter.counts.items() if n} == expected
+    assert tool.count_parameters(model) == {"outer": 112, "head": 25}
+
+
+def test_sampling_is_counted_apart(tool: ModuleType) -> None:
+    with tool.PartCounter(nn.Identity()) as counter:
+        functional.grid_sample(
+            torch.zeros(1, 8, 4, 4), torch.zeros(1, 5, 6, 2), align_corners=False
+        )
+    assert {part: n for part, n in counter.counts.items() if n} == {tool.SAMPLING: 8 * 30 * 4}
+
+
+@pytest.mark.parametrize(("queries", "expected"), [(300, 286e9), (100, 280e9)])
+def test_paper_model(tool: ModuleType, repository: Path, queries: int, expected: float) -> None:
+    """52M parameters; 286 G multiply-adds at about the mean size of COCO's images, plain anchors."""
+    path = repository / "configs" / "coco" / "instance" / "maskdino_R50.yaml"
+    selection = "MODEL.MASK_DINO.QUERY_SELECTION"
+    overrides = [f"{selection}.NUM_QUERIES", str(queries)]
+    cfg = load_config(str(path), [*overrides, f"{selection}.MASK_ENHANCED_ANCHORS", "none"])
+    assert sum(tool.count_parameters(tool.build_on_meta(cfg)).values()) / 1e6 == pytest.approx(
+        52, abs=0.5
+    )
+    counts = tool.count_multiply_adds(cfg, Counter({(800, 1120): 1}))
+    total = sum(count for part, count in counts.items() if part != tool.SAMPLING)
+    assert total == pytest.approx(expected, rel=0.02)

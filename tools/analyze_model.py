@@ -1,0 +1,175 @@
+"""Counts the parameters and the multiply-adds of a model, part by part.
+
+    python tools/analyze_model.py --config-file configs/coco/instance/maskdino_R50.yaml
+    python tools/analyze_model.py --config-file F --size 1024 1024
+    python tools/analyze_model.py --config-file F --dataset coco_2017_val   # mean over its images
+
+Nothing is computed or downloaded: the network runs on tensors without values. Counted are the
+products of convolutions, linear layers and attention, as papers do (and call them FLOPs), and on
+a line of its own the sampling of deformable attention, which papers leave out. Not counted: norms,
+activations, sums.
+"""
+
+import argparse
+from collections import Counter
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.transforms import ResizeShortestEdge
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskdino.trainer import MaskDINOTrainer, load_config
+
+SAMPLING = "deformable sampling"
+MASKS = "masks of all queries"
+
+
+def sampling_flops(*_: object, out_shape: torch.Size, **__: object) -> int:
+    """Twice the multiply-adds of bilinear sampling: four pixels for each sampled value."""
+    return 2 * 4 * out_shape.numel()
+
+
+class PartCounter:
+    """Counts multiply-adds and gives them to the part of the model that is running.
+
+    Args:
+        model: parts are its direct children; a part called inside of another keeps its own share.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._flops = FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.grid_sampler_2d: sampling_flops}
+        )
+        self._running = ["rest"]
+        self._seen = 0
+        self.counts: Counter[str] = Counter()
+        for name, module in model.named_modules():
+            if name:
+                part = name.partition(".")[0]
+                module.register_forward_pre_hook(lambda *_, part=part: self._enter(part))
+                module.register_forward_hook(lambda *_: self._leave())
+
+    def __enter__(self) -> "PartCounter":
+        self._flops.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._flops.__exit__(*error)
+        self.take()
+        sampled = sum(
+            count
+            for operator, count in self._flops.get_flop_counts().get("Global", {}).items()
+            if operator is torch.ops.aten.grid_sampler_2d
+        )
+        self.counts[SAMPLING] = sampled // 2
+
+    def take(self, part: str | None = None) -> None:
+        """Gives what was counted since the last call to ``part``, or to the running part."""
+        counts = self._flops.get_flop_counts().get("Global", {})
+        total = sum(
+            count for op, count in counts.items() if op is not torch.ops.aten.grid_sampler_2d
+        )
+        self.counts[part or self._running[-1]] += (total - self._seen) // 2
+        self._seen = total
+
+    def _enter(self, part: str) -> None:
+        self.take()
+        self._running.append(part)
+
+    def _leave(self) -> None:
+        self.take()
+        self._running.pop()
+
+
+def count_multiply_adds(cfg: CfgNode, sizes: Counter[tuple[int, int]]) -> dict[str, float]:
+    """Returns the multiply-adds of each part, the mean over images.
+
+    Args:
+        cfg: configuration.
+        sizes: how many images have a (height, width) in pixels, before padding.
+    """
+    padding = cfg.MODEL.MASK_DINO.SIZE_DIVISIBILITY
+    padded: Counter[tuple[int, int]] = Counter()
+    for (height, width), number in sizes.items():
+        padded[-(-height // padding) * padding, -(-width // padding) * padding] += number
+    sums: Counter[str] = Counter()
+    for size, number in padded.items():
+        for part, count in _count_one(build_on_meta(cfg).eval(), *size).items():
+            sums[part] += count * number
+    return {part: count / padded.total() for part, count in sums.items()}
+
+
+def _count_one(model: nn.Module, height: int, width: int) -> dict[str, int]:
+    counter = PartCounter(model)
+    with torch.no_grad(), counter:
+        predictions, pixels = model.predict(torch.zeros(1, 3, height, width, device="meta"))
+        counter.take()
+        if pixels is not None:
+            embeddings: Tensor = predictions.mask_embeddings  # (1, Q, C)
+            torch.matmul(embeddings, pixels.flatten(2))  # as post-processing, for all queries
+            counter.take(MASKS)
+    return dict(counter.counts)
+
+
+def sizes_of_dataset(cfg: CfgNode, name: str) -> Counter[tuple[int, int]]:
+    """Returns the sizes of a dataset's images as the evaluation resizes them."""
+    smallest, largest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    return Counter(
+        ResizeShortestEdge.get_output_shape(image["height"], image["width"], smallest, largest)
+        for image in DatasetCatalog.get(name)
+    )
+
+
+def build_on_meta(cfg: CfgNode) -> nn.Module:
+    """Builds the model without memory for its weights."""
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "meta"
+    return MaskDINOTrainer.build_model(cfg)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Returns the parameters of each part, statistics of frozen norms included."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counts[name.partition(".")[0]] += parameter.numel()
+    return dict(counts)
+
+
+def print_table(parameters: dict[str, int], products: dict[str, float]) -> None:
+    """Prints both counts, part by part and in all."""
+    print(f"{'part':<24}{'parameters (M)':>16}{'multiply-adds (G)':>20}")
+    others = [part for part in products if part not in parameters and products[part]]
+    for part in [*parameters, *others]:
+        if part != SAMPLING:
+            count, size = products.get(part, 0), parameters.get(part, 0)
+            print(f"{part:<24}{size / 1e6:>16.2f}{count / 1e9:>20.2f}")
+    total = sum(count for part, count in products.items() if part != SAMPLING)
+    print(f"{'total':<24}{sum(parameters.values()) / 1e6:>16.2f}{total / 1e9:>20.2f}")
+    print(f"{SAMPLING:<24}{'':>16}{products[SAMPLING] / 1e9:>20.2f}   (not in the total)")
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--dataset", metavar="NAME", help="mean over the images of this dataset")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
+    args = parser.parse_args()
+    cfg = load_config(args.config_file, args.opts)
+    if args.dataset:
+        sizes = sizes_of_dataset(cfg, args.dataset)
+        print(f"Mean over the {sizes.total()} images of {args.dataset}:")
+    else:
+        height, width = args.size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        sizes = Counter({(height, width): 1})
+        print(f"One image of {height} x {width} pixels:")
+    print_table(count_parameters(build_on_meta(cfg)), count_multiply_adds(cfg, sizes))
+
+
+if __name__ == "__main__":
+    main()
