@@ -55,7 +55,7 @@ def test_sampling_is_counted_apart(tool: ModuleType) -> None:
 
 @pytest.mark.parametrize(("queries", "expected"), [(300, 286e9), (100, 280e9)])
 def test_paper_model(tool: ModuleType, repository: Path, queries: int, expected: float) -> None:
-    """52M parameters; 286 G multiply-adds at about the mean size of COCO's images, plain anchors."""
+    """52M parameters; 286 G multiply-adds at about the mean size of COCO's images."""
     path = repository / "configs" / "coco" / "instance" / "maskdino_R50.yaml"
     selection = "MODEL.MASK_DINO.QUERY_SELECTION"
     overrides = [f"{selection}.NUM_QUERIES", str(queries)]
