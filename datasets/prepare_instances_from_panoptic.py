@@ -1,0 +1,90 @@
+"""Makes COCO instances (boxes and masks of the things) from panoptic maps.
+
+COCO, ADE20K and Cityscapes come with their own instances. This is for datasets in COCO's panoptic
+format that have none: with them a panoptic model is also judged by its box AP and mask AP.
+
+    python datasets/prepare_instances_from_panoptic.py --json panoptic_val.json \\
+        --panoptic panoptic_val --output instances_val.json
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+from preparation import (
+    PreparationError,
+    ids_of_colors,
+    is_done,
+    main,
+    make_parser,
+    read_pixels,
+    require,
+    run,
+    save_json,
+    say,
+)
+
+
+def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[dict]:
+    """COCO annotations, without "id", of the things of one image."""
+    source = panoptic / annotation["file_name"]
+    ids = ids_of_colors(read_pixels(source))
+    instances = []
+    for segment in annotation["segments_info"]:
+        if segment["category_id"] not in things:
+            continue
+        mask = ids == segment["id"]
+        if not mask.any():
+            raise PreparationError(f"{source} has no pixel of its segment {segment['id']}")
+        rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+        instances.append(
+            {
+                "image_id": annotation["image_id"],
+                "category_id": segment["category_id"],
+                "iscrowd": segment.get("iscrowd", 0),
+                "area": int(mask.sum()),
+                "bbox": mask_util.toBbox(rle).tolist(),
+                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            }
+        )
+    return instances
+
+
+def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwrite: bool) -> None:
+    """Makes the instances of one annotation file."""
+    content = json.loads(require(json_file, "panoptic annotations").read_text())
+    require(panoptic, "the PNG files of the panoptic annotations")
+    if is_done(output, overwrite):
+        return
+    categories = [category for category in content["categories"] if category["isthing"]]
+    things = frozenset(category["id"] for category in categories)
+    work = partial(convert, panoptic=panoptic, things=things)
+    found = run(work, content["annotations"], workers, str(output))
+    flat = [instance for instances in found for instance in instances]
+    annotations = [{"id": number, **instance} for number, instance in enumerate(flat, start=1)]
+    result = {"images": content["images"], "categories": categories, "annotations": annotations}
+    save_json(output, result)
+    say(f"{output}: {len(annotations)} instances of {len(categories)} categories")
+
+
+def start() -> None:
+    parser = make_parser(__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="panoptic annotations")
+    parser.add_argument("--panoptic", type=Path, required=True, help="its folder of PNG files")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the instances")
+    arguments = parser.parse_args()
+    prepare(
+        arguments.json,
+        arguments.panoptic,
+        arguments.output,
+        arguments.workers,
+        arguments.overwrite,
+    )
+
+
+if __name__ == "__main__":
+    main(start)
