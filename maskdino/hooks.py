@@ -152,10 +152,11 @@ class Resources(HookBase):
         seconds = storage.latest().get("time")
         if seconds is not None:
             storage.put_scalar("images_per_second", self._batch_size / seconds[0])
-        storage.put_scalar("max_memory_mb", _peak_memory_mb(), smoothing_hint=False)
+        storage.put_scalar("max_memory_mb", peak_memory_mb(), smoothing_hint=False)
 
 
-def _peak_memory_mb() -> float:
+def peak_memory_mb() -> float:
+    """Returns the peak so far, in MB: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
