@@ -10,13 +10,11 @@ Shape key: B images, Q queries, K classes, C channels, N objects, H, W pixels of
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,10 +25,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import Tensor
 
-from maskdino.checkpoint import MaskDINOCheckpointer
-from maskdino.config import load_config
-from maskdino.hooks import WeightAverage
 from maskdino.images import ImageSource, load_image, network_image, network_size
+from maskdino.loading import load_weights, pick_device, read_config
 from maskdino.model import InferenceOptions, MaskDINO
 from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
 from maskdino.results import TASKS, Categories, ImageResult, encode_mask
@@ -146,7 +142,8 @@ class MaskDINOPredictor:
 
         Args:
             config: path of a YAML file, or its name below `configs`: "coco/instance/maskdino_R50".
-            weights: checkpoint, ours or a released one; None: MODEL.WEIGHTS of the configuration.
+            weights: checkpoint, ours or a released one; "released": downloads the released weights
+                of this name; None: MODEL.WEIGHTS of the configuration.
             device: None: the configuration's, or the CPU where there is no GPU.
             confidence_threshold: objects with a lower score are left out.
             tasks: of "instance", "panoptic" and "semantic"; None: those the model was trained for.
@@ -158,11 +155,11 @@ class MaskDINOPredictor:
 
         Raises:
             FileNotFoundError: there is no such configuration or checkpoint.
+            ConnectionError: the released weights cannot be downloaded.
             ValueError: the checkpoint does not fit, or an argument is out of range.
         """
-        cfg = load_config(str(find_config(config)), list(opts))
-        cfg.MODEL.DEVICE = str(_device(device, cfg.MODEL.DEVICE))
-        cfg.MODEL.WEIGHTS = _weights(weights, cfg)
+        cfg = read_config(config, weights, opts)
+        cfg.MODEL.DEVICE = str(pick_device(device, cfg.MODEL.DEVICE))
         if max_detections is not None:
             cfg.TEST.DETECTIONS_PER_IMAGE = max_detections
         model = build_model(cfg)
@@ -240,14 +237,16 @@ class MaskDINOPredictor:
     ) -> Iterator[ImageResult]:
         """Predicts many pictures, in order; few of them are in memory at one time."""
         iterator = enumerate(images)
-        while window := list(itertools.islice(iterator, WINDOW * self.options.batch_size)):
+        at_once = self.options.batch_size
+        ahead = at_once * WINDOW if at_once > 1 else 1
+        while window := list(itertools.islice(iterator, ahead)):
             groups, results = defaultdict(list), {}
             for number, source in window:
                 picture = _Picture.read(number, source, channel_order, self.options)
                 groups[picture.canvas].append(picture)
             for group in groups.values():
-                for begin in range(0, len(group), self.options.batch_size):
-                    batch = group[begin : begin + self.options.batch_size]
+                for begin in range(0, len(group), at_once):
+                    batch = group[begin : begin + at_once]
                     found = self._predict(batch)
                     results |= {p.number: r for p, r in zip(batch, found, strict=True)}
             yield from (results[number] for number, _ in window)
@@ -404,59 +403,3 @@ def _full_size(labels: Tensor, frame: Frame) -> np.ndarray:
         )
         labels = enlarged[0, 0].to(labels.dtype)
     return labels.cpu().numpy()
-
-
-def find_config(config: str | os.PathLike) -> Path:
-    """The path of a configuration, given as path or as name below the folder `configs`.
-
-    Raises:
-        FileNotFoundError: there is none; the message names those most like it.
-    """
-    package = Path(__file__).resolve().parent
-    folders = [
-        folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir()
-    ]
-    named = str(config) if str(config).endswith((".yaml", ".yml")) else f"{config}.yaml"
-    for path in (Path(config), *(folder / named for folder in folders)):
-        if path.is_file():
-            return path
-    names = [
-        path.relative_to(folder).with_suffix("").as_posix()
-        for folder in folders
-        for path in sorted(folder.rglob("*.yaml"))
-    ]
-    similar = difflib.get_close_matches(str(config), names, n=3, cutoff=0.3)
-    hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
-    raise FileNotFoundError(f"there is no configuration {config}{hint}")
-
-
-def load_weights(model: MaskDINO, cfg: CfgNode) -> None:
-    """Loads MODEL.WEIGHTS; the averaged weights where the run kept an average (SOLVER.EMA).
-
-    Raises:
-        ValueError: the file does not hold all weights of the model.
-    """
-    average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
-    parts = {} if average is None else {"ema": average}
-    MaskDINOCheckpointer(model, require_all=True, **parts).load(cfg.MODEL.WEIGHTS)
-    if average is not None and average.restored:
-        model.load_state_dict(average.state_dict())
-
-
-def _weights(weights: str | os.PathLike | None, cfg: CfgNode) -> str:
-    path = str(cfg.MODEL.WEIGHTS if weights is None else weights)
-    if not path:
-        raise ValueError("the configuration names no MODEL.WEIGHTS: give weights=PATH")
-    if "://" not in path and not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    return path
-
-
-def _device(wanted: str | torch.device | None, configured: str) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    if wanted is None:
-        return torch.device(configured if has_gpu else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and not has_gpu:
-        raise ValueError(f"device {device} was asked for, but PyTorch finds no GPU here")
-    return device

@@ -140,6 +140,13 @@ class ImageResult:
         rles = None if self.rles is None else tuple(self.rles[i] for i in index)
         return replace(self, **parts, rles=rles)
 
+    def segment_boxes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (S, 4) float64 x0, y0, x1, y1 and class numbers (S,) of the panoptic segments."""
+        segments = list(self._map_regions("panoptic"))
+        boxes = np.array([mask_utils.toBbox(rle) for _, rle, _ in segments]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return boxes, np.array([label for label, _, _ in segments], np.int64)
+
     def to_instances(self) -> Instances:
         """The objects as detectron2's evaluators and visualisers take them, on the CPU."""
         instances = Instances(self.size)
@@ -190,7 +197,8 @@ class ImageResult:
             scale: whole factor by which the picture is enlarged first.
             show_boxes: of objects; None: where they carry a label, or there is no mask.
             max_labels: with more objects or segments than this, names are left out.
-            colors: a number for each object; equal numbers get equal colours. None: all differ.
+            colors: a number for each object or segment; things with equal numbers get equal
+                colours. None: all differ.
 
         Returns:
             (scale * H, scale * W, 3) uint8 RGB.
@@ -216,7 +224,7 @@ class ImageResult:
         if path.suffix.lower() == ".json":
             path.write_text(json.dumps(self.to_dict()))
         else:
-            Image.fromarray(self.draw(**drawing)).save(path)
+            Image.fromarray(self.draw(**drawing)).save(path, quality=95)  # of JPEG
         return path
 
     def regions(self, task: str, colors: Sequence[int] | None = None) -> list[Region]:
@@ -229,7 +237,8 @@ class ImageResult:
         for number, (label, rle, score) in enumerate(self._map_regions(task)):
             thing = task == "panoptic" and self.categories.is_thing[label]
             # Far from the colours of other classes, and of other objects.
-            color = color_of(len(self.categories) + number if thing else label)
+            own_color = number if colors is None else colors[number]
+            color = color_of(len(self.categories) + own_color if thing else label)
             regions.append(Region(color, _label(self.categories.names[label], score), rle=rle))
         return regions
 

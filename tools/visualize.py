@@ -23,7 +23,8 @@ from maskdino import build_train_mapper
 from maskdino.drawing import below, beside, enlarge
 from maskdino.ground_truth import ground_truth_of, ground_truth_of_example
 from maskdino.images import load_image
-from maskdino.predictor import MaskDINOPredictor, find_config
+from maskdino.loading import find_config
+from maskdino.predictor import MaskDINOPredictor
 from maskdino.results import Categories, ImageResult
 from maskdino.trainer import load_config
 
