@@ -1,6 +1,8 @@
-"""Mask DINO: object detection and instance, panoptic and semantic segmentation with one transformer.
+"""Mask DINO: object detection and instance, panoptic and semantic segmentation with one
+transformer.
 
-Importing this package registers the meta-architecture, the backbones and the datasets with detectron2.
+Importing this package registers the meta-architecture, the backbones and the datasets with
+detectron2.
 """
 
 from maskdino import data

@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
-# Nodes of a file whose keys another library defines: arguments of a timm model, released Swin configurations.
+# Nodes of a file whose keys another library defines: arguments of a timm model, released Swin
+# configurations.
 _OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
 
 
 def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
-    """Reads a configuration: detectron2's and Mask DINO's defaults, a YAML file, then single values.
+    """Reads a configuration: detectron2's and Mask DINO's defaults, a YAML file, then single
+    values.
 
     Nothing in the file is executed.
 
@@ -32,7 +34,10 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
         _check_keys(names, known, f"in {config_file}")
         cfg.merge_from_file(config_file, allow_unsafe=False)
     if len(overrides) % 2:
-        raise ValueError(f"Overrides are KEY VALUE pairs, but these are {len(overrides)} words: {list(overrides)}")
+        raise ValueError(
+            f"Overrides are KEY VALUE pairs, but these are {len(overrides)} words: "
+            f"{list(overrides)}"
+        )
     _check_keys(overrides[::2], known, "on the command line")
     cfg.merge_from_list(list(overrides))
     return cfg
@@ -78,18 +83,27 @@ def _add_model(cfg: CfgNode) -> None:
     model.HIDDEN_DIM = 256
     # Batches are padded, at the right and at the bottom, to a multiple of this number of pixels.
     model.SIZE_DIVISIBILITY = 32
-    # Whether there is a mask branch (section 3.4). False gives a pure detector (DINO with this code).
+    # Whether there is a mask branch (section 3.4). False gives a pure detector (DINO with this
+    # code).
     model.MASK_ON = True
 
     # Multi-scale deformable encoder.
     encoder = model.ENCODER = CfgNode()
     encoder.IN_FEATURES = ["res3", "res4", "res5"]  # backbone features, finest first
-    encoder.NUM_LEVELS = 4  # scales in all: those beyond IN_FEATURES are stride-2 convolutions of the last
+    encoder.NUM_LEVELS = (
+        4  # scales in all: those beyond IN_FEATURES are stride-2 convolutions of the last
+    )
     encoder.NUM_LAYERS = 6
     encoder.NUM_HEADS = 8
     encoder.NUM_POINTS = 4  # sampling points per head and level
     encoder.FEEDFORWARD_DIM = 2048
-    encoder.ACTIVATION_CHECKPOINT = False  # recompute each layer in the backward pass: less memory, more time
+    # Add positions to the tokens themselves, not only to the queries of the encoder's attention.
+    # Not in the paper:
+    # masks of look-alike objects come apart much sooner when there are few images to learn from.
+    encoder.POSITION_IN_TOKENS = False
+    encoder.ACTIVATION_CHECKPOINT = (
+        False  # recompute each layer in the backward pass: less memory, more time
+    )
 
     # Pixel embedding map (section 3.4, equation 1).
     pixel_embedding = model.PIXEL_EMBEDDING = CfgNode()
@@ -99,10 +113,11 @@ def _add_model(cfg: CfgNode) -> None:
     selection = model.QUERY_SELECTION = CfgNode()
     selection.ENABLED = True  # False: learned content queries and anchors
     selection.NUM_QUERIES = 300
-    # Initial anchors: "mask2box" or "bitmask" (boxes of the predicted masks; the last foreground pixel is the
-    # border, or lies inside), or "none" (the predicted boxes).
+    # Initial anchors: "mask2box" or "bitmask" (boxes of the predicted masks; the last foreground
+    # pixel is the border, or lies inside), or "none" (the predicted boxes).
     selection.MASK_ENHANCED_ANCHORS = "mask2box"
-    # Level with the largest proposals: "coarsest", or "finest" as in the released models trained finest level first.
+    # Level with the largest proposals: "coarsest", or "finest" as in the released models trained
+    # finest level first.
     selection.LARGEST_PROPOSALS = "coarsest"
 
     decoder = model.DECODER = CfgNode()
@@ -120,17 +135,22 @@ def _add_model(cfg: CfgNode) -> None:
 
 
 def _add_backbone(cfg: CfgNode) -> None:
-    # MODEL.BACKBONE.NAME names a builder registered in detectron2 or a model of timm; these keys are for the latter.
-    # MODEL.BACKBONE.FREEZE_AT (detectron2) counts stages there too: 0 none, 1 the stem, 2 also res2, ...
+    # MODEL.BACKBONE.NAME names a builder registered in detectron2 or a model of timm; these keys
+    # are for the latter.
+    # MODEL.BACKBONE.FREEZE_AT (detectron2) counts stages there too: 0 none, 1 the stem, 2 also
+    # res2, ...
     timm = cfg.MODEL.TIMM = CfgNode()
-    # Name of the timm model when MODEL.BACKBONE.NAME is "build_timm_backbone" (for plain detectron2 models).
+    # Name of the timm model when MODEL.BACKBONE.NAME is "build_timm_backbone" (for plain detectron2
+    # models).
     timm.NAME = "resnet50"
     timm.PRETRAINED = False  # load timm's weights; left out where MODEL.WEIGHTS gives a file
     timm.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     timm.OUTPUT_NORM = False  # a layer norm on each output, as Swin detectors have
     timm.BATCH_NORM = "FrozenBN"  # or "BN", "SyncBN"; for models with batch norm
     timm.DROP_PATH_RATE = 0.0  # largest probability that a block is skipped in training
-    timm.ACTIVATION_CHECKPOINT = False  # recompute activations in the backward pass: less memory, more time
+    timm.ACTIVATION_CHECKPOINT = (
+        False  # recompute activations in the backward pass: less memory, more time
+    )
     timm.ARGS = CfgNode(new_allowed=True)  # more arguments of timm.create_model, such as embed_dim
     # Keys of released Swin configurations, read where MODEL.BACKBONE.NAME is "D2SwinTransformer".
     cfg.MODEL.SWIN = CfgNode(new_allowed=True)
@@ -171,10 +191,12 @@ def _add_test(cfg: CfgNode) -> None:
     test.INSTANCE_ON = True
     test.PANOPTIC_ON = False
     test.SEMANTIC_ON = False
-    # Decoder layer whose prediction is used: -1 is the last, 0 the prediction before the first layer (Table 8).
+    # Decoder layer whose prediction is used: -1 is the last, 0 the prediction before the first
+    # layer (Table 8).
     test.DECODER_LAYER = -1
     test.SCORE_THRESHOLD = 0.0  # instances with a lower score are left out
-    # Multiply an instance's class score by the mean of its mask's probabilities over its foreground.
+    # Multiply an instance's class score by the mean of its mask's probabilities over its
+    # foreground.
     test.MASK_SCORING = True
     test.PANOPTIC_SCORE_THRESHOLD = 0.25  # queries below take no part in the panoptic merge
     test.PANOPTIC_OVERLAP_THRESHOLD = 0.8  # share of a segment's own area that must be left
@@ -184,25 +206,32 @@ def _add_test(cfg: CfgNode) -> None:
 def _add_input(cfg: CfgNode) -> None:
     # "instance", "panoptic" or "semantic": what the training mapper reads (maskdino.data).
     cfg.INPUT.DATASET_MAPPER_NAME = "instance"
-    # Large-scale jitter: resize by a random factor, then crop or pad to SIZE (height, width), in pixels.
+    # Large-scale jitter: resize by a random factor, then crop or pad to SIZE (height, width), in
+    # pixels.
     cfg.INPUT.LSJ = CfgNode()
     cfg.INPUT.LSJ.ENABLED = True  # False: detectron2's INPUT.MIN_SIZE_TRAIN and INPUT.CROP
     cfg.INPUT.LSJ.SIZE = [1024, 1024]
     cfg.INPUT.LSJ.MIN_SCALE = 0.1
     cfg.INPUT.LSJ.MAX_SCALE = 2.0
     cfg.INPUT.COLOR_AUG_SSD = False  # SSD's colour jitter
-    # Semantic maps: crops are drawn anew, up to ten times, where one class covers more than this share; 1 is off.
+    # Semantic maps: crops are drawn anew, up to ten times, where one class covers more than this
+    # share; 1 is off.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
-    # INPUT.RANDOM_FLIP (detectron2) is "horizontal", "vertical", "none", or here also "both" and "dihedral" (both,
-    # and turns by 90 degrees).
+    # INPUT.RANDOM_FLIP (detectron2) is "horizontal", "vertical", "none", or here also "both" and
+    # "dihedral" (both, and turns by 90 degrees).
 
 
 def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"  # or "SGD"
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # factor of the learning rate of the backbone
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0  # weight decay of embeddings and position tables
-    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of the whole model's gradient.
-    cfg.SOLVER.ACCUMULATION_STEPS = 1  # batches of IMS_PER_BATCH / ACCUMULATION_STEPS images per optimizer step
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of the whole model's
+    # gradient.
+    cfg.SOLVER.ACCUMULATION_STEPS = (
+        1  # batches of IMS_PER_BATCH / ACCUMULATION_STEPS images per optimizer step
+    )
     cfg.SOLVER.EMA = CfgNode()
-    cfg.SOLVER.EMA.ENABLED = False  # keep, evaluate and save an exponential moving average of the weights
+    cfg.SOLVER.EMA.ENABLED = (
+        False  # keep, evaluate and save an exponential moving average of the weights
+    )
     cfg.SOLVER.EMA.DECAY = 0.9998

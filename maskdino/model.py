@@ -52,9 +52,11 @@ class InferenceOptions:
 
 @META_ARCH_REGISTRY.register()
 class MaskDINO(nn.Module):
-    """Image -> backbone -> encoder -> pixel embedding -> query selection -> decoder -> criterion or results.
+    """Image -> backbone -> encoder -> pixel embedding -> query selection -> decoder -> criterion or
+    results.
 
-    Shape key: B images, Q queries, C channels, O outputs, H, W of the pixel embedding (1/4 of the padded canvas).
+    Shape key: B images, Q queries, C channels, O outputs, H, W of the pixel embedding (1/4 of the
+    padded canvas).
     """
 
     @configurable
@@ -77,14 +79,23 @@ class MaskDINO(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
     ) -> None:
-        """`is_thing` tells for each class whether it is a "thing"; see `maskdino.config` for the rest."""
+        """`is_thing` tells for each class whether it is a "thing"; see `maskdino.config` for the
+        rest.
+        """
         super().__init__()
-        self.backbone, self.encoder, self.pixel_embedding, self.heads = backbone, encoder, pixel_embedding, heads
+        self.backbone, self.encoder, self.pixel_embedding, self.heads = (
+            backbone,
+            encoder,
+            pixel_embedding,
+            heads,
+        )
         self.query_selection, self.denoising, self.decoder = query_selection, denoising, decoder
         self.criterion, self.inference = criterion, inference
         self.deep_supervision, self.supervise_initial = deep_supervision, supervise_initial
         self.size_divisibility = size_divisibility
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False
+        )
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
 
@@ -119,18 +130,22 @@ class MaskDINO(nn.Module):
         """Trains or infers.
 
         Args:
-            batched_inputs: detectron2's dicts: `image` (3, h, w) in the range of INPUT.FORMAT; in training
-                `instances` (see `maskdino.targets`); for inference `height` and `width` of the output, if they
-                differ from the image's.
+            batched_inputs: detectron2's dicts: `image` (3, h, w) in the range of INPUT.FORMAT; in
+                training
+                `instances` (see `maskdino.targets`); for inference `height` and `width` of the
+                output, if they differ from the image's.
 
         Returns:
-            In training weighted losses. Else one dict for each image, with `instances`, `panoptic_seg` (ids and
+            In training weighted losses. Else one dict for each image, with `instances`,
+            `panoptic_seg` (ids and
             segments) and `sem_seg` (K, height, width), as MODEL.MASK_DINO.TEST asks for.
         """
         images = self.preprocess(batched_inputs)
         if not self.training:
             return self._infer(batched_inputs, images)
-        names = [str(x.get("file_name", x.get("image_id", i))) for i, x in enumerate(batched_inputs)]
+        names = [
+            str(x.get("file_name", x.get("image_id", i))) for i, x in enumerate(batched_inputs)
+        ]
         canvas = tuple(images.tensor.shape[-2:])
         instances = [x["instances"] for x in batched_inputs]
         targets = prepare_targets(instances, canvas, self.is_thing, self.device, names)
@@ -139,7 +154,8 @@ class MaskDINO(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalised images, padded at the right and at the bottom."""
         images = [
-            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
+            for x in batched_inputs
         ]
         return ImageList.from_tensors(images, self.size_divisibility)
 
@@ -181,17 +197,23 @@ class MaskDINO(nn.Module):
         memory, pixels = self._encode(images)
         queries, _ = self.query_selection(memory, pixels, self.heads)
         layers = self.inference.decoder_layer
-        states = self.decoder(queries, memory, self.heads, num_layers=None if layers < 0 else layers)
+        states = self.decoder(
+            queries, memory, self.heads, num_layers=None if layers < 0 else layers
+        )
         return self._predict(states[-1:]).map(lambda x: x[0]), pixels
 
     def _encode(self, images: Tensor) -> tuple[Memory, Tensor | None]:
         features = self.backbone(images)
         memory = self.encoder(features)
-        return memory, None if self.pixel_embedding is None else self.pixel_embedding(features, memory)
+        return memory, None if self.pixel_embedding is None else self.pixel_embedding(
+            features, memory
+        )
 
     def _predict(self, states: list[DecoderState]) -> Predictions:
         """Predictions (O, B, Q, ...) of several states in one go."""
-        classes, masks = self.heads.classes_and_masks(torch.stack([state.content for state in states]))
+        classes, masks = self.heads.classes_and_masks(
+            torch.stack([state.content for state in states])
+        )
         return Predictions(classes, torch.stack([state.boxes for state in states]), masks)
 
     @torch.no_grad()
@@ -247,10 +269,14 @@ class MaskDINO(nn.Module):
 
 
 def thing_classes(cfg: CfgNode) -> list[bool]:
-    """Whether each class is a "thing", from the metadata of the (first) training dataset; all are where it has none."""
+    """Whether each class is a "thing", from the metadata of the (first) training dataset; all are
+    where it has none.
+    """
     number = cfg.MODEL.MASK_DINO.NUM_CLASSES
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    metadata = MetadataCatalog.get(names[0]) if names and names[0] in MetadataCatalog.list() else None
+    metadata = (
+        MetadataCatalog.get(names[0]) if names and names[0] in MetadataCatalog.list() else None
+    )
     things = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
     stuff = getattr(metadata, "stuff_dataset_id_to_contiguous_id", None)
     if not things or not stuff:
@@ -267,7 +293,9 @@ def _inference_options(cfg: CfgNode) -> InferenceOptions:
     node = cfg.MODEL.MASK_DINO.TEST
     layers = cfg.MODEL.MASK_DINO.DECODER.NUM_LAYERS
     if not -1 <= node.DECODER_LAYER <= layers:
-        raise ValueError(f"MODEL.MASK_DINO.TEST.DECODER_LAYER is {node.DECODER_LAYER}; it must be -1 to {layers}")
+        raise ValueError(
+            f"MODEL.MASK_DINO.TEST.DECODER_LAYER is {node.DECODER_LAYER}; it must be -1 to {layers}"
+        )
     return InferenceOptions(
         instance_on=node.INSTANCE_ON,
         panoptic_on=node.PANOPTIC_ON,

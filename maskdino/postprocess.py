@@ -1,7 +1,8 @@
-"""From predictions to results in the frame of the image: instance, panoptic and semantic segmentation.
+"""From predictions to results in the frame of the image: instance, panoptic and semantic
+segmentation.
 
-Shape key: Q queries, K classes, R results, C channels; canvas H, W; image h, w; output OH, OW pixels.
-All functions treat one image.
+Shape key: Q queries, K classes, R results, C channels; canvas H, W; image h, w; output OH, OW
+pixels. All functions treat one image.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ ELEMENTS_AT_ONCE = 1 << 25  # resized mask probabilities that exist at one time 
 
 @dataclass(frozen=True)
 class Frame:
-    """Sizes (height, width) in pixels: the padded canvas, the image on it, and the output that is asked for."""
+    """Sizes (height, width) in pixels: the padded canvas, the image on it, and the output that is
+    asked for.
+    """
 
     canvas: tuple[int, int]
     image: tuple[int, int]
@@ -47,16 +50,23 @@ def output_masks(embeddings: Tensor, pixel_embedding: Tensor, frame: Frame) -> I
     at_once = max(1, ELEMENTS_AT_ONCE // pixels)
     for begin in range(0, len(embeddings), at_once):  # nothing at all where there are no queries
         part = embeddings[begin : begin + at_once]
-        maps = torch.mm(part, pixel_embedding.flatten(1)).unflatten(1, pixel_embedding.shape[1:]).float()
+        maps = (
+            torch.mm(part, pixel_embedding.flatten(1))
+            .unflatten(1, pixel_embedding.shape[1:])
+            .float()
+        )
         yield resize_to_output(resize_to_canvas(maps, frame), frame)
 
 
 def output_boxes(boxes: Tensor, frame: Frame) -> Tensor:
     """(R, 4) cx, cy, w, h of the canvas to xyxy pixels of the output."""
     height, width = (
-        output * canvas / image for output, canvas, image in zip(frame.output, frame.canvas, frame.image, strict=True)
+        output * canvas / image
+        for output, canvas, image in zip(frame.output, frame.canvas, frame.image, strict=True)
     )
-    return cxcywh_to_xyxy(boxes.float()) * boxes.new_tensor([width, height, width, height], dtype=torch.float32)
+    return cxcywh_to_xyxy(boxes.float()) * boxes.new_tensor(
+        [width, height, width, height], dtype=torch.float32
+    )
 
 
 def instance_inference(
@@ -85,8 +95,8 @@ def instance_inference(
         is_thing: (K,) bool; of the best pairs those of other classes are left out. None for all.
 
     Returns:
-        `pred_boxes`, `scores`, `pred_classes` and, with a mask branch, `pred_masks` (R, OH, OW) bool, best first
-        by class score.
+        `pred_boxes`, `scores`, `pred_classes` and, with a mask branch, `pred_masks` (R, OH, OW)
+        bool, best first by class score.
     """
     num_classes = class_scores.shape[1]
     number = min(max_detections, class_scores.numel())
@@ -111,7 +121,9 @@ def instance_inference(
     return result
 
 
-def _masks_and_quality(embeddings: Tensor, pixel_embedding: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
+def _masks_and_quality(
+    embeddings: Tensor, pixel_embedding: Tensor, frame: Frame
+) -> tuple[Tensor, Tensor]:
     """Masks (R, OH, OW) bool and the mean probability (R,) over the foreground of each."""
     masks = torch.empty(len(embeddings), *frame.output, dtype=torch.bool, device=embeddings.device)
     quality, begin = [embeddings.new_zeros(0, dtype=torch.float32)], 0
@@ -132,21 +144,27 @@ def semantic_inference(
     *,
     sum_in_output_frame: bool,
 ) -> Tensor:
-    """Semantic segmentation: each class's mask probabilities, weighted by class probabilities, summed over queries.
+    """Semantic segmentation: each class's mask probabilities, weighted by class probabilities,
+    summed over queries.
 
     Args:
         class_probs: (Q, K).
         mask_embeddings: (Q, C).
         pixel_embedding: (C, H/4, W/4).
         frame: the sizes.
-        sum_in_output_frame: whether mask logits are resized to the output before the sum (models that also do
-            instance or panoptic segmentation), or the sum afterwards.
+        sum_in_output_frame: whether mask logits are resized to the output before the sum (models
+            that also do instance or panoptic segmentation), or the sum afterwards.
 
     Returns:
         (K, OH, OW) float32.
     """
     tile = frame if sum_in_output_frame else replace(frame, output=frame.image)
-    total, begin = class_probs.new_zeros(class_probs.shape[1], tile.output[0] * tile.output[1], dtype=torch.float32), 0
+    total, begin = (
+        class_probs.new_zeros(
+            class_probs.shape[1], tile.output[0] * tile.output[1], dtype=torch.float32
+        ),
+        0,
+    )
     for logits in output_masks(mask_embeddings, pixel_embedding, tile):
         probs = class_probs[begin : begin + len(logits)].float()
         total.addmm_(probs.t(), logits.sigmoid_().flatten(1))
@@ -166,7 +184,8 @@ def panoptic_inference(
     is_thing: Tensor,
     overlap_threshold: float,
 ) -> tuple[Tensor, list[dict]]:
-    """Panoptic segmentation: every pixel goes to the query with the largest score times mask probability.
+    """Panoptic segmentation: every pixel goes to the query with the largest score times mask
+    probability.
 
     Args:
         keep: (Q,) bool, which queries take part.
@@ -175,17 +194,21 @@ def panoptic_inference(
         pixel_embedding: (C, H/4, W/4).
         frame: the sizes.
         is_thing: (K,) bool.
-        overlap_threshold: a segment is dropped when the pixels it wins are fewer than this share of the pixels
-            where its own mask probability is at least 0.5.
+        overlap_threshold: a segment is dropped when the pixels it wins are fewer than this share of
+            the pixels where its own mask probability is at least 0.5.
 
     Returns:
-        Segment ids (OH, OW) int32, 0 where there is none, and for each segment `id`, `isthing`, `category_id`, and
-        for things `score`. Segments of one stuff class are merged.
+        Segment ids (OH, OW) int32, 0 where there is none, and for each segment `id`, `isthing`,
+        `category_id`, and for things `score`. Segments of one stuff class are merged.
     """
     scores, labels, embeddings = scores[keep].float(), labels[keep], mask_embeddings[keep]
-    best = torch.full(frame.output, -1.0, device=scores.device)  # score times probability of the winner so far
+    best = torch.full(
+        frame.output, -1.0, device=scores.device
+    )  # score times probability of the winner so far
     winner = torch.zeros(frame.output, dtype=torch.int64, device=scores.device)
-    inside = torch.zeros(frame.output, dtype=torch.bool, device=scores.device)  # whether the winner's mask is there
+    inside = torch.zeros(
+        frame.output, dtype=torch.bool, device=scores.device
+    )  # whether the winner's mask is there
     own_area, begin = [torch.zeros(0, dtype=torch.int64, device=scores.device)], 0
     for logits in output_masks(embeddings, pixel_embedding, frame):
         probs = logits.sigmoid_()
@@ -205,7 +228,9 @@ def panoptic_inference(
     return torch.where(inside, lookup[winner], 0).to(torch.int32), segments
 
 
-def _segments(table: list[list[int]], scores: list[float], overlap_threshold: float) -> tuple[list[int], list[dict]]:
+def _segments(
+    table: list[list[int]], scores: list[float], overlap_threshold: float
+) -> tuple[list[int], list[dict]]:
     """Segment id of each query (0: none), and the segments."""
     ids, segments, stuff = [], [], {}
     for own, won, left, label, thing, score in zip(*table, scores, strict=True):

@@ -1,6 +1,8 @@
-"""The released Mask DINO models: their tensor names and configuration keys, and what ours are called.
+"""The released Mask DINO models: their tensor names and configuration keys, and what ours are
+called.
 
-Ours keep levels in one order, finest first. The released models come in two orders (FEATURE_ORDER), which differ
+Ours keep levels in one order, finest first. The released models come in two orders (FEATURE_ORDER),
+which differ
 in the encoder and, reversed, in the decoder; level-wise tensors are put in order here, once.
 """
 
@@ -25,7 +27,10 @@ RENAMES = tuple(
     (re.compile(pattern), ours)
     for pattern, ours in (
         (re.escape(ENCODER) + r"transformer\.level_embed", r"encoder.level_embed"),
-        (re.escape(ENCODER) + rf"transformer\.encoder\.{LAYER}(linear[12]\..*)", r"encoder.layers.\1.ffn.\2"),
+        (
+            re.escape(ENCODER) + rf"transformer\.encoder\.{LAYER}(linear[12]\..*)",
+            r"encoder.layers.\1.ffn.\2",
+        ),
         (re.escape(ENCODER) + rf"transformer\.encoder\.{LAYER}(.*)", r"encoder.layers.\1.\2"),
         (re.escape(ENCODER) + r"mask_features\.(.*)", r"pixel_embedding.mask_features.\1"),
         (re.escape(ENCODER) + r"adapter_1\.norm\.(.*)", r"pixel_embedding.lateral_norm.\1"),
@@ -52,7 +57,9 @@ RENAMES = tuple(
 )
 INPUT_PROJECTION = re.compile(re.escape(ENCODER) + r"input_proj\.(\d+)\.(.*)")
 NO_WEIGHTS = re.compile(r"criterion\.empty_weight|pixel_(mean|std)")
-LEVEL_WISE = re.compile(r"(encoder|decoder)\.layers\.\d+\.\w+_attn\.(sampling_offsets|attention_weights)\..*")
+LEVEL_WISE = re.compile(
+    r"(encoder|decoder)\.layers\.\d+\.\w+_attn\.(sampling_offsets|attention_weights)\..*"
+)
 
 
 def is_released(names: Mapping[str, object]) -> bool:
@@ -79,8 +86,12 @@ class ReleasedStructure:
         level_embed = f"{ENCODER}transformer.level_embed"
         if level_embed not in shapes:
             raise KeyError(f"the file has released names, but no {level_embed}")
-        projections = [shapes[f"{ENCODER}input_proj.{i}.0.weight"] for i in range(shapes[level_embed][0])]
-        features = [shape for shape in projections if shape[2] == 1]  # further levels are 3 x 3 convolutions
+        projections = [
+            shapes[f"{ENCODER}input_proj.{i}.0.weight"] for i in range(shapes[level_embed][0])
+        ]
+        features = [
+            shape for shape in projections if shape[2] == 1
+        ]  # further levels are 3 x 3 convolutions
         coarsest_first = len(features) > 1 and features[0][1] > features[-1][1]
         return ReleasedStructure(len(projections), len(features), coarsest_first, num_heads)
 
@@ -98,9 +109,13 @@ class ReleasedStructure:
             f"{node}DECODER.NUM_LAYERS": _count(shapes, decoder),
             f"{node}DECODER.FEEDFORWARD_DIM": shapes[f"{decoder}0.linear1.weight"][0],
             f"{node}QUERY_SELECTION.ENABLED": f"{DECODER}enc_output.weight" in shapes,
-            f"{node}QUERY_SELECTION.LARGEST_PROPOSALS": "coarsest" if self.coarsest_first else "finest",
+            f"{node}QUERY_SELECTION.LARGEST_PROPOSALS": "coarsest"
+            if self.coarsest_first
+            else "finest",
             f"{node}LOSS.CLASSIFICATION": (
-                "cross_entropy" if shapes[f"{DECODER}class_embed.weight"][0] > num_classes else "focal"
+                "cross_entropy"
+                if shapes[f"{DECODER}class_embed.weight"][0] > num_classes
+                else "focal"
             ),
         }
         learned = f"{DECODER}query_feat.weight"
@@ -114,14 +129,17 @@ def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
 
 
 def our_names(names: Mapping[str, object], structure: ReleasedStructure) -> dict[str, str]:
-    """Our name of each released tensor; tensors that are no weights are left out, several may share one name.
+    """Our name of each released tensor; tensors that are no weights are left out, several may share
+    one name.
 
     Raises:
         KeyError: names that no released model has.
     """
     backbone = [name.removeprefix("backbone.") for name in names if name.startswith("backbone.")]
     swin = any(name.startswith("patch_embed.") for name in backbone)
-    backbone_names = {name: ours for name, (ours, _) in swin_rules(backbone).items()} if swin else {}
+    backbone_names = (
+        {name: ours for name, (ours, _) in swin_rules(backbone).items()} if swin else {}
+    )
     ours, unknown = {}, []
     for name in names:
         if NO_WEIGHTS.fullmatch(name):
@@ -137,7 +155,10 @@ def our_names(names: Mapping[str, object], structure: ReleasedStructure) -> dict
         else:
             unknown.append(name)
     if unknown:
-        raise KeyError(f"{len(unknown)} tensors have no place in Mask DINO: {', '.join(sorted(unknown)[:8])} ...")
+        raise KeyError(
+            f"{len(unknown)} tensors have no place in Mask DINO: "
+            f"{', '.join(sorted(unknown)[:8])} ..."
+        )
     return ours
 
 
@@ -149,7 +170,9 @@ def _renamed(name: str) -> str | None:
 
 
 def _projection(index: int, structure: ReleasedStructure) -> int:
-    """`input_proj` of coarsest-first models begins with the coarsest feature; the extra levels come last in both."""
+    """`input_proj` of coarsest-first models begins with the coarsest feature; the extra levels come
+    last in both.
+    """
     if structure.coarsest_first and index < structure.num_features:
         return structure.num_features - 1 - index
     return index
@@ -162,28 +185,37 @@ def convert_weights(state: Mapping[str, Tensor], num_heads: int = 8) -> dict[str
         KeyError: a tensor has no place.
         ValueError: tensors that are one module in this project differ from each other.
     """
-    structure = ReleasedStructure.from_shapes({name: tuple(x.shape) for name, x in state.items()}, num_heads)
+    structure = ReleasedStructure.from_shapes(
+        {name: tuple(x.shape) for name, x in state.items()}, num_heads
+    )
     converted: dict[str, Tensor] = {}
     for name, ours in our_names(state, structure).items():
         tensor = _finest_first(ours, state[name], structure)
         if ours in converted and not torch.equal(converted[ours], tensor):
-            raise ValueError(f"{name} differs from the other copies of {ours}, which all layers must share")
+            raise ValueError(
+                f"{name} differs from the other copies of {ours}, which all layers must share"
+            )
         converted[ours] = tensor
     return converted
 
 
 def _finest_first(ours: str, tensor: Tensor, structure: ReleasedStructure) -> Tensor:
-    """Reorders levels: the encoder's of coarsest-first models, the decoder's (reversed there) of the others."""
+    """Reorders levels: the encoder's of coarsest-first models, the decoder's (reversed there) of
+    the others.
+    """
     if ours == "encoder.level_embed":
         return tensor.flip(0) if structure.coarsest_first else tensor
     found = LEVEL_WISE.fullmatch(ours)
     if found is None or structure.coarsest_first != (found[1] == "encoder"):
         return tensor
-    by_level = tensor.reshape(structure.num_heads, structure.num_levels, -1)  # (heads, levels, the rest)
+    by_level = tensor.reshape(
+        structure.num_heads, structure.num_levels, -1
+    )  # (heads, levels, the rest)
     return by_level.flip(1).reshape(tensor.shape)
 
 
-# --- configurations -------------------------------------------------------------------------------------------
+# --- configurations
+# -------------------------------------------------------------------------------------------
 
 NODE = "MODEL.MASK_DINO."
 # Released key -> our key, or several; values are carried over.
@@ -244,14 +276,22 @@ CONVERTED = {
         f"{NODE}DENOISING.BOX_NOISE": v,
     },
     "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": lambda v: {
-        f"{NODE}QUERY_SELECTION.MASK_ENHANCED_ANCHORS": v if v in ("mask2box", "bitmask") else "none"
+        f"{NODE}QUERY_SELECTION.MASK_ENHANCED_ANCHORS": v
+        if v in ("mask2box", "bitmask")
+        else "none"
     },
-    "MODEL.MaskDINO.SEMANTIC_CE_LOSS": lambda v: {f"{NODE}LOSS.CLASSIFICATION": "cross_entropy" if v else "focal"},
-    "MODEL.MaskDINO.BOX_LOSS": lambda v: {} if v else {f"{NODE}LOSS.L1_WEIGHT": 0.0, f"{NODE}LOSS.GIOU_WEIGHT": 0.0},
+    "MODEL.MaskDINO.SEMANTIC_CE_LOSS": lambda v: {
+        f"{NODE}LOSS.CLASSIFICATION": "cross_entropy" if v else "focal"
+    },
+    "MODEL.MaskDINO.BOX_LOSS": lambda v: (
+        {} if v else {f"{NODE}LOSS.L1_WEIGHT": 0.0, f"{NODE}LOSS.GIOU_WEIGHT": 0.0}
+    ),
     "MODEL.MaskDINO.TEST.TEST_FOUCUS_ON_BOX": lambda v: {f"{NODE}TEST.MASK_SCORING": not v},
     "INPUT.IMAGE_SIZE": lambda v: {"INPUT.LSJ.SIZE": [v, v]},
     "INPUT.DATASET_MAPPER_NAME": lambda v: {
-        "INPUT.DATASET_MAPPER_NAME": next((task for task in ("instance", "panoptic") if task in v), "semantic"),
+        "INPUT.DATASET_MAPPER_NAME": next(
+            (task for task in ("instance", "panoptic") if task in v), "semantic"
+        ),
         "INPUT.LSJ.ENABLED": v.endswith("lsj"),
     },
 }
@@ -306,7 +346,11 @@ def flatten(node: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings to one with dotted keys."""
     flat = {}
     for key, value in node.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 

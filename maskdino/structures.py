@@ -1,10 +1,12 @@
 """Data that travels between the modules of the network.
 
-Shape key: B images, Q queries, S tokens, K class logits, C channels, N objects of the batch, O outputs, H, W pixels.
+Shape key: B images, Q queries, S tokens, K class logits, C channels, N objects of the batch, O
+outputs, H, W pixels.
 
-Frame: boxes are (cx, cy, w, h), divided by the width and height of the padded canvas of the batch. Masks live in
-pixels of that canvas, whose origin is the image's upper left corner. `targets.py` and `postprocess.py` are the
-only places that convert from and to the frames of images.
+Frame: boxes are (cx, cy, w, h), divided by the width and height of the padded canvas of the batch.
+    Masks live in
+pixels of that canvas, whose origin is the image's upper left corner. `targets.py` and
+`postprocess.py` are the only places that convert from and to the frames of images.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Queries:
 class Predictions:
     """What the heads say of one or, with a leading dimension O, of several outputs.
 
-    A mask logit is the dot product of a mask embedding with the pixel embedding map (equation 1); whoever needs
+    A mask logit is the dot product of a mask embedding with the pixel embedding map (equation 1);
+    whoever needs
     mask maps makes them. `mask_embeddings` is None where the model has no mask branch.
     """
 
@@ -65,10 +68,11 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Denoising:
-    """Noised ground truth that is decoded in front of the matching queries (section 3.6, appendix B.2).
+    """Noised ground truth that is decoded in front of the matching queries (section 3.6, appendix
+    B.2).
 
-    Slot `group * slots_per_group + i` of an image belongs to its i-th object; slots beyond an image's objects are
-    empty.
+    Slot `group * slots_per_group + i` of an image belongs to its i-th object; slots beyond an
+    image's objects are empty.
     """
 
     queries: Queries  # of G * slots_per_group noised queries
@@ -104,7 +108,9 @@ class Targets:
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of a prediction and an object, image by image, as flat index tensors of equal length M."""
+    """Pairs of a prediction and an object, image by image, as flat index tensors of equal length
+    M.
+    """
 
     output: Tensor  # (M,) int64 index into O
     image: Tensor  # (M,) int64 index into B
@@ -116,7 +122,9 @@ class Matches:
     def from_numpy(pairs: Sequence[np.ndarray], device: torch.device) -> Matches:
         """From one (4, pairs) array for each image: output, image, query, target."""
         index = torch.from_numpy(np.concatenate(pairs, axis=1).astype(np.int64))
-        return Matches(*index.to(device, non_blocking=True).unbind(0), tuple(part.shape[1] for part in pairs))
+        return Matches(
+            *index.to(device, non_blocking=True).unbind(0), tuple(part.shape[1] for part in pairs)
+        )
 
 
 class PackedMasks:
@@ -131,7 +139,9 @@ class PackedMasks:
         height, width = size
         if bits.dtype != torch.uint8 or tuple(bits.shape[1:]) != (height, (width + 7) // 8):
             expected = f"(N, {height}, {(width + 7) // 8}) uint8"
-            raise ValueError(f"masks of {size} pixels need bits {expected}, not {tuple(bits.shape)} {bits.dtype}")
+            raise ValueError(
+                f"masks of {size} pixels need bits {expected}, not {tuple(bits.shape)} {bits.dtype}"
+            )
         self.bits = bits
         self.size = (int(height), int(width))
 
@@ -144,9 +154,13 @@ class PackedMasks:
         return PackedMasks(bits.to(device), array.shape[1:])
 
     @staticmethod
-    def empty(number: int, size: tuple[int, int], device: torch.device | str = "cpu") -> PackedMasks:
+    def empty(
+        number: int, size: tuple[int, int], device: torch.device | str = "cpu"
+    ) -> PackedMasks:
         """`number` masks without foreground."""
-        return PackedMasks(torch.zeros(number, size[0], (size[1] + 7) // 8, dtype=torch.uint8, device=device), size)
+        return PackedMasks(
+            torch.zeros(number, size[0], (size[1] + 7) // 8, dtype=torch.uint8, device=device), size
+        )
 
     def to_bool(self) -> Tensor:
         """(N, H, W) bool."""

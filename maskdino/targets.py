@@ -1,4 +1,5 @@
-"""Ground truth of images to the network's targets: the frame of boxes, packed masks, which boxes count.
+"""Ground truth of images to the network's targets: the frame of boxes, packed masks, which boxes
+count.
 
 Shape key: N objects of the batch; H, W pixels of the padded canvas.
 """
@@ -24,11 +25,13 @@ def prepare_targets(
     """Collects the objects of a batch.
 
     Args:
-        instances: one for each image, in pixels of that image, with `gt_classes`, and with `gt_boxes` or `gt_masks`
-            (PackedMasks, BitMasks, PolygonMasks or an (N, H, W) tensor); `gt_has_mask` says which of the masks are
-            none. Images whose `gt_masks` is missing train boxes only.
+        instances: one for each image, in pixels of that image, with `gt_classes`, and with
+            `gt_boxes` or `gt_masks`
+            (PackedMasks, BitMasks, PolygonMasks or an (N, H, W) tensor); `gt_has_mask` says which
+            of the masks are none. Images whose `gt_masks` is missing train boxes only.
         canvas: (height, width) of the padded batch.
-        is_thing: (classes,) bool. "Stuff" is left out of box training where that is decoupled (section 3.6).
+        is_thing: (classes,) bool. "Stuff" is left out of box training where that is decoupled
+            (section 3.6).
         device: where the targets shall be.
         names: of the images, for messages.
 
@@ -36,8 +39,8 @@ def prepare_targets(
         Targets whose boxes are divided by the canvas.
 
     Raises:
-        ValueError: an object's class is not among `is_thing`'s, an image is larger than the canvas, or an image
-            has neither boxes nor masks.
+        ValueError: an object's class is not among `is_thing`'s, an image is larger than the canvas,
+            or an image has neither boxes nor masks.
     """
     names = tuple(names) or tuple(f"number {i} of the batch" for i in range(len(instances)))
     height, width = canvas
@@ -45,10 +48,16 @@ def prepare_targets(
     for image, name in zip(instances, names, strict=True):
         _check(image, canvas, len(is_thing), name)
         packed = _packed_masks(image, canvas)
-        known = torch.zeros(len(image), dtype=torch.bool) if packed is None else torch.ones(len(image)).bool()
+        known = (
+            torch.zeros(len(image), dtype=torch.bool)
+            if packed is None
+            else torch.ones(len(image)).bool()
+        )
         labels.append(image.gt_classes)
         boxes.append(_boxes(image, packed, name))
-        masks.append(PackedMasks.empty(len(image), canvas) if packed is None else packed.padded(canvas))
+        masks.append(
+            PackedMasks.empty(len(image), canvas) if packed is None else packed.padded(canvas)
+        )
         has_mask.append(image.gt_has_mask if image.has("gt_has_mask") else known)
     labels = torch.cat(labels).to(device, non_blocking=True)
     size = torch.tensor([width, height, width, height], dtype=torch.float32)
@@ -65,13 +74,17 @@ def prepare_targets(
 
 def _check(image: Instances, canvas: tuple[int, int], num_classes: int, name: str) -> None:
     if image.image_size[0] > canvas[0] or image.image_size[1] > canvas[1]:
-        raise ValueError(f"image {name} of {tuple(image.image_size)} pixels does not fit the canvas {tuple(canvas)}")
+        raise ValueError(
+            f"image {name} of {tuple(image.image_size)} pixels does not fit the canvas "
+            f"{tuple(canvas)}"
+        )
     if not len(image):
         return
     low, high = int(image.gt_classes.min()), int(image.gt_classes.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"image {name} has an object of class {low if low < 0 else high}; the model's classes are 0 to "
+            f"image {name} has an object of class {low if low < 0 else high}; the model's "
+            "classes are 0 to "
             f"{num_classes - 1} (MODEL.MASK_DINO.NUM_CLASSES)"
         )
 
@@ -84,8 +97,13 @@ def _packed_masks(image: Instances, canvas: tuple[int, int]) -> PackedMasks | No
         return masks
     if isinstance(masks, PolygonMasks):
         height, width = image.image_size
-        bitmaps = [torch.from_numpy(polygons_to_bitmask(polygons, height, width)) for polygons in masks.polygons]
-        return PackedMasks.from_bool(torch.stack(bitmaps)) if bitmaps else PackedMasks.empty(0, canvas)
+        bitmaps = [
+            torch.from_numpy(polygons_to_bitmask(polygons, height, width))
+            for polygons in masks.polygons
+        ]
+        return (
+            PackedMasks.from_bool(torch.stack(bitmaps)) if bitmaps else PackedMasks.empty(0, canvas)
+        )
     return PackedMasks.from_bool(masks.tensor if isinstance(masks, BitMasks) else masks)
 
 

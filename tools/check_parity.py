@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Compares this implementation with a worked case of the released one: outputs, results, losses, gradients.
+"""Compares this implementation with a worked case of the released one: outputs, results, losses,
+gradients.
 
     python tools/check_parity.py --folder FOLDER --case NAME
 
-FOLDER holds NAME_config.yaml (released keys), NAME_parameters.tsv and make_weights.py (which make the weights),
-NAME_inputs.npz and NAME_expected.npz. The exit status is 0 only if outputs, results and losses agree to 1e-4 and
-gradient norms to 1e-3, relative to the largest magnitude of each quantity.
+FOLDER holds NAME_config.yaml (released keys), NAME_parameters.tsv and make_weights.py (which make
+the weights),
+NAME_inputs.npz and NAME_expected.npz. The exit status is 0 only if outputs, results and losses
+agree to 1e-4 and gradient norms to 1e-3, relative to the largest magnitude of each quantity.
 """
 
 from __future__ import annotations
@@ -28,9 +30,7 @@ from torch import Tensor
 
 from maskdino.config import add_maskdino_config
 from maskdino.model import MaskDINO
-from maskdino.modeling.heads import mask_logits
-from maskdino.ops.points import PointSampler
-from maskdino.postprocess import Frame
+from maskdino.ops import PointSampler, mask_logits
 from maskdino.released import ReleasedStructure, convert_config, convert_weights, our_names
 from maskdino.structures import PackedMasks
 from maskdino.targets import prepare_targets
@@ -68,16 +68,26 @@ class Case:
         self.expected = dict(np.load(folder / f"{name}_expected.npz"))
         self.weights = {
             key: torch.from_numpy(value)
-            for key, value in _weight_maker(folder).released_weights(str(folder / f"{name}_parameters.tsv")).items()
+            for key, value in _weight_maker(folder)
+            .released_weights(str(folder / f"{name}_parameters.tsv"))
+            .items()
         }
         self.cfg = released_cfg(folder / f"{name}_config.yaml")
         self.cfg.MODEL.DEVICE = device
         self.model = MaskDINO(self.cfg).to(device)
         heads = self.cfg.MODEL.MASK_DINO.ENCODER.NUM_HEADS
-        missing, unexpected = self.model.load_state_dict(convert_weights(self.weights, heads), strict=False)
-        missing = [key for key in missing if not key.endswith(("num_batches_tracked", "relative_position_index"))]
+        missing, unexpected = self.model.load_state_dict(
+            convert_weights(self.weights, heads), strict=False
+        )
+        missing = [
+            key
+            for key in missing
+            if not key.endswith(("num_batches_tracked", "relative_position_index"))
+        ]
         if missing or unexpected:
-            raise ValueError(f"weights do not fit: missing {missing[:8]}, left over {unexpected[:8]}")
+            raise ValueError(
+                f"weights do not fit: missing {missing[:8]}, left over {unexpected[:8]}"
+            )
         self.images = torch.from_numpy(self.inputs["images"]).float().to(device)
 
     def normalized(self) -> Tensor:
@@ -113,7 +123,10 @@ class Case:
             if "sem_seg" in result:
                 yield f"result/{i}/sem_seg", result["sem_seg"]
                 classes = result["sem_seg"].argmax(0).flatten()
-                yield f"result/{i}/sem_seg_argmax_hist", torch.bincount(classes, minlength=len(result["sem_seg"]))
+                yield (
+                    f"result/{i}/sem_seg_argmax_hist",
+                    torch.bincount(classes, minlength=len(result["sem_seg"])),
+                )
             if "panoptic_seg" in result:
                 yield f"result/{i}/panoptic_seg", result["panoptic_seg"][0]
 
@@ -130,14 +143,22 @@ class Case:
             of_image.gt_boxes = BitMasks(masks).get_bounding_boxes()
             of_image.gt_masks = PackedMasks.from_bool(masks)
             instances.append(of_image)
-        targets = prepare_targets(instances, tuple(images.shape[-2:]), model.is_thing, images.device)
-        return {released_loss_name(name): loss for name, loss in model.losses(images, targets).items()}
+        targets = prepare_targets(
+            instances, tuple(images.shape[-2:]), model.is_thing, images.device
+        )
+        return {
+            released_loss_name(name): loss for name, loss in model.losses(images, targets).items()
+        }
 
     def gradient_norms(self) -> dict[str, float]:
-        """Norm of the gradient of each released parameter (reordering levels does not change a norm)."""
+        """Norm of the gradient of each released parameter (reordering levels does not change a
+        norm).
+        """
         parameters = dict(self.model.named_parameters())
         heads = self.cfg.MODEL.MASK_DINO.ENCODER.NUM_HEADS
-        structure = ReleasedStructure.from_shapes({k: tuple(v.shape) for k, v in self.weights.items()}, heads)
+        structure = ReleasedStructure.from_shapes(
+            {k: tuple(v.shape) for k, v in self.weights.items()}, heads
+        )
         return {
             f"grad_norm/{name}": parameters[ours].grad.norm().item()
             for name, ours in our_names(self.weights, structure).items()
@@ -157,7 +178,12 @@ def released_loss_name(name: str) -> str:
     """`loss_l1_denoising_layer2` to `loss/loss_bbox_dn_2`."""
     found = re.fullmatch(r"(loss_\w+?)(_denoising)?(_initial|_proposal|_layer\d+)?", name)
     term = next(released for released, ours in TERMS.items() if ours == found[1])
-    suffix = (found[3] or "").replace("_layer", "_").replace("_initial", "_0").replace("_proposal", "_interm")
+    suffix = (
+        (found[3] or "")
+        .replace("_layer", "_")
+        .replace("_initial", "_0")
+        .replace("_proposal", "_interm")
+    )
     return f"loss/{term}{'_dn' if found[2] else ''}{suffix}"
 
 
@@ -170,27 +196,42 @@ def relative_error(ours: np.ndarray, expected: np.ndarray) -> float:
 
 
 def pooled(ours: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Means over blocks of pixels, where the case kept only these of a (K, height, width) result."""
+    """Means over blocks of pixels, where the case kept only these of a (K, height, width)
+    result.
+    """
     if ours.ndim == 3 and ours.shape[1:] != expected.shape[1:]:
-        block = tuple(have // want for have, want in zip(ours.shape[1:], expected.shape[1:], strict=True))
+        block = tuple(
+            have // want for have, want in zip(ours.shape[1:], expected.shape[1:], strict=True)
+        )
         return F.avg_pool2d(torch.from_numpy(ours)[None], block)[0].numpy()
     return ours
 
 
-def align_instances(computed: dict[str, np.ndarray], expected: dict[str, np.ndarray], image: int) -> None:
-    """Puts our instances of an image in the order of the expected ones, which is not defined (in place)."""
+def align_instances(
+    computed: dict[str, np.ndarray], expected: dict[str, np.ndarray], image: int
+) -> None:
+    """Puts our instances of an image in the order of the expected ones, which is not defined (in
+    place).
+    """
     prefix = f"result/{image}/instances/"
-    if f"{prefix}boxes" not in expected or len(computed[f"{prefix}boxes"]) != len(expected[f"{prefix}boxes"]):
+    if f"{prefix}boxes" not in expected or len(computed[f"{prefix}boxes"]) != len(
+        expected[f"{prefix}boxes"]
+    ):
         return
     distance = np.abs(expected[f"{prefix}boxes"][:, None] - computed[f"{prefix}boxes"]).sum(-1)
-    distance = distance + (expected[f"{prefix}classes"][:, None] != computed[f"{prefix}classes"]) * distance.max()
+    distance = (
+        distance
+        + (expected[f"{prefix}classes"][:, None] != computed[f"{prefix}classes"]) * distance.max()
+    )
     order = linear_sum_assignment(distance)[1]
     for name in [name for name in computed if name.startswith(prefix)]:
         computed[name] = computed[name][order]
 
 
 def compare(case: Case) -> Iterator[tuple[str, float, float]]:
-    """Yields (quantity, relative error, bound); an expected quantity that we do not compute has an infinite error."""
+    """Yields (quantity, relative error, bound); an expected quantity that we do not compute has an
+    infinite error.
+    """
     computed = {name: value.cpu().numpy() for name, value in (*case.outputs(), *case.results())}
     for image in range(len(case.images)):
         align_instances(computed, case.expected, image)
@@ -203,7 +244,11 @@ def compare(case: Case) -> Iterator[tuple[str, float, float]]:
     for name, expected in case.expected.items():
         bound = GRADIENT_BOUND if name.startswith("grad_norm/") else VALUE_BOUND
         ours = computed.get(name)
-        yield name, float("inf") if ours is None else relative_error(pooled(ours, expected), expected), bound
+        yield (
+            name,
+            float("inf") if ours is None else relative_error(pooled(ours, expected), expected),
+            bound,
+        )
 
 
 def main() -> int:

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Turns a configuration and a checkpoint of the released Mask DINO code into this project's.
 
-    python tools/convert_released.py --config maskdino_R50.yaml --weights maskdino_r50.pth --output converted
+    python tools/convert_released.py --config maskdino_R50.yaml --weights maskdino_r50.pth --output
+    converted
 
-writes converted/config.yaml and converted/model.pth. (MODEL.WEIGHTS accepts a released checkpoint as it is, too; this
-tool is for its configuration, and says what of it the checkpoint contradicts.)
+writes converted/config.yaml and converted/model.pth. (MODEL.WEIGHTS accepts a released checkpoint
+as it is, too; this tool is for its configuration, and says what of it the checkpoint contradicts.)
 """
 
 from __future__ import annotations
@@ -21,7 +22,13 @@ from detectron2.config import CfgNode, get_cfg
 from maskdino.checkpoint import MaskDINOCheckpointer, model_weights
 from maskdino.config import add_maskdino_config
 from maskdino.model import MaskDINO
-from maskdino.released import ReleasedStructure, convert_config, convert_weights, is_released, set_value
+from maskdino.released import (
+    ReleasedStructure,
+    convert_config,
+    convert_weights,
+    is_released,
+    set_value,
+)
 
 
 def convert(config: Path, weights: Path, output: Path) -> list[str]:
@@ -32,10 +39,14 @@ def convert(config: Path, weights: Path, output: Path) -> list[str]:
         ValueError: the checkpoint is not a released one, or does not fit the configuration.
     """
     if (output / "model.pth").exists() or (output / "config.yaml").exists():
-        raise FileExistsError(f"{output} already has a config.yaml or model.pth; choose another folder")
+        raise FileExistsError(
+            f"{output} already has a config.yaml or model.pth; choose another folder"
+        )
     state = model_weights(str(weights))
     if not is_released(state):
-        raise ValueError(f"{weights} has no released Mask DINO names; its first is {next(iter(state), None)!r}")
+        raise ValueError(
+            f"{weights} has no released Mask DINO names; its first is {next(iter(state), None)!r}"
+        )
     cfg = _default_cfg()
     released = CfgNode.load_yaml_with_base(str(config))
     remarks = [f"left out, without meaning here: {key}" for key in convert_config(released, cfg)]
@@ -66,7 +77,10 @@ def _follow_weights(cfg: CfgNode, state: Mapping[str, torch.Tensor]) -> list[str
         for part in key.split("."):
             node = node[part]
         if node != value:
-            remarks.append(f"the configuration disagrees with the checkpoint: {key} is {node!r}, set to {value!r}")
+            remarks.append(
+                f"the configuration disagrees with the checkpoint: {key} is {node!r}, set to "
+                f"{value!r}"
+            )
             set_value(cfg, key, value)
     return remarks
 
@@ -97,7 +111,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join(remarks))
-    print(f"wrote {arguments.output}/config.yaml and {arguments.output}/model.pth; every weight has found its place")
+    print(
+        f"wrote {arguments.output}/config.yaml and {arguments.output}/model.pth; every weight "
+        "has found its place"
+    )
     return 0
 
 

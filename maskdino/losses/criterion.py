@@ -1,7 +1,8 @@
-"""The training losses: hybrid matching, deep supervision, denoising (sections 3.5 and 3.6, appendix B).
+"""The training losses: hybrid matching, deep supervision, denoising (sections 3.5 and 3.6, appendix
+B).
 
-Shape key: O outputs, B images, Q queries, K class logits, C channels, N objects of the batch, M matched pairs,
-P points.
+Shape key: O outputs, B images, Q queries, K class logits, C channels, N objects of the batch, M
+matched pairs, P points.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ MASK_TERMS = ("loss_mask_bce", "loss_mask_dice")
 class Criterion(nn.Module):
     """Weighted losses of all outputs.
 
-    The result names a loss `<term><suffix>`: terms are loss_class, loss_l1, loss_giou, loss_mask_bce and
-    loss_mask_dice; the suffix tells the output (none: last layer; `_layer2`; `_initial`: queries before the first
+    The result names a loss `<term><suffix>`: terms are loss_class, loss_l1, loss_giou,
+    loss_mask_bce and
+    loss_mask_dice; the suffix tells the output (none: last layer; `_layer2`; `_initial`: queries
+    before the first
     layer; `_proposal`: the encoder's prediction), with `_denoising` in front for noised queries.
     """
 
@@ -55,7 +58,8 @@ class Criterion(nn.Module):
         node, masks = cfg.MODEL.MASK_DINO.LOSS, cfg.MODEL.MASK_DINO.MASK_ON
         if node.CLASSIFICATION not in ("focal", "cross_entropy"):
             raise ValueError(
-                f'MODEL.MASK_DINO.LOSS.CLASSIFICATION is {node.CLASSIFICATION!r}; it must be "focal" or "cross_entropy"'
+                f"MODEL.MASK_DINO.LOSS.CLASSIFICATION is {node.CLASSIFICATION!r}; it must be "
+                '"focal" or "cross_entropy"'
             )
         return {
             "matcher": HybridMatcher(cfg),
@@ -95,14 +99,23 @@ class Criterion(nn.Module):
         pending = self.matcher.start(predictions, pixel_embedding, targets, self.points)
         normalizer = self._mean_objects(targets)
         losses = {}
-        if denoised is not None:  # its pairs are known: these losses are computed while threads solve the matching
+        if (
+            denoised is not None
+        ):  # its pairs are known: these losses are computed while threads solve the matching
             denoising, noised, names = denoised
             pairs = denoising_matches(denoising, targets, len(names))
             terms = self._terms(
-                noised, pixel_embedding, targets, pairs, normalizer * denoising.num_groups, denoising.with_masks
+                noised,
+                pixel_embedding,
+                targets,
+                pairs,
+                normalizer * denoising.num_groups,
+                denoising.with_masks,
             )
             losses.update(self._weighted(terms, [f"_denoising{name}" for name in names]))
-        terms = self._terms(predictions, pixel_embedding, targets, pending.result(), normalizer, True)
+        terms = self._terms(
+            predictions, pixel_embedding, targets, pending.result(), normalizer, True
+        )
         losses.update(self._weighted(terms, suffixes))
         return losses
 
@@ -134,24 +147,38 @@ class Criterion(nn.Module):
         terms = {}
         if "loss_class" in self.weights:
             classify = self._cross_entropy if self.cross_entropy else self._focal
-            terms["loss_class"] = classify(predictions.class_logits.float(), targets, matches, normalizer)
+            terms["loss_class"] = classify(
+                predictions.class_logits.float(), targets, matches, normalizer
+            )
         if any(term in self.weights for term in BOX_TERMS):
             terms.update(self._boxes(predictions.boxes.float(), targets, matches, normalizer))
         if with_masks and any(term in self.weights for term in MASK_TERMS):
-            terms.update(self._masks(predictions.mask_embeddings, pixel_embedding, targets, matches, normalizer))
+            terms.update(
+                self._masks(
+                    predictions.mask_embeddings, pixel_embedding, targets, matches, normalizer
+                )
+            )
         return {term: value for term, value in terms.items() if term in self.weights}
 
-    def _focal(self, logits: Tensor, targets: Targets, matches: Matches, normalizer: float | Tensor) -> Tensor:
+    def _focal(
+        self, logits: Tensor, targets: Targets, matches: Matches, normalizer: float | Tensor
+    ) -> Tensor:
         is_target = torch.zeros_like(logits)
         is_target[matches.output, matches.image, matches.query, targets.labels[matches.target]] = 1
         return focal_loss(logits, is_target).sum((1, 2, 3)) / normalizer
 
-    def _cross_entropy(self, logits: Tensor, targets: Targets, matches: Matches, _: float | Tensor) -> Tensor:
-        """Softmax cross-entropy in which unmatched queries are "no object", the last class, of a lower weight."""
+    def _cross_entropy(
+        self, logits: Tensor, targets: Targets, matches: Matches, _: float | Tensor
+    ) -> Tensor:
+        """Softmax cross-entropy in which unmatched queries are "no object", the last class, of a
+        lower weight.
+        """
         no_object = logits.shape[-1] - 1
         labels = torch.full(logits.shape[:-1], no_object, dtype=torch.int64, device=logits.device)
         labels[matches.output, matches.image, matches.query] = targets.labels[matches.target]
-        loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(labels)
+        loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none").view_as(
+            labels
+        )
         weight = torch.where(labels == no_object, self.no_object_weight, 1.0)
         return (loss * weight).sum((1, 2)) / weight.sum((1, 2))
 
@@ -175,19 +202,26 @@ class Criterion(nn.Module):
         matches: Matches,
         normalizer: float | Tensor,
     ) -> dict[str, Tensor]:
-        """Mask losses at points; the matched masks of an image are made a few at a time (`ops.points`)."""
+        """Mask losses at points; the matched masks of an image are made a few at a time
+        (`ops.points`).
+        """
         matched = embeddings[matches.output, matches.image, matches.query]  # (M, C), image by image
         logits, points = zip(
             *(
                 mask_logits_at_points(of_image, pixels, self.points.uncertain)
-                for of_image, pixels in zip(matched.split(matches.pairs_per_image), pixel_embedding, strict=True)
+                for of_image, pixels in zip(
+                    matched.split(matches.pairs_per_image), pixel_embedding, strict=True
+                )
             ),
             strict=True,
         )
         logits = torch.cat(logits)  # (M, P)
         labels = sample_packed_masks(targets.masks, matches.target, torch.cat(points))
         counts = targets.has_mask[matches.target]
-        losses = {"loss_mask_bce": mask_bce_loss(logits, labels), "loss_mask_dice": mask_dice_loss(logits, labels)}
+        losses = {
+            "loss_mask_bce": mask_bce_loss(logits, labels),
+            "loss_mask_dice": mask_dice_loss(logits, labels),
+        }
         return {
             term: _sum_by_output(loss * counts, matches.output, embeddings.shape[0]) / normalizer
             for term, loss in losses.items()

@@ -24,7 +24,9 @@ def focal_loss(class_logits: Tensor, is_target: Tensor) -> Tensor:
 
 
 def focal_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
-    """What calling a query by an object's label saves: positive minus negative focal term. (Q, K), (N,) to (Q, N)."""
+    """What calling a query by an object's label saves: positive minus negative focal term. (Q, K),
+    (N,) to (Q, N).
+    """
     probability = class_logits.sigmoid()[:, labels]
     positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + LOG_EPS).log()
     negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + LOG_EPS).log()

@@ -1,6 +1,8 @@
-"""Hybrid matching (section 3.6): one-to-one assignment of objects to queries by class, box and mask costs.
+"""Hybrid matching (section 3.6): one-to-one assignment of objects to queries by class, box and mask
+costs.
 
-Shape key: O outputs, B images, Q queries, N objects of the batch, n objects of an image, P points; C channels.
+Shape key: O outputs, B images, Q queries, N objects of the batch, n objects of an image, P points;
+C channels.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 IMPOSSIBLE = 1e6  # stands for a cost that is not finite
 _waiters = ThreadPoolExecutor(max_workers=1, thread_name_prefix="matching")
-_solvers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="assignment")  # SciPy's solver releases the GIL
+_solvers = ThreadPoolExecutor(
+    max_workers=4, thread_name_prefix="assignment"
+)  # SciPy's solver releases the GIL
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class HybridMatcher:
 
     @configurable
     def __init__(self, *, weights: CostWeights, decouple_stuff_boxes: bool) -> None:
-        """`decouple_stuff_boxes`: the box cost of "stuff" is the mean box cost of the image's "things"."""
+        """`decouple_stuff_boxes`: the box cost of "stuff" is the mean box cost of the image's
+        "things".
+        """
         self.weights = weights
         self.decouple_stuff_boxes = decouple_stuff_boxes
 
@@ -69,7 +75,11 @@ class HybridMatcher:
 
     @torch.no_grad()
     def start(
-        self, predictions: Predictions, pixel_embedding: Tensor | None, targets: Targets, points: PointSampler
+        self,
+        predictions: Predictions,
+        pixel_embedding: Tensor | None,
+        targets: Targets,
+        points: PointSampler,
     ) -> PendingMatches:
         """Computes the costs and begins to solve; the caller may go on meanwhile.
 
@@ -87,10 +97,17 @@ class HybridMatcher:
                 of_image = predictions.map(lambda x, image=image: x[:, image])
                 costs.append(self._image_cost(of_image, pixels, targets, objects, points).flatten())
         flat = torch.cat(costs) if costs else torch.zeros(0)
-        return PendingMatches(flat, targets, predictions.class_logits.shape[0], predictions.class_logits.shape[2])
+        return PendingMatches(
+            flat, targets, predictions.class_logits.shape[0], predictions.class_logits.shape[2]
+        )
 
     def _image_cost(
-        self, predictions: Predictions, pixels: Tensor | None, targets: Targets, objects: slice, points: PointSampler
+        self,
+        predictions: Predictions,
+        pixels: Tensor | None,
+        targets: Targets,
+        objects: slice,
+        points: PointSampler,
     ) -> Tensor:
         """Costs (O, Q, n) of one image."""
         weights = self.weights
@@ -103,12 +120,16 @@ class HybridMatcher:
             if weights.boxes:
                 cost = cost + self._box_cost(boxes, gt_boxes, targets.is_thing[objects])
             if weights.masks:
-                cost = cost + self._mask_cost(predictions.mask_embeddings[output], pixels, targets, objects, points)
+                cost = cost + self._mask_cost(
+                    predictions.mask_embeddings[output], pixels, targets, objects, points
+                )
             costs.append(cost)
         return torch.stack(costs)
 
     def _box_cost(self, boxes: Tensor, gt_boxes: Tensor, is_thing: Tensor) -> Tensor:
-        cost = self.weights.l1_weight * l1_cost(boxes, gt_boxes) + self.weights.giou_weight * giou_cost(boxes, gt_boxes)
+        cost = self.weights.l1_weight * l1_cost(
+            boxes, gt_boxes
+        ) + self.weights.giou_weight * giou_cost(boxes, gt_boxes)
         if not self.decouple_stuff_boxes:
             return cost
         things = is_thing.sum() * cost.shape[0]
@@ -116,9 +137,16 @@ class HybridMatcher:
         return torch.where(is_thing, cost, mean_over_things)
 
     def _mask_cost(
-        self, embeddings: Tensor, pixels: Tensor, targets: Targets, objects: slice, points: PointSampler
+        self,
+        embeddings: Tensor,
+        pixels: Tensor,
+        targets: Targets,
+        objects: slice,
+        points: PointSampler,
     ) -> Tensor:
-        """Sampling is linear: the pixel embedding is sampled, then multiplied, and no mask map is made."""
+        """Sampling is linear: the pixel embedding is sampled, then multiplied, and no mask map is
+        made.
+        """
         places = points.uniform(1, pixels.device)  # (1, P, 2)
         logits = (embeddings @ sample_maps(pixels[None], places)[0]).float()  # (Q, P)
         index = torch.arange(objects.start, objects.stop, device=pixels.device)
@@ -153,23 +181,38 @@ class PendingMatches:
         if self._copied is not None:
             self._copied.synchronize()
         costs, begin, pairs = self._costs.numpy(), 0, []
-        for image, (first, count) in enumerate(zip(self._targets.offsets, self._targets.counts, strict=True)):
+        for image, (first, count) in enumerate(
+            zip(self._targets.offsets, self._targets.counts, strict=True)
+        ):
             size = self._num_outputs * self._num_queries * count
-            of_image = costs[begin : begin + size].reshape(self._num_outputs, self._num_queries, count)
+            of_image = costs[begin : begin + size].reshape(
+                self._num_outputs, self._num_queries, count
+            )
             begin += size
             of_image = _finite(of_image, self._targets.names[image])
             solved = _solvers.map(linear_sum_assignment, of_image)
-            pairs.append([_pairs(output, image, first, *found) for output, found in enumerate(solved)])
+            pairs.append(
+                [_pairs(output, image, first, *found) for output, found in enumerate(solved)]
+            )
         return [np.concatenate(of_image, axis=1) for of_image in pairs]
 
 
-def _pairs(output: int, image: int, first: int, query: np.ndarray, target: np.ndarray) -> np.ndarray:
-    return np.stack([np.full_like(query, output), np.full_like(query, image), query, target + first])
+def _pairs(
+    output: int, image: int, first: int, query: np.ndarray, target: np.ndarray
+) -> np.ndarray:
+    return np.stack(
+        [np.full_like(query, output), np.full_like(query, image), query, target + first]
+    )
 
 
 def _finite(costs: np.ndarray, name: str) -> np.ndarray:
     if np.isfinite(costs).all():
         return costs
     bad = int((~np.isfinite(costs)).sum())
-    logger.warning("%d of %d matching costs of image %s are not finite; matched as impossible", bad, costs.size, name)
+    logger.warning(
+        "%d of %d matching costs of image %s are not finite; matched as impossible",
+        bad,
+        costs.size,
+        name,
+    )
     return np.nan_to_num(costs, nan=IMPOSSIBLE, posinf=IMPOSSIBLE, neginf=IMPOSSIBLE)

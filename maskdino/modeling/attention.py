@@ -1,4 +1,5 @@
-"""Self-attention between queries, and multi-scale deformable attention from queries to the tokens of maps.
+"""Self-attention between queries, and multi-scale deformable attention from queries to the tokens
+of maps.
 
 Shape key: B images, Q queries, S tokens, C channels, M heads, L levels, P points.
 """
@@ -27,24 +28,34 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, content: Tensor, position: Tensor, may_attend: Tensor | None) -> Tensor:
-        """Content and position (B, Q, C), `may_attend` (Q, Q) bool or None for "all", to (B, Q, C)."""
+        """Content and position (B, Q, C), `may_attend` (Q, Q) bool or None for "all", to (B, Q,
+        C).
+        """
         split = 2 * content.shape[-1]
-        query_key = F.linear(content + position, self.in_proj_weight[:split], self.in_proj_bias[:split])
+        query_key = F.linear(
+            content + position, self.in_proj_weight[:split], self.in_proj_bias[:split]
+        )
         value = F.linear(content, self.in_proj_weight[split:], self.in_proj_bias[split:])
         query, key, value = (
-            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (*query_key.chunk(2, dim=-1), value)
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x in (*query_key.chunk(2, dim=-1), value)
         )
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=may_attend)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Attention to a few sampled points of every level (Deformable DETR), around a cell centre or inside a box."""
+    """Attention to a few sampled points of every level (Deformable DETR), around a cell centre or
+    inside a box.
+    """
 
-    def __init__(self, *, hidden_dim: int, num_heads: int, num_levels: int, num_points: int) -> None:
+    def __init__(
+        self, *, hidden_dim: int, num_heads: int, num_levels: int, num_points: int
+    ) -> None:
         super().__init__()
         _check_heads(hidden_dim, num_heads)
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.operator = ms_deform_attn_fused  # export puts a form in its place that can be traced
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(hidden_dim, samples * 2)  # (head, level, point, xy)
         self.attention_weights = nn.Linear(hidden_dim, samples)  # logits (head, level, point)
@@ -69,7 +80,11 @@ class MultiScaleDeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.output_proj.weight)
 
     def forward(
-        self, queries: Tensor, tokens: Tensor, spatial_shapes: SpatialShapes, reference: Tensor | None
+        self,
+        queries: Tensor,
+        tokens: Tensor,
+        spatial_shapes: SpatialShapes,
+        reference: Tensor | None,
     ) -> Tensor:
         """Reads the maps around each query.
 
@@ -77,8 +92,10 @@ class MultiScaleDeformableAttention(nn.Module):
             queries: (B, Q, C), positions added.
             tokens: (B, S, C) of all levels.
             spatial_shapes: (height, width) of each level.
-            reference: boxes (B, Q, 4) cx, cy, w, h in [0, 1]: samples lie at `centre + offset / P * size / 2`;
-                or None when queries are the tokens: samples lie `offset` pixels from the token's centre.
+            reference: boxes (B, Q, 4) cx, cy, w, h in [0, 1]: samples lie at `centre + offset / P *
+                size / 2`;
+                or None when queries are the tokens: samples lie `offset` pixels from the token's
+                centre.
 
         Returns:
             (B, Q, C).
@@ -89,13 +106,17 @@ class MultiScaleDeformableAttention(nn.Module):
             torch.cat([self.sampling_offsets.weight, self.attention_weights.weight]),
             torch.cat([self.sampling_offsets.bias, self.attention_weights.bias]),
         )
-        out = ms_deform_attn_fused(value, spatial_shapes, offsets_and_logits, reference, self.num_points)
+        out = self.operator(
+            value, spatial_shapes, offsets_and_logits, reference, self.num_points
+        )
         return self.output_proj(out)
 
 
 def _check_heads(hidden_dim: int, num_heads: int) -> None:
     if hidden_dim % num_heads:
-        raise ValueError(f"HIDDEN_DIM {hidden_dim} must be a multiple of the {num_heads} attention heads")
+        raise ValueError(
+            f"HIDDEN_DIM {hidden_dim} must be a multiple of the {num_heads} attention heads"
+        )
 
 
 class FeedForward(nn.Module):

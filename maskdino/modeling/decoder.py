@@ -3,15 +3,20 @@
 Shape key: B images, Q queries (noised ones first, when there are any), C channels.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from maskdino.modeling.attention import FeedForward, MultiScaleDeformableAttention, SelfAttention
-from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.layers import MLP, box_sine_embedding
 from maskdino.structures import Memory, Queries
+
+if TYPE_CHECKING:
+    from maskdino.modeling.heads import PredictionHeads
 
 
 @dataclass(frozen=True)
@@ -19,14 +24,24 @@ class DecoderState:
     """Queries before the first layer (then `content` is theirs) or after a layer (then normed)."""
 
     content: Tensor  # (B, Q, C), what the class and mask heads read
-    boxes: Tensor  # (B, Q, 4) cx, cy, w, h in [0, 1], with gradient to this layer and the one before
+    boxes: (
+        Tensor  # (B, Q, 4) cx, cy, w, h in [0, 1], with gradient to this layer and the one before
+    )
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention and feed-forward network, each with residual sum and LayerNorm."""
+    """Self-attention, deformable cross-attention and feed-forward network, each with residual sum
+    and LayerNorm.
+    """
 
     def __init__(
-        self, *, hidden_dim: int, num_heads: int, num_levels: int, num_points: int, feedforward_dim: int
+        self,
+        *,
+        hidden_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_dim: int,
     ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(hidden_dim=hidden_dim, num_heads=num_heads)
@@ -39,7 +54,12 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(hidden_dim)
 
     def forward(
-        self, content: Tensor, position: Tensor, anchors: Tensor, memory: Memory, may_attend: Tensor | None
+        self,
+        content: Tensor,
+        position: Tensor,
+        anchors: Tensor,
+        memory: Memory,
+        may_attend: Tensor | None,
     ) -> Tensor:
         """Content and position (B, Q, C), anchors (B, Q, 4) in [0, 1] to content (B, Q, C)."""
         content = self.self_norm(content + self.self_attn(content, position, may_attend))
@@ -104,14 +124,16 @@ class Decoder(nn.Module):
             queries: content and anchors.
             memory: the encoder's tokens.
             heads: the shared norm and box head.
-            may_attend: (Q, Q) bool, True where a query (row) may see another (column); None for everywhere.
+            may_attend: (Q, Q) bool, True where a query (row) may see another (column); None for
+                everywhere.
             num_layers: stop after this many layers; None for all.
 
         Returns:
             The state before the first layer and after each layer.
         """
         content, anchors = queries.content, queries.anchor_logits.float().sigmoid()
-        entered = anchors  # with gradient: the box of a layer also trains the layer before (look forward twice)
+        # with gradient: the box of a layer also trains the layer before (look forward twice)
+        entered = anchors
         states = [DecoderState(content, anchors)]
         for layer in self.layers[:num_layers]:
             position = self.position_head(

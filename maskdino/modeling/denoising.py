@@ -1,4 +1,5 @@
-"""Unified denoising (section 3.6, appendix B.2): noised ground truth that the decoder must reconstruct.
+"""Unified denoising (section 3.6, appendix B.2): noised ground truth that the decoder must
+reconstruct.
 
 Shape key: B images, N objects of the batch, G groups, T slots of a group, C channels, Q queries.
 """
@@ -45,8 +46,8 @@ class DenoisingQueries(nn.Module):
     def forward(self, targets: Targets) -> Denoising:
         """Noised queries in groups, each of which holds every object of an image once.
 
-        There are `num_queries // T` groups, at least one. A batch without objects gets one group of one empty
-        slot, so that every parameter takes part in every step.
+        There are `num_queries // T` groups, at least one. A batch without objects gets one group of
+        one empty slot, so that every parameter takes part in every step.
         """
         slots = max(1, *targets.counts)
         groups = max(1, self.num_queries // slots) if len(targets) else 1
@@ -80,7 +81,10 @@ def build_denoising(cfg: CfgNode) -> DenoisingQueries | None:
     """Denoising as the configuration asks for; None when it is off."""
     mode = cfg.MODEL.MASK_DINO.DENOISING.MODE
     if mode not in ("boxes_and_masks", "boxes", "off"):
-        raise ValueError(f'MODEL.MASK_DINO.DENOISING.MODE is {mode!r}; it must be "boxes_and_masks", "boxes" or "off"')
+        raise ValueError(
+            f'MODEL.MASK_DINO.DENOISING.MODE is {mode!r}; it must be "boxes_and_masks", '
+            '"boxes" or "off"'
+        )
     return None if mode == "off" else DenoisingQueries(cfg)
 
 
@@ -92,7 +96,8 @@ def slot_index(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
 
 
 def attention_mask(denoising: Denoising, num_queries: int) -> Tensor:
-    """Who may see whom: nobody sees a group of noised queries but the group itself; all see matching queries.
+    """Who may see whom: nobody sees a group of noised queries but the group itself; all see
+    matching queries.
 
     Returns:
         (Q', Q') bool with the noised queries first; rows see columns where True.

@@ -18,10 +18,18 @@ NORM_GROUPS = 32  # of the group norms after projections
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention and feed-forward network, each followed by a residual sum and LayerNorm."""
+    """Deformable self-attention and feed-forward network, each followed by a residual sum and
+    LayerNorm.
+    """
 
     def __init__(
-        self, *, hidden_dim: int, num_heads: int, num_levels: int, num_points: int, feedforward_dim: int
+        self,
+        *,
+        hidden_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        feedforward_dim: int,
     ) -> None:
         super().__init__()
         self.self_attn = MultiScaleDeformableAttention(
@@ -33,12 +41,16 @@ class EncoderLayer(nn.Module):
 
     def forward(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
         """Tokens (B, S, C) and their position (S, C) to tokens (B, S, C)."""
-        tokens = self.norm1(tokens + self.self_attn(tokens + position, tokens, spatial_shapes, None))
+        tokens = self.norm1(
+            tokens + self.self_attn(tokens + position, tokens, spatial_shapes, None)
+        )
         return self.norm2(tokens + self.ffn(tokens))
 
 
 class MultiScaleDeformableEncoder(nn.Module):
-    """Projects backbone features to one width, adds coarser levels, and lets all tokens look at all levels."""
+    """Projects backbone features to one width, adds coarser levels, and lets all tokens look at all
+    levels.
+    """
 
     @configurable
     def __init__(
@@ -52,12 +64,16 @@ class MultiScaleDeformableEncoder(nn.Module):
         num_heads: int,
         num_points: int,
         feedforward_dim: int,
+        position_in_tokens: bool,
         activation_checkpoint: bool,
     ) -> None:
-        """See `maskdino.config` for the arguments; `input_shape` describes the backbone's features."""
+        """See `maskdino.config` for the arguments; `input_shape` describes the backbone's
+        features.
+        """
         super().__init__()
         _check_levels(in_features, num_levels, input_shape)
         self.in_features = list(in_features)
+        self.position_in_tokens = position_in_tokens
         self.activation_checkpoint = activation_checkpoint
         channels = [input_shape[name].channels for name in in_features]
         projections = [nn.Conv2d(width, hidden_dim, 1) for width in channels]
@@ -69,7 +85,8 @@ class MultiScaleDeformableEncoder(nn.Module):
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.zeros_(convolution.bias)
         self.input_proj = nn.ModuleList(
-            nn.Sequential(convolution, nn.GroupNorm(NORM_GROUPS, hidden_dim)) for convolution in projections
+            nn.Sequential(convolution, nn.GroupNorm(NORM_GROUPS, hidden_dim))
+            for convolution in projections
         )
         self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim))
         self.layers = nn.ModuleList(
@@ -95,6 +112,7 @@ class MultiScaleDeformableEncoder(nn.Module):
             "num_heads": node.NUM_HEADS,
             "num_points": node.NUM_POINTS,
             "feedforward_dim": node.FEEDFORWARD_DIM,
+            "position_in_tokens": node.POSITION_IN_TOKENS,
             "activation_checkpoint": node.ACTIVATION_CHECKPOINT,
         }
 
@@ -109,6 +127,8 @@ class MultiScaleDeformableEncoder(nn.Module):
                 for (height, width), embedding in zip(spatial_shapes, self.level_embed, strict=True)
             ]
         )
+        if self.position_in_tokens:
+            tokens = tokens + position
         for layer in self.layers:
             if self.activation_checkpoint and self.training:
                 tokens = checkpoint(layer, tokens, position, spatial_shapes, use_reentrant=False)
@@ -117,9 +137,12 @@ class MultiScaleDeformableEncoder(nn.Module):
         return Memory(tokens, spatial_shapes)
 
     def _levels(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """Projected maps, finest first. The first extra level comes from the coarsest backbone feature itself."""
+        """Projected maps, finest first. The first extra level comes from the coarsest backbone
+        feature itself.
+        """
         levels = [
-            projection(features[name]) for name, projection in zip(self.in_features, self.input_proj, strict=False)
+            projection(features[name])
+            for name, projection in zip(self.in_features, self.input_proj, strict=False)
         ]
         source = features[self.in_features[-1]]
         for projection in self.input_proj[len(self.in_features) :]:
@@ -131,15 +154,20 @@ class MultiScaleDeformableEncoder(nn.Module):
 class PixelEmbedding(nn.Module):
     """The pixel embedding map of the segmentation branch (section 3.4, equation 1).
 
-    The backbone's finest feature, projected (T), plus the resized finest map of the encoder (F), goes through the
-    segmentation head (M).
+    The backbone's finest feature, projected (T), plus the resized finest map of the encoder (F),
+    goes through the segmentation head (M).
     """
 
     @configurable
-    def __init__(self, *, input_shape: dict[str, ShapeSpec], in_feature: str, hidden_dim: int) -> None:
+    def __init__(
+        self, *, input_shape: dict[str, ShapeSpec], in_feature: str, hidden_dim: int
+    ) -> None:
         super().__init__()
         if in_feature not in input_shape:
-            raise KeyError(f"PIXEL_EMBEDDING.IN_FEATURE {in_feature!r} is none of the backbone's {list(input_shape)}")
+            raise KeyError(
+                f"PIXEL_EMBEDDING.IN_FEATURE {in_feature!r} is none of the backbone's "
+                f"{list(input_shape)}"
+            )
         self.in_feature = in_feature
         self.lateral = nn.Conv2d(input_shape[in_feature].channels, hidden_dim, 1, bias=False)
         self.lateral_norm = nn.GroupNorm(NORM_GROUPS, hidden_dim)
@@ -160,7 +188,9 @@ class PixelEmbedding(nn.Module):
         }
 
     def forward(self, features: dict[str, Tensor], memory: Memory) -> Tensor:
-        """Backbone features and memory to (B, C, H, W) at the size of the backbone feature (1/4 of the canvas)."""
+        """Backbone features and memory to (B, C, H, W) at the size of the backbone feature (1/4 of
+        the canvas).
+        """
         lateral = self.lateral_norm(self.lateral(features[self.in_feature]))
         height, width = memory.spatial_shapes[0]
         finest = memory.tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
@@ -169,12 +199,20 @@ class PixelEmbedding(nn.Module):
         return self.mask_features(fused)
 
 
-def _check_levels(in_features: list[str], num_levels: int, input_shape: dict[str, ShapeSpec]) -> None:
+def _check_levels(
+    in_features: list[str], num_levels: int, input_shape: dict[str, ShapeSpec]
+) -> None:
     missing = [name for name in in_features if name not in input_shape]
     if missing:
-        raise KeyError(f"ENCODER.IN_FEATURES {missing} are none of the backbone's features {list(input_shape)}")
+        raise KeyError(
+            f"ENCODER.IN_FEATURES {missing} are none of the backbone's features {list(input_shape)}"
+        )
     if num_levels < len(in_features):
-        raise ValueError(f"ENCODER.NUM_LEVELS {num_levels} is less than the {len(in_features)} IN_FEATURES")
+        raise ValueError(
+            f"ENCODER.NUM_LEVELS {num_levels} is less than the {len(in_features)} IN_FEATURES"
+        )
     strides = [input_shape[name].stride for name in in_features]
     if strides != sorted(strides):
-        raise ValueError(f"ENCODER.IN_FEATURES must go from fine to coarse, but have strides {strides}")
+        raise ValueError(
+            f"ENCODER.IN_FEATURES must go from fine to coarse, but have strides {strides}"
+        )

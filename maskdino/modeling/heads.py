@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
@@ -19,18 +18,26 @@ class PredictionHeads(nn.Module):
     """
 
     @configurable
-    def __init__(self, *, hidden_dim: int, num_classes: int, no_object: bool, mask_on: bool) -> None:
+    def __init__(
+        self, *, hidden_dim: int, num_classes: int, no_object: bool, mask_on: bool
+    ) -> None:
         """`no_object`: whether the class head has one more output, for softmax cross-entropy."""
         super().__init__()
         self.norm = nn.LayerNorm(hidden_dim)
         self.class_head = nn.Linear(hidden_dim, num_classes + no_object)
         self.box_head = MLP(input_dim=hidden_dim, hidden_dim=hidden_dim, output_dim=4, num_layers=3)
         self.mask_head = (
-            MLP(input_dim=hidden_dim, hidden_dim=hidden_dim, output_dim=hidden_dim, num_layers=3) if mask_on else None
+            MLP(input_dim=hidden_dim, hidden_dim=hidden_dim, output_dim=hidden_dim, num_layers=3)
+            if mask_on
+            else None
         )
         if not no_object:
-            nn.init.constant_(self.class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
-        nn.init.zeros_(self.box_head.layers[-1].weight)  # before training, layers leave anchors as they are
+            nn.init.constant_(
+                self.class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
+            )
+        nn.init.zeros_(
+            self.box_head.layers[-1].weight
+        )  # before training, layers leave anchors as they are
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
     @classmethod
@@ -49,14 +56,11 @@ class PredictionHeads(nn.Module):
         return self.class_head(normed), None if self.mask_head is None else self.mask_head(normed)
 
     def boxes(self, content: Tensor, anchor_logits: Tensor) -> Tensor:
-        """Content (..., C) and the logits of the anchors (..., 4) that it refines, to boxes (..., 4) in [0, 1]."""
+        """Content (..., C) and the logits of the anchors (..., 4) that it refines, to boxes (...,
+        4) in [0, 1].
+        """
         return (self.box_head(content).float() + anchor_logits).sigmoid()
 
     def refine(self, content: Tensor, anchors: Tensor) -> Tensor:
         """As `boxes`, from anchors (..., 4) in [0, 1]."""
         return self.boxes(content, inverse_sigmoid(anchors))
-
-
-def mask_logits(mask_embeddings: Tensor, pixel_embedding: Tensor) -> Tensor:
-    """Equation 1: mask embeddings (B, Q, C) and pixel embedding (B, C, H, W) to logits (B, Q, H, W)."""
-    return torch.bmm(mask_embeddings, pixel_embedding.flatten(2)).unflatten(2, pixel_embedding.shape[2:])

@@ -12,14 +12,19 @@ TEMPERATURE = 10000.0  # of the sine embeddings
 
 
 def constant_of_shape(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Caches a tensor that depends on sizes and the device alone; traced programs compute it themselves."""
+    """Caches a tensor that depends on sizes and the device alone; traced programs compute it
+    themselves.
+    """
     cached = functools.lru_cache(maxsize=64)(function)
 
     @functools.wraps(function)
     def constant(*args: object) -> Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return function(*args)
-        with torch.inference_mode(False), torch.no_grad():  # usable in training, whoever asked first
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # usable in training, whoever asked first
             return cached(*args)
 
     return constant
@@ -28,10 +33,14 @@ def constant_of_shape(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class MLP(nn.Module):
     """Linear layers with ReLU between them."""
 
-    def __init__(self, *, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
+    def __init__(
+        self, *, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int
+    ) -> None:
         super().__init__()
         dims = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.layers = nn.ModuleList(
+            nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) to (..., output_dim)."""
@@ -50,20 +59,26 @@ def sine_embedding(angles: Tensor, channels: int) -> Tensor:
     Returns:
         (..., channels).
     """
-    exponents = 2 * torch.arange(channels // 2, dtype=torch.float32, device=angles.device) / channels
+    exponents = (
+        2 * torch.arange(channels // 2, dtype=torch.float32, device=angles.device) / channels
+    )
     x = angles[..., None] / TEMPERATURE**exponents
     return torch.stack([x.sin(), x.cos()], dim=-1).flatten(-2)
 
 
 def box_sine_embedding(boxes_cxcywh: Tensor, channels: int) -> Tensor:
-    """Positional embedding of anchor boxes (DAB-DETR): (..., 4) in [0, 1] to (..., 4 * channels), for y, x, w, h."""
+    """Positional embedding of anchor boxes (DAB-DETR): (..., 4) in [0, 1] to (..., 4 * channels),
+    for y, x, w, h.
+    """
     x, y, width, height = (2 * math.pi * boxes_cxcywh.float()).unbind(-1)
     return torch.cat([sine_embedding(part, channels) for part in (y, x, width, height)], dim=-1)
 
 
 @constant_of_shape
 def map_sine_embedding(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """Positional embedding of the cells of a map, row by row: (height * width, channels), half for y, half for x."""
+    """Positional embedding of the cells of a map, row by row: (height * width, channels), half for
+    y, half for x.
+    """
     y, x = (
         2 * math.pi * torch.arange(1, size + 1, dtype=torch.float32, device=device) / (size + 1e-6)
         for size in (height, width)
@@ -76,5 +91,10 @@ def map_sine_embedding(height: int, width: int, channels: int, device: torch.dev
 @constant_of_shape
 def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
     """Centres of the cells of a map, row by row: (height * width, 2) as (x, y) in [0, 1]."""
-    y, x = ((torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size for size in (height, width))
-    return torch.stack([x[None].expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)
+    y, x = (
+        (torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size
+        for size in (height, width)
+    )
+    return torch.stack([x[None].expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(
+        0, 1
+    )

@@ -3,26 +3,44 @@
 Shape key: B images, S tokens, Q queries, C channels, K class logits; H, W of the pixel embedding.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from maskdino.modeling.heads import PredictionHeads, mask_logits
 from maskdino.modeling.layers import cell_centers, constant_of_shape
 from maskdino.ops.boxes import inverse_sigmoid, masks_to_boxes, xyxy_to_cxcywh
+from maskdino.ops.points import mask_logits
 from maskdino.structures import Memory, Predictions, Queries, SpatialShapes
+
+if TYPE_CHECKING:
+    from maskdino.modeling.heads import PredictionHeads
 
 SMALLEST_PROPOSAL = 0.05  # width and height, as a part of the canvas; each further level doubles it
 BORDER = 0.01  # proposals with a coordinate closer to 0 or 1 are invalid
 
 
 class UnifiedQuerySelection(nn.Module):
-    """Takes the tokens with the best class scores as queries; their boxes or masks become the first anchors."""
+    """Takes the tokens with the best class scores as queries; their boxes or masks become the first
+    anchors.
+    """
 
     @configurable
-    def __init__(self, *, hidden_dim: int, num_queries: int, mask_enhanced_anchors: str, largest_proposals: str) -> None:
+    def __init__(
+        self,
+        *,
+        hidden_dim: int,
+        num_queries: int,
+        mask_enhanced_anchors: str,
+        largest_proposals: str,
+    ) -> None:
         super().__init__()
-        _check_choice("MASK_ENHANCED_ANCHORS", mask_enhanced_anchors, ("mask2box", "bitmask", "none"))
+        _check_choice(
+            "MASK_ENHANCED_ANCHORS", mask_enhanced_anchors, ("mask2box", "bitmask", "none")
+        )
         _check_choice("LARGEST_PROPOSALS", largest_proposals, ("coarsest", "finest"))
         self.num_queries = num_queries
         self.mask_enhanced_anchors = mask_enhanced_anchors
@@ -36,7 +54,9 @@ class UnifiedQuerySelection(nn.Module):
         return {
             "hidden_dim": node.HIDDEN_DIM,
             "num_queries": node.QUERY_SELECTION.NUM_QUERIES,
-            "mask_enhanced_anchors": node.QUERY_SELECTION.MASK_ENHANCED_ANCHORS if node.MASK_ON else "none",
+            "mask_enhanced_anchors": node.QUERY_SELECTION.MASK_ENHANCED_ANCHORS
+            if node.MASK_ON
+            else "none",
             "largest_proposals": node.QUERY_SELECTION.LARGEST_PROPOSALS,
         }
 
@@ -53,7 +73,9 @@ class UnifiedQuerySelection(nn.Module):
         Returns:
             min(Q, S) queries, without gradient, and their predictions, to be supervised.
         """
-        proposals = proposal_logits(memory.spatial_shapes, self.coarsest_largest, memory.tokens.device)
+        proposals = proposal_logits(
+            memory.spatial_shapes, self.coarsest_largest, memory.tokens.device
+        )
         valid = proposals.isfinite().all(-1)  # (S,)
         with torch.no_grad():
             candidates = self._candidates(memory.tokens, valid[:, None])
@@ -64,24 +86,34 @@ class UnifiedQuerySelection(nn.Module):
         content = self._candidates(chosen, valid[index][..., None])
         class_logits, embeddings = heads.classes_and_masks(content)
         predictions = Predictions(class_logits, heads.boxes(content, proposals[index]), embeddings)
-        return Queries(content.detach(), self._anchor_logits(predictions, pixel_embedding)), predictions
+        return Queries(
+            content.detach(), self._anchor_logits(predictions, pixel_embedding)
+        ), predictions
 
     def _candidates(self, tokens: Tensor, valid: Tensor) -> Tensor:
         return self.output_norm(self.output(tokens * valid))
 
     @torch.no_grad()
     def _anchor_logits(self, predictions: Predictions, pixel_embedding: Tensor | None) -> Tensor:
-        """Mask-enhanced anchor box initialization: boxes of the predicted masks (B, Q, 4), as logits."""
+        """Mask-enhanced anchor box initialization: boxes of the predicted masks (B, Q, 4), as
+        logits.
+        """
         if self.mask_enhanced_anchors == "none":
             return inverse_sigmoid(predictions.boxes)
         masks = mask_logits(predictions.mask_embeddings, pixel_embedding) > 0
         height, width = masks.shape[-2:]
-        boxes = xyxy_to_cxcywh(masks_to_boxes(masks, inclusive=self.mask_enhanced_anchors == "mask2box"))
-        return inverse_sigmoid(boxes / boxes.new_tensor([width, height, width, height]))
+        boxes = xyxy_to_cxcywh(
+            masks_to_boxes(masks, inclusive=self.mask_enhanced_anchors == "mask2box")
+        )
+        # Filled on the device: nothing is copied to it, and exported programs keep the size variable.
+        sizes = torch.cat([boxes.new_full((1,), side) for side in (width, height, width, height)])
+        return inverse_sigmoid(boxes / sizes)
 
 
 class LearnedQueries(nn.Module):
-    """Learned content queries and anchors, equal for all images: the model without query selection."""
+    """Learned content queries and anchors, equal for all images: the model without query
+    selection.
+    """
 
     @configurable
     def __init__(self, *, hidden_dim: int, num_queries: int) -> None:
@@ -95,19 +127,30 @@ class LearnedQueries(nn.Module):
         return {"hidden_dim": node.HIDDEN_DIM, "num_queries": node.QUERY_SELECTION.NUM_QUERIES}
 
     def forward(
-        self, memory: Memory, pixel_embedding: Tensor | None, heads: PredictionHeads  # noqa: ARG002
+        self,
+        memory: Memory,
+        pixel_embedding: Tensor | None,  # noqa: ARG002
+        heads: PredictionHeads,  # noqa: ARG002
     ) -> tuple[Queries, None]:
         """The same queries for each image; there is nothing to supervise."""
         batch = memory.tokens.shape[0]
-        return Queries(self.content.expand(batch, -1, -1), self.anchor_logits.expand(batch, -1, -1)), None
+        return Queries(
+            self.content.expand(batch, -1, -1), self.anchor_logits.expand(batch, -1, -1)
+        ), None
 
 
 def build_query_selection(cfg: CfgNode) -> nn.Module:
     """Query selection as the configuration asks for."""
-    return UnifiedQuerySelection(cfg) if cfg.MODEL.MASK_DINO.QUERY_SELECTION.ENABLED else LearnedQueries(cfg)
+    return (
+        UnifiedQuerySelection(cfg)
+        if cfg.MODEL.MASK_DINO.QUERY_SELECTION.ENABLED
+        else LearnedQueries(cfg)
+    )
 
 
-def proposal_logits(spatial_shapes: SpatialShapes, coarsest_largest: bool, device: torch.device) -> Tensor:
+def proposal_logits(
+    spatial_shapes: SpatialShapes, coarsest_largest: bool, device: torch.device
+) -> Tensor:
     """Logits of one anchor per token: its cell, with a size that depends on the level.
 
     Returns:
@@ -117,12 +160,16 @@ def proposal_logits(spatial_shapes: SpatialShapes, coarsest_largest: bool, devic
 
 
 @constant_of_shape
-def _proposal_logits(spatial_shapes: SpatialShapes, coarsest_largest: bool, device: torch.device) -> Tensor:
+def _proposal_logits(
+    spatial_shapes: SpatialShapes, coarsest_largest: bool, device: torch.device
+) -> Tensor:
     anchors = []
     for level, (height, width) in enumerate(spatial_shapes):
         step = level if coarsest_largest else len(spatial_shapes) - 1 - level
         centers = cell_centers(height, width, device)
-        anchors.append(torch.cat([centers, torch.full_like(centers, SMALLEST_PROPOSAL * 2.0**step)], dim=-1))
+        anchors.append(
+            torch.cat([centers, torch.full_like(centers, SMALLEST_PROPOSAL * 2.0**step)], dim=-1)
+        )
     anchors = torch.cat(anchors)
     valid = ((anchors > BORDER) & (anchors < 1 - BORDER)).all(-1, keepdim=True)
     return torch.where(valid, torch.log(anchors / (1 - anchors)), float("inf"))
@@ -130,4 +177,6 @@ def _proposal_logits(spatial_shapes: SpatialShapes, coarsest_largest: bool, devi
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"MODEL.MASK_DINO.QUERY_SELECTION.{key} is {value!r}; it must be one of {choices}")
+        raise ValueError(
+            f"MODEL.MASK_DINO.QUERY_SELECTION.{key} is {value!r}; it must be one of {choices}"
+        )

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-AREA_EPS = 1e-6  # added to areas that divide, as in the released models; boxes are parts of the canvas
+AREA_EPS = (
+    1e-6  # added to areas that divide, as in the released models; boxes are parts of the canvas
+)
 EMPTY_MASK_COORDINATE = 1e8  # upper left corner that "mask2box" gives an empty mask
 
 
@@ -23,16 +25,21 @@ def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """Generalised IoU of corner boxes, element by element.
 
     Args:
-        boxes_a, boxes_b: (..., 4) xyxy; their leading dimensions broadcast, so `a[:, None], b` gives all pairs.
+        boxes_a, boxes_b: (..., 4) xyxy; their leading dimensions broadcast, so `a[:, None], b`
+            gives all pairs.
 
     Returns:
         (...) in [-1, 1].
     """
     area_a, area_b = (_area(boxes[..., :2], boxes[..., 2:]) for boxes in (boxes_a, boxes_b))
     intersection = _area(
-        torch.maximum(boxes_a[..., :2], boxes_b[..., :2]), torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:])
+        torch.maximum(boxes_a[..., :2], boxes_b[..., :2]),
+        torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:]),
     )
-    hull = _area(torch.minimum(boxes_a[..., :2], boxes_b[..., :2]), torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:]))
+    hull = _area(
+        torch.minimum(boxes_a[..., :2], boxes_b[..., :2]),
+        torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:]),
+    )
     union = area_a + area_b - intersection
     return intersection / (union + AREA_EPS) - (hull - union) / (hull + AREA_EPS)
 
@@ -43,7 +50,9 @@ def _area(low: Tensor, high: Tensor) -> Tensor:
 
 
 def inverse_sigmoid(probabilities: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logits of values that are first clamped to [0, 1]; both x and 1 - x count as at least `eps`."""
+    """Logits of values that are first clamped to [0, 1]; both x and 1 - x count as at least
+    `eps`.
+    """
     x = probabilities.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
@@ -53,8 +62,10 @@ def masks_to_boxes(masks: Tensor, inclusive: bool) -> Tensor:
 
     Args:
         masks: (..., H, W) bool.
-        inclusive: True ("mask2box"): corners are the first and the last foreground pixel's index, and an empty
-            mask gives (1e8, 1e8, 0, 0). False ("bitmask"): last index + 1, and zeros for an empty mask.
+        inclusive: True ("mask2box"): corners are the first and the last foreground pixel's index,
+            and an empty
+            mask gives (1e8, 1e8, 0, 0). False ("bitmask"): last index + 1, and zeros for an empty
+            mask.
 
     Returns:
         (..., 4) float32 xyxy, in pixels.

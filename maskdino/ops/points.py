@@ -1,6 +1,8 @@
-"""Masks at points: bilinear sampling of feature maps, of mask logits that are never kept as maps, of packed masks.
+"""Masks at points: bilinear sampling of feature maps, of mask logits that are never kept as maps,
+of packed masks.
 
-Shape key: B images, C channels, H, W pixels of a map, M masks, P points. Points are (x, y) in [0, 1] of the canvas.
+Shape key: B images, C channels, H, W pixels of a map, M masks, P points. Points are (x, y) in [0,
+1] of the canvas.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,15 @@ from maskdino.structures import PackedMasks
 MAP_ELEMENTS_AT_ONCE = 1 << 24  # mask logits that exist at one time (64 MiB of float32)
 
 
+def mask_logits(mask_embeddings: Tensor, pixel_embedding: Tensor) -> Tensor:
+    """Equation 1: mask embeddings (B, M, C) and pixel embedding (B, C, H, W) to logits (B, M, H,
+    W).
+    """
+    return torch.bmm(mask_embeddings, pixel_embedding.flatten(2)).unflatten(
+        2, pixel_embedding.shape[2:]
+    )
+
+
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples of maps, zero outside (`align_corners=False`).
 
@@ -25,11 +36,14 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
         (B, C, P), in the maps' dtype.
     """
     grid = (2 * points - 1).to(maps.dtype).unsqueeze(1)  # (B, 1, P, 2)
-    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(2)
+    return F.grid_sample(
+        maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    ).squeeze(2)
 
 
 def sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of packed masks: what `sample_maps` would give for the float masks, which are never made.
+    """Bilinear samples of packed masks: what `sample_maps` would give for the float masks, which
+    are never made.
 
     Args:
         masks: N masks.
@@ -67,7 +81,10 @@ class PointSampler:
         self.num_candidates = int(num_points * oversample_ratio)
         self.num_uncertain = int(num_points * importance_ratio)
         if self.num_candidates < self.num_uncertain:
-            raise ValueError(f"{self.num_candidates} candidates are fewer than the {self.num_uncertain} to choose")
+            raise ValueError(
+                f"{self.num_candidates} candidates are fewer than the {self.num_uncertain} to "
+                "choose"
+            )
 
     def uniform(self, number: int, device: torch.device) -> Tensor:
         """(number, P, 2) uniform points."""
@@ -96,8 +113,8 @@ def mask_logits_at_points(
 ) -> tuple[Tensor, Tensor]:
     """Mask logits at points that are chosen by looking at the mask.
 
-    Maps are made a few at a time and forgotten. The backward pass needs none of them, because a sample is linear
-    both in the embedding and in the map.
+    Maps are made a few at a time and forgotten. The backward pass needs none of them, because a
+    sample is linear both in the embedding and in the map.
 
     Args:
         mask_embeddings: (M, C).
@@ -114,8 +131,12 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mask_embeddings, pixel_embedding, choose_points):  # noqa: ANN001, ANN205
         device = pixel_embedding.device.type
-        half = torch.is_autocast_enabled(device) and not mask_embeddings.dtype == torch.float64
-        dtype = torch.get_autocast_dtype(device) if half else torch.promote_types(mask_embeddings.dtype, torch.float32)
+        half = torch.is_autocast_enabled(device) and mask_embeddings.dtype != torch.float64
+        dtype = (
+            torch.get_autocast_dtype(device)
+            if half
+            else torch.promote_types(mask_embeddings.dtype, torch.float32)
+        )
         embeddings, features = mask_embeddings.to(dtype), pixel_embedding.to(dtype).flatten(1)
         size = pixel_embedding.shape[1:]
         logits, points = [], []
@@ -137,7 +158,10 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
         grad_features = torch.zeros_like(features, dtype=grad_logits.dtype)
         grad_embeddings = []
         for part, grads, places in zip(
-            embeddings.split(at_once), grad_logits.split(at_once), points.split(at_once), strict=True
+            embeddings.split(at_once),
+            grad_logits.split(at_once),
+            points.split(at_once),
+            strict=True,
         ):
             grad_maps = _spread(grads, places, ctx.size).flatten(1).to(features.dtype)
             grad_embeddings.append(torch.mm(grad_maps, features.t()))
@@ -147,7 +171,9 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
 
 
 def _spread(values: Tensor, points: Tensor, size: torch.Size) -> Tensor:
-    """The transpose of `sample_maps` for one channel: values (m, P) at points (m, P, 2) to maps (m, H, W)."""
+    """The transpose of `sample_maps` for one channel: values (m, P) at points (m, P, 2) to maps (m,
+    H, W).
+    """
     grid = (2 * points - 1).to(values.dtype).unsqueeze(1)
     maps = values.new_zeros(values.shape[0], 1, *size)  # only its shape matters
     grad_maps, _ = torch.ops.aten.grid_sampler_2d_backward(
