@@ -86,7 +86,8 @@ def draw_panel(axes: Axes, title: str, names: list[str], curves: Curves) -> None
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
-    if "loss" in title or "norm" in title:
+    drawn = [value for name in names for value in curves[name][1] if value > 0]
+    if ("loss" in title or "norm" in title) and drawn and max(drawn) > 10 * min(drawn):
         axes.set_yscale("log")
     if len(names) > 1:
         axes.legend(fontsize=7)
