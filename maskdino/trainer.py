@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from maskdino.augmented_inference import AugmentedSemanticModel
 from maskdino.checkpoint import MaskDINOCheckpointer
 from maskdino.config import load_config
 from maskdino.data import build_test_mapper, build_train_mapper, check_datasets
@@ -235,7 +236,9 @@ class MaskDINOTrainer(DefaultTrainer):
 def evaluate_weights(cfg: CfgNode, resume: bool) -> OrderedDict:
     """Evaluates ``MODEL.WEIGHTS``, or the last checkpoint of ``OUTPUT_DIR``, without training.
 
-    With ``SOLVER.EMA.ENABLED``, the averaged weights of the file are used, if it has them.
+    With ``SOLVER.EMA.ENABLED``, the averaged weights of the file are used, if it has them. With
+    ``TEST.AUG.ENABLED``, semantic maps are means over several sizes of each image, and mirrored
+    ones; evaluations during training are without, as they would take ten times as long.
 
     Args:
         cfg: configuration.
@@ -253,6 +256,8 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> OrderedDict:
     if average is not None and average.restored:
         logger.info("Evaluating the averaged weights.")
         model.load_state_dict(average.state_dict())
+    if cfg.TEST.AUG.ENABLED:
+        model = AugmentedSemanticModel(cfg, model)
     results = MaskDINOTrainer.test(cfg, model)
     if comm.is_main_process():
         write_results(cfg.OUTPUT_DIR, results)
