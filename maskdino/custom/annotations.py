@@ -1,0 +1,213 @@
+"""Annotations in COCO's format, as people bring them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+
+from pycocotools import mask as mask_util
+
+from maskdino.data import DataError
+
+LISTS = ("images", "annotations", "categories")
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The content of one annotation file and the folder of its images.
+
+    Attributes:
+        json_file: where it came from.
+        image_root: folder that the images' file names are relative to.
+        images, annotations, categories: COCO's lists; nothing is promised about their entries
+            before `maskdino.custom.checks.check` found them in order.
+    """
+
+    json_file: Path
+    image_root: Path
+    images: list[dict] = field(repr=False)
+    annotations: list[dict] = field(repr=False)
+    categories: list[dict]
+
+    def without(self, images: Collection[int], annotations: Collection[int]) -> Annotations:
+        """Leaves out images, with their annotations, and annotations, by position in their list."""
+        ids = (self.images[index].get("id") for index in images)
+        kept_images = [x for i, x in enumerate(self.images) if i not in images]
+        # Of two images with one id, the annotations stay with the other.
+        gone = {x for x in ids if isinstance(x, Hashable)} - {x["id"] for x in kept_images}
+        kept = (x for i, x in enumerate(self.annotations) if i not in annotations)
+        return replace(
+            self,
+            images=kept_images,
+            annotations=[x for x in kept if x.get("image_id") not in gone],
+        )
+
+    def only(self, image_ids: Collection[Hashable]) -> Annotations:
+        """The part that belongs to some of the images."""
+        return replace(
+            self,
+            images=[x for x in self.images if x["id"] in image_ids],
+            annotations=[x for x in self.annotations if x["image_id"] in image_ids],
+        )
+
+    def path_of(self, image: dict) -> Path:
+        """Where the file of an image is."""
+        return self.image_root / image["file_name"]
+
+    def objects(self) -> list[dict]:
+        """Annotations but crowd regions."""
+        return [a for a in self.annotations if not a.get("iscrowd")]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a plan needs to know of annotations.
+
+    Attributes:
+        images: their number.
+        counts: number of objects by class name, in the order of the class indices.
+        has_masks: whether any object has a mask.
+        longest_side: median of the images' longer sides, in pixels.
+        most_objects: in one image.
+    """
+
+    images: int
+    counts: dict[str, int]
+    has_masks: bool
+    longest_side: int
+    most_objects: int
+
+    @property
+    def objects(self) -> int:
+        """Objects of all classes."""
+        return sum(self.counts.values())
+
+
+def read_annotations(json_file: str | Path, image_root: str | Path) -> Annotations:
+    """Reads an annotation file; looks no deeper than its three lists.
+
+    Raises:
+        DataError: the file or folder is missing, or the file is not COCO's; says what it looks like.
+    """
+    json_file, image_root = Path(json_file), Path(image_root)
+    if not image_root.is_dir():
+        raise DataError(f"{image_root} is no folder: give the one that holds the images")
+    try:
+        content = json.loads(json_file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise DataError(f"there is no annotation file {json_file}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{json_file} cannot be read as JSON: {error}") from error
+    problem = _format_problem(content)
+    if problem:
+        raise DataError(f"{json_file} is not in COCO's format: {problem}")
+    return Annotations(json_file, image_root, *(content[name] for name in LISTS))
+
+
+def _format_problem(content: object) -> str | None:
+    if isinstance(content, list):
+        kind = "results of a model" if content and "score" in content[0] else "a bare list"
+        return f"it holds {kind}, but must be an object with {', '.join(LISTS)}"
+    if not isinstance(content, dict):
+        return f"it holds a single {type(content).__name__}"
+    if "shapes" in content:
+        return "it looks like labelme's, which has one file for each image: convert it to COCO"
+    missing = [name for name in LISTS if name not in content]
+    if missing:
+        return f"it lacks {', '.join(missing)}; it has {', '.join(content) or 'nothing'}"
+    for name in LISTS:
+        entries = content[name]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            return f"{name!r} must be a list of objects"
+    if any("segments_info" in annotation for annotation in content["annotations"]):
+        return "it is COCO's panoptic format, which maskdino.data.register_panoptic_folder takes"
+    return None
+
+
+def summarise(data: Annotations) -> Summary:
+    """Counts what is in annotations that were found in order."""
+    objects = data.objects()
+    by_category = Counter(a["category_id"] for a in objects)
+    by_image = Counter(a["image_id"] for a in objects)
+    sides = [max(int(image["width"]), int(image["height"])) for image in data.images]
+    return Summary(
+        images=len(data.images),
+        counts={c["name"]: by_category[c["id"]] for c in data.categories},
+        has_masks=any(a.get("segmentation") for a in objects),
+        longest_side=round(median(sides)),
+        most_objects=max(by_image.values(), default=0),
+    )
+
+
+def encode_mask(segmentation: list | dict, size: tuple[int, int]) -> dict:
+    """Polygons, or run lengths in either form, as compressed run lengths of an image (H, W)."""
+    if isinstance(segmentation, list):
+        return mask_util.merge(mask_util.frPyObjects(segmentation, *size))
+    if isinstance(segmentation["counts"], list):
+        return mask_util.frPyObjects(segmentation, *size)
+    return segmentation
+
+
+def write_annotations(data: Annotations, path: Path) -> None:
+    """Writes annotations that were found in order so that every reader agrees on them.
+
+    Image and category ids stay if they are integers, and are numbered from 1 otherwise.
+    Annotations are numbered from 1: pycocotools takes an object of id 0 for none. Boxes and areas
+    that are missing are filled in from the masks; fields that nobody reads are left out.
+    """
+    image_ids = _integer_ids(data.images)
+    category_ids = _integer_ids(data.categories)
+    sizes = {x["id"]: (int(x["height"]), int(x["width"])) for x in data.images}
+    images = [
+        {
+            "id": image_ids[x["id"]],
+            "file_name": x["file_name"],
+            "height": sizes[x["id"]][0],
+            "width": sizes[x["id"]][1],
+        }
+        for x in data.images
+    ]
+    annotations = []
+    for number, annotation in enumerate(data.annotations, start=1):
+        entry = {
+            "id": number,
+            "image_id": image_ids[annotation["image_id"]],
+            "category_id": category_ids[annotation["category_id"]],
+            "iscrowd": int(bool(annotation.get("iscrowd"))),
+            **_geometry(annotation, sizes[annotation["image_id"]]),
+        }
+        annotations.append(entry)
+    categories = [{"id": category_ids[x["id"]], "name": str(x["name"])} for x in data.categories]
+    content = {
+        "info": {"description": f"from {data.json_file.name}"},
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _integer_ids(entries: list[dict]) -> dict[Hashable, int]:
+    ids = [entry["id"] for entry in entries]
+    if all(isinstance(x, int) for x in ids):
+        return {x: x for x in ids}
+    return {x: number for number, x in enumerate(ids, start=1)}
+
+
+def _geometry(annotation: dict, size: tuple[int, int]) -> dict:
+    """Box and area, and the mask if there is one."""
+    segmentation, box = annotation.get("segmentation"), annotation.get("bbox")
+    area = annotation.get("area")
+    result = {}
+    if segmentation:
+        result["segmentation"] = segmentation
+        if not box or area is None:
+            rle = encode_mask(segmentation, size)
+            box = box or mask_util.toBbox(rle).tolist()
+            area = float(mask_util.area(rle)) if area is None else area
+    return {**result, "bbox": box, "area": box[2] * box[3] if area is None else area}

@@ -1,0 +1,163 @@
+"""From the files that somebody brings to data that a training can be started on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from maskdino.custom.annotations import (
+    Annotations,
+    Summary,
+    read_annotations,
+    summarise,
+    write_annotations,
+)
+from maskdino.custom.checks import Finding, check, check_pair, describe, drop
+from maskdino.custom.plan import TRAIN_NAME, VALIDATION_NAME
+from maskdino.custom.split import split
+from maskdino.data import DataError, register_coco_folder
+
+DATA_FOLDER, INDEX_NAME, FINDINGS_NAME = "data", "datasets.json", "check.txt"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where data come from.
+
+    Attributes:
+        train_json, train_images: annotations, and the folder of their images.
+        val_json, val_images: likewise for validation; None: a part of the training data.
+        skip_invalid: leave out images and annotations that are wrong, instead of an error.
+    """
+
+    train_json: Path
+    train_images: Path
+    val_json: Path | None = None
+    val_images: Path | None = None
+    skip_invalid: bool = False
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Data in order.
+
+    Attributes:
+        train, validation: what they hold.
+        was_split: whether the validation data were set aside from the training data.
+        notes: what is odd, and what was left out, as lines of text.
+    """
+
+    train: Summary
+    validation: Summary
+    was_split: bool
+    notes: list[str]
+
+
+def prepare_data(sources: Sources, output: Path) -> PreparedData:
+    """Reads, checks and, if need be, splits data, and writes what training reads.
+
+    ``<output>/data`` gets the annotations, their index, and all findings of the checks.
+
+    Args:
+        sources: where the data come from.
+        output: folder of the run.
+
+    Raises:
+        DataError: the data cannot be used; the message lists all that is wrong.
+    """
+    train = read_annotations(sources.train_json, sources.train_images)
+    notes: list[str] = []
+    train = _checked(train, check(train), sources.skip_invalid, output, notes)
+    if sources.val_json is None:
+        train, validation = split(train)
+    else:
+        validation = read_annotations(sources.val_json, sources.val_images)
+        findings = check(validation, need_all_masks=summarise(train).has_masks)
+        validation = _checked(validation, findings, sources.skip_invalid, output, notes)
+        validation = _checked(validation, check_pair(train, validation), False, output, notes)
+    # Equal lists give equal class indices.
+    validation = replace(validation, categories=train.categories)
+    index = {}
+    for name, data in ((TRAIN_NAME, train), (VALIDATION_NAME, validation)):
+        path = output / DATA_FOLDER / f"{name}.json"
+        write_annotations(data, path)
+        index[name] = {"json_file": path.name, "image_root": str(data.image_root.resolve())}
+    (output / DATA_FOLDER / INDEX_NAME).write_text(json.dumps(index, indent=1))
+    summaries = summarise(train), summarise(validation)
+    if summaries[0].has_masks and not summaries[1].has_masks:
+        notes.append("no mask in the validation data: only box AP can be measured")
+    return PreparedData(*summaries, sources.val_json is None, notes)
+
+
+def _checked(
+    data: Annotations, findings: Sequence[Finding], skip: bool, output: Path, notes: list[str]
+) -> Annotations:
+    """The data without what is wrong; appends what was found to a file and to the notes.
+
+    Raises:
+        DataError: something is wrong and must not, or cannot, be left out.
+    """
+    if not findings:
+        return data
+    fatal = [finding for finding in findings if finding.fatal]
+    odd = [finding for finding in findings if not finding.fatal]
+    path = output / DATA_FOLDER / FINDINGS_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for title, part in (("wrong", fatal), ("odd", odd)):
+            file.writelines(f"{line}\n" for line in [f"{data.json_file}, {title}:"] * bool(part))
+            file.writelines(f"  {line}\n" for line in describe(part, most=None))
+    stuck = [finding for finding in fatal if not finding.droppable]
+    if stuck or (fatal and not skip):
+        raise DataError(_message(data, fatal, odd, path, can_skip=not stuck))
+    if fatal:
+        data = drop(data, fatal)
+        notes.append(f"{data.json_file}: left out because it is wrong:")
+        notes += [f"  {line}" for line in describe(fatal)]
+        if not data.images or not data.objects():
+            raise DataError(f"{data.json_file}: nothing is left; all that is wrong is in {path}")
+    if odd:
+        notes.append(f"{data.json_file}: odd, but no obstacle:")
+        notes += [f"  {line}" for line in describe(odd)]
+    return data
+
+
+def _message(
+    data: Annotations, fatal: list[Finding], odd: list[Finding], path: Path, *, can_skip: bool
+) -> str:
+    lines = [f"{data.json_file} cannot be trained on as it is. Wrong:"]
+    lines += [f"  {line}" for line in describe(fatal)]
+    if odd:
+        lines += ["Odd, but no obstacle:", *(f"  {line}" for line in describe(odd))]
+    lines.append(f"The whole list is in {path}.")
+    if can_skip:
+        lines.append("Mend the data, or leave out what is wrong with --skip-invalid.")
+    return "\n".join(lines)
+
+
+def register_prepared(output: Path) -> None:
+    """Registers the data of a run with detectron2, in place of another run's.
+
+    Raises:
+        DataError: the folder holds no prepared data.
+    """
+    folder = output / DATA_FOLDER
+    if not (folder / INDEX_NAME).is_file():
+        raise DataError(f"{folder} holds no data that were prepared for training")
+    for name, entry in json.loads((folder / INDEX_NAME).read_text()).items():
+        if name in DatasetCatalog.list():
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        json_file = folder / entry["json_file"]
+        names = [category["name"] for category in sorted_categories(json_file)]
+        register_coco_folder(name, json_file, entry["image_root"], thing_classes=names)
+
+
+def sorted_categories(json_file: Path) -> list[dict]:
+    """The categories of a prepared file in the order of their class indices."""
+    categories = json.loads(json_file.read_text())["categories"]
+    return sorted(categories, key=lambda category: category["id"])

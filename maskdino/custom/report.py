@@ -1,0 +1,93 @@
+"""What a run tells at its beginning and at its end, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+from detectron2.config import CfgNode
+
+from maskdino.custom.annotations import Summary
+from maskdino.custom.history import Evaluation
+from maskdino.custom.plan import Cost, Machine
+from maskdino.custom.prepare import PreparedData
+
+TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
+METRICS = ("AP", "AP50", "AP75")
+
+
+def plan_text(
+    cfg: CfgNode, data: PreparedData, machine: Machine, epochs: int, cost: Cost | None
+) -> str:
+    """The choices that were made, one in a line, each with what it follows from."""
+    solver, size = cfg.SOLVER, cfg.INPUT.LSJ.SIZE[0]
+    images = f"{data.train.images} to train on, {data.validation.images} to validate on"
+    if data.was_split:
+        images += " (set aside by a hash of the file names)"
+    kind = "the GPU" if machine.device == "cuda" else "the CPU"
+    memory = f"{machine.processes} x {kind}, {machine.memory_mb / 1024:.1f} GB free"
+    batch = f"{solver.IMS_PER_BATCH} images"
+    schedule = f"{epochs} epochs, {solver.MAX_ITER} iterations"
+    if cost is not None:
+        batch += f"; a step needs {cost.fixed_mb:.0f} MB and {cost.image_mb:.0f} MB for each image"
+        seconds = solver.MAX_ITER * solver.IMS_PER_BATCH * cost.image_seconds / machine.processes
+        schedule += f", about {timedelta(seconds=round(seconds))} without evaluations"
+    rows = [
+        ("classes", f"{cfg.MODEL.MASK_DINO.NUM_CLASSES}: {_counts(data.train)}"),
+        ("task", "boxes and masks" if cfg.MODEL.MASK_DINO.MASK_ON else "boxes"),
+        ("images", images),
+        ("machine", memory),
+        ("image size", f"{size} pixels (median of the data: {data.train.longest_side})"),
+        ("queries", f"{_queries(cfg)} (fullest image: {data.train.most_objects} objects)"),
+        ("batch", batch),
+        ("learning rate", f"{solver.BASE_LR:g}, a tenth of it from {list(solver.STEPS)} on"),
+        ("schedule", schedule),
+        ("evaluation", f"every {cfg.TEST.EVAL_PERIOD} iterations: COCO's AP"),
+        ("starts from", cfg.MODEL.WEIGHTS or "random weights"),
+    ]
+    return table(rows)
+
+
+def _queries(cfg: CfgNode) -> int:
+    return cfg.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES
+
+
+def _counts(summary: Summary, most: int = 10) -> str:
+    """The commonest classes with their number of objects."""
+    common = sorted(summary.counts.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{name} ({count})" for name, count in common[:most])
+    return listed + (f", and {len(common) - most} more" if len(common) > most else "")
+
+
+def results_text(evaluation: Evaluation, validation: Summary) -> str:
+    """AP of all classes together, and of each class."""
+    tasks = [task for task in TASK_NAMES if task in evaluation.results]
+    head = ["", "objects", *(f"{TASK_NAMES[task]} {m}" for task in tasks for m in METRICS)]
+    together = [evaluation.results[task].get(m) for task in tasks for m in METRICS]
+    rows = [head, ["all", str(validation.objects), *map(_percent, together)]]
+    for name, count in validation.counts.items():
+        # With a single class, its AP is that of all.
+        only = "AP" if len(validation.counts) == 1 else f"AP-{name}"
+        cells = [
+            _percent(evaluation.results[task].get(only)) if m == "AP" else ""
+            for task in tasks
+            for m in METRICS
+        ]
+        rows.append([name, str(count), *cells])
+    return table(rows)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.1f}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, the first one and the last of two to the left, others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        pairs = zip(row[1:], widths[1:], strict=True)
+        cells += [cell if len(row) == 2 else cell.rjust(width) for cell, width in pairs]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,171 @@
+"""One training on own data, from the files to the result: plan, train, tell."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+
+from maskdino.config import load_config
+from maskdino.custom.annotations import read_annotations, summarise
+from maskdino.custom.history import History
+from maskdino.custom.plan import (
+    VALIDATION_NAME,
+    Wishes,
+    apply_data,
+    apply_schedule,
+    find_machine,
+    fit_memory,
+)
+from maskdino.custom.prepare import DATA_FOLDER, Sources, prepare_data, register_prepared
+from maskdino.custom.report import plan_text, results_text
+from maskdino.custom.training import BEST_FOLDER, BEST_NAME, CustomTrainer
+from maskdino.loading import RELEASED, find_config, read_config
+
+NO_WEIGHTS = "none"
+DEFAULT_CONFIGS = {"cuda": "custom/maskdino_R50", "cpu": "custom/maskdino_small"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be trained, and on what.
+
+    Attributes:
+        sources: the data.
+        output: folder for everything that comes of it.
+        config: path or name of a configuration; None: one that suits the machine.
+        weights: path or address to start from, "released", or "none" for random weights; None: the
+            configuration's.
+        wishes: what the plan shall not choose.
+        processes: number of GPUs, or of processes without one.
+        overrides: keys and values, which have the last word.
+    """
+
+    sources: Sources
+    output: Path
+    config: str | None = None
+    weights: str | None = None
+    wishes: Wishes = Wishes()
+    processes: int = 1
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the parts of a run are.
+
+    Attributes:
+        output: folder of the run.
+    """
+
+    output: Path
+
+    @property
+    def config(self) -> Path:
+        """The whole configuration."""
+        return self.output / "config.yaml"
+
+    @property
+    def best_weights(self) -> Path:
+        """The best checkpoint."""
+        return self.output / BEST_FOLDER / f"{BEST_NAME}.pth"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of predictions beside ground truth."""
+        return self.output / "predictions"
+
+    def is_planned(self) -> bool:
+        """Whether there is something that could be resumed."""
+        return self.config.is_file()
+
+    def results(self) -> str:
+        """A table of the best evaluation."""
+        best = History.read(self.output / BEST_FOLDER / "history.json").best
+        if best is None:
+            return "no evaluation yet"
+        json_file = self.output / DATA_FOLDER / f"{VALIDATION_NAME}.json"
+        summary = summarise(read_annotations(json_file, self.output))
+        title = "Average precision on the validation images, in percent, best of all evaluations "
+        return f"{title}(iteration {best.iteration + 1}):\n{results_text(best, summary)}"
+
+
+def plan_run(request: Request) -> tuple[Run, str]:
+    """Checks the data, chooses all settings, and writes them to the folder of the run.
+
+    Returns:
+        The run, and what was chosen and found odd, as text.
+
+    Raises:
+        ValueError: the data or the wishes are at fault (`maskdino.data.DataError`: the data).
+        FileNotFoundError, KeyError, ConnectionError: see `read_start`.
+    """
+    run = Run(request.output)
+    data = prepare_data(request.sources, request.output)
+    register_prepared(request.output)
+    machine, wishes = find_machine(request.processes), request.wishes
+    cfg = read_start(request.config or DEFAULT_CONFIGS[machine.device], request)
+    apply_data(cfg, data.train, machine, wishes)
+    known = wishes.epochs and wishes.batch_size
+    cost = None if known else fit_memory(cfg, data.train, machine, wishes)
+    epochs = apply_schedule(cfg, data.train, machine, wishes, cost)
+    cfg.OUTPUT_DIR = str(request.output)
+    cfg.merge_from_list(list(request.overrides))
+    text = plan_text(cfg, data, machine, epochs, cost)
+    if data.notes:
+        text += "\n" + "\n".join(data.notes)
+    (request.output / "plan.txt").write_text(f"{text}\n")
+    run.config.write_text(cfg.dump())  # last: it says that the run is planned
+    return run, text
+
+
+def read_start(config: str, request: Request) -> CfgNode:
+    """The configuration to start from, with weights that can be read.
+
+    Raises:
+        FileNotFoundError: there is no such configuration or checkpoint.
+        ConnectionError: the weights cannot be downloaded.
+        KeyError: no weights were released for the configuration, or a key is unknown.
+    """
+    if request.weights == RELEASED:
+        return read_config(config, RELEASED, request.overrides)
+    cfg = load_config(str(find_config(config)), request.overrides)
+    if request.weights is not None:
+        cfg.MODEL.WEIGHTS = "" if request.weights == NO_WEIGHTS else request.weights
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not Path(weights).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {weights}")
+    if "://" in weights:
+        try:
+            PathManager.get_local_path(weights)
+        except OSError as error:  # what urllib raises for every failure of the network
+            raise ConnectionError(
+                f"cannot download {weights} ({error}); give a file with --weights FILE, or start "
+                f"from random weights with --weights {NO_WEIGHTS}"
+            ) from error
+    return cfg
+
+
+def train_run(run: Run, resume: bool, early_stop: int) -> None:
+    """Trains, in one of possibly several processes.
+
+    Args:
+        run: a planned one.
+        resume: go on from its last checkpoint, if there is one.
+        early_stop: see `CustomTrainer`.
+    """
+    for name in ("fvcore", "detectron2", "maskdino"):
+        setup_logger(str(run.output), distributed_rank=comm.get_rank(), name=name)
+    logging.getLogger(__name__).info("The whole configuration is in %s", run.config)
+    register_prepared(run.output)
+    cfg = load_config(str(run.config))
+    cfg.OUTPUT_DIR = str(run.output)  # the folder may have been moved
+    cfg.freeze()
+    trainer = CustomTrainer(cfg, early_stop)
+    trainer.resume_or_load(resume)
+    trainer.train()

@@ -1,0 +1,139 @@
+"""Trains Mask DINO on own data in COCO's format, in one command.
+
+    python tools/train_custom.py --train-json A.json --train-images DIR --output OUT
+    python tools/train_custom.py --train-json A.json --train-images DIR \\
+        --val-json B.json --val-images DIR --weights W --epochs 50 --early-stop 5 --output OUT
+    python tools/train_custom.py --output OUT --resume
+
+The data are checked first. Classes, tasks, image size, batch and schedule follow from them and from
+this machine; what was chosen is printed, and is in OUT/config.yaml. Without validation data, a part
+of the images is set aside. Keys and values at the end have the last word: SOLVER.BASE_LR 0.0002
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import visualize
+
+from maskdino.custom import Request, Run, Sources, Wishes, plan_run, train_run
+from maskdino.trainer import launch
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; `words` stands in for it in tests."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--train-json", type=Path, metavar="FILE", help="annotations")
+    data.add_argument("--train-images", type=Path, metavar="DIR", help="folder of their images")
+    data.add_argument("--val-json", type=Path, metavar="FILE")
+    data.add_argument("--val-images", type=Path, metavar="DIR")
+    data.add_argument(
+        "--skip-invalid", action="store_true", help="leave out wrong images and annotations"
+    )
+    model = parser.add_argument_group("model and schedule; by default they follow from the data")
+    model.add_argument("--config-file", metavar="FILE", help="path, or name in the model zoo")
+    model.add_argument(
+        "--weights", metavar="W", help='to start from: file, URL, "released" or "none"'
+    )
+    model.add_argument("--boxes-only", action="store_true", help="do not learn masks")
+    model.add_argument("--epochs", type=_positive, metavar="N", help="passes over all images")
+    model.add_argument("--batch-size", type=_positive, metavar="N", help="images, of all GPUs")
+    model.add_argument("--image-size", type=_positive, metavar="PIXELS", help="longest side")
+    model.add_argument(
+        "--early-stop",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="stop after N evaluations in a row without a better result",
+    )
+    parser.add_argument("--num-gpus", type=_positive, default=1, metavar="N")
+    parser.add_argument("--num-pictures", type=int, default=8, metavar="N")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="have the last word"
+    )
+    args = parser.parse_args(words)
+    if (args.val_json is None) != (args.val_images is None):
+        parser.error("--val-json and --val-images belong together")
+    return args
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Plans a new run, or finds the one that goes on.
+
+    Raises:
+        ValueError: the arguments do not go together; else see `maskdino.custom.plan_run`.
+    """
+    run = Run(args.output)
+    if args.resume and run.is_planned():
+        print(f"Going on with the run in {run.output}, as {run.config} says.")
+        return run
+    if run.is_planned():
+        raise ValueError(f"{run.output} holds a run: go on with --resume, or choose another folder")
+    if args.train_json is None or args.train_images is None:
+        raise ValueError("a new run needs --train-json and --train-images")
+    if not torch.cuda.is_available() and args.num_gpus > 1:
+        raise ValueError(f"--num-gpus {args.num_gpus}, but there is no GPU")
+    sources = Sources(
+        args.train_json, args.train_images, args.val_json, args.val_images, args.skip_invalid
+    )
+    wishes = Wishes(args.epochs, args.batch_size, args.image_size, args.boxes_only)
+    run, text = plan_run(
+        Request(
+            sources,
+            args.output,
+            config=args.config_file,
+            weights=args.weights,
+            wishes=wishes,
+            processes=args.num_gpus,
+            overrides=args.opts,
+        )
+    )
+    print(text, flush=True)
+    return run
+
+
+def finish(run: Run, num_pictures: int) -> None:
+    """Prints the result, draws pictures, and tells where everything is."""
+    print(f"\n{run.results()}\n")
+    if num_pictures > 0:
+        words = ["--config-file", run.config, "--weights", run.best_weights]
+        words += ["--output", run.pictures, "--num-images", num_pictures]
+        visualize.main(["predictions", *map(str, words)])
+    for path, what in (
+        (run.best_weights, "the best model"),
+        (run.config, "the whole configuration"),
+        (run.output / "best" / "history.json", "results of all evaluations, of each class"),
+        (run.pictures, "predictions beside ground truth"),
+        (run.output / "metrics.json", "losses and results over time"),
+        (run.output / "data", "annotations as they were trained on, and what was found in them"),
+    ):
+        if path.exists():
+            print(f"{path}: {what}")
+
+
+def main(words: list[str] | None = None) -> None:
+    """Runs the command."""
+    args = parse_arguments(words)
+    try:
+        run = prepare(args)
+    except (KeyError, ValueError, OSError) as error:
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    launch(train_run, run, args.resume, args.early_stop, processes=args.num_gpus)
+    finish(run, args.num_pictures)
+
+
+if __name__ == "__main__":
+    main()
