@@ -97,10 +97,6 @@ def _add_model(cfg: CfgNode) -> None:
     encoder.NUM_HEADS = 8
     encoder.NUM_POINTS = 4  # sampling points per head and level
     encoder.FEEDFORWARD_DIM = 2048
-    # Add positions to the tokens themselves, not only to the queries of the encoder's attention.
-    # Not in the paper:
-    # masks of look-alike objects come apart much sooner when there are few images to learn from.
-    encoder.POSITION_IN_TOKENS = False
     encoder.ACTIVATION_CHECKPOINT = (
         False  # recompute each layer in the backward pass: less memory, more time
     )

@@ -64,7 +64,6 @@ class MultiScaleDeformableEncoder(nn.Module):
         num_heads: int,
         num_points: int,
         feedforward_dim: int,
-        position_in_tokens: bool,
         activation_checkpoint: bool,
     ) -> None:
         """See `maskdino.config` for the arguments; `input_shape` describes the backbone's
@@ -73,7 +72,6 @@ class MultiScaleDeformableEncoder(nn.Module):
         super().__init__()
         _check_levels(in_features, num_levels, input_shape)
         self.in_features = list(in_features)
-        self.position_in_tokens = position_in_tokens
         self.activation_checkpoint = activation_checkpoint
         channels = [input_shape[name].channels for name in in_features]
         projections = [nn.Conv2d(width, hidden_dim, 1) for width in channels]
@@ -112,7 +110,6 @@ class MultiScaleDeformableEncoder(nn.Module):
             "num_heads": node.NUM_HEADS,
             "num_points": node.NUM_POINTS,
             "feedforward_dim": node.FEEDFORWARD_DIM,
-            "position_in_tokens": node.POSITION_IN_TOKENS,
             "activation_checkpoint": node.ACTIVATION_CHECKPOINT,
         }
 
@@ -127,8 +124,6 @@ class MultiScaleDeformableEncoder(nn.Module):
                 for (height, width), embedding in zip(spatial_shapes, self.level_embed, strict=True)
             ]
         )
-        if self.position_in_tokens:
-            tokens = tokens + position
         for layer in self.layers:
             if self.activation_checkpoint and self.training:
                 tokens = checkpoint(layer, tokens, position, spatial_shapes, use_reentrant=False)
