@@ -178,6 +178,27 @@ def ms_deform_attn_fused_reference(
     num_points: int,
 ) -> Tensor:
     """Compute :func:`ms_deform_attn_fused` with PyTorch operations, on every device."""
+    locations, weights = locations_and_weights(
+        value, spatial_shapes, offsets_and_logits, reference, num_points
+    )
+    return ms_deform_attn_reference(
+        value.to(locations.dtype), spatial_shapes, locations, weights
+    ).to(value.dtype)
+
+
+def locations_and_weights(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    offsets_and_logits: Tensor,
+    reference: Tensor | None,
+    num_points: int,
+) -> tuple[Tensor, Tensor]:
+    """Turn the arguments of :func:`ms_deform_attn_fused` into those of :func:`ms_deform_attn`.
+
+    Returns:
+        Sampling locations (B, Q, M, L, P, 2) and attention weights (B, Q, M, L, P), float32
+        (float64 where an argument is float64).
+    """
     num_images, num_queries, _ = offsets_and_logits.shape
     num_heads, num_levels = value.shape[2], len(spatial_shapes)
     dtype = _compute_dtype(torch.promote_types(value.dtype, offsets_and_logits.dtype))
@@ -193,9 +214,7 @@ def ms_deform_attn_fused_reference(
         locations = anchors + offsets / _sizes(spatial_shapes, offsets)
     else:
         locations = anchors[..., :2] + offsets / num_points * anchors[..., 2:] * 0.5
-    return ms_deform_attn_reference(value.to(dtype), spatial_shapes, locations, weights).to(
-        value.dtype
-    )
+    return locations, weights
 
 
 def token_centres(
@@ -252,7 +271,9 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Tensor:
     """Return the (W, H) of each level, (L, 1, 2), filled on the device so that nothing waits."""
-    sizes = [like.new_full((1,), side) for height, width in spatial_shapes for side in (width, height)]
+    sizes = [
+        like.new_full((1,), side) for height, width in spatial_shapes for side in (width, height)
+    ]
     return torch.cat(sizes).view(-1, 1, 2)
 
 
