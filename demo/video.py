@@ -21,6 +21,7 @@ GUESSED_FRAMES = 2  # the frame counts of containers may be wrong by so many
 CODEC = "mp4v"  # MPEG-4, which every build of OpenCV with FFmpeg can write
 # How MP4, QuickTime and AVI, then Matroska and WebM, name the codec of a video track.
 _FOUR_LETTERS = re.compile(rb"(?:stsd.{12}|strf.{20})([A-Za-z0-9 ._-]{4})", re.DOTALL)
+_MATROSKA_START = bytes.fromhex("1a45dfa3")
 _MATROSKA = re.compile(rb"V_[A-Z0-9/_]{2,30}")
 _SEARCHED_BYTES = 1 << 22  # at either end of a file
 
@@ -184,9 +185,9 @@ def codec_of(path: Path) -> str:
         content = file.read(_SEARCHED_BYTES)
         file.seek(max(len(content), size - _SEARCHED_BYTES))
         content += file.read(_SEARCHED_BYTES)
-    matroska = _MATROSKA.search(content)
-    if matroska:
-        return matroska[0].decode("ascii")
+    if content.startswith(_MATROSKA_START):
+        track = _MATROSKA.search(content)
+        return track[0].decode("ascii") if track else ""
     sound = {"mp4a", "ac-3", "ec-3", "alac", "sowt", "twos", "lpcm", ".mp3", "tx3g", "text", "tmcd"}
     letters = (match[1].decode("ascii") for match in _FOUR_LETTERS.finditer(content))
     return next((four for four in letters if four not in sound), "")

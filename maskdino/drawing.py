@@ -96,7 +96,9 @@ def draw_regions(
 
 def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
     """A copy with every pixel repeated `scale` times in both directions."""
-    return np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
+    return (
+        np.array(image).repeat(scale, axis=0).repeat(scale, axis=1) if scale > 1 else image.copy()
+    )
 
 
 def line_width(image: np.ndarray) -> int:
@@ -131,10 +133,12 @@ def _draw_mask(canvas: np.ndarray, region: Region, scale: int, width: int) -> No
     rows = slice(top * scale, top * scale + mask.shape[0])
     columns = slice(left * scale, left * scale + mask.shape[1])
     window = canvas[rows, columns]
-    color = np.array(region.color, np.float32)
     if region.fill:
-        filled = window[mask] * (1 - FILL_OPACITY) + color * FILL_OPACITY
-        window[mask] = filled.round().astype(np.uint8)
+        values = np.arange(256)[:, None] * (1 - FILL_OPACITY)
+        blended = (values + np.multiply(region.color, FILL_OPACITY)).round().astype(np.uint8)
+        for channel in range(3):  # by table: many times faster than arithmetic on chosen pixels
+            pixels = window[..., channel]
+            np.copyto(pixels, blended[pixels, channel], where=mask)
     window[contour(mask, width)] = region.color
 
 
