@@ -142,6 +142,14 @@ def network_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[in
     return tuple(max(1, int(edge + 0.5)) for edge in edges)
 
 
+def fitting_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """The largest (height, width) of a picture that fits on a canvas, shape kept."""
+    scale = min(room / edge for edge, room in zip(size, canvas, strict=True))
+    return tuple(
+        min(room, max(1, int(edge * scale + 0.5))) for edge, room in zip(size, canvas, strict=True)
+    )
+
+
 def network_image(image: np.ndarray, size: tuple[int, int], image_format: str) -> torch.Tensor:
     """(H, W, 3) uint8 RGB to (3, h, w) uint8 in INPUT.FORMAT."""
     if image.shape[:2] != size:

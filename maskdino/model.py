@@ -113,7 +113,7 @@ class MaskDINO(nn.Module):
             "denoising": build_denoising(cfg),
             "decoder": Decoder(cfg),
             "criterion": Criterion(cfg),
-            "inference": _inference_options(cfg),
+            "inference": inference_options(cfg),
             "is_thing": thing_classes(cfg),
             "deep_supervision": node.LOSS.DEEP_SUPERVISION,
             "supervise_initial": node.LOSS.SUPERVISE_INITIAL,
@@ -289,7 +289,8 @@ def _join(first: Queries, second: Queries) -> Queries:
     return Queries(content, torch.cat([first.anchor_logits, second.anchor_logits.float()], dim=1))
 
 
-def _inference_options(cfg: CfgNode) -> InferenceOptions:
+def inference_options(cfg: CfgNode) -> InferenceOptions:
+    """How the configuration wants predictions to become results."""
     node = cfg.MODEL.MASK_DINO.TEST
     layers = cfg.MODEL.MASK_DINO.DECODER.NUM_LAYERS
     if not -1 <= node.DECODER_LAYER <= layers:

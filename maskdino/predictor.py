@@ -25,11 +25,12 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import Tensor
 
-from maskdino.images import ImageSource, load_image, network_image, network_size
+from maskdino.images import ImageSource, load_image, network_image
 from maskdino.loading import load_weights, pick_device, read_config
 from maskdino.model import InferenceOptions, MaskDINO
 from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
-from maskdino.results import TASKS, Categories, ImageResult, encode_mask
+from maskdino.predictor_options import PredictorOptions
+from maskdino.results import Categories, ImageResult, encode_mask
 from maskdino.structures import Predictions
 
 MASK_BYTES_AT_ONCE = 1 << 28  # decoded masks of one picture that exist at one time
@@ -62,39 +63,6 @@ class TorchNetwork:
         with torch.autocast(batch.device.type, dtype=half, enabled=on_gpu):
             predictions, pixels = self.model.predict(batch)
         return predictions, pixels, tuple(batch.shape[-2:])
-
-
-@dataclass(frozen=True)
-class PredictorOptions:
-    """How pictures are read, and what is kept of the predictions.
-
-    Attributes:
-        tasks: which of "instance", "panoptic" and "semantic" results hold.
-        confidence_threshold: objects with a lower score are left out, in [0, 1].
-        shortest, longest: pixels of the edges at which the network reads a picture.
-        image_format: INPUT.FORMAT, "RGB" or "BGR".
-        size_divisibility: canvases are a multiple of this many pixels.
-        batch_size: pictures that the network reads at one time.
-    """
-
-    tasks: tuple[str, ...]
-    confidence_threshold: float
-    shortest: int
-    longest: int
-    image_format: str
-    size_divisibility: int
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        if not self.tasks or not set(self.tasks) <= set(TASKS):
-            raise ValueError(f"tasks are {self.tasks}; they must be of {', '.join(TASKS)}")
-        if not 0 <= self.confidence_threshold <= 1:
-            raise ValueError(f"confidence_threshold {self.confidence_threshold} is not in [0, 1]")
-        if self.batch_size < 1 or self.shortest < 0 or self.longest < 1:
-            raise ValueError(
-                f"batch size {self.batch_size} and sizes {self.shortest}, {self.longest} must be "
-                "positive"
-            )
 
 
 class MaskDINOPredictor:
@@ -185,22 +153,11 @@ class MaskDINOPredictor:
         batch_size: int = 1,
     ) -> MaskDINOPredictor:
         """From a model that is there already; see `from_config`."""
-        test, node = cfg.MODEL.MASK_DINO.TEST, cfg.MODEL.MASK_DINO
-        switches = (test.INSTANCE_ON, test.PANOPTIC_ON, test.SEMANTIC_ON)
-        able = tuple(task for task, on in zip(TASKS, switches, strict=True) if on)
-        tasks = able if tasks is None else tuple(tasks)
-        if not node.MASK_ON and set(tasks) - {"instance"}:
-            raise ValueError(f"a model without masks cannot do {tasks}; it gives boxes only")
-        shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-        if size is not None:
-            shortest, longest = size, max(size, round(size * longest / max(shortest, 1)))
-        options = PredictorOptions(
-            tasks=tasks,
+        options = PredictorOptions.from_config(
+            cfg,
             confidence_threshold=confidence_threshold,
-            shortest=shortest,
-            longest=longest,
-            image_format=cfg.INPUT.FORMAT,
-            size_divisibility=node.SIZE_DIVISIBILITY,
+            tasks=tasks,
+            size=size,
             batch_size=batch_size,
         )
         return cls(
@@ -374,9 +331,7 @@ class _Picture:
         number: int, source: ImageSource, channel_order: str, options: PredictorOptions
     ) -> _Picture:
         image = load_image(source, channel_order)
-        size = network_size(image.shape[:2], options.shortest, options.longest)
-        multiple = max(1, options.size_divisibility)
-        canvas = tuple(-(-edge // multiple) * multiple for edge in size)
+        size, canvas = options.sizes_of(image.shape[:2])
         is_file = isinstance(source, str | os.PathLike)
         return _Picture(
             number,

@@ -105,7 +105,7 @@ class UnifiedQuerySelection(nn.Module):
         boxes = xyxy_to_cxcywh(
             masks_to_boxes(masks, inclusive=self.mask_enhanced_anchors == "mask2box")
         )
-        # Filled on the device: nothing is copied to it, and exported programs keep the size variable.
+        # Filled on the device: nothing is copied, and exported programs keep the size variable.
         sizes = torch.cat([boxes.new_full((1,), side) for side in (width, height, width, height)])
         return inverse_sigmoid(boxes / sizes)
 

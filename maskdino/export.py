@@ -1,0 +1,327 @@
+"""The network as a program that runs without this package: torch.export and ONNX.
+
+A program reads pictures on a padded canvas and gives the predictions of the network, or the results
+of one task. Nothing in it is a custom operator: deformable attention is spelled out with bilinear
+sampling, or, for TensorRT, kept as the node of TensorRT's own plugin.
+
+Shape key: B images, Q queries, S tokens, M heads, D channels of a head, L levels, P points.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from maskdino.export_postprocess import inside_image, instances, panoptic, semantic
+from maskdino.model import MaskDINO
+from maskdino.modeling.attention import MultiScaleDeformableAttention
+from maskdino.ops.ms_deform_attn import (
+    locations_and_weights,
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+)
+
+if TYPE_CHECKING:
+    import onnx
+
+    from maskdino.structures import SpatialShapes
+
+OUTPUTS = ("predictions", "instance", "panoptic", "semantic")
+MASK_SIZES = ("full", "quarter")
+COARSEST_STRIDE = 32  # of backbones: sizes that vary are multiples of it
+LARGEST_SIZE = 4096  # pixels of a side that varies
+LARGEST_BATCH = 64
+PLUGIN, PLUGIN_DOMAIN = "MultiscaleDeformableAttnPlugin_TRT", "TRT"
+FIRST_OPSET = 16  # the first with bilinear sampling (GridSample)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a program reads and gives.
+
+    Attributes:
+        outputs: "predictions": those of all queries, without post-processing; or the results of a
+            task: "instance", "panoptic" or "semantic".
+        mask_size: "full": masks have the size of the canvas; "quarter": a quarter of it, as the
+            network computes them.
+        size: (height, width) of the canvas, multiples of 32; None: any size.
+        plugin: whether deformable attention stays one node, TensorRT's plugin.
+    """
+
+    outputs: str = "predictions"
+    mask_size: str = "full"
+    size: tuple[int, int] | None = None
+    plugin: bool = False
+
+    def __post_init__(self) -> None:
+        if self.outputs not in OUTPUTS or self.mask_size not in MASK_SIZES:
+            raise ValueError(
+                f"outputs {self.outputs!r} must be one of {OUTPUTS}, and mask_size "
+                f"{self.mask_size!r} one of {MASK_SIZES}"
+            )
+        if self.size is not None and any(s < 1 or s % COARSEST_STRIDE for s in self.size):
+            raise ValueError(f"size {self.size} must be multiples of {COARSEST_STRIDE}")
+
+    @property
+    def needs_image_sizes(self) -> bool:
+        """Whether the second input tells which part of each canvas is the image."""
+        return self.outputs in ("instance", "panoptic")
+
+    @property
+    def input_names(self) -> list[str]:
+        return ["images", "image_sizes"] if self.needs_image_sizes else ["images"]
+
+
+class ExportableNetwork(nn.Module):
+    """Pictures to predictions or results, in a form that can be traced.
+
+    The model is copied: what is exported may not change while it is, and the copy spells deformable
+    attention out.
+    """
+
+    def __init__(self, model: MaskDINO, options: ExportOptions) -> None:
+        """
+        Args:
+            model: a trained model.
+            options: what the program shall give.
+
+        Raises:
+            ValueError: the model has no masks, and the options ask for them.
+        """
+        super().__init__()
+        if model.pixel_embedding is None and options.outputs in ("panoptic", "semantic"):
+            raise ValueError(f"outputs {options.outputs!r} need masks, and this model gives none")
+        self.options = options
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        operator = plugin_attention if options.plugin else ms_deform_attn_fused_reference
+        for module in self.model.modules():
+            if isinstance(module, MultiScaleDeformableAttention):
+                module.operator = operator
+
+    def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> dict[str, Tensor]:
+        """Computes a batch.
+
+        Args:
+            images: (B, 3, height, width) float32 in [0, 255], in INPUT.FORMAT. What is outside of a
+                picture (at the right and at the bottom) has the value MODEL.PIXEL_MEAN.
+            image_sizes: (B, 2) int64 height and width of the pictures, for "instance" and
+                "panoptic".
+
+        Returns:
+            With "predictions" `class_logits` (B, Q, K), `boxes` (B, Q, 4) cx, cy, w, h in [0, 1] of
+            the canvas and, with a mask branch, `mask_embeddings` (B, Q, C) and `pixel_embedding`
+            (B, C, height / 4, width / 4); else what `maskdino.export_postprocess` tells.
+        """
+        model, options = self.model, self.options
+        canvas = tuple(images.shape[2:])
+        predictions, pixels = model.predict((images - model.pixel_mean) / model.pixel_std)
+        if options.outputs == "predictions":
+            found = {"class_logits": predictions.class_logits, "boxes": predictions.boxes}
+            if pixels is None:
+                return found
+            return {
+                **found,
+                "mask_embeddings": predictions.mask_embeddings,
+                "pixel_embedding": pixels,
+            }
+        quarter = canvas if pixels is None else tuple(pixels.shape[2:])
+        masks = canvas if options.mask_size == "full" else quarter
+        if options.outputs == "semantic":
+            return semantic(predictions, pixels, masks, model.inference)
+        inside = inside_image(image_sizes, canvas, masks)
+        if options.outputs == "panoptic":
+            return panoptic(predictions, pixels, inside, masks, model.inference, model.is_thing)
+        return instances(
+            predictions, pixels, inside, canvas, masks, model.inference, model.is_thing
+        )
+
+
+def size_unit(model: MaskDINO) -> int:
+    """Sides of canvases are multiples of this many pixels."""
+    return math.lcm(COARSEST_STRIDE, max(1, model.size_divisibility))
+
+
+def smallest_size(model: MaskDINO) -> int:
+    """The least side, in pixels, of a program for any size: it has a token for each query."""
+    finest = model.backbone.output_shape()[model.encoder.in_features[0]].stride
+    queries = getattr(model.query_selection, "num_queries", 1)
+    unit = size_unit(model)
+    # Three units, so that no level is a single cell, which the tracer would take for a constant.
+    return unit * max(3, math.ceil(math.sqrt(queries) * finest / unit))
+
+
+def trace(network: ExportableNetwork) -> torch.export.ExportedProgram:
+    """Exports to PyTorch's own form: any batch size, and the sizes of the network's options.
+
+    Raises:
+        RuntimeError: this PyTorch cannot trace a program for any size.
+    """
+    options, model = network.options, network.model
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    axes = {0: batch}
+    extra = {}
+    if options.size is None:
+        unit, least = size_unit(model), smallest_size(model)
+        height, width = (
+            torch.export.Dim(name, min=least // unit, max=LARGEST_SIZE // unit)
+            for name in ("height_units", "width_units")
+        )
+        axes |= {2: unit * height, 3: unit * width}
+        extra = _deferred_checks()
+        # Sides that differ are not taken for one.
+        size = (least + unit, least + 2 * unit)
+    else:
+        size = options.size
+    images = torch.zeros(2, 3, *size, device=model.device)
+    arguments, shapes = (images,), {"images": axes}
+    if options.needs_image_sizes:
+        arguments += (torch.tensor([size, size], device=model.device),)
+        shapes["image_sizes"] = {0: batch}
+    with torch.no_grad():
+        return torch.export.export(network, arguments, dynamic_shapes=shapes, strict=False, **extra)
+
+
+def _deferred_checks() -> dict[str, bool]:
+    """Relations between sizes that only the running program can check are checked there."""
+    name = "prefer_deferred_runtime_asserts_over_guards"
+    if name not in inspect.signature(torch.export.export).parameters:
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} cannot export a program for any size: give a size, or "
+            "use a newer PyTorch"
+        )
+    return {name: True}
+
+
+def to_onnx(
+    program: torch.export.ExportedProgram,
+    options: ExportOptions,
+    *,
+    opset: int,
+    metadata: Mapping[str, str],
+) -> onnx.ModelProto:
+    """Translates a traced program to ONNX.
+
+    Args:
+        program: of `trace`.
+        options: those it was traced with.
+        opset: version of the ONNX operators.
+        metadata: texts that the file carries.
+
+    Raises:
+        ValueError: the opset is too old.
+    """
+    if opset < FIRST_OPSET:
+        raise ValueError(f"opset {opset} has no bilinear sampling; take {FIRST_OPSET} or newer")
+    names = [spec.arg.name for spec in program.graph_signature.output_specs]
+    outputs = list(torch.utils._pytree.tree_unflatten(names, program.call_spec.out_spec))
+    exported = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=opset,
+        input_names=options.input_names,
+        output_names=outputs,
+        external_data=False,
+        verbose=False,
+        custom_translation_table=_plugin_translation() if options.plugin else None,
+    )
+    model = exported.model_proto
+    _name_axes(model)
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    return model
+
+
+def _name_axes(model: onnx.ModelProto) -> None:
+    """Names that people can read for the axes that vary, in place of the tracer's symbols."""
+    graph = model.graph
+    del graph.value_info[:]  # shapes in between, in terms of the symbols
+    known = {}
+    for value, names in zip(
+        graph.input, (("batch", "", "height", "width"), ("batch",)), strict=False
+    ):
+        for axis, name in zip(value.type.tensor_type.shape.dim, names, strict=False):
+            if axis.dim_param:
+                known[axis.dim_param] = name
+    for value in (*graph.input, *graph.output):
+        for number, axis in enumerate(value.type.tensor_type.shape.dim):
+            if axis.dim_param:
+                axis.dim_param = known.get(axis.dim_param, f"{value.name}_{number}")
+
+
+def plugin_attention(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    offsets_and_logits: Tensor,
+    reference: Tensor | None,
+    num_points: int,
+) -> Tensor:
+    """`ms_deform_attn_fused` with sampling and sum as one operator, the interface of the plugin."""
+    locations, weights = locations_and_weights(
+        value, spatial_shapes, offsets_and_logits, reference, num_points
+    )
+    shapes = _int32([edge for shape in spatial_shapes for edge in shape], value).view(-1, 2)
+    starts = [0]
+    for height, width in spatial_shapes[:-1]:
+        starts.append(starts[-1] + height * width)
+    out = sample_and_sum(value, shapes, _int32(starts, value), locations, weights)
+    return out.flatten(2)
+
+
+def _int32(numbers: Sequence[int], like: Tensor) -> Tensor:
+    """Filled, so that a size that varies stays a variable."""
+    return torch.cat([like.new_full((1,), number, dtype=torch.int32) for number in numbers])
+
+
+@torch.library.custom_op("maskdino_export::sample_and_sum", mutates_args=())
+def sample_and_sum(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,  # noqa: ARG001
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """TensorRT's plugin in PyTorch, to check what is exported.
+
+    Args:
+        value: (B, S, M, D).
+        spatial_shapes: (L, 2) int32 height and width of each level.
+        level_start_index: (L,) int32 first token of each level.
+        sampling_locations: (B, Q, M, L, P, 2) x, y in [0, 1].
+        attention_weights: (B, Q, M, L, P).
+
+    Returns:
+        (B, Q, M, D).
+    """
+    shapes = [tuple(shape) for shape in spatial_shapes.tolist()]
+    out = ms_deform_attn_reference(value, shapes, sampling_locations, attention_weights)
+    return out.unflatten(2, value.shape[2:]).contiguous()
+
+
+@sample_and_sum.register_fake
+def _(
+    value: Tensor,
+    spatial_shapes: Tensor,  # noqa: ARG001
+    level_start_index: Tensor,  # noqa: ARG001
+    sampling_locations: Tensor,
+    attention_weights: Tensor,  # noqa: ARG001
+) -> Tensor:
+    return value.new_empty(value.shape[0], sampling_locations.shape[1], *value.shape[2:])
+
+
+def _plugin_translation() -> dict:
+    """The ONNX node that stands for `sample_and_sum`."""
+    from onnxscript.values import Opset
+
+    node = getattr(Opset(PLUGIN_DOMAIN, 1), PLUGIN)
+
+    def translate(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):  # noqa: ANN001, ANN202  the exporter reads types from annotations
+        return node(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+
+    return {torch.ops.maskdino_export.sample_and_sum.default: translate}

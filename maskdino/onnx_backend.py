@@ -1,0 +1,203 @@
+"""Exported networks in onnxruntime, in the place of the model in PyTorch.
+
+    predictor = onnx_predictor("maskdino.onnx")
+    result = predictor("photo.jpg")
+
+Shape key: B images, Q queries, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from torch import Tensor
+
+from maskdino.config import add_maskdino_config
+from maskdino.model import inference_options, thing_classes
+from maskdino.predictor import MaskDINOPredictor, PredictorOptions
+from maskdino.results import Categories
+from maskdino.structures import Predictions
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+METADATA_KEY = "maskdino"
+
+
+@dataclass(frozen=True)
+class ExportedMetadata:
+    """What an exported file tells of itself.
+
+    Attributes:
+        config: the configuration of the model, as YAML.
+        outputs: as of `maskdino.export.ExportOptions`.
+        mask_size: "full" or "quarter".
+        unit: sides of canvases are multiples of this many pixels.
+        smallest: the least side of a canvas.
+    """
+
+    config: str
+    outputs: str
+    mask_size: str
+    unit: int
+    smallest: int
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    def cfg(self) -> CfgNode:
+        """The configuration of the model."""
+        cfg = get_cfg()
+        add_maskdino_config(cfg)
+        cfg.merge_from_other_cfg(CfgNode.load_cfg(self.config))
+        return cfg
+
+
+def open_session(
+    model: str | os.PathLike | bytes, device: torch.device | str = "cpu"
+) -> onnxruntime.InferenceSession:
+    """Loads an ONNX file, or its content, on a device.
+
+    Raises:
+        ModuleNotFoundError: there is no onnxruntime.
+        FileNotFoundError: there is no such file.
+        ValueError: onnxruntime cannot read the file, or has no support for the device.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("ONNX files need onnxruntime: pip install onnxruntime") from error
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise FileNotFoundError(f"there is no ONNX file {model}")
+    device = torch.device(device)
+    providers = ["CPUExecutionProvider"]
+    if device.type != "cpu":
+        wanted = f"{device.type.upper()}ExecutionProvider"
+        if wanted not in onnxruntime.get_available_providers():
+            raise ValueError(
+                f"this onnxruntime has no support for device {device}; "
+                "for CUDA install onnxruntime-gpu"
+            )
+        providers.insert(0, (wanted, {"device_id": device.index or 0}))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # what concerns the file is raised; the rest is of no use here
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=providers)
+    # onnxruntime has an exception of its own for each kind of failure, all plain RuntimeErrors or
+    # direct children of Exception.
+    except Exception as error:  # noqa: BLE001
+        name = "the exported program" if isinstance(model, bytes) else model
+        raise ValueError(f"onnxruntime cannot run {name}: {error}") from error
+
+
+class OnnxNetwork:
+    """An exported network; called like `maskdino.predictor.TorchNetwork`."""
+
+    def __init__(self, path: str | os.PathLike, device: torch.device | str = "cpu") -> None:
+        """
+        Args:
+            path: written by tools/export_model.py with `--outputs predictions`.
+            device: where onnxruntime computes; results come back to the CPU.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no exported network, or gives results of one task.
+        """
+        self.session = open_session(path, device)
+        properties = self.session.get_modelmeta().custom_metadata_map
+        if METADATA_KEY not in properties:
+            raise ValueError(f"{path} was not written by tools/export_model.py")
+        self.metadata = ExportedMetadata(**json.loads(properties[METADATA_KEY]))
+        if self.metadata.outputs != "predictions":
+            raise ValueError(
+                f"{path} gives results of the task {self.metadata.outputs!r}; the predictor needs "
+                "an export with --outputs predictions"
+            )
+        self.cfg = self.metadata.cfg()
+        self._mean = torch.tensor(self.cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
+
+    @property
+    def canvas(self) -> tuple[int, int] | None:
+        """(height, width) of the only canvas the network takes; None: it takes any."""
+        height, width = self.session.get_inputs()[0].shape[2:]
+        fixed = isinstance(height, int) and isinstance(width, int)
+        return (height, width) if fixed else None
+
+    def __call__(self, images: list[Tensor]) -> tuple[Predictions, Tensor | None, tuple[int, int]]:
+        batch = self.batch(images)
+        names = [output.name for output in self.session.get_outputs()]
+        values = self.session.run(names, {"images": batch.numpy()})
+        found = {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+        predictions = Predictions(
+            found["class_logits"], found["boxes"], found.get("mask_embeddings")
+        )
+        return predictions, found.get("pixel_embedding"), tuple(batch.shape[2:])
+
+    def batch(self, images: Sequence[Tensor]) -> Tensor:
+        """Pictures (3, h, w) on one canvas: (B, 3, height, width) float32.
+
+        Raises:
+            ValueError: a picture is larger than the canvas.
+        """
+        largest = [max(image.shape[axis] for image in images) for axis in (1, 2)]
+        unit = self.metadata.unit
+        canvas = self.canvas or tuple(
+            max(self.metadata.smallest, -(-edge // unit) * unit) for edge in largest
+        )
+        if any(edge > room for edge, room in zip(largest, canvas, strict=True)):
+            raise ValueError(f"a picture of {largest} pixels does not fit on the canvas {canvas}")
+        batch = self._mean.expand(len(images), -1, *canvas).clone()
+        for place, image in zip(batch, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return batch
+
+
+def onnx_predictor(
+    path: str | os.PathLike,
+    *,
+    device: torch.device | str | None = None,
+    confidence_threshold: float = 0.5,
+    tasks: Sequence[str] | None = None,
+    size: int | None = None,
+    max_detections: int | None = None,
+    batch_size: int = 1,
+) -> MaskDINOPredictor:
+    """A predictor that computes in onnxruntime; the file also holds the configuration.
+
+    Args:
+        path: as for `OnnxNetwork`.
+        device: None: the CPU.
+        confidence_threshold, tasks, size, max_detections, batch_size: as for
+            `MaskDINOPredictor.from_config`. A file with a fixed canvas determines the size.
+
+    Raises:
+        FileNotFoundError, ValueError: as `OnnxNetwork` says, or a size for a fixed canvas.
+    """
+    network = OnnxNetwork(path, "cpu" if device is None else device)
+    cfg = network.cfg
+    if size is not None and network.canvas is not None:
+        raise ValueError(f"{path} has the fixed canvas {network.canvas}: size {size} cannot be had")
+    if max_detections is not None:
+        cfg.TEST.DETECTIONS_PER_IMAGE = max_detections
+    options = PredictorOptions.from_config(
+        cfg,
+        confidence_threshold=confidence_threshold,
+        tasks=tasks,
+        size=size,
+        batch_size=batch_size,
+    )
+    return MaskDINOPredictor(
+        network,
+        categories=Categories.from_config(cfg),
+        inference=inference_options(cfg),
+        is_thing=torch.tensor(thing_classes(cfg)),
+        options=replace(options, canvas=network.canvas),
+    )

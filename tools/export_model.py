@@ -1,0 +1,356 @@
+#!/usr/bin/env python3
+"""Exports a trained model to ONNX, to torch.export, or to ONNX with TensorRT's plugin.
+
+    python tools/export_model.py --config-file F --images photos/*.jpg --output maskdino.onnx \\
+        --opts MODEL.WEIGHTS W
+    ... --size 800 1344 --output fixed.onnx               # one canvas only, faster
+    ... --outputs instance --output instances.onnx        # with post-processing
+    ... --format torch --output maskdino.pt2
+    ... --format tensorrt --size 800 1344 --output tensorrt.onnx
+
+The program is compared with the model in PyTorch on the given pictures before it is written; the
+largest differences are printed. Nothing is written, and the exit status is 1, if more than 1 % of
+the values of an output differ by more than 0.001 of its largest magnitude. (Rounding may turn over
+single choices, as which of two equal queries comes first, or whether a pixel belongs to a mask; a
+wrong program differs everywhere.) TensorRT's plugin runs only there: of that variant the traced
+program is compared, and the graph is checked.
+
+The batch size always varies, and so do height and width (multiples of 32) without --size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.modeling import build_model
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from maskdino.export import (
+    MASK_SIZES,
+    OUTPUTS,
+    PLUGIN,
+    PLUGIN_DOMAIN,
+    ExportableNetwork,
+    ExportOptions,
+    size_unit,
+    smallest_size,
+    to_onnx,
+    trace,
+)
+from maskdino.images import fitting_size, load_image, network_image, network_size
+from maskdino.loading import load_weights, pick_device, read_config
+from maskdino.model import MaskDINO
+from maskdino.onnx_backend import METADATA_KEY, ExportedMetadata, open_session
+
+BOUND = 1e-3  # of an output's largest magnitude
+ALLOWED_SHARE = 0.01  # of an output's values that may differ by more
+FORMATS = ("onnx", "torch", "tensorrt")
+# Outputs with one row for each query or detection, which may come in another order.
+ROWS = {
+    "predictions": ("class_logits", "boxes", "mask_embeddings"),
+    "instance": ("boxes", "scores", "labels", "masks"),
+}
+Outputs = dict[str, Tensor]
+Program = Callable[[list[Tensor]], Outputs]
+
+
+class ExportError(RuntimeError):
+    """The exported program is not what the model computes."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an output of the program is from the model's, relative to its largest magnitude."""
+
+    name: str
+    largest: float
+    share_beyond: float  # of the values that differ by more than BOUND
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name:<16} largest difference {self.largest:.1e}, "
+            f"beyond {BOUND:g}: {self.share_beyond:.3%} of the values"
+        )
+
+
+def compare(expected: Outputs, found: Outputs, outputs: str) -> list[Difference]:
+    """Compares what the model and the program computed; rows that swapped places are paired."""
+    if set(expected) != set(found):
+        raise ExportError(f"the program gives {sorted(found)}, the model {sorted(expected)}")
+    for name, value in expected.items():
+        if value.shape != found[name].shape:
+            raise ExportError(
+                f"{name} has the shape {tuple(found[name].shape)} instead of {tuple(value.shape)}"
+            )
+    found = _paired(expected, found, [n for n in ROWS.get(outputs, ()) if n in expected])
+    return [_difference(name, value, found[name]) for name, value in expected.items()]
+
+
+def _paired(expected: Outputs, found: Outputs, names: Sequence[str]) -> Outputs:
+    """`found` with the rows of each image in the order in which they fit `expected` best."""
+    found = dict(found)
+    compact = [name for name in names if expected[name].dim() <= 3]
+    for image in range(len(expected[names[0]]) if names else 0):
+        ours, theirs = (
+            torch.cat([_row_values(side[n][image], expected[n]) for n in compact], dim=1)
+            for side in (expected, found)
+        )
+        cost = torch.cdist(ours[None], theirs[None], p=1)[0].nan_to_num(1e6)
+        _, order = linear_sum_assignment(cost.numpy())
+        for name in names:
+            found[name] = found[name].clone()
+            found[name][image] = found[name][image][torch.from_numpy(order)]
+    return found
+
+
+def _row_values(rows: Tensor, scale: Tensor) -> Tensor:
+    """(N, ...) to (N, values) in units of the largest magnitude."""
+    return (
+        rows.flatten(1).double() / _magnitude(scale)
+        if rows.dim() > 1
+        else (rows[:, None].double() / _magnitude(scale))
+    )
+
+
+def _magnitude(values: Tensor) -> float:
+    return max(values.double().abs().max().item(), 1e-12) if values.numel() else 1.0
+
+
+def _difference(name: str, expected: Tensor, found: Tensor) -> Difference:
+    if expected.is_floating_point():
+        distance = (expected.double() - found.double()).abs() / _magnitude(expected)
+        distance = distance.nan_to_num(float("inf"))
+    else:
+        distance = (expected != found).double()
+    if not distance.numel():
+        return Difference(name, 0.0, 0.0)
+    return Difference(name, distance.max().item(), (distance > BOUND).double().mean().item())
+
+
+def check(
+    network: ExportableNetwork, model: MaskDINO, program: Program, batches: list[list[Tensor]]
+) -> None:
+    """Prints the largest differences between a program and the model over batches of pictures.
+
+    Raises:
+        ExportError: they are too large.
+    """
+    for module, original in zip(network.model.modules(), model.modules(), strict=True):
+        if hasattr(module, "operator"):  # compare with what the model itself runs
+            module.operator = original.operator
+    worst: dict[str, Difference] = {}
+    for arguments in batches:
+        with torch.no_grad():
+            expected = {k: v.cpu() for k, v in network(*arguments).items()}
+        for new in compare(expected, program(arguments), network.options.outputs):
+            old = worst.get(new.name, new)
+            worst[new.name] = Difference(
+                new.name, max(old.largest, new.largest), max(old.share_beyond, new.share_beyond)
+            )
+    for difference in worst.values():
+        print(f"  {difference}")
+    wrong = [d.name for d in worst.values() if d.share_beyond > ALLOWED_SHARE]
+    if wrong:
+        raise ExportError(
+            f"{', '.join(wrong)}: more than {ALLOWED_SHARE:.0%} of the values differ by more than "
+            f"{BOUND:g} of the largest; nothing is written"
+        )
+
+
+def picture_batches(
+    paths: Sequence[str], model: MaskDINO, options: ExportOptions, sizes: tuple[int, int], form: str
+) -> list[list[Tensor]]:
+    """Arguments of the program for each picture, and for a batch of two different ones.
+
+    Args:
+        paths: picture files.
+        model: says how canvases are padded.
+        options: of the program.
+        sizes: INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
+        form: INPUT.FORMAT.
+    """
+    pictures = []
+    for path in paths:
+        image = load_image(path)
+        fitted = options.size and fitting_size(image.shape[:2], options.size)
+        pictures.append(network_image(image, fitted or network_size(image.shape[:2], *sizes), form))
+    groups = [[picture] for picture in pictures]
+    groups.append([pictures[0], pictures[-1].flip(2)])
+    return [_arguments(group, model, options) for group in groups]
+
+
+def _arguments(pictures: list[Tensor], model: MaskDINO, options: ExportOptions) -> list[Tensor]:
+    unit, smallest = size_unit(model), smallest_size(model)
+    sizes = torch.tensor([picture.shape[1:] for picture in pictures])
+    needed = sizes.amax(0).tolist()
+    canvas = options.size or tuple(max(smallest, -(-edge // unit) * unit) for edge in needed)
+    mean = model.pixel_mean.cpu()
+    images = mean.expand(len(pictures), -1, *canvas).clone()
+    for place, picture in zip(images, pictures, strict=True):
+        place[:, : picture.shape[1], : picture.shape[2]] = picture
+    arguments = [images, sizes] if options.needs_image_sizes else [images]
+    return [argument.to(model.device) for argument in arguments]
+
+
+def program_of_trace(traced: torch.export.ExportedProgram) -> Program:
+    """Runs a traced program in PyTorch."""
+    module = traced.module()
+
+    def run(arguments: list[Tensor]) -> Outputs:
+        with torch.no_grad():
+            return {name: value.cpu() for name, value in module(*arguments).items()}
+
+    return run
+
+
+def program_of_onnx(content: bytes, options: ExportOptions) -> Program:
+    """Runs an ONNX file's content in onnxruntime, on the CPU."""
+    session = open_session(content)
+    names = [output.name for output in session.get_outputs()]
+
+    def run(arguments: list[Tensor]) -> Outputs:
+        feed = {
+            name: value.cpu().numpy()
+            for name, value in zip(options.input_names, arguments, strict=True)
+        }
+        values = session.run(names, feed)
+        return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, values, strict=True)}
+
+    return run
+
+
+def check_plugin_graph(content: bytes, expected: int) -> None:
+    """Checks the nodes of the plugin: their number, their five inputs, and that no other is alien.
+
+    Raises:
+        ExportError: something is wrong.
+    """
+    import onnx
+
+    model = onnx.load_model_from_string(content)
+    onnx.checker.check_model(model)
+    operators = Counter((node.domain, node.op_type) for node in model.graph.node)
+    plugins = [node for node in model.graph.node if node.op_type == PLUGIN]
+    alien = [f"{d}::{t}" for d, t in operators if d and (d, t) != (PLUGIN_DOMAIN, PLUGIN)]
+    if len(plugins) != expected or alien or ("", "GridSample") in operators:
+        raise ExportError(
+            f"the graph has {len(plugins)} nodes {PLUGIN} instead of {expected}, the unknown "
+            f"operators {alien} and {operators['', 'GridSample']} GridSample"
+        )
+    for node in plugins:
+        if len(node.input) != 5 or len(node.output) != 1 or not all(node.input):
+            raise ExportError(f"node {node.name} has the inputs {list(node.input)}, not five")
+    print(
+        f"  {len(plugins)} nodes {PLUGIN_DOMAIN}::{PLUGIN}, each with 5 inputs; others are ONNX's"
+    )
+
+
+def export(model: MaskDINO, options: ExportOptions, form: str, opset: int, config: str) -> tuple:
+    """Traces and translates.
+
+    Returns:
+        The traced program, the network it was traced from, and the content of the ONNX file, or
+        None with the form "torch".
+    """
+    network = ExportableNetwork(model, options)
+    traced = trace(network)
+    if form == "torch":
+        return traced, network, None
+    metadata = ExportedMetadata(
+        config, options.outputs, options.mask_size, size_unit(model), smallest_size(model)
+    )
+    onnx_model = to_onnx(traced, options, opset=opset, metadata={METADATA_KEY: metadata.to_json()})
+    return traced, network, onnx_model.SerializeToString()
+
+
+def plugin_nodes(model: MaskDINO) -> int:
+    """How often the tested part of the model computes deformable attention."""
+    layers = model.inference.decoder_layer
+    decoder = len(model.decoder.layers) if layers < 0 else layers
+    return len(model.encoder.layers) + decoder
+
+
+def run(args: argparse.Namespace) -> None:
+    """Exports, checks and writes.
+
+    Raises:
+        ExportError: the program differs from the model.
+    """
+    cfg = read_config(args.config_file, None, args.opts)
+    cfg.MODEL.DEVICE = str(pick_device(args.device, cfg.MODEL.DEVICE))
+    model = build_model(cfg).eval()
+    load_weights(model, cfg)
+    options = ExportOptions(
+        args.outputs, args.mask_size, args.size and tuple(args.size), args.format == "tensorrt"
+    )
+    sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    batches = picture_batches(args.images, model, options, sizes, cfg.INPUT.FORMAT)
+    traced, network, content = export(model, options, args.format, args.opset, cfg.dump())
+    partial = args.output.with_name(f"{args.output.name}.partial")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if content is None:
+            torch.export.save(traced, partial)
+            program = program_of_trace(torch.export.load(partial))
+        else:
+            partial.write_bytes(content)
+            plugin = options.plugin
+            program = program_of_trace(traced) if plugin else program_of_onnx(content, options)
+        print(f"{len(args.images)} pictures, program against model:")
+        check(network, model, program, batches)
+        if options.plugin:
+            check_plugin_graph(content, plugin_nodes(model))
+        os.replace(partial, args.output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"wrote {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)")
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; `words` stands in for it in tests."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--images", required=True, nargs="+", metavar="FILE", help="for the check")
+    parser.add_argument("--format", choices=FORMATS, default="onnx")
+    parser.add_argument("--outputs", choices=OUTPUTS, default="predictions")
+    parser.add_argument("--mask-size", choices=MASK_SIZES, default="full")
+    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--opset", type=int, default=18, help="version of ONNX's operators (18)")
+    parser.add_argument("--device", help="on which the model is traced; default: the config's")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], help="keys and values, at the end"
+    )
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs the command; returns the exit status."""
+    args = parse_arguments(words)
+    # Of the tracer's and the translator's own workings; what went wrong is raised.
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        run(args)
+    except (ExportError, KeyError, ValueError, OSError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
