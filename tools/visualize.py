@@ -2,9 +2,12 @@
 
     python tools/visualize.py data --config-file F --output DIR
     python tools/visualize.py predictions --config-file F --weights W --dataset NAME --output DIR
+    python tools/visualize.py attention --config-file F --weights W --input photo.jpg --output DIR
 
 `data` draws ground truth after augmentation, as the training mapper hands it to the model.
 `predictions` draws ground truth and predictions side by side.
+`attention` follows the best queries through the decoder, as in appendix A of the paper: mask (red),
+box (green) and sampling points of the deformable attention (blue) after each layer.
 """
 
 import argparse
@@ -23,11 +26,14 @@ from maskdino import build_train_mapper
 from maskdino.drawing import below, beside, enlarge
 from maskdino.ground_truth import ground_truth_of, ground_truth_of_example
 from maskdino.images import load_image
+from maskdino.inspection import follow_queries
 from maskdino.loading import find_config
 from maskdino.predictor import MaskDINOPredictor
 from maskdino.results import Categories, ImageResult
 from maskdino.trainer import load_config
 
+COLUMNS = 5  # decoder layers in a row
+LAYER_PIXELS = 380  # as the next one, for decoder layers
 PANEL_PIXELS = 560  # smaller pictures are enlarged to about this, so that lines look thin
 
 
@@ -46,13 +52,20 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     views = parser.add_subparsers(dest="view", required=True)
     data = views.add_parser("data", parents=[common], help="augmented ground truth")
     data.add_argument("--seed", type=int, default=0, help="of the augmentations")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--weights", metavar="FILE", help="default: MODEL.WEIGHTS")
+    model.add_argument("--device", help="default: MODEL.DEVICE, or the CPU without a GPU")
     predictions = views.add_parser(
-        "predictions", parents=[common], help="predictions beside ground truth"
+        "predictions", parents=[common, model], help="predictions beside ground truth"
     )
-    predictions.add_argument("--weights", metavar="FILE", help="default: MODEL.WEIGHTS")
     predictions.add_argument("--dataset", metavar="NAME", help="default: first of DATASETS.TEST")
     predictions.add_argument("--confidence-threshold", type=float, default=0.4, metavar="T")
-    predictions.add_argument("--device", help="default: MODEL.DEVICE, or the CPU without a GPU")
+    attention = views.add_parser(
+        "attention", parents=[common, model], help="queries at each decoder layer"
+    )
+    attention.add_argument("--input", nargs="+", metavar="IMG", help="default: DATASETS.TEST")
+    attention.add_argument("--num-queries", type=int, default=3, metavar="N", help="the N best")
+    attention.add_argument("--queries", type=int, nargs="+", metavar="Q", help="these, by number")
     args = parser.parse_args(words)
     if args.num_images < 1:
         parser.error(f"--num-images {args.num_images} must be at least 1")
@@ -133,6 +146,32 @@ def draw_predictions(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
     return paths
 
 
+def draw_attention(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
+    """Writes one picture for each image and query; returns the paths."""
+    predictor = MaskDINOPredictor.from_config(
+        args.config_file, args.weights, device=args.device, opts=args.opts
+    )
+    names = args.input
+    if not names:
+        records = spread(DatasetCatalog.get(cfg.DATASETS.TEST[0]), args.num_images)
+        names = [record["file_name"] for record in records]
+        predictor.categories = Categories.from_config(cfg)
+    paths = []
+    for name in names:
+        image = load_image(name)
+        scale = max(1, round(LAYER_PIXELS / max(image.shape[:2])))
+        for query, layers in follow_queries(predictor, name, args.queries or args.num_queries):
+            panels = []
+            for view in layers:
+                label = predictor.categories.names[view.label]
+                heading = f"layer {view.layer}" if view.layer else "selected query"
+                panels.append((f"{heading}: {label} {view.score:.2f}", view.draw(image, scale)))
+            rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
+            paths.append(args.output / f"{Path(name).stem}_query{query}.png")
+            Image.fromarray(below([beside(row) for row in rows])).save(paths[-1])
+    return paths
+
+
 def draw_data(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
     """Writes one picture for each training example; returns the paths."""
     random.seed(args.seed)
@@ -164,8 +203,8 @@ def main(words: list[str] | None = None) -> None:
     try:
         cfg = load_config(str(find_config(args.config_file)), args.opts)
         args.output.mkdir(parents=True, exist_ok=True)
-        draw = draw_data if args.view == "data" else draw_predictions
-        paths = draw(args, cfg)
+        draw = {"data": draw_data, "predictions": draw_predictions, "attention": draw_attention}
+        paths = draw[args.view](args, cfg)
     except (KeyError, ValueError, OSError) as error:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     print(f"{counted(len(paths), 'picture')} in {args.output}")

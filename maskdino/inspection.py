@@ -1,0 +1,186 @@
+"""How queries come to their results: masks, boxes and sampling points after each decoder layer.
+
+This is what appendix A of the paper draws.
+Shape key: B images, Q queries, C channels, M heads, L levels, P points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from maskdino.drawing import Region, draw_regions, line_width
+from maskdino.images import ImageSource, load_image, network_image, network_size
+from maskdino.model import MaskDINO
+from maskdino.modeling.decoder import DecoderState
+from maskdino.postprocess import Frame, output_boxes, output_masks
+from maskdino.predictor import MaskDINOPredictor, TorchNetwork
+from maskdino.results import encode_mask
+
+RED, GREEN, BLUE = (230, 30, 30), (30, 220, 30), (40, 90, 255)
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One query at one layer, in pixels of the picture.
+
+    Attributes:
+        layer: 0 for the query before the first decoder layer.
+        label: class with the best score.
+        score: its class score in [0, 1].
+        box: (4,) x0, y0, x1, y1.
+        rle: mask in COCO's compressed form; None without a mask branch.
+        points: (M * L * P, 2) x, y that the layer sampled; none at layer 0.
+        weights: (M * L * P,) attention weights; those of a head add up to 1.
+    """
+
+    layer: int
+    label: int
+    score: float
+    box: np.ndarray
+    rle: dict | None
+    points: np.ndarray
+    weights: np.ndarray
+
+    def draw(self, image: np.ndarray, scale: int = 1) -> np.ndarray:
+        """Blue points, the larger the more they weigh; red mask, green box."""
+        regions = [Region(GREEN, box=tuple(self.box.tolist()))]
+        if self.rle is not None:
+            regions.append(Region(RED, rle=self.rle))
+        picture = Image.fromarray(draw_regions(image, regions, scale=scale, show_boxes=True))
+        drawing = ImageDraw.Draw(picture)
+        unit = line_width(image) * scale / 2
+        # Of M heads with L * P points each, an average point weighs M / number of points.
+        average = max(float(self.weights.mean()), 1e-6) if len(self.weights) else 1.0
+        for (x, y), weight in zip(scale * self.points, self.weights, strict=True):
+            radius = unit * (0.6 + min(1.5, 0.7 * np.sqrt(weight / average)))
+            drawing.ellipse([x - radius, y - radius, x + radius, y + radius], fill=BLUE)
+        return np.array(picture)
+
+
+@torch.inference_mode()
+def follow_queries(
+    predictor: MaskDINOPredictor, source: ImageSource, queries: int | Sequence[int]
+) -> list[tuple[int, list[LayerView]]]:
+    """Follows queries through the decoder.
+
+    Args:
+        predictor: of a model in PyTorch.
+        source: one picture.
+        queries: numbers of queries; or how many of those with the best final class scores.
+
+    Returns:
+        For each query its number and what it was before and after each layer.
+
+    Raises:
+        ValueError: there is no such query.
+    """
+    if not isinstance(predictor.network, TorchNetwork):
+        raise ValueError("only a model in PyTorch shows its layers")
+    model, options = predictor.network.model, predictor.options
+    image = load_image(source)
+    size = network_size(image.shape[:2], options.shortest, options.longest)
+    tensor = network_image(image, size, options.image_format)
+    batch = model.preprocess([{"image": tensor}]).tensor
+    with _recorded(model) as record:
+        _, pixels = model.predict(batch)
+    frame = Frame(tuple(batch.shape[-2:]), size, image.shape[:2])
+    scores = model.inference.class_scores(_classes(model, record.states[-1])[0][0]).amax(-1)
+    chosen = _chosen(queries, scores)
+    index = torch.tensor(chosen, device=scores.device)
+    layers = [
+        _views(model, record, layer, index, None if pixels is None else pixels[0], frame)
+        for layer in range(len(record.states))
+    ]
+    return [(number, [views[i] for views in layers]) for i, number in enumerate(chosen)]
+
+
+@dataclass
+class _Record:
+    """What passed through the decoder: the state of each layer, and what its sampling read."""
+
+    states: list[DecoderState]
+    sampled: list[tuple[Tensor, Tensor]]  # queries (B, Q, C), reference boxes (B, Q, 4)
+
+
+@contextmanager
+def _recorded(model: MaskDINO) -> Iterator[_Record]:
+    """Listens to the decoder; nothing of the model is changed."""
+    record = _Record([], [])
+
+    def at_sampling(_: nn.Module, arguments: tuple) -> None:
+        record.sampled.append((arguments[0], arguments[3]))
+
+    def at_end(_: nn.Module, __: tuple, states: list[DecoderState]) -> None:
+        record.states.extend(states)
+
+    handles = [
+        layer.cross_attn.register_forward_pre_hook(at_sampling) for layer in model.decoder.layers
+    ]
+    handles.append(model.decoder.register_forward_hook(at_end))
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _classes(model: MaskDINO, state: DecoderState) -> tuple[Tensor, Tensor | None]:
+    return model.heads.classes_and_masks(state.content)
+
+
+def _chosen(queries: int | Sequence[int], scores: Tensor) -> list[int]:
+    if isinstance(queries, int):
+        return scores.topk(min(queries, len(scores))).indices.tolist()
+    wrong = [query for query in queries if not 0 <= query < len(scores)]
+    if wrong:
+        raise ValueError(
+            f"there is no query {wrong[0]}: the model has {len(scores)} on this picture"
+        )
+    return list(queries)
+
+
+def _views(
+    model: MaskDINO, record: _Record, layer: int, index: Tensor, pixels: Tensor | None, frame: Frame
+) -> list[LayerView]:
+    """All chosen queries at one layer."""
+    state = record.states[layer]
+    class_logits, embeddings = _classes(model, state)
+    scores, labels = model.inference.class_scores(class_logits[0, index]).max(-1)
+    boxes = output_boxes(state.boxes[0, index], frame).cpu().numpy()
+    rles: list[dict | None] = [None] * len(index)
+    if embeddings is not None:
+        logits = (x for part in output_masks(embeddings[0, index], pixels, frame) for x in part)
+        rles = [encode_mask((x > 0).cpu().numpy()) for x in logits]
+    points = np.zeros((len(index), 0, 2), np.float32)
+    weights = np.zeros((len(index), 0), np.float32)
+    if layer > 0:
+        points, weights = _sampling(model, record, layer - 1, index, frame)
+    return [
+        LayerView(layer, int(labels[i]), float(scores[i]), boxes[i], rles[i], points[i], weights[i])
+        for i in range(len(index))
+    ]
+
+
+def _sampling(
+    model: MaskDINO, record: _Record, layer: int, index: Tensor, frame: Frame
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points (q, M * L * P, 2) in pixels of the picture, and their weights (q, M * L * P)."""
+    attention = model.decoder.layers[layer].cross_attn
+    queries, reference = (part[0, index] for part in record.sampled[layer])
+    reference = reference.float()
+    offsets = attention.sampling_offsets(queries).float().unflatten(-1, (-1, 2))  # (q, M L P, 2)
+    inside = offsets / attention.num_points * reference[:, None, 2:] / 2
+    points = reference[:, None, :2] + inside
+    extent = torch.zeros_like(points)
+    # As a box without extent, a point takes the way of boxes to the picture.
+    corners = output_boxes(torch.cat([points, extent], dim=-1).flatten(0, 1), frame)[:, :2]
+    logits = attention.attention_weights(queries).float().unflatten(-1, (attention.num_heads, -1))
+    weights = logits.softmax(-1).flatten(1)
+    return corners.view_as(points).cpu().numpy(), weights.cpu().numpy()
