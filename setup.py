@@ -12,6 +12,7 @@ where nvcc, a CUDA build of torch and a GPU are found. What was chosen is printe
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
-COMPILER_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math"]
-NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]
+COMPILER_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
 
 
 def say(message: str) -> None:
@@ -35,11 +36,23 @@ def has_compiler() -> bool:
     return os.name == "posix" and any(shutil.which(name) for name in candidates)
 
 
+def locate_toolkit() -> None:
+    """Set CUDA_HOME from nvcc itself, which may be a link or script far from its headers."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or "CUDA_HOME" in os.environ:
+        return
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    tops = [line.partition("TOP=")[2].strip() for line in answer.splitlines() if "TOP=" in line]
+    if tops:
+        os.environ["CUDA_HOME"] = os.path.realpath(tops[0])
+
+
 def wants_cuda() -> bool:
     """Decide whether to build the CUDA part, and say why not.
 
     Raises:
-        RuntimeError: FORCE_CUDA=1 where it cannot be built.
+        RuntimeError: FORCE_CUDA=1 where CUDA code cannot be built.
     """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
@@ -65,10 +78,15 @@ def wants_cuda() -> bool:
 
 
 def operators() -> dict:
-    """Return the setup() arguments that build csrc/, empty for a pure Python install."""
+    """Return the setup() arguments that build csrc/, empty for a pure Python install.
+
+    Raises:
+        RuntimeError: FORCE_CUDA=1 where nothing can be compiled.
+    """
     if os.environ.get("MASKDINO_BUILD_OPS", "1") == "0":
         say("MASKDINO_BUILD_OPS=0: pure Python install, operators run in PyTorch")
         return {}
+    locate_toolkit()  # before torch looks for it
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -79,19 +97,28 @@ def operators() -> dict:
         )
         return {}
     if not has_compiler():
+        if os.environ.get("FORCE_CUDA", "0") == "1":
+            raise RuntimeError("FORCE_CUDA=1, but there is no C++ compiler (GCC or Clang)")
         say("no C++ compiler (GCC or Clang): pure Python install, operators run in PyTorch")
         return {}
     sources = ["csrc/ms_deform_attn.cpp", *sorted(relative("csrc/cpu", "*.cpp"))]
     # torch's thread loops are inline functions that run serially unless compiled with OpenMP.
-    openmp = ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform == "linux" else []
+    openmp = (
+        ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform == "linux" else []
+    )
     flags = {"cxx": COMPILER_FLAGS + openmp}
     extension = CppExtension
     if wants_cuda():
         extension = CUDAExtension
         sources += sorted(relative("csrc/cuda", "*.cpp") + relative("csrc/cuda", "*.cu"))
         flags["nvcc"] = NVCC_FLAGS
+    headers = [path for pattern in ("*.h", "*.cuh") for path in relative("csrc", f"**/{pattern}")]
     built = extension(
-        "maskdino._C", sources, extra_compile_args=flags, extra_link_args=openmp
+        "maskdino._C",
+        sources,
+        depends=headers,
+        extra_compile_args=flags,
+        extra_link_args=openmp,
     )
     return {
         "ext_modules": [built],

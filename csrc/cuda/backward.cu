@@ -210,14 +210,10 @@ void launch_backward(const Inputs<T, Fused>& in, const Gradients<T, Fused>& grad
     const int threads = threads_per_block<kGroup>(g);
     const size_t shared =
         (16 + threads / kGroup * sizeof(Arithmetic<T>)) * static_cast<size_t>(g.samples);
-    const unsigned blocks = static_cast<unsigned>(count_blocks(g));
-    if (gradients.scale != nullptr) {
-      backward_kernel<T, Fused, kVector, kGroup, true>
-          <<<blocks, threads, shared, stream>>>(in, gradients);
-    } else {
-      backward_kernel<T, Fused, kVector, kGroup, false>
-          <<<blocks, threads, shared, stream>>>(in, gradients);
-    }
+    const auto kernel = gradients.scale != nullptr
+                            ? backward_kernel<T, Fused, kVector, kGroup, true>
+                            : backward_kernel<T, Fused, kVector, kGroup, false>;
+    launch(kernel, count_blocks(g), threads, shared, stream, in, gradients);
   });
 }
 

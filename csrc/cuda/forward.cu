@@ -77,9 +77,9 @@ template <typename T, bool Fused>
 void launch_forward(const Inputs<T, Fused>& in, T* output, bool vectors, cudaStream_t stream) {
   const Geometry& g = in.geometry;
   choose_group<T>(g.channels, vectors, [&](auto vector, auto group) {
-    forward_kernel<T, Fused, decltype(vector)::value, decltype(group)::value>
-        <<<static_cast<unsigned>(count_blocks(g)), threads_per_block<decltype(group)::value>(g),
-           g.samples * sizeof(SampleLevel), stream>>>(in, output);
+    constexpr int kVector = decltype(vector)::value, kGroup = decltype(group)::value;
+    launch(forward_kernel<T, Fused, kVector, kGroup>, count_blocks(g), threads_per_block<kGroup>(g),
+           g.samples * sizeof(SampleLevel), stream, in, output);
   });
 }
 

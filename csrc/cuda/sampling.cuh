@@ -8,6 +8,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace maskdino {
 namespace cuda {

@@ -150,7 +150,7 @@ def ms_deform_attn_reference(
     dtype = sampling_locations.dtype
     areas = [height * width for height, width in spatial_shapes]
     # (B, S, M, D) -> (B * M, D, S): each head of each image is one small picture.
-    heads = value.to(dtype).permute(0, 2, 3, 1).reshape(-1, head_dim, sum(areas))
+    heads = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)
     if heads.numel() == 0 or num_queries == 0:
         # grid_sample refuses empty inputs; the sums keep the (zero) gradients connected.
         nothing = value.sum() + sampling_locations.sum() + attention_weights.sum()
@@ -163,7 +163,7 @@ def ms_deform_attn_reference(
         zip(spatial_shapes, heads.split(areas, dim=2), strict=True)
     ):
         sampled = functional.grid_sample(  # (B * M, D, Q, P)
-            picture.reshape(-1, head_dim, height, width), grid[:, :, level], align_corners=False
+            picture.unflatten(2, (height, width)), grid[:, :, level], align_corners=False
         )
         output = output + (sampled * weights[:, None, :, level]).sum(dim=3)
     output = output.view(num_images, num_heads * head_dim, num_queries)

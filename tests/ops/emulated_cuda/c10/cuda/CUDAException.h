@@ -1,0 +1,1 @@
+#define C10_CUDA_KERNEL_LAUNCH_CHECK()

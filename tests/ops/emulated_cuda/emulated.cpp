@@ -1,0 +1,32 @@
+// The CUDA part of the library compiled for the CPU, registered as torch.ops.maskdino_emulated.
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+#include <torch/library.h>
+
+using std::exp;
+using std::floor;
+
+// From here on names of this project change, and what would serve CUDA tensors serves CPU tensors.
+#define maskdino maskdino_emulated
+#define CUDA CPU
+
+#include "launch.cuh"
+
+#include "cuda/sampling.cuh"
+
+namespace maskdino {
+namespace cuda {
+namespace {
+SampleLevel levels[48 * 1024 / sizeof(SampleLevel)];  // the kernels' shared memory
+}
+}  // namespace cuda
+}  // namespace maskdino
+
+#include "cuda/backward.cu"
+#include "cuda/forward.cu"
+#include "cuda/ms_deform_attn_cuda.cpp"
+#include "ms_deform_attn.cpp"
