@@ -13,11 +13,11 @@ from detectron2.evaluation import (
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
-    SemSegEvaluator,
 )
 
 from maskdino import coco_evaluation
 from maskdino.coco_evaluation import COCOInstanceEvaluator
+from maskdino.semantic_evaluation import SemanticEvaluator
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def _panoptic(request: _Request) -> DatasetEvaluator:
 
 
 def _semantic(request: _Request) -> DatasetEvaluator:
-    return SemSegEvaluator(request.dataset_name, output_dir=request.output_folder)
+    return SemanticEvaluator(request.dataset_name, request.output_folder)
 
 
 def _cityscapes_instance(request: _Request) -> DatasetEvaluator:

@@ -29,6 +29,7 @@ OUTER = (
     "evaluation",
     "coco_evaluation",
     "augmented_inference",
+    "semantic_evaluation",
     "predictor",
     "data",
     "checkpoint",

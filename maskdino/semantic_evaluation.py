@@ -1,0 +1,132 @@
+"""Mean intersection over union of semantic maps.
+
+Shape key: K classes, H, W pixels of an image's label map.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+
+from maskdino.data.reading import DataError, read_label_map
+
+logger = logging.getLogger(__name__)
+
+
+class SemanticEvaluator(DatasetEvaluator):
+    """Counts pixels by true and predicted class; pixels of the `ignore_label` do not count.
+
+    Classes may be things and stuff, and any category ids: label maps hold class numbers.
+
+    Args:
+        dataset_name: a dataset whose images have "sem_seg_file_name".
+        output_folder: the counts go to ``confusion_matrix.json`` there; None: nowhere.
+    """
+
+    def __init__(self, dataset_name: str, output_folder: str | None) -> None:
+        metadata = MetadataCatalog.get(dataset_name)
+        self._names = list(metadata.stuff_classes)
+        self._ignore_label = metadata.get("ignore_label", 255)
+        self._output_folder = output_folder
+        self._label_maps = {
+            record["file_name"]: record["sem_seg_file_name"]
+            for record in DatasetCatalog.get(dataset_name)
+        }
+        self._counts = self._no_counts()
+
+    def _no_counts(self) -> np.ndarray:
+        return np.zeros((len(self._names), len(self._names)), np.int64)
+
+    def reset(self) -> None:
+        """Forgets all predictions."""
+        self._counts = self._no_counts()
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Takes in the ``sem_seg`` (K, H, W) that the model predicts for a batch of images.
+
+        Raises:
+            DataError: a label map cannot be read, holds an unknown class, or has not the size of
+                the prediction; names the file.
+            ValueError: the model does not predict as many classes as the dataset has.
+        """
+        number = len(self._names)
+        for image, output in zip(inputs, outputs, strict=True):
+            name = self._label_maps[image["file_name"]]
+            labels = read_label_map(name, number, self._ignore_label)  # 0: ignored, else class + 1
+            scores = output["sem_seg"]
+            if len(scores) != number:
+                raise ValueError(
+                    f"The model predicts {len(scores)} classes, but the dataset has {number}; "
+                    "MODEL.MASK_DINO.NUM_CLASSES must fit."
+                )
+            if scores.shape[1:] != labels.shape:
+                raise DataError(
+                    f"label map {name} has (height, width) {labels.shape}, but its image "
+                    f"{image['file_name']} {tuple(scores.shape[1:])}"
+                )
+            predicted = scores.argmax(0).cpu().numpy()
+            known = labels > 0
+            pairs = (labels[known].astype(np.int64) - 1) * number + predicted[known]
+            self._counts += np.bincount(pairs, minlength=number**2).reshape(number, number)
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """Returns the metrics under "sem_seg" on the main process; None on the others."""
+        gathered = comm.gather(self._counts)
+        if not comm.is_main_process():
+            return None
+        counts = np.sum(gathered, axis=0)
+        if self._output_folder:
+            PathManager.mkdirs(self._output_folder)
+            path = os.path.join(self._output_folder, "confusion_matrix.json")
+            with PathManager.open(path, "w") as file:
+                json.dump({"classes": self._names, "counts": counts.tolist()}, file)
+        results = semantic_metrics(counts, self._names)
+        means = {name: results[name] for name in ("mIoU", "fwIoU", "mACC", "pACC")}
+        logger.info("Evaluation results for sem_seg:\n%s", create_small_table(means))
+        return {"sem_seg": results}
+
+
+def semantic_metrics(counts: np.ndarray, names: list[str]) -> dict[str, float]:
+    """Metrics in percent.
+
+    Args:
+        counts: (K, K) pixels, by true and by predicted class.
+        names: of the K classes.
+
+    Returns:
+        "mIoU", the mean over classes that the annotations or the predictions have; "fwIoU",
+        weighted by the pixels of the annotations; "mACC" and "pACC", the share of pixels that are
+        right, as a mean over classes, and over all; "IoU-NAME" and "ACC-NAME" of each class. What
+        could not be measured is NaN.
+    """
+    right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    union = true + predicted - right
+    iou = 100 * _ratio(right, union)
+    accuracy = 100 * _ratio(right, true)
+    share = _ratio(true, np.full_like(true, true.sum()))
+    seen = true > 0
+    return {
+        "mIoU": _mean(iou[union > 0]),
+        "fwIoU": float((share * iou)[seen].sum()) if seen.any() else float("nan"),
+        "mACC": _mean(accuracy[seen]),
+        "pACC": float(100 * right.sum() / true.sum()) if seen.any() else float("nan"),
+        **{f"IoU-{name}": float(value) for name, value in zip(names, iou, strict=True)},
+        **{f"ACC-{name}": float(value) for name, value in zip(names, accuracy, strict=True)},
+    }
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """part / whole; NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")

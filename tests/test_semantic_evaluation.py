@@ -1,0 +1,92 @@
+"""Tests of maskdino.semantic_evaluation."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import SemSegEvaluator
+from PIL import Image
+
+from maskdino.data.datasets import register_semantic_folder
+from maskdino.data.reading import DataError
+from maskdino.semantic_evaluation import SemanticEvaluator, semantic_metrics
+
+NAMES = ["sky", "road", "tree", "boat", "moon"]
+SIZES = [(12, 20), (9, 7), (16, 16)]
+
+
+@pytest.fixture
+def maps(tmp_path: Path) -> list[np.ndarray]:
+    """Label maps of three images; nowhere is a boat or a moon, some pixels are ignored."""
+    generator = np.random.default_rng(0)
+    drawn = [generator.choice([0, 1, 2, 255], size).astype(np.uint8) for size in SIZES]
+    for number, labels in enumerate(drawn):
+        for folder, pixels in (("labels", labels), ("images", labels)):
+            path = tmp_path / folder / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return drawn
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, maps: list[np.ndarray]) -> Iterator[str]:  # noqa: ARG001 - files
+    name = "drawn_labels"
+    register_semantic_folder(name, tmp_path / "labels", tmp_path / "images", NAMES, image_ext="png")
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def scores(labels: np.ndarray) -> torch.Tensor:
+    """A prediction (5, H, W): right at most places; some pixels are boats, none are moons."""
+    generator = np.random.default_rng(labels.size)
+    wrong = generator.random(labels.shape) < 0.3
+    predicted = np.where(wrong | (labels == 255), generator.integers(0, 4, labels.shape), labels)
+    return F.one_hot(torch.from_numpy(predicted.astype(np.int64)), 5).permute(2, 0, 1).float()
+
+
+def run(evaluator: object, folder: Path, predictions: list[torch.Tensor]) -> dict[str, float]:
+    evaluator.reset()
+    for number, prediction in enumerate(predictions):
+        path = folder / "images" / f"{number}.png"
+        evaluator.process([{"file_name": str(path)}], [{"sem_seg": prediction}])
+    return evaluator.evaluate()["sem_seg"]
+
+
+def test_same_numbers_as_detectron2(dataset: str, tmp_path: Path, maps: list[np.ndarray]) -> None:
+    predictions = [scores(labels) for labels in maps]
+    ours = run(SemanticEvaluator(dataset, str(tmp_path / "out")), tmp_path, predictions)
+    theirs = run(SemSegEvaluator(dataset, distributed=False), tmp_path, predictions)
+    assert 20 < ours["mIoU"] < 80
+    for name, value in theirs.items():
+        # Detectron2 leaves out what the predictions alone have; for us its IoU is 0.
+        expected = 0.0 if name == "IoU-boat" else value
+        assert ours[name] == pytest.approx(expected, nan_ok=True), name
+    assert np.isnan(ours["IoU-moon"])
+    written = json.loads((tmp_path / "out" / "confusion_matrix.json").read_text())
+    assert sum(map(sum, written["counts"])) == sum((labels < 255).sum() for labels in maps)
+
+
+def test_perfect_and_nothing_known() -> None:
+    perfect = semantic_metrics(np.diag([5, 0, 7]), ["a", "b", "c"])
+    assert [perfect[k] for k in ("mIoU", "fwIoU", "mACC", "pACC", "IoU-a")] == [100.0] * 5
+    nothing = semantic_metrics(np.zeros((3, 3), np.int64), ["a", "b", "c"])
+    assert all(np.isnan(value) for value in nothing.values())
+
+
+def test_bad_files_are_named(dataset: str, tmp_path: Path, maps: list[np.ndarray]) -> None:
+    evaluator = SemanticEvaluator(dataset, None)
+    example = [{"file_name": str(tmp_path / "images" / "0.png")}]
+    with pytest.raises(ValueError, match="predicts 4 classes, but the dataset has 5"):
+        evaluator.process(example, [{"sem_seg": scores(maps[0])[:4]}])
+    with pytest.raises(DataError, match=r"labels/0\.png has .* \(12, 20\), but .* \(12, 19\)"):
+        evaluator.process(example, [{"sem_seg": scores(maps[0])[..., :19]}])
+    maps[0][3, 3] = 77
+    Image.fromarray(maps[0]).save(tmp_path / "labels" / "0.png")
+    with pytest.raises(DataError, match=r"labels/0\.png holds the values \[77\]"):
+        evaluator.process(example, [{"sem_seg": scores(maps[0] % 5)}])
