@@ -88,7 +88,8 @@ def _rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
         return mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))
     if isinstance(segmentation["counts"], list):
         return mask_utils.frPyObjects(segmentation, *size)
-    return segmentation
+    counts = segmentation["counts"]
+    return segmentation | {"counts": counts.encode() if isinstance(counts, str) else counts}
 
 
 def _panoptic_parts(record: dict, categories: Categories) -> dict:

@@ -19,9 +19,11 @@ from maskdino.drawing import Region, draw_regions, line_width
 from maskdino.images import ImageSource, load_image, network_image, network_size
 from maskdino.model import MaskDINO
 from maskdino.modeling.decoder import DecoderState
+from maskdino.ops.ms_deform_attn import locations_and_weights
 from maskdino.postprocess import Frame, output_boxes, output_masks
 from maskdino.predictor import MaskDINOPredictor, TorchNetwork
 from maskdino.results import encode_mask
+from maskdino.structures import SpatialShapes
 
 RED, GREEN, BLUE = (230, 30, 30), (30, 220, 30), (40, 90, 255)
 
@@ -55,7 +57,7 @@ class LayerView:
             regions.append(Region(RED, rle=self.rle))
         picture = Image.fromarray(draw_regions(image, regions, scale=scale, show_boxes=True))
         drawing = ImageDraw.Draw(picture)
-        unit = line_width(image) * scale / 2
+        unit = max(1.5, line_width(image) * scale / 2)
         # Of M heads with L * P points each, an average point weighs M / number of points.
         average = max(float(self.weights.mean()), 1e-6) if len(self.weights) else 1.0
         for (x, y), weight in zip(scale * self.points, self.weights, strict=True):
@@ -106,7 +108,8 @@ class _Record:
     """What passed through the decoder: the state of each layer, and what its sampling read."""
 
     states: list[DecoderState]
-    sampled: list[tuple[Tensor, Tensor]]  # queries (B, Q, C), reference boxes (B, Q, 4)
+    # Queries (B, Q, C), tokens (B, S, C), shapes of the levels, reference boxes (B, Q, 4).
+    sampled: list[tuple[Tensor, Tensor, SpatialShapes, Tensor]]
 
 
 @contextmanager
@@ -115,7 +118,7 @@ def _recorded(model: MaskDINO) -> Iterator[_Record]:
     record = _Record([], [])
 
     def at_sampling(_: nn.Module, arguments: tuple) -> None:
-        record.sampled.append((arguments[0], arguments[3]))
+        record.sampled.append(arguments)
 
     def at_end(_: nn.Module, __: tuple, states: list[DecoderState]) -> None:
         record.states.extend(states)
@@ -173,14 +176,18 @@ def _sampling(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Points (q, M * L * P, 2) in pixels of the picture, and their weights (q, M * L * P)."""
     attention = model.decoder.layers[layer].cross_attn
-    queries, reference = (part[0, index] for part in record.sampled[layer])
-    reference = reference.float()
-    offsets = attention.sampling_offsets(queries).float().unflatten(-1, (-1, 2))  # (q, M L P, 2)
-    inside = offsets / attention.num_points * reference[:, None, 2:] / 2
-    points = reference[:, None, :2] + inside
-    extent = torch.zeros_like(points)
-    # As a box without extent, a point takes the way of boxes to the picture.
-    corners = output_boxes(torch.cat([points, extent], dim=-1).flatten(0, 1), frame)[:, :2]
-    logits = attention.attention_weights(queries).float().unflatten(-1, (attention.num_heads, -1))
-    weights = logits.softmax(-1).flatten(1)
-    return corners.view_as(points).cpu().numpy(), weights.cpu().numpy()
+    queries, tokens, spatial_shapes, reference = record.sampled[layer]
+    queries, reference = queries[:, index], reference[:, index]
+    both = (attention.sampling_offsets(queries), attention.attention_weights(queries))
+    locations, weights = locations_and_weights(
+        tokens.unflatten(-1, (attention.num_heads, -1)),
+        spatial_shapes,
+        torch.cat(both, dim=-1),
+        reference,
+        attention.num_points,
+    )
+    points = locations[0].flatten(1, 3)  # (q, M * L * P, 2) in [0, 1] of the canvas
+    # As boxes without extent, points take the way of boxes to the picture.
+    boxes = torch.cat([points, torch.zeros_like(points)], dim=-1)
+    corners = output_boxes(boxes.flatten(0, 1), frame)[:, :2].view_as(points)
+    return corners.cpu().numpy(), weights[0].flatten(1).cpu().numpy()

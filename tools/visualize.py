@@ -11,6 +11,7 @@ box (green) and sampling points of the deformable attention (blue) after each la
 """
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -159,7 +160,7 @@ def draw_attention(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
     paths = []
     for name in names:
         image = load_image(name)
-        scale = max(1, round(LAYER_PIXELS / max(image.shape[:2])))
+        scale = max(1, math.ceil(LAYER_PIXELS / max(image.shape[:2])))
         for query, layers in follow_queries(predictor, name, args.queries or args.num_queries):
             panels = []
             for view in layers:
