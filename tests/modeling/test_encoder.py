@@ -7,7 +7,6 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor
 
 from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbedding
-from maskdino.modeling.layers import map_sine_embedding
 from tests.helpers import tiny_cfg
 
 SHAPE = {f"res{i}": ShapeSpec(channels=8 * i, stride=2**i) for i in range(2, 6)}
@@ -46,24 +45,6 @@ def test_images_of_a_batch_do_not_mix() -> None:
     for i in range(2):
         alone = encoder({name: x[i : i + 1] for name, x in inputs.items()}).tokens
         torch.testing.assert_close(both[i : i + 1], alone, atol=1e-4, rtol=1e-4)
-
-
-def test_positions_in_tokens() -> None:
-    """Without layers, all that the option adds are sines and level embeddings."""
-    plain = MultiScaleDeformableEncoder(tiny_cfg(ENCODER__NUM_LAYERS=0), SHAPE)
-    cfg = tiny_cfg(ENCODER__NUM_LAYERS=0, ENCODER__POSITION_IN_TOKENS=True)
-    placed = MultiScaleDeformableEncoder(cfg, SHAPE)
-    placed.load_state_dict(plain.state_dict())
-    inputs = features(64, 96)
-    sizes = ((8, 12), (4, 6), (2, 3), (1, 2))
-    expected = torch.cat(
-        [
-            map_sine_embedding(height, width, 64, torch.device("cpu")) + embedding
-            for (height, width), embedding in zip(sizes, plain.level_embed, strict=True)
-        ]
-    )
-    added = placed(inputs).tokens - plain(inputs).tokens
-    torch.testing.assert_close(added, expected.expand(2, -1, -1), atol=1e-5, rtol=0)
 
 
 def test_activation_checkpoints_change_nothing() -> None:
