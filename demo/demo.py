@@ -3,6 +3,7 @@
     python demo/demo.py --config-file F --input photo.jpg --output out --opts MODEL.WEIGHTS W
     python demo/demo.py --config-file F --input folder 'more/*.png' clip.mp4 --output out ...
     python demo/demo.py --config-file F --webcam --output out --opts MODEL.WEIGHTS W
+    python demo/demo.py --backend onnx --model exported.onnx --input photo.jpg --output out
 
 `--config-file` is a path or a name below `configs`, as coco/instance/maskdino_R50. A file that
 cannot be read is reported, and the others go on; the exit status is then 1. Ctrl-C ends a video
@@ -26,6 +27,7 @@ from tracks import Tracks
 from video import CODEC, LiveWriter, VideoError, VideoReader, VideoWriter
 
 from maskdino.images import ImageError, load_image
+from maskdino.onnx_backend import onnx_predictor
 from maskdino.predictor import MaskDINOPredictor
 from maskdino.results import ImageResult
 
@@ -47,7 +49,11 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
+    parser.add_argument("--config-file", metavar="FILE", help="path or name")
+    parser.add_argument("--backend", choices=("torch", "onnx"), default="torch")
+    parser.add_argument(
+        "--model", type=Path, metavar="FILE", help="of tools/export_model.py, for --backend onnx"
+    )
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="PATH", help="files, folders, 'patterns'"
     )
@@ -67,21 +73,27 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if bool(args.input) == (args.webcam is not None):
         parser.error("give either --input or --webcam")
+    if args.backend == "torch" and (args.config_file is None or args.model is not None):
+        parser.error("--backend torch needs --config-file, and takes no --model")
+    if args.backend == "onnx" and (args.model is None or args.config_file or args.opts):
+        parser.error("--backend onnx needs --model, which holds the configuration: nothing else")
     return args
 
 
 def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
     """The model, doing the one task that is drawn."""
-    predictor = MaskDINOPredictor.from_config(
-        args.config_file,
-        device=args.device,
-        confidence_threshold=args.confidence_threshold,
-        tasks=None if args.task is None else (args.task,),
-        size=args.size,
-        max_detections=args.max_detections,
-        batch_size=args.batch_size,
-        opts=args.opts,
-    )
+    common = {
+        "device": args.device,
+        "confidence_threshold": args.confidence_threshold,
+        "tasks": None if args.task is None else (args.task,),
+        "size": args.size,
+        "max_detections": args.max_detections,
+        "batch_size": args.batch_size,
+    }
+    if args.backend == "onnx":
+        predictor = onnx_predictor(args.model, **common)
+    else:
+        predictor = MaskDINOPredictor.from_config(args.config_file, opts=args.opts, **common)
     task = next(task for task in TASKS if task in predictor.options.tasks)
     predictor.options = replace(predictor.options, tasks=(task,))
     return predictor
@@ -221,7 +233,7 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; what was drawn so far is in {args.output}", file=sys.stderr)
         return INTERRUPTED
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
     print(f"{report.drawn} of {len(outputs)} files drawn, in {args.output}")

@@ -319,9 +319,40 @@ def _plugin_translation() -> dict:
     """The ONNX node that stands for `sample_and_sum`."""
     from onnxscript.values import Opset
 
+    _register_plugin_schema()
     node = getattr(Opset(PLUGIN_DOMAIN, 1), PLUGIN)
 
     def translate(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):  # noqa: ANN001, ANN202  the exporter reads types from annotations
         return node(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
     return {torch.ops.maskdino_export.sample_and_sum.default: translate}
+
+
+def _register_plugin_schema() -> None:
+    """Tells the onnx package what TensorRT's plugin reads: only known operators become nodes."""
+    import onnx
+
+    if onnx.defs.has(PLUGIN, 1, PLUGIN_DOMAIN):
+        return
+    parameter = onnx.defs.OpSchema.FormalParameter
+    floats = ("value", "sampling_locations", "attention_weights")
+    inputs = [
+        parameter(name, "T" if name in floats else "tensor(int32)")
+        for name in (
+            "value",
+            "spatial_shapes",
+            "level_start_index",
+            "sampling_locations",
+            "attention_weights",
+        )
+    ]
+    onnx.defs.register_schema(
+        onnx.defs.OpSchema(
+            PLUGIN,
+            PLUGIN_DOMAIN,
+            1,
+            inputs=inputs,
+            outputs=[parameter("output", "T")],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
+        )
+    )

@@ -121,8 +121,7 @@ class OnnxNetwork:
                 f"{path} gives results of the task {self.metadata.outputs!r}; the predictor needs "
                 "an export with --outputs predictions"
             )
-        self.cfg = self.metadata.cfg()
-        self._mean = torch.tensor(self.cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
+        self._mean = torch.tensor(self.metadata.cfg().MODEL.PIXEL_MEAN).view(-1, 1, 1)
 
     @property
     def canvas(self) -> tuple[int, int] | None:
@@ -182,7 +181,7 @@ def onnx_predictor(
         FileNotFoundError, ValueError: as `OnnxNetwork` says, or a size for a fixed canvas.
     """
     network = OnnxNetwork(path, "cpu" if device is None else device)
-    cfg = network.cfg
+    cfg = network.metadata.cfg()
     if size is not None and network.canvas is not None:
         raise ValueError(f"{path} has the fixed canvas {network.canvas}: size {size} cannot be had")
     if max_detections is not None:

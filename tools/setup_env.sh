@@ -64,6 +64,7 @@ from pip._vendor.packaging.requirements import Requirement
 
 ALTERNATIVES = {
     "opencv-python-headless": ["opencv-python", "opencv-contrib-python"],
+    "onnxruntime": ["onnxruntime-gpu"],
 }
 
 
