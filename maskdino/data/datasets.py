@@ -329,12 +329,20 @@ def _register_objects365() -> None:
         register_coco_folder(f"objects365_{split}", annotations, folder / split)
 
 
+def _register_bccd() -> None:
+    folder = datasets_root() / "bccd_boxes"
+    for split in ("train", "val", "test"):
+        annotations = folder / "annotations" / f"instances_{split}.json"
+        register_coco_folder(f"bccd_{split}", annotations, folder / split)
+
+
 def register_all() -> None:
     """Registers everything in this module; calling it again does nothing."""
     _register_nuclei()
     _register_coco_panoptic()
     _register_ade20k()
     _register_objects365()
+    _register_bccd()
 
 
 register_all()
