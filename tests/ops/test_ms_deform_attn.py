@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdino.ops import _library, ms_deform_attn as module
+from maskdino.ops import _library
+from maskdino.ops import ms_deform_attn as module
 from maskdino.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 from tests.ops.deform_attn_cases import Case, slow_locations, slow_ms_deform_attn
 
@@ -109,9 +110,8 @@ def test_gradients_of_fused_form(case: Case, size: int | None, backend: str) -> 
 
 @pytest.mark.parametrize("size", [None, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_gradients_agree_in_lower_precision(
-    dtype: torch.dtype, size: int | None, compiled: None
-) -> None:
+@pytest.mark.usefixtures("compiled")
+def test_gradients_agree_in_lower_precision(dtype: torch.dtype, size: int | None) -> None:
     case = Case(channels=32)
     gradients = []
     inputs = [case.value(dtype), case.offsets_and_logits(dtype, per_token=size is None)]
@@ -213,7 +213,8 @@ def test_fused_form_survives_any_number(bad: float, backend: str) -> None:
         output.sum().backward()
 
 
-def test_half_offsets_keep_float32_references(compiled: None) -> None:
+@pytest.mark.usefixtures("compiled")
+def test_half_offsets_keep_float32_references() -> None:
     """A reference that half precision cannot tell from its neighbour reads the right pixel."""
     width = 4096
     value = torch.arange(width, dtype=torch.float32).view(1, width, 1, 1).half() / width
@@ -265,7 +266,8 @@ def test_wrong_inputs_are_named(backend: str) -> None:
     fails(ValueError, "cpu.*meta", value, shapes, raw.to("meta"), boxes, points, fused=True)
 
 
-def test_library_checks_its_own_inputs(compiled: None) -> None:
+@pytest.mark.usefixtures("compiled")
+def test_library_checks_its_own_inputs() -> None:
     case = Case()
     operator = torch.ops.maskdino.ms_deform_attn
     value, locations, weights = case.value(), case.locations(), case.weights()
@@ -286,7 +288,8 @@ def test_library_checks_its_own_inputs(compiled: None) -> None:
 
 
 @pytest.mark.parametrize("size", [None, 2, 4])
-def test_operators_are_registered_properly(size: int | None, compiled: None) -> None:
+@pytest.mark.usefixtures("compiled")
+def test_operators_are_registered_properly(size: int | None) -> None:
     case = Case(channels=4, queries=31)
     value, raw = case.value().requires_grad_(), case.offsets_and_logits().requires_grad_()
     reference = None if size is None else case.reference(size).requires_grad_()
@@ -306,7 +309,8 @@ def test_operators_are_registered_properly(size: int | None, compiled: None) -> 
     )
 
 
-def test_export_and_whole_graphs(compiled: None) -> None:
+@pytest.mark.usefixtures("compiled")
+def test_export_and_whole_graphs() -> None:
     case = Case(channels=4)
 
     class Module(torch.nn.Module):
@@ -326,7 +330,8 @@ def test_export_and_whole_graphs(compiled: None) -> None:
     assert all(leaf.grad is not None for leaf in leaves)
 
 
-def test_same_bits_every_time_and_for_every_number_of_threads(compiled: None) -> None:
+@pytest.mark.usefixtures("compiled")
+def test_same_bits_every_time_and_for_every_number_of_threads() -> None:
     case = Case(shapes=((20, 30), (10, 15)), channels=32, queries=300)
     inputs = (case.value(torch.float32), case.offsets_and_logits(torch.float32))
     reference = case.reference(2, torch.float32)

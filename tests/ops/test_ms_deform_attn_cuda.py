@@ -103,9 +103,8 @@ def test_emulated_kernels_compute_what_the_cpu_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_emulated_fixed_point_sums(
-    dtype: torch.dtype, emulated: object, deterministic_algorithms: None
-) -> None:
+@pytest.mark.usefixtures("deterministic_algorithms")
+def test_emulated_fixed_point_sums(dtype: torch.dtype, emulated: object) -> None:
     results = run(emulated, CASES[1], dtype)
     assert_same(results, run(torch.ops.maskdino, CASES[1], dtype), dtype)
 
@@ -134,13 +133,15 @@ def cuda_library() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_gpu_computes_what_the_cpu_does(case: Case, dtype: torch.dtype, cuda_library: None) -> None:
+@pytest.mark.usefixtures("cuda_library")
+def test_gpu_computes_what_the_cpu_does(case: Case, dtype: torch.dtype) -> None:
     results = run(torch.ops.maskdino, case, dtype, "cuda")
     assert_same(results, run(torch.ops.maskdino, case, dtype), dtype)
 
 
 @pytest.mark.gpu
-def test_gpu_operators_wait_for_nothing(cuda_library: None) -> None:
+@pytest.mark.usefixtures("cuda_library")
+def test_gpu_operators_wait_for_nothing() -> None:
     case = Case(channels=32)
     value = case.value(torch.float32).cuda().requires_grad_()
     raw = case.offsets_and_logits(torch.float32, per_token=True).cuda().requires_grad_()
@@ -153,9 +154,9 @@ def test_gpu_operators_wait_for_nothing(cuda_library: None) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_gives_the_same_bits_when_asked(
-    cuda_library: None, deterministic_algorithms: None
-) -> None:
+@pytest.mark.usefixtures("deterministic_algorithms")
+@pytest.mark.usefixtures("cuda_library")
+def test_gpu_gives_the_same_bits_when_asked() -> None:
     case = Case(shapes=((64, 64), (32, 32)), channels=32, queries=500)
     first, second = (run(torch.ops.maskdino, case, torch.float32, "cuda") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -163,7 +164,8 @@ def test_gpu_gives_the_same_bits_when_asked(
 
 
 @pytest.mark.gpu
-def test_gpu_graph_capture(cuda_library: None) -> None:
+@pytest.mark.usefixtures("cuda_library")
+def test_gpu_graph_capture() -> None:
     case = Case(channels=32)
     value = case.value(torch.float32).cuda()
     raw = case.offsets_and_logits(torch.float32, per_token=True).cuda()
