@@ -1,0 +1,106 @@
+"""The report of an evaluation: its numbers, its curves, and what it calls best and worst."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from maskdino.ground_truth import ground_truth_of
+from maskdino.report import bars, curves, f1_score, precision_recall, score_images, write_report
+from maskdino.results import Categories, ImageResult
+
+CATEGORIES = Categories(("nucleus",), (True,), (1,))
+
+
+@pytest.fixture(scope="module")
+def truths() -> list[tuple[int, ImageResult]]:
+    """Image ids and annotations of six validation images."""
+    entries = DatasetCatalog.get("nuclei_val")[:6]
+    return [(entry["image_id"], ground_truth_of(entry, CATEGORIES)) for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def records(truths: list[tuple[int, ImageResult]]) -> list[dict]:
+    """Predictions: the first image perfect, the second not at all, of the others every second."""
+    found = []
+    for number, (image_id, truth) in enumerate(truths):
+        entries = truth.to_coco(image_id)
+        kept = entries if number == 0 else entries[::2] if number > 1 else []
+        found += [entry | {"score": 0.9 - 0.001 * i} for i, entry in enumerate(kept)]
+    return found
+
+
+def test_report_shows_numbers_curves_and_images(tmp_path: Path, records: list[dict]) -> None:
+    folder = tmp_path / "inference" / "nuclei_val"
+    folder.mkdir(parents=True)
+    (folder / "coco_instances_results.json").write_text(json.dumps(records))
+    metrics = {"segm": {"AP": 43.21, "APl": float("nan"), "AP-cat & dog": 12.5}, "note": "x"}
+    metrics.pop("note")
+    (tmp_path / "inference" / "results.json").write_text(json.dumps(metrics))
+    page = write_report(tmp_path / "r.html", "nuclei_val", tmp_path, num_images=2).read_text()
+    assert "43.2" in page
+    assert "cat &amp; dog" in page
+    assert page.count("<polyline") == 6  # boxes and masks at three IoU thresholds
+    assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
+    embedded = re.findall(r'base64,([^"]+)"', page)
+    assert len(embedded) == 4
+    assert Image.open(io.BytesIO(base64.b64decode(embedded[0]))).size[0] > 500
+    assert page.index("F1 100 %") < page.index("Worst images") < page.index("F1 0 %")
+
+
+def test_images_are_scored(truths: list[tuple[int, ImageResult]], records: list[dict]) -> None:
+    scored = {Path(i.truth.name).name: i.f1 for i in score_images("nuclei_val", records, 0.5)}
+    values = [scored[Path(truth.name).name] for _, truth in truths]
+    assert values[:2] == [1, 0]
+    for (_, truth), value in zip(truths[2:], values[2:], strict=True):
+        half = (len(truth) + 1) // 2
+        assert value == pytest.approx(2 * half / (len(truth) + half))
+    assert not any(image.f1 for image in score_images("nuclei_val", records, 0.95))
+
+
+def test_an_object_is_found_once(truths: list[tuple[int, ImageResult]]) -> None:
+    truth = truths[0][1]
+    scores = np.ones(len(truth), np.float32)
+    perfect = replace(truth, scores=scores)
+    assert f1_score(truth, perfect) == 1
+    twice = perfect.select(np.repeat(np.arange(len(truth)), 2))
+    assert f1_score(truth, twice) == pytest.approx(2 / 3)
+    assert f1_score(replace(truth, rles=None), perfect) == 1  # by boxes
+    nothing = perfect.select(np.zeros(len(truth), bool))
+    assert (f1_score(truth, nothing), f1_score(nothing, nothing)) == (0, 1)
+
+
+def test_curves_leave_out_classes_without_objects() -> None:
+    precision = np.full((10, 101, 3, 4, 3), -1.0)
+    precision[:, :, 0], precision[:, :, 2] = 1.0, 0.5
+    found = precision_recall(precision)
+    assert list(found) == ["IoU 0.5", "IoU 0.75", "IoU 0.9"]
+    np.testing.assert_allclose(found["IoU 0.5"], np.full(101, 0.75))
+    assert precision_recall(np.full((10, 101, 3, 4, 3), -1.0)) == {}
+
+
+def test_pictures_are_well_formed() -> None:
+    drawn = ElementTree.fromstring(bars({"AP-b": 20.0, "AP-a": 80.0, "AP-c": float("nan")}))
+    names = [t.text for t in drawn.iter("text") if t.get("text-anchor") == "end"]
+    assert names == ["a", "b", "c"]
+    widths = [float(rect.get("width")) for rect in drawn.iter("rect")]
+    assert widths[0] == 4 * widths[1] > widths[2] == 0
+    line = ElementTree.fromstring(curves({"one": [1.0, 0.0]}, "x", "y")).find("polyline")
+    (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in line.get("points").split())
+    assert x0 < x1
+    assert y0 < y1  # downwards
+
+
+def test_without_an_evaluation(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="evaluate first"):
+        write_report(tmp_path / "r.html", "nuclei_val", tmp_path)
