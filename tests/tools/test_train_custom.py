@@ -1,0 +1,147 @@
+"""Tests of tools/train_custom.py: the whole command, on drawn data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from maskdino.config import load_config
+from maskdino.custom import History
+from tests.custom.drawn import Drawn, write_drawn
+from tests.helpers import NARROW
+
+
+@pytest.fixture(scope="module")
+def tool(repository: Path) -> ModuleType:
+    path = repository / "tools" / "train_custom.py"
+    spec = importlib.util.spec_from_file_location("train_custom", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path.parent))  # as when it is run as a script
+        spec.loader.exec_module(module)
+    return module
+
+
+def words(drawn: Drawn, output: Path, *more: object) -> list[str]:
+    """A command that needs no measurement, with a narrow model."""
+    config = drawn.json_file.parent / "narrow.yaml"
+    if not config.exists():
+        cfg = load_config(None, [word for item in NARROW.items() for word in item])
+        config.write_text(cfg.dump())
+    command = ["--train-json", drawn.json_file, "--train-images", drawn.images]
+    command += ["--config-file", config, "--output", output, "--epochs", 2, "--batch-size", 2]
+    command += ["--image-size", 64, "--num-pictures", 2, *more]
+    return [str(word) for word in command]
+
+
+def test_from_files_to_result(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
+    tool.main(words(drawn, out))
+    printed = capsys.readouterr().out
+    assert "5 to train on, 1 to validate on (set aside by a hash of the file names)" in printed
+    assert "masks AP75" in printed
+    for name in ("all", "person", "car"):
+        assert any(line.startswith(name) for line in printed.splitlines())
+    cfg = load_config(str(out / "config.yaml"))
+    assert (cfg.MODEL.MASK_DINO.NUM_CLASSES, cfg.MODEL.MASK_DINO.MASK_ON) == (2, True)
+    assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (6, 3)
+    assert len(list((out / "predictions").glob("*.png"))) == 1
+    assert (out / "best" / "model_best.pth").is_file()
+    history = History.read(out / "best" / "history.json")
+    assert [entry.iteration for entry in history.evaluations] == [2, 5]
+    assert "AP-person" in history.best.results["segm"]
+    # Annotations are numbered from 1, categories keep their ids.
+    content = json.loads((out / "data" / "custom_train.json").read_text())
+    assert {category["id"] for category in content["categories"]} == {3, 70}
+    assert min(annotation["id"] for annotation in content["annotations"]) == 1
+
+    with pytest.raises(SystemExit, match="holds a run: go on with --resume"):
+        tool.main(words(drawn, out))
+    tool.main(["--output", str(out), "--resume", "--num-pictures", "0"])
+    assert printed.splitlines()[-1] in capsys.readouterr().out
+
+
+def test_boxes_only_and_validation_data(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write_drawn(tmp_path / "train", 4, masks=False)
+    val = write_drawn(tmp_path / "val", 2, masks=False, seed=1)
+    val.content["categories"].reverse()  # their order in the file must not matter
+    val.write()
+    more = ["--val-json", val.json_file, "--val-images", val.images, "--num-pictures", 0]
+    overrides = ["SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()"]
+    tool.main(words(train, tmp_path / "out", *more, *overrides))
+    printed = capsys.readouterr().out
+    assert "4 to train on, 2 to validate on\n" in printed
+    assert "boxes AP" in printed
+    assert "masks AP" not in printed
+    cfg = load_config(str(tmp_path / "out" / "config.yaml"))
+    assert not cfg.MODEL.MASK_DINO.MASK_ON
+    assert cfg.SOLVER.MAX_ITER == 1
+    weights = torch.load(tmp_path / "out" / "best" / "model_best.pth", weights_only=True)["model"]
+    assert not any("mask" in name for name in weights)
+
+
+def test_faults_stop_the_run_or_are_left_out(tool: ModuleType, tmp_path: Path) -> None:
+    drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
+    drawn.content["annotations"][0]["bbox"] = [3, 3, 0, 5]
+    drawn.content["annotations"][1]["category_id"] = 4
+    drawn.write()
+    (drawn.images / "scene_5.png").write_bytes(b"")
+    with pytest.raises(SystemExit) as caught:
+        tool.main(words(drawn, out))
+    message = str(caught.value)
+    for part in (
+        f"error: {drawn.json_file} cannot be trained on",
+        "box of zero or negative size\n    annotation 0 of image 0 (scene_0.png): [3, 3, 0, 5]",
+        "annotation of an unknown category\n    annotation 1 of image 0 (scene_0.png): 4",
+        "image cannot be read",
+        "--skip-invalid",
+    ):
+        assert part in message
+    assert not (out / "config.yaml").exists()
+    args = tool.parse_arguments(words(drawn, out, "--skip-invalid"))
+    run = tool.prepare(args)
+    assert "left out because it is wrong" in (out / "plan.txt").read_text()
+    assert "annotation 0 of image 0" in (out / "data" / "check.txt").read_text()
+    assert run.is_planned()
+    parts = [
+        json.loads((out / "data" / f"custom_{part}.json").read_text()) for part in ("train", "val")
+    ]
+    assert sum(len(part["images"]) for part in parts) == 5
+    kept = [a for a in drawn.content["annotations"][2:] if a["image_id"] != 5]
+    assert sum(len(part["annotations"]) for part in parts) == len(kept)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--weights", "lost.pth"], "there is no checkpoint lost.pth"),
+        (["--config-file", "coco/instance/maskdino_R5"], "did you mean coco/instance/maskdino_R50"),
+        (["--config-file", "custom/maskdino_small", "--weights", "released"], "no weights were"),
+        (["SOLVER.BASE_LRR", "1"], "did you mean SOLVER.BASE_LR"),
+        (["--train-json", "lost.json"], "no annotation file lost.json"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    tool: ModuleType, tmp_path: Path, more: list[str], message: str
+) -> None:
+    drawn = write_drawn(tmp_path / "drawn", 2)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        tool.main(words(drawn, tmp_path / "out", *more))
+
+
+def test_arguments_that_do_not_go_together(tool: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="a new run needs --train-json and --train-images"):
+        tool.main(["--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        tool.parse_arguments(["--output", "o", "--val-json", "b.json"])
+    with pytest.raises(SystemExit):
+        tool.parse_arguments(["--output", "o", "--epochs", "0"])
