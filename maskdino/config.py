@@ -79,6 +79,8 @@ def _add_model(cfg: CfgNode) -> None:
     model = cfg.MODEL.MASK_DINO = CfgNode()
     # Number of classes that the class head predicts ("no object" not counted).
     model.NUM_CLASSES = 80
+    # Their names, where no registered dataset tells them (own data); results are labelled with them.
+    model.CLASS_NAMES = []
     # Channels of tokens and queries.
     model.HIDDEN_DIM = 256
     # Batches are padded, at the right and at the bottom, to a multiple of this number of pixels.

@@ -45,10 +45,11 @@ class Categories:
 
     @staticmethod
     def from_config(cfg: CfgNode) -> Categories:
-        """Those of the first known dataset; "class 0", ... where it has no names."""
+        """Those of the first known dataset, else of CLASS_NAMES; without names "class 0", ..."""
         datasets = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
         known = [name for name in datasets if name in MetadataCatalog.list()]
-        metadata = MetadataCatalog.get(known[0]) if known else Metadata()
+        named = Metadata(thing_classes=list(cfg.MODEL.MASK_DINO.CLASS_NAMES))
+        metadata = MetadataCatalog.get(known[0]) if known else named
         return Categories.from_metadata(metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES)
 
     @staticmethod

@@ -136,11 +136,17 @@ def summarise(data: Annotations) -> Summary:
     sides = [max(int(image["width"]), int(image["height"])) for image in data.images]
     return Summary(
         images=len(data.images),
-        counts={c["name"]: by_category[c["id"]] for c in data.categories},
+        counts={str(c["name"]): by_category[c["id"]] for c in ordered_categories(data)},
         has_masks=any(a.get("segmentation") for a in objects),
         longest_side=round(median(sides)),
         most_objects=max(by_image.values(), default=0),
     )
+
+
+def ordered_categories(data: Annotations) -> list[dict]:
+    """The categories in the order of their class indices."""
+    numbers = _integer_ids(data.categories)
+    return sorted(data.categories, key=lambda category: numbers[category["id"]])
 
 
 def encode_mask(segmentation: list | dict, size: tuple[int, int]) -> dict:
@@ -181,7 +187,9 @@ def write_annotations(data: Annotations, path: Path) -> None:
             **_geometry(annotation, sizes[annotation["image_id"]]),
         }
         annotations.append(entry)
-    categories = [{"id": category_ids[x["id"]], "name": str(x["name"])} for x in data.categories]
+    categories = [
+        {"id": category_ids[x["id"]], "name": str(x["name"])} for x in ordered_categories(data)
+    ]
     content = {
         "info": {"description": f"from {data.json_file.name}"},
         "images": images,

@@ -101,6 +101,7 @@ def apply_data(cfg: CfgNode, summary: Summary, machine: Machine, wishes: Wishes)
     """Sets what follows from the data: classes, tasks, image size, queries (in place)."""
     node = cfg.MODEL.MASK_DINO
     node.NUM_CLASSES = len(summary.counts)
+    node.CLASS_NAMES = list(summary.counts)
     node.MASK_ON = summary.has_masks and not wishes.boxes_only
     if not node.MASK_ON:
         node.QUERY_SELECTION.MASK_ENHANCED_ANCHORS = "none"

@@ -153,11 +153,6 @@ def register_prepared(output: Path) -> None:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         json_file = folder / entry["json_file"]
-        names = [category["name"] for category in sorted_categories(json_file)]
+        # Written in the order of the class indices.
+        names = [category["name"] for category in json.loads(json_file.read_text())["categories"]]
         register_coco_folder(name, json_file, entry["image_root"], thing_classes=names)
-
-
-def sorted_categories(json_file: Path) -> list[dict]:
-    """The categories of a prepared file in the order of their class indices."""
-    categories = json.loads(json_file.read_text())["categories"]
-    return sorted(categories, key=lambda category: category["id"])

@@ -9,9 +9,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from maskdino.config import load_config
 from maskdino.custom import History
+from maskdino.predictor import MaskDINOPredictor
 from tests.custom.drawn import Drawn, write_drawn
 from tests.helpers import NARROW
 
@@ -51,6 +53,7 @@ def test_from_files_to_result(
         assert any(line.startswith(name) for line in printed.splitlines())
     cfg = load_config(str(out / "config.yaml"))
     assert (cfg.MODEL.MASK_DINO.NUM_CLASSES, cfg.MODEL.MASK_DINO.MASK_ON) == (2, True)
+    assert cfg.MODEL.MASK_DINO.CLASS_NAMES == ["car", "person"]  # in the order of their ids, 3, 70
     assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (6, 3)
     assert len(list((out / "predictions").glob("*.png"))) == 1
     assert (out / "best" / "model_best.pth").is_file()
@@ -61,6 +64,13 @@ def test_from_files_to_result(
     content = json.loads((out / "data" / "custom_train.json").read_text())
     assert {category["id"] for category in content["categories"]} == {3, 70}
     assert min(annotation["id"] for annotation in content["annotations"]) == 1
+
+    # Whoever loads the model elsewhere, where the data are unknown, still sees the names.
+    for name in ("custom_train", "custom_val"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    predictor = MaskDINOPredictor.from_config(out / "config.yaml", out / "best" / "model_best.pth")
+    assert predictor.categories.names == ("car", "person")
 
     with pytest.raises(SystemExit, match="holds a run: go on with --resume"):
         tool.main(words(drawn, out))
