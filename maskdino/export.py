@@ -232,6 +232,8 @@ def to_onnx(
         custom_translation_table=_plugin_translation() if options.plugin else None,
     )
     model = exported.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where in the sources each came from
     _name_axes(model)
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)

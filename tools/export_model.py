@@ -291,6 +291,7 @@ def run(args: argparse.Namespace) -> None:
     cfg.MODEL.DEVICE = str(pick_device(args.device, cfg.MODEL.DEVICE))
     model = build_model(cfg).eval()
     load_weights(model, cfg)
+    cfg.MODEL.WEIGHTS = ""  # the file holds its weights
     options = ExportOptions(
         args.outputs, args.mask_size, args.size and tuple(args.size), args.format == "tensorrt"
     )

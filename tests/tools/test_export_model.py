@@ -1,0 +1,347 @@
+"""Exported programs: what they compute, how they are checked, and that they run elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode
+from PIL import Image
+from torch import Tensor
+
+from maskdino.export import PLUGIN, ExportableNetwork, ExportOptions, plugin_attention
+from maskdino.model import MaskDINO
+from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
+from maskdino.predictor import MaskDINOPredictor
+from tests.helpers import NARROW, tiny_cfg
+
+for package in ("onnx", "onnxruntime", "onnxscript"):
+    pytest.importorskip(package, reason=f"{package} is optional, see requirements.txt")
+
+from maskdino.onnx_backend import OnnxNetwork, onnx_predictor  # noqa: E402
+
+CANVAS = (64, 96)
+
+
+def small_cfg(**overrides: object) -> CfgNode:
+    """A model with few operators: tracing takes a second for every hundred."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NARROW, "MODEL.RESNETS.DEPTH", 18)
+        patch.setitem(NARROW, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
+        layers = {"ENCODER__NUM_LEVELS": 3, "DECODER__NUM_LAYERS": 1}
+        cfg = tiny_cfg(**layers, **overrides)
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT = 64, 96, "RGB"
+    return cfg
+
+
+def small_model(**overrides: object) -> MaskDINO:
+    """Random weights whose scores are spread, so that ranks do not hang on rounding."""
+    torch.manual_seed(0)
+    model = MaskDINO(small_cfg(**overrides)).eval()
+    for head in (model.heads.class_head, model.heads.box_head.layers[-1]):
+        torch.nn.init.normal_(head.weight, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[ModuleType]:
+    path = Path(__file__).resolve().parents[2] / "tools" / "export_model.py"
+    spec = importlib.util.spec_from_file_location("export_model", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["export_model"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["export_model"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration, weights and two pictures of different shape."""
+    folder = tmp_path_factory.mktemp("export")
+    model = small_model()
+    (folder / "config.yaml").write_text(small_cfg().dump())
+    torch.save({"model": model.state_dict()}, folder / "weights.pth")
+    random = np.random.default_rng(0)
+    for name, size in (("wide.png", (64, 90)), ("high.png", (120, 70))):
+        coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8))
+        coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(folder / name)
+    return folder
+
+
+def arguments(folder: Path, output: str, *more: str) -> list[str]:
+    pictures = [str(folder / "wide.png"), str(folder / "high.png")]
+    words = ["--config-file", str(folder / "config.yaml"), "--output", str(folder / output)]
+    weights = ["--opts", "MODEL.WEIGHTS", str(folder / "weights.pth")]
+    return [*words, "--images", *pictures, *more, *weights]
+
+
+@pytest.fixture(scope="module")
+def fixed_onnx(tool: ModuleType, folder: Path) -> Path:
+    size = [str(edge) for edge in CANVAS]
+    assert tool.main(arguments(folder, "fixed.onnx", "--size", *size)) == 0
+    return folder / "fixed.onnx"
+
+
+def padded(images: list[Tensor], model: MaskDINO) -> tuple[Tensor, Tensor]:
+    """Arguments of a program: the images on one canvas, and their sizes."""
+    batch = model.pixel_mean.expand(len(images), -1, *CANVAS).clone()
+    for place, image in zip(batch, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return batch, torch.tensor([image.shape[1:] for image in images])
+
+
+@torch.no_grad()
+def program_and_model(
+    images: list[Tensor], outputs: str, **overrides: object
+) -> tuple[dict[str, Tensor], list[dict], MaskDINO]:
+    """What the program and the model compute of the same images."""
+    switches = {
+        f"TEST__{task.upper()}_ON": task == outputs for task in ("instance", "panoptic", "semantic")
+    }
+    model = small_model(**switches, **overrides)
+    batch, sizes = padded(images, model)
+    arguments = (batch,) if outputs == "semantic" else (batch, sizes)
+    found = ExportableNetwork(model, ExportOptions(outputs))(*arguments)
+    return found, model([{"image": image} for image in images]), model
+
+
+def two_images() -> list[Tensor]:
+    return [torch.rand(3, 64, 96) * 255, torch.rand(3, 50, 70) * 255]
+
+
+def test_instances_are_those_of_the_model() -> None:
+    found, expected, _ = program_and_model(two_images(), "instance")
+    for i, result in enumerate(expected):
+        objects = result["instances"]
+        height, width = objects.image_size
+        torch.testing.assert_close(found["boxes"][i], objects.pred_boxes.tensor)
+        torch.testing.assert_close(found["scores"][i], objects.scores)
+        assert torch.equal(found["labels"][i], objects.pred_classes)
+        assert torch.equal(found["masks"][i][:, :height, :width], objects.pred_masks)
+        assert not found["masks"][i][:, height:].any()
+        assert not found["masks"][i][:, :, width:].any()
+
+
+def test_instances_below_the_threshold_have_score_zero() -> None:
+    found, expected, _ = program_and_model(two_images(), "instance", TEST__SCORE_THRESHOLD=0.05)
+    for i, result in enumerate(expected):
+        kept = found["scores"][i] > 0
+        assert 0 < kept.sum() < len(kept)
+        torch.testing.assert_close(found["scores"][i][kept], result["instances"].scores)
+
+
+def test_semantic_maps_are_those_of_the_model() -> None:
+    found, expected, _ = program_and_model(two_images(), "semantic")
+    for maps, result in zip(found["class_maps"], expected, strict=True):
+        height, width = result["sem_seg"].shape[1:]
+        torch.testing.assert_close(maps[:, :height, :width], result["sem_seg"])
+
+
+def test_panoptic_segments_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskdino.model.thing_classes", lambda _: [True, False, False, True, False])
+    found, expected, _ = program_and_model(
+        two_images(),
+        "panoptic",
+        TEST__PANOPTIC_SCORE_THRESHOLD=0.02,
+        TEST__PANOPTIC_OVERLAP_THRESHOLD=0.1,
+    )
+    assert sum(len(result["panoptic_seg"][1]) for result in expected) > 2
+    for i, result in enumerate(expected):
+        ids, segments = result["panoptic_seg"]
+        ours = found["segment_ids"][i][: ids.shape[0], : ids.shape[1]]
+        numbers = found["segment_scores"][i].nonzero()[:, 0] + 1
+        lookup = torch.zeros(found["segment_scores"].shape[1] + 1, dtype=torch.int32)
+        lookup[numbers] = torch.arange(1, len(numbers) + 1, dtype=torch.int32)
+        assert torch.equal(lookup[ours], ids)
+        labels = found["segment_labels"][i][numbers - 1]
+        assert labels.tolist() == [segment["category_id"] for segment in segments]
+
+
+def test_quarter_masks_have_the_size_of_the_pixel_embedding() -> None:
+    model = small_model()
+    options = ExportOptions("instance", mask_size="quarter")
+    with torch.no_grad():
+        found = ExportableNetwork(model, options)(*padded(two_images(), model))
+    assert found["masks"].shape[2:] == (16, 24)
+    assert not found["masks"][1, :, 13:].any()  # cells whose centre lies below row 50
+    assert not found["masks"][1, :, :, 18:].any()
+
+
+@pytest.mark.parametrize("with_boxes", [False, True])
+def test_plugin_computes_what_the_operator_computes(with_boxes: bool) -> None:
+    shapes, heads, points = ((6, 5), (3, 2)), 2, 3
+    tokens = sum(height * width for height, width in shapes)
+    queries = 7 if with_boxes else tokens
+    value = torch.randn(2, tokens, heads, 4)
+    offsets = torch.randn(2, queries, heads * len(shapes) * points * 3)
+    boxes = torch.rand(2, queries, 4) if with_boxes else None
+    torch.testing.assert_close(
+        plugin_attention(value, shapes, offsets, boxes, points),
+        ms_deform_attn_fused(value, shapes, offsets, boxes, points),
+    )
+
+
+def test_fixed_onnx_runs_in_the_predictor(folder: Path, fixed_onnx: Path) -> None:
+    network = OnnxNetwork(fixed_onnx)
+    assert network.canvas == CANVAS
+    with pytest.raises(ValueError, match="does not fit on the canvas"):
+        network([torch.zeros(3, 65, 20)])
+    exported = onnx_predictor(fixed_onnx, confidence_threshold=0, max_detections=5)
+    original = MaskDINOPredictor.from_config(
+        folder / "config.yaml", folder / "weights.pth", confidence_threshold=0, max_detections=5
+    )
+    original.options = replace(original.options, canvas=CANVAS)
+    for name in ("wide.png", "high.png"):  # 64 x 90 as it is, 120 x 70 made smaller
+        ours, theirs = exported(folder / name), original(folder / name)
+        np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-4)
+        np.testing.assert_allclose(ours.boxes, theirs.boxes, atol=0.01)
+        assert ours.class_names == theirs.class_names
+        assert (ours.masks != theirs.masks).mean() < 1e-3
+
+
+def test_fixed_canvas_takes_no_size(fixed_onnx: Path) -> None:
+    with pytest.raises(ValueError, match=r"fixed canvas \(64, 96\)"):
+        onnx_predictor(fixed_onnx, size=128)
+
+
+def test_demo_draws_with_an_exported_network(
+    folder: Path, fixed_onnx: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(repository / "demo"))
+    import demo
+
+    module = demo if hasattr(demo, "main") else sys.modules["demo"]
+    words = ["--backend", "onnx", "--model", str(fixed_onnx), "--confidence-threshold", "0"]
+    words += ["--input", str(folder / "high.png"), "--output", str(folder / "drawn")]
+    assert module.main(words) == 0
+    assert Image.open(folder / "drawn" / "high.png").size == (70, 120)
+
+
+def test_tensorrt_variant_keeps_one_node_per_layer(tool: ModuleType, folder: Path) -> None:
+    import onnx
+
+    words = ["--format", "tensorrt", "--size", "64", "96"]
+    assert tool.main(arguments(folder, "tensorrt.onnx", *words)) == 0
+    graph = onnx.load(folder / "tensorrt.onnx").graph
+    assert sum(node.op_type == PLUGIN for node in graph.node) == 2
+    content = (folder / "tensorrt.onnx").read_bytes()
+    with pytest.raises(tool.ExportError, match="2 nodes .* instead of 3"):
+        tool.check_plugin_graph(content, 3)
+
+
+def test_torch_program_takes_any_size(tool: ModuleType, folder: Path) -> None:
+    assert tool.main(arguments(folder, "any.pt2", "--format", "torch")) == 0
+    program = torch.export.load(folder / "any.pt2").module()
+    model = small_model()
+    network = ExportableNetwork(model, ExportOptions())
+    for shape in ((1, 3, 160, 96), (3, 3, 128, 224)):
+        images = torch.rand(shape) * 255
+        with torch.no_grad():
+            found, expected = program(images), network(images)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_onnx_with_postprocessing_takes_any_size(tool: ModuleType, folder: Path) -> None:
+    import onnxruntime
+
+    assert tool.main(arguments(folder, "any.onnx", "--outputs", "instance")) == 0
+    session = onnxruntime.InferenceSession(folder / "any.onnx")
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    content = (folder / "any.onnx").read_bytes()
+    assert str(folder).encode() not in content  # no paths of the machine that made it
+    assert b"export.py" not in content
+    images = np.random.default_rng(0).random((3, 3, 128, 160), np.float32) * 255
+    sizes = np.array([[128, 160], [100, 150], [30, 160]])
+    found = session.run(["masks"], {"images": images, "image_sizes": sizes})[0]
+    assert found.shape[0] == 3
+    assert found.shape[2:] == (128, 160)
+    assert not found[2, :, 30:].any()
+    with pytest.raises(ValueError, match="the predictor needs an export with --outputs pred"):
+        OnnxNetwork(folder / "any.onnx")
+
+
+@torch.no_grad()
+def test_check_refuses_a_wrong_program(tool: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    model = small_model()
+    right = ExportableNetwork(model, ExportOptions())
+    wrong = ExportableNetwork(model, ExportOptions())
+    wrong.model.decoder.layers[0].cross_attn.sampling_offsets.bias += 0.5
+    batches = [[torch.rand(2, 3, *CANVAS) * 255]]
+    tool.check(right, model, lambda arguments: right(*arguments), batches)
+    assert "largest difference 0.0e+00" in capsys.readouterr().out
+    with pytest.raises(tool.ExportError, match="class_logits.*nothing is written"):
+        tool.check(right, model, lambda arguments: wrong(*arguments), batches)
+
+
+def test_refused_programs_are_not_written(
+    tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As would be one with another normalisation of images."""
+    true_trace = tool.trace
+
+    def wrong_trace(network: ExportableNetwork) -> torch.export.ExportedProgram:
+        wrong = copy.deepcopy(network)
+        wrong.model.pixel_std *= 1.5
+        return true_trace(wrong)
+
+    monkeypatch.setattr(tool, "trace", wrong_trace)
+    words = ["--format", "torch", "--size", "64", "96"]
+    assert tool.main(arguments(folder, "wrong.pt2", *words)) == 1
+    assert "nothing is written" in capsys.readouterr().err
+    assert not list(folder.glob("wrong.pt2*"))
+
+
+def test_compare_pairs_rows_that_swapped_places(tool: ModuleType) -> None:
+    expected = {"class_logits": torch.randn(2, 6, 3), "boxes": torch.rand(2, 6, 4)}
+    order = torch.tensor([1, 0, 2, 5, 4, 3])
+    swapped = {name: value[:, order] for name, value in expected.items()}
+    assert all(d.largest == 0 for d in tool.compare(expected, swapped, "predictions"))
+    swapped["boxes"] = expected["boxes"]  # rows no longer belong together
+    assert any(d.share_beyond > 0.1 for d in tool.compare(expected, swapped, "predictions"))
+
+
+def test_compare_counts_missing_and_undefined_values(tool: ModuleType) -> None:
+    expected = {"class_maps": torch.ones(1, 2, 3, 3)}
+    undefined = {"class_maps": torch.full((1, 2, 3, 3), float("nan"))}
+    (difference,) = tool.compare(expected, undefined, "semantic")
+    assert difference.share_beyond == 1
+    with pytest.raises(tool.ExportError, match="instead of"):
+        tool.compare(expected, {"class_maps": torch.ones(1, 2, 3, 4)}, "semantic")
+    with pytest.raises(tool.ExportError, match="the program gives"):
+        tool.compare(expected, {}, "semantic")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"outputs": "boxes"}, "outputs 'boxes' must be one of"),
+        ({"mask_size": "half"}, "mask_size 'half'"),
+        ({"size": (64, 100)}, "must be multiples of 32"),
+    ],
+)
+def test_options_name_what_is_wrong(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportOptions(**arguments)
+
+
+def test_a_model_without_masks_has_no_semantic_output() -> None:
+    with pytest.raises(ValueError, match="this model gives none"):
+        ExportableNetwork(small_model(MASK_ON=False), ExportOptions("semantic"))
+
+
+def test_files_that_are_no_export(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no ONNX file .*missing\.onnx"):
+        OnnxNetwork(tmp_path / "missing.onnx")
+    (tmp_path / "text.onnx").write_text("no graph")
+    with pytest.raises(ValueError, match=r"cannot run .*text\.onnx"):
+        OnnxNetwork(tmp_path / "text.onnx")
