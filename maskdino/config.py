@@ -79,7 +79,7 @@ def _add_model(cfg: CfgNode) -> None:
     model = cfg.MODEL.MASK_DINO = CfgNode()
     # Number of classes that the class head predicts ("no object" not counted).
     model.NUM_CLASSES = 80
-    # Their names, where no registered dataset tells them (own data); results are labelled with them.
+    # Their names, for results on own data, which no registered dataset names.
     model.CLASS_NAMES = []
     # Channels of tokens and queries.
     model.HIDDEN_DIM = 256
