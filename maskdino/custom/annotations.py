@@ -91,7 +91,8 @@ def read_annotations(json_file: str | Path, image_root: str | Path) -> Annotatio
     """Reads an annotation file; looks no deeper than its three lists.
 
     Raises:
-        DataError: the file or folder is missing, or the file is not COCO's (and what it looks like).
+        DataError: the file or folder is missing, or the file is not COCO's; then the message says
+            what it looks like.
     """
     json_file, image_root = Path(json_file), Path(image_root)
     if not image_root.is_dir():

@@ -245,7 +245,10 @@ def _mask_problem(segmentation: object, size: tuple[int, int]) -> tuple[str, str
     if problem:
         return "mask is malformed", problem
     try:
-        empty = not mask_util.decode(encode_mask(segmentation, size)).any()
+        rle = encode_mask(segmentation, size)
+        if rle is segmentation:
+            mask_util.decode(rle)  # raises where the text is no run lengths of this size
+        empty = not mask_util.area(rle)
     except (ValueError, TypeError) as error:
         return "mask is malformed", str(error)
     return ("empty mask", "no pixel of the image belongs to it") if empty else None

@@ -71,6 +71,7 @@ def prepare_data(sources: Sources, output: Path) -> PreparedData:
     """
     train = read_annotations(sources.train_json, sources.train_images)
     notes: list[str] = []
+    (output / DATA_FOLDER / FINDINGS_NAME).unlink(missing_ok=True)  # of an earlier attempt
     train = _checked(train, check(train), sources.skip_invalid, output, notes)
     if sources.val_json is None:
         train, validation = split(train)

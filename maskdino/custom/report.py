@@ -40,12 +40,18 @@ def plan_text(
         ("image size", f"{size} pixels (median of the data: {data.train.longest_side})"),
         ("queries", f"{_queries(cfg)} (fullest image: {data.train.most_objects} objects)"),
         ("batch", batch),
-        ("learning rate", f"{solver.BASE_LR:g}, a tenth of it from {list(solver.STEPS)} on"),
+        ("learning rate", f"{solver.BASE_LR:g}, {_decay(cfg)}"),
         ("schedule", schedule),
         ("evaluation", f"every {cfg.TEST.EVAL_PERIOD} iterations: COCO's AP"),
         ("starts from", cfg.MODEL.WEIGHTS or "random weights"),
     ]
     return table(rows)
+
+
+def _decay(cfg: CfgNode) -> str:
+    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
+        return f"then {cfg.SOLVER.LR_SCHEDULER_NAME}"
+    return f"{cfg.SOLVER.GAMMA:g} of it from each of the iterations {list(cfg.SOLVER.STEPS)} on"
 
 
 def _queries(cfg: CfgNode) -> int:

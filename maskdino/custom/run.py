@@ -106,10 +106,11 @@ def plan_run(request: Request) -> tuple[Run, str]:
         FileNotFoundError, KeyError, ConnectionError: see `read_start`.
     """
     run = Run(request.output)
+    machine, wishes = find_machine(request.processes), request.wishes
+    # Before the data, whose check takes longer.
+    cfg = read_start(request.config or DEFAULT_CONFIGS[machine.device], request)
     data = prepare_data(request.sources, request.output)
     register_prepared(request.output)
-    machine, wishes = find_machine(request.processes), request.wishes
-    cfg = read_start(request.config or DEFAULT_CONFIGS[machine.device], request)
     apply_data(cfg, data.train, machine, wishes)
     known = wishes.epochs and wishes.batch_size
     cost = None if known else fit_memory(cfg, data.train, machine, wishes)
