@@ -262,12 +262,13 @@ template <typename T>
 Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool reference_gradient) {
   const Sizes& z = in.sizes;
   const auto options = in.points_xy.options();
-  Gradients grads{at::zeros(in.value.sizes(), in.value.options()), at::empty_like(in.points_xy),
+  Gradients grads{at::empty(in.value.sizes(), in.value.options()), at::empty_like(in.points_xy),
                   in.fused() ? at::Tensor() : at::empty_like(in.scores), at::Tensor()};
   if (reference_gradient) {
     grads.reference = at::empty({z.images, z.heads, z.queries, in.reference_size()}, options);
   }
   if (z.empty()) {
+    grads.value.zero_();
     grads.points_xy.zero_();
     if (grads.scores.defined()) grads.scores.zero_();
     if (grads.reference.defined()) grads.reference.zero_();

@@ -1,0 +1,1 @@
+"""Families of benchmarks behind tools/benchmark.py."""

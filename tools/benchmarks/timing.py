@@ -1,0 +1,100 @@
+"""Measuring time and memory alike for all contenders, and describing the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+MEBIBYTE = 2**20
+
+
+def describe_machine(device: str, threads: int | None) -> str:
+    """Set the number of threads and return a Markdown list of everything a number depends on."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    load = "/".join(f"{number:.1f}" for number in os.getloadavg())
+    lines = [
+        f"- date: {datetime.date.today().isoformat()}",
+        f"- processor: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads "
+        f"used, instruction set of torch {torch.backends.cpu.get_cpu_capability()}",
+        f"- load of the machine before the run (1/5/15 minutes): {load}",
+        f"- versions: torch {torch.__version__}, Python {platform.python_version()}",
+    ]
+    if device == "cuda":
+        lines.append(f"- GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    return "\n".join(lines) + "\n"
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def median_milliseconds(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, device: str, clock: str = "wall"
+) -> dict[str, float]:
+    """Time contenders in turns, so that a busy moment hits all of them, after one warm-up each.
+
+    Args:
+        contenders: calls by name.
+        repeats: timed calls of each.
+        device: "cuda" waits for the GPU before the clock is read.
+        clock: "wall", or "cpu" for the processor time of all threads.
+    """
+    now = time.perf_counter if clock == "wall" else time.process_time
+    for run in contenders.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            _wait(device)
+            start = now()
+            run()
+            _wait(device)
+            times[name].append(1e3 * (now() - start))
+    return {name: statistics.median(numbers) for name, numbers in times.items()}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mebibytes(run: Callable[[], object], device: str) -> float:
+    """Return how much memory a call holds at its peak beyond what was held before it.
+
+    On a CPU that is resident memory as Linux counts it, after freed memory was given back.
+    """
+    gc.collect()
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before_kib = _status("VmRSS")
+    run()
+    return (_status("VmHWM") - before_kib) / 1024
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """Format a Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
