@@ -9,7 +9,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
@@ -17,6 +16,7 @@ from detectron2.evaluation import (
 
 from maskdino import coco_evaluation
 from maskdino.coco_evaluation import COCOInstanceEvaluator
+from maskdino.panoptic_evaluation import PanopticEvaluator
 from maskdino.semantic_evaluation import SemanticEvaluator
 
 
@@ -44,7 +44,7 @@ def _lvis(request: _Request) -> DatasetEvaluator:
 
 
 def _panoptic(request: _Request) -> DatasetEvaluator:
-    return COCOPanopticEvaluator(request.dataset_name, request.output_folder)
+    return PanopticEvaluator(request.dataset_name, request.output_folder)
 
 
 def _semantic(request: _Request) -> DatasetEvaluator:

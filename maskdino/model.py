@@ -279,7 +279,7 @@ def thing_classes(cfg: CfgNode) -> list[bool]:
     )
     things = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
     stuff = getattr(metadata, "stuff_dataset_id_to_contiguous_id", None)
-    if not things or not stuff:
+    if things is None or stuff is None:  # either may be empty
         return [True] * number
     return [label in things.values() for label in range(number)]
 

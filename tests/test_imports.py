@@ -30,6 +30,7 @@ OUTER = (
     "coco_evaluation",
     "augmented_inference",
     "semantic_evaluation",
+    "panoptic_evaluation",
     "predictor",
     "data",
     "checkpoint",
