@@ -7,20 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import CfgNode
 
 from maskdino.custom.history import Evaluation, History
 from maskdino.custom.training import CustomTrainer
-from maskdino.trainer import MaskDINOTrainer
-from tests.stand_in import read_checkpoint, tiny_config
+from maskdino.trainer import MaskDINOTrainer, launch
+from tests.custom.runs import config, evaluate_as, run, run_in_process
+from tests.stand_in import read_checkpoint
 
 SCORES = [0.0, 0.0, 3.0, 7.0, 5.0, 7.0, 6.0, 6.0]  # after each step
 CONSTANT_RATE = ("SOLVER.STEPS", "()")
-
-
-def config(folder: Path, *more: object) -> CfgNode:
-    values = ("SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1)
-    return tiny_config(folder, *values, "DATASETS.TEST", "('nuclei_val',)", *more)
 
 
 @pytest.fixture
@@ -28,19 +23,9 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Mask AP by iteration, in place of evaluations; change it to change them."""
     values = list(SCORES)
 
-    def evaluate(trainer: MaskDINOTrainer) -> OrderedDict:
-        score = values[min(trainer.iter, trainer.max_iter - 1)]
-        return OrderedDict(segm={"AP": score}, bbox={"AP": 99.0})
-
-    monkeypatch.setattr(MaskDINOTrainer, "evaluate", evaluate)
+    monkeypatch.setattr(MaskDINOTrainer, "evaluate", MaskDINOTrainer.evaluate)  # to be restored
+    evaluate_as(values)
     return values
-
-
-def run(cfg: CfgNode, *, early_stop: int = 0, resume: bool = False) -> CustomTrainer:
-    trainer = CustomTrainer(cfg, early_stop)
-    trainer.resume_or_load(resume)
-    trainer.train()
-    return trainer
 
 
 def test_best_weights_and_last_checkpoint_are_kept(scores: list[float], tmp_path: Path) -> None:
@@ -78,6 +63,15 @@ def test_early_stop_and_resuming_a_stopped_run(tmp_path: Path) -> None:
     longer = run(config(tmp_path), early_stop=5, resume=True)
     assert len(longer.history.evaluations) == 8
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(tmp_path: Path) -> None:
+    launch(run_in_process, config(tmp_path), SCORES, 2, processes=2)
+    history = History.read(tmp_path / "best" / "history.json")
+    assert [entry.score for entry in history.evaluations] == SCORES[:6]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
+    assert read_checkpoint(tmp_path / "best", "model_best.pth")["iteration"] == 3
 
 
 def test_interrupted_run_goes_on_as_if_nothing_had_happened(
