@@ -1,0 +1,83 @@
+"""Tests of maskdino.panoptic_evaluation."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOPanopticEvaluator
+
+from maskdino.data.datasets import register_panoptic_folder
+from maskdino.panoptic_evaluation import PanopticEvaluator
+from tests.data.synthetic import COCO_IDS, Scene, make_scenes, write_coco
+
+THINGS = {"person": 0, "car": 1}
+STUFF = {"road": 2, "sky": 3}
+SCENES = make_scenes(3, (48, 64), 4)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Iterator[str]:
+    folder = write_coco(tmp_path, {"val": SCENES})
+    annotations = folder / "annotations" / "panoptic_val2017.json"
+    categories = json.loads(annotations.read_text())["categories"]
+    assert [c["id"] for c in categories] == [COCO_IDS[name] for name in (*THINGS, *STUFF)]
+    maps = folder / "panoptic_val2017"
+    register_panoptic_folder("drawn_quality", annotations, folder / "val2017", maps, categories)
+    yield "drawn_quality"
+    DatasetCatalog.remove("drawn_quality")
+    MetadataCatalog.remove("drawn_quality")
+
+
+def shifted(scene: Scene, shift: int, kinds: dict[str, int]) -> tuple[torch.Tensor, list[dict]]:
+    """The truth moved to the right, as a model predicts it."""
+    ids, segments = np.zeros(scene.size, np.int32), []
+    for number, (shape, mask) in enumerate(scene.visible(), start=1):
+        if shape.name in kinds:
+            ids[np.roll(mask, shift, axis=1)] = number
+            label = kinds[shape.name]
+            segments.append({"id": number, "isthing": label < 2, "category_id": label})
+    present = set(np.unique(ids))
+    return torch.from_numpy(ids), [s for s in segments if s["id"] in present]
+
+
+def run(evaluator: COCOPanopticEvaluator, shift: int, kinds: dict[str, int]) -> dict[str, float]:
+    evaluator.reset()
+    for number, scene in enumerate(SCENES, start=1):
+        inputs = {"image_id": number, "file_name": f"{number:012d}.jpg"}
+        evaluator.process([inputs], [{"panoptic_seg": shifted(scene, shift, kinds)}])
+    return evaluator.evaluate()["panoptic_seg"]
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_same_numbers_as_detectron2(dataset: str, tmp_path: Path, shift: int) -> None:
+    ours = run(PanopticEvaluator(dataset, None), shift, THINGS | STUFF)
+    theirs = run(COCOPanopticEvaluator(dataset, str(tmp_path)), shift, THINGS | STUFF)
+    assert ours == pytest.approx(dict(theirs))
+    assert ours["PQ"] == 100 if shift == 0 else 20 < ours["PQ"] < 95
+
+
+def test_dataset_without_stuff(dataset: str) -> None:
+    path = Path(MetadataCatalog.get(dataset).panoptic_json)
+    content = json.loads(path.read_text())
+    ids = [COCO_IDS[name] for name in THINGS]
+    content["categories"] = [c for c in content["categories"] if c["id"] in ids]
+    for annotation in content["annotations"]:
+        segments = annotation["segments_info"]
+        annotation["segments_info"] = [s for s in segments if s["category_id"] in ids]
+    # The maps still have the stuff, which panopticapi takes as unknown.
+    path.write_text(json.dumps(content))
+    results = run(PanopticEvaluator(dataset, None), 3, THINGS)
+    assert results["PQ"] == results["PQ_th"]
+    assert 20 < results["PQ"] < 95
+    assert np.isnan(results["PQ_st"])
+
+
+def test_image_that_was_not_predicted(dataset: str) -> None:
+    evaluator = PanopticEvaluator(dataset, None)
+    evaluator.reset()
+    with pytest.raises(ValueError, match=r"3 images of .*json were not predicted, .* \[1, 2, 3\]"):
+        evaluator.evaluate()
