@@ -1,12 +1,15 @@
 """Tests of configs/ and of the keys in maskdino/config.py."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
 
+import maskdino.data  # noqa: F401 - registers datasets
 from maskdino.config import load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -66,3 +69,50 @@ def test_released_schedules() -> None:
         cfg = load_config(str(folder / f"{name}.yaml"))
         assert epochs * 7375 == cfg.SOLVER.MAX_ITER
         assert [round(step / 7375, 3) for step in cfg.SOLVER.STEPS] == drops
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_datasets_are_registered(path: Path) -> None:
+    cfg = load_config(str(path))
+    assert {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} <= set(DatasetCatalog.list())
+
+
+def expand(pattern: str) -> list[str]:
+    """Braces as a shell expands them: "a{b,c}" is "ab" and "ac"."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [name for part in match[1].split(",") for name in expand(before + part + after)]
+
+
+def test_readme_names_configurations_that_exist() -> None:
+    text = (REPOSITORY / "configs" / "README.md").read_text()
+    patterns = re.findall(r"`(?:configs/)?([\w{},/]+\.yaml)`", text)
+    named = {name for pattern in patterns for name in expand(pattern) if "/" in name}
+    existing = {str(path.relative_to(REPOSITORY / "configs")) for path in LEAVES}
+    assert len(named) > 50
+    assert named <= existing
+    papers = {name for name in existing if "/ablation/" in name}
+    assert papers <= named
+
+
+def test_semantic_recipes_are_the_released_ones() -> None:
+    for dataset, crop, steps, norm in (
+        ("ade20k", [512, 512], (160000, [135000, 150000]), "FrozenBN"),
+        ("cityscapes", [512, 1024], (90000, [80000, 87000]), "SyncBN"),
+    ):
+        cfg = load_config(str(REPOSITORY / "configs" / dataset / "semantic" / "maskdino_R50.yaml"))
+        assert (cfg.SOLVER.MAX_ITER, list(cfg.SOLVER.STEPS)) == steps
+        assert list(cfg.INPUT.CROP.SIZE) == crop
+        low, high = min(cfg.INPUT.MIN_SIZE_TRAIN), max(cfg.INPUT.MIN_SIZE_TRAIN)
+        assert (low, high) == (cfg.INPUT.MIN_SIZE_TEST // 2, cfg.INPUT.MIN_SIZE_TEST * 2)
+        assert norm == cfg.MODEL.RESNETS.NORM
+        node = cfg.MODEL.MASK_DINO
+        assert node.LOSS.CLASSIFICATION == "cross_entropy"
+        assert not node.QUERY_SELECTION.ENABLED
+        assert node.QUERY_SELECTION.NUM_QUERIES == 100
+        assert not node.MATCHER.DECOUPLE_STUFF_BOXES
+        assert not node.LOSS.DECOUPLE_STUFF_BOXES
+        assert cfg.INPUT.COLOR_AUG_SSD
+        assert not cfg.INPUT.LSJ.ENABLED
