@@ -9,12 +9,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
+#include "instruction_set.h"
 #include "kernels.h"
 
 namespace maskdino {
@@ -22,46 +21,6 @@ namespace cpu {
 namespace {
 
 constexpr int64_t kQueriesPerBlock = 128;
-
-enum class InstructionSet { plain, avx2, avx512 };
-
-InstructionSet detect_instruction_set() {
-#if defined(__x86_64__)
-  const char* cap = std::getenv("MASKDINO_CPU_CAPABILITY");
-  const std::string limit = cap == nullptr ? "" : cap;
-  TORCH_CHECK_VALUE(limit.empty() || limit == "plain" || limit == "avx2" || limit == "avx512",
-                    "MASKDINO_CPU_CAPABILITY must be plain, avx2 or avx512, got ", limit);
-  if (limit == "plain") return InstructionSet::plain;
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  if (avx2 && avx512 && limit != "avx2") return InstructionSet::avx512;
-  if (avx2) return InstructionSet::avx2;
-#endif
-  return InstructionSet::plain;
-}
-
-InstructionSet instruction_set() {
-  static const InstructionSet chosen = detect_instruction_set();
-  return chosen;
-}
-
-template <typename T>
-Kernels<T> choose_kernels() {
-  Kernels<T> kernels;
-#if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::avx512) {
-    avx512::get_kernels(kernels);
-    return kernels;
-  }
-  if (instruction_set() == InstructionSet::avx2) {
-    avx2::get_kernels(kernels);
-    return kernels;
-  }
-#endif
-  plain::get_kernels(kernels);
-  return kernels;
-}
 
 // What both forms share once their inputs are in the type of arithmetic and contiguous.
 struct Inputs {
@@ -380,17 +339,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> ms_deform_attn_fused_backward(
   return {grads.value, grads.points_xy.to(value.scalar_type()), grad_reference};
 }
 
-std::string cpu_instruction_set() {
-  switch (instruction_set()) {
-    case InstructionSet::avx512:
-      return "AVX-512";
-    case InstructionSet::avx2:
-      return "AVX2";
-    default:
-      return "plain";
-  }
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(maskdino, CPU, m) {
@@ -401,7 +349,7 @@ TORCH_LIBRARY_IMPL(maskdino, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(maskdino, CompositeExplicitAutograd, m) {
-  m.impl("cpu_instruction_set", &cpu_instruction_set);
+  m.impl("cpu_instruction_set", &instruction_set_name);
 }
 
 }  // namespace cpu

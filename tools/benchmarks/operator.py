@@ -160,7 +160,7 @@ def _optional(name: str) -> object | None:
 
 
 def compare(results: dict[str, list[Tensor]]) -> dict[str, str]:
-    """Return each contender's largest differences from the first, relative to the largest number."""
+    """Return each contender's differences from the first, relative to the largest number."""
     expected = next(iter(results.values()))
     texts = {}
     for name, tensors in results.items():
