@@ -23,7 +23,7 @@ from maskdino.data.datasets import (
 )
 from maskdino.data.reading import DataError
 from maskdino.trainer import MaskDINOTrainer
-from tests.data.synthetic import COCO_IDS, Scene, make_scenes, write_coco
+from tests.data.synthetic import COCO_IDS, Scene, box_xywh, make_scenes, write_coco
 
 NAMES = ["person", "car", "road", "sky"]
 THINGS = ("person", "car")
@@ -119,6 +119,23 @@ def train(cfg: CfgNode) -> dict[str, dict[str, float]]:
 PANOPTIC = "coco/panoptic/maskdino_tiny.yaml"
 SEMANTIC = "nuclei/semantic/maskdino_tiny.yaml"
 INSTANCE = "nuclei/instance/maskdino_tiny.yaml"
+
+
+def test_things_of_panoptic_maps(drawn: Callable[..., str]) -> None:
+    scenes = make_scenes(2, (64, 96), 3)
+    metadata = MetadataCatalog.get(drawn(scenes))
+    content = json.loads(Path(metadata.json_file).read_text())
+    assert {c["id"] for c in content["categories"]} == {COCO_IDS[kind] for kind in THINGS}
+    visible = [
+        (number, COCO_IDS[shape.name], int(mask.sum()), box_xywh(mask))
+        for number, scene in enumerate(scenes, start=1)
+        for shape, mask in scene.visible()
+        if shape.name in THINGS
+    ]
+    assert visible == [
+        (a["image_id"], a["category_id"], a["area"], a["bbox"]) for a in content["annotations"]
+    ]
+    assert [a["id"] for a in content["annotations"]] == list(range(1, len(visible) + 1))
 
 
 def test_one_pass_judges_all_tasks(drawn: Callable[..., str], tmp_path: Path) -> None:
