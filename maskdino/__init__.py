@@ -1,24 +1,39 @@
-"""Mask DINO: object detection and instance, panoptic and semantic segmentation with one
-transformer.
+"""Mask DINO: detection and instance, panoptic and semantic segmentation with one transformer.
 
 Importing this package registers the meta-architecture, the backbones and the datasets with
 detectron2.
 """
 
-from maskdino import data
-from maskdino.backbones import build_backbone
+from maskdino import data, model_zoo
+from maskdino.backbones import TimmBackbone, build_backbone
 from maskdino.checkpoint import MaskDINOCheckpointer
 from maskdino.config import add_maskdino_config
-from maskdino.data import build_train_mapper
+from maskdino.data import (
+    InstanceMapper,
+    PanopticMapper,
+    SemanticMapper,
+    build_train_mapper,
+    register_coco_folder,
+)
 from maskdino.model import MaskDINO
+from maskdino.predictor import MaskDINOPredictor
+from maskdino.results import ImageResult
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ImageResult",
+    "InstanceMapper",
     "MaskDINO",
     "MaskDINOCheckpointer",
+    "MaskDINOPredictor",
+    "PanopticMapper",
+    "SemanticMapper",
+    "TimmBackbone",
     "add_maskdino_config",
     "build_backbone",
     "build_train_mapper",
     "data",
+    "model_zoo",
+    "register_coco_folder",
 ]
