@@ -41,6 +41,11 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(
             nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True)
         )
+        # What differs between inputs must not drown in biases, or all queries begin with one mask.
+        for layer in self.layers:
+            nn.init.zeros_(layer.bias)
+            nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+        nn.init.xavier_uniform_(self.layers[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) to (..., output_dim)."""
