@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import operator, timing
+from benchmarks import model, operator, timing
 
-FAMILIES = (operator,)
+FAMILIES = (operator, model)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,135 @@
+"""The whole model with the compiled operator and without: encoder, network, results, training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from benchmarks.operator import compare, ratios
+from benchmarks.timing import median_milliseconds, peak_mebibytes, table
+from maskdino.config import load_config
+from maskdino.model import MaskDINO
+from maskdino.ops.ms_deform_attn import compiled_op_available
+from maskdino.structures import PackedMasks
+
+NAME = "model"
+HELP = "the whole model, with the compiled operator and without"
+BACKENDS = ("reference", "compiled")
+OBJECTS = 8  # of the drawn picture that a training step learns
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this family."""
+    parser.add_argument("--config-file", default="configs/coco/instance/maskdino_R50.yaml")
+    parser.add_argument("--height", type=int, default=800, help="image height in pixels")
+    parser.add_argument("--width", type=int, default=1067, help="image width in pixels")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each contender")
+    parser.add_argument("--train", action="store_true", help="also a training step")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="see `op`")
+
+
+def run(args: argparse.Namespace) -> str:
+    """Compare predictions, then time and memory of each part; return a Markdown report."""
+    torch.manual_seed(0)
+    cfg = load_config(args.config_file, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
+    model = MaskDINO(cfg).to(args.device).eval()
+    inputs = [drawn_input(args.height, args.width)]
+    backends = BACKENDS if compiled_op_available(args.device) else BACKENDS[:1]
+
+    @torch.no_grad()
+    def encode() -> Tensor:
+        return model.encoder(features).tokens
+
+    @torch.no_grad()
+    def network() -> Tensor:
+        return model.predict(images)[0].boxes
+
+    @torch.no_grad()
+    def results() -> list[dict]:
+        return model(inputs)
+
+    def train() -> None:
+        model.train()
+        sum(model(inputs).values()).backward()
+        model.zero_grad()
+        model.eval()
+
+    with torch.no_grad():
+        images = model.preprocess(inputs).tensor
+        features = model.backbone(images)
+    parts: dict[str, Callable[[], object]] = {
+        "encoder": encode,
+        "network": network,
+        "image to results": results,
+    }
+    if args.train:
+        parts["training step"] = train
+    rows = [_row(name, part, backends, args) for name, part in parts.items()]
+    headings = ["part", *(f"{unit}, {b}" for unit in ("time", "peak memory") for b in backends)]
+    differences = "; ".join(
+        f"{name}: {_difference(parts[name], backends)}" for name in ("encoder", "network")
+    )
+    return (
+        f"{args.config_file}, random weights, one image of {args.height} x {args.width}, "
+        f"{args.device}; medians of {args.repeats} runs in turns, {args.clock} clock; in brackets "
+        f"the gain over the first column.\n\nLargest relative difference between the operators "
+        f"({', '.join(backends)}): {differences}\n\n" + table(headings, rows)
+    )
+
+
+def drawn_input(height: int, width: int) -> dict:
+    """A picture of noise with a grid of rectangles as objects."""
+    instances = Instances((height, width))
+    masks = torch.zeros(OBJECTS, height, width, dtype=torch.bool)
+    boxes = torch.zeros(OBJECTS, 4)
+    for i in range(OBJECTS):
+        top, left = (i // 4) * height // 2, (i % 4) * width // 4
+        bottom, right = top + height // 3, left + width // 5
+        masks[i, top:bottom, left:right] = True
+        boxes[i] = torch.tensor([left, top, right, bottom])
+    instances.gt_classes = torch.arange(OBJECTS) % 2
+    instances.gt_boxes = Boxes(boxes)
+    instances.gt_masks = PackedMasks.from_bool(masks)
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    return {"image": image, "height": height, "width": width, "instances": instances}
+
+
+@contextmanager
+def _backend(name: str) -> Iterator[None]:
+    """Chooses the operator, as the environment variable MASKDINO_OP does for a user."""
+    before = os.environ.get("MASKDINO_OP")
+    os.environ["MASKDINO_OP"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("MASKDINO_OP")
+        if before is not None:
+            os.environ["MASKDINO_OP"] = before
+
+
+def _with(backend: str, part: Callable[[], object]) -> Callable[[], object]:
+    def call() -> object:
+        with _backend(backend):
+            return part()
+
+    return call
+
+
+def _difference(part: Callable[[], Tensor], backends: Sequence[str]) -> str:
+    return compare({name: [_with(name, part)()] for name in backends})[backends[-1]]
+
+
+def _row(
+    name: str, part: Callable[[], object], backends: Sequence[str], args: argparse.Namespace
+) -> list[str]:
+    calls = {backend: _with(backend, part) for backend in backends}
+    times = ratios(median_milliseconds(calls, args.repeats, args.device, args.clock), "ms")
+    peaks = {backend: peak_mebibytes(call, args.device) for backend, call in calls.items()}
+    memory = ratios(peaks, "MiB")
+    return [name, *(times[b] for b in backends), *(memory[b] for b in backends)]
