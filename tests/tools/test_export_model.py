@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -334,13 +333,19 @@ def test_check_refuses_a_wrong_program(tool: ModuleType, capsys: pytest.CaptureF
 def test_refused_programs_are_not_written(
     tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """As would be one with another normalisation of images."""
-    true_trace = tool.trace
+    """A program with the right outputs, all of them zero."""
 
-    def wrong_trace(network: ExportableNetwork) -> torch.export.ExportedProgram:
-        wrong = copy.deepcopy(network)
-        wrong.model.pixel_std *= 1.5
-        return true_trace(wrong)
+    class Zeros(torch.nn.Module):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            shapes = {"class_logits": (12, 5), "boxes": (12, 4), "mask_embeddings": (12, 64)}
+            found = {name: images.new_zeros(images.shape[0], *s) for name, s in shapes.items()}
+            pixels = images.new_zeros(images.shape[0], 64, CANVAS[0] // 4, CANVAS[1] // 4)
+            return {**found, "pixel_embedding": pixels}
+
+    def wrong_trace(network: ExportableNetwork) -> torch.export.ExportedProgram:  # noqa: ARG001
+        batch = torch.export.Dim("batch", max=64)
+        images = torch.zeros(2, 3, *CANVAS)
+        return torch.export.export(Zeros(), (images,), dynamic_shapes={"images": {0: batch}})
 
     monkeypatch.setattr(tool, "trace", wrong_trace)
     words = ["--format", "torch", "--size", "64", "96"]
