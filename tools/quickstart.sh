@@ -46,12 +46,14 @@ else
   say "training and evaluation took $(((SECONDS - started + 59) / 60)) minutes"
 fi
 
+weights=$output/ema/model_final.pth  # the averaged weights, which were evaluated
+[ -f "$weights" ] || weights=$output/model_final.pth
 say "drawing predictions beside the ground truth"
 "$python" tools/visualize.py predictions --config-file "$config" \
-  --weights "$output/model_final.pth" --dataset nuclei_val --output "$pictures" --num-images 8
+  --weights "$weights" --dataset nuclei_val --output "$pictures" --num-images 8
 
 say "done; everything is in $output:"
-say "  model_final.pth      the trained model"
+say "  model_final.pth      the trained model; ema/model_final.pth: its averaged weights, the better ones"
 say "  predictions/         $(find "$pictures" -type f | wc -l) pictures, predictions beside the ground truth"
 say "  metrics.json         losses and results over time; log.txt: the log"
 say "  $(last_evaluation)"
