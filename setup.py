@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
@@ -126,11 +127,23 @@ def operators() -> dict:
     }
 
 
+class BuildPython(build_py):
+    """Also packs the configurations, where `maskdino.model_zoo` looks for them."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            packed = Path(self.build_lib) / "maskdino" / "model_zoo" / "configs"
+            shutil.rmtree(packed, ignore_errors=True)
+            shutil.copytree(ROOT / "configs", packed)
+
+
 def relative(folder: str, pattern: str) -> list[str]:
     """List files relative to the root, as setuptools wants them."""
     return [str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern)]
 
 
+built_operators = operators()
 setup(
     name="maskdino",
     version="0.1.0",
@@ -138,6 +151,24 @@ setup(
     "segmentation, as a detectron2 add-on",
     packages=find_packages(include=["maskdino", "maskdino.*"]),
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "numpy>=1.26", "scipy", "Pillow"],
-    **operators(),
+    # requirements.txt says why. detectron2 is not on the index: tools/build_detectron2.py.
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "numpy>=1.26",
+        "scipy",
+        "timm>=1.0",
+        "pillow>=10.1",
+        "opencv-python-headless",
+        "pycocotools>=2.0.8",
+        "faster-coco-eval>=1.6",
+        "fvcore",
+        "iopath",
+        "matplotlib",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={"export": ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime"]},
+    cmdclass={"build_py": BuildPython, **built_operators.pop("cmdclass", {})},
+    **built_operators,
 )
