@@ -1,0 +1,53 @@
+"""What the README names is there: symbols of the paper's parts, files, options of the commands."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+SYMBOLS = re.findall(r"`([\w/]+\.py)::([\w.]+)`", README)
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+COMMANDS = re.findall(r"(?:^|\s)((?:tools|demo)/\w+\.(?:py|sh))([^\n#]*)", BLOCKS)
+
+
+def defined(path: Path) -> set[str]:
+    """Names of classes and functions of a file, methods as `Class.method`."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = (part for part in node.body if isinstance(part, ast.FunctionDef))
+            names.update(f"{node.name}.{method.name}" for method in methods)
+    return names
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(SYMBOLS) > 15
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize(("file", "symbol"), SYMBOLS)
+def test_part_of_the_paper_is_where_the_readme_says(file: str, symbol: str) -> None:
+    assert symbol in defined(REPOSITORY / file)
+
+
+@pytest.mark.parametrize(("file", "words"), COMMANDS)
+def test_command_and_its_options_exist(file: str, words: str) -> None:
+    path = REPOSITORY / file
+    source = path.read_text() + "".join(p.read_text() for p in path.parent.glob("visualize.py"))
+    for option in re.findall(r"--[\w-]+", words):
+        assert option == "--help" or f'"{option}"' in source or option == "--nproc-per-node"
+    for config in re.findall(r"configs/[\w/]+\.yaml", words):
+        assert (REPOSITORY / config).is_file()
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([\w./-]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
