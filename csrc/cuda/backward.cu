@@ -91,6 +91,61 @@ __device__ __forceinline__ void load_grad(A (&grad)[Vector], const T* source) {
   for (int k = 0; k < Vector; ++k) grad[k] = static_cast<A>(pack.element[k]);
 }
 
+// What all samples of one query and head share on a lane.
+template <typename T>
+struct HeadView {
+  const T* features;       // the head's channels of token 0
+  const T* grad_output;    // the head's channels of the query
+  int64_t value_at;        // features, as a number of elements
+  int64_t stride;          // from token to token
+  int channels;
+  double scale;
+};
+
+// Gradient of one sample, the same on all lanes of the group. `grad` holds the lane's channels of
+// grad_output where the group's vectors cover the head, else it is filled step by step.
+template <int Vector, int Group, bool Deterministic, typename T, typename A>
+__device__ __forceinline__ SampleGradient<A> visit_sample(const HeadView<T>& head,
+                                                          const Sample<A>& s, int64_t pitch,
+                                                          int lane, A (&grad)[Vector],
+                                                          void* grad_value) {
+  SampleGradient<A> sum{};
+  const int step = Group * Vector;
+  for (int channel = lane * Vector; channel < head.channels; channel += step) {
+    if constexpr (Vector == 1) load_grad(grad, head.grad_output + channel);
+    visit_corners<Vector, Deterministic>(s, pitch, head.stride, head.features + channel, grad,
+                                         grad_value, head.value_at + channel, head.scale, sum);
+    if constexpr (Vector > 1) break;  // one step covers the head
+  }
+  return {group_sum<Group>(sum.weight), group_sum<Group>(sum.x), group_sum<Group>(sum.y)};
+}
+
+// Writes the gradients of the logits, and of the reference where somebody wants it.
+template <typename T, bool Fused, int Group, typename A>
+__device__ __forceinline__ void finish_query(const Inputs<T, Fused>& in,
+                                             const Gradients<T, Fused>& gradients,
+                                             const Sampler<T, Fused, Group>& sampler,
+                                             const Place<A>& place, int lane, A mean,
+                                             const A* weight_gradients, A (&grad_reference)[4]) {
+  using Raw = typename Inputs<T, Fused>::Raw;
+  const Geometry& g = in.geometry;
+  mean = group_sum<Group>(mean);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) grad_reference[k] = group_sum<Group>(grad_reference[k]);
+  if (!place.active) return;
+  Raw* grad_logits = gradients.points + sampler.scores_at;
+  for (int i = lane; i < g.samples; i += Group) {
+    grad_logits[i] = static_cast<Raw>(sampler.weight(i) * (weight_gradients[i] - mean));
+  }
+  if (gradients.reference == nullptr || lane != 0) return;
+  A* target = gradients.reference +
+              ((place.image * g.heads + place.head) * g.queries + place.query) * in.reference_size;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (k < in.reference_size) target[k] = grad_reference[k];
+  }
+}
+
 // Writes the gradient of a sample's location or offset; adds that of the reference.
 template <typename T, bool Fused, int Group, typename A>
 __device__ __forceinline__ void finish_sample(const Gradients<T, Fused>& gradients,
@@ -132,13 +187,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Sampler<T, Fused, Group> sampler(in, place, lane);
   const int64_t stride = static_cast<int64_t>(g.heads) * g.channels;
   const int64_t value_at = place.image * g.tokens * stride + place.head * g.channels;
-  const T* grad_output = gradients.output +
-                         (place.image * g.queries + place.query) * stride +
-                         place.head * g.channels;
-  const double scale = Deterministic ? *gradients.scale : 0.0;
-  constexpr bool kOneStep = Vector > 1;  // a group's vectors cover the head
+  const int64_t output_at =
+      (place.image * g.queries + place.query) * stride + place.head * g.channels;
+  const HeadView<T> head{in.value + value_at,
+                                gradients.output + output_at,
+                                value_at,
+                                stride,
+                                g.channels,
+                                Deterministic ? *gradients.scale : 0.0};
   A grad[Vector];
-  if constexpr (kOneStep) load_grad(grad, grad_output + lane * Vector);
+  if constexpr (Vector > 1) load_grad(grad, head.grad_output + lane * Vector);
 
   A mean = 0;
   A grad_reference[4] = {};
@@ -155,48 +213,24 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll 4
     for (int j = 0; j < Group; ++j) {
       if (base + j >= g.samples) break;
-      const Sample<A> s = from_lane(own, j, Group);
-      SampleGradient<A> sum{};
-      for (int first = 0; first < g.channels; first += Group * Vector) {
-        const int channel = first + lane * Vector;
-        if (!kOneStep && channel >= g.channels) break;
-        if (!kOneStep) load_grad(grad, grad_output + channel);
-        visit_corners<Vector, Deterministic>(s, levels[base + j].width, stride,
-                                             in.value + value_at + channel, grad,
-                                             gradients.value, value_at + channel, scale, sum);
-        if (kOneStep) break;
-      }
-      sum.weight = group_sum<Group>(sum.weight);
-      sum.x = group_sum<Group>(sum.x);
-      sum.y = group_sum<Group>(sum.y);
-      if (lane == j) own_gradient = sum;
+      const auto gradient = visit_sample<Vector, Group, Deterministic>(
+          head, from_lane(own, j, Group), levels[base + j].width, lane, grad, gradients.value);
+      if (lane == j) own_gradient = gradient;
     }
-    if (owns) {
-      finish_sample<T, Fused, Group, A>(gradients, sampler, own_index, levels[own_index],
-                                        own.weight * own_gradient.x, own.weight * own_gradient.y,
-                                        A(1) / static_cast<A>(g.points), grad_reference);
-      if (Fused) {
-        weight_gradients[own_index] = own_gradient.weight;
-        mean += own.weight * own_gradient.weight;
-      } else {
-        gradients.scores[sampler.scores_at + own_index] = static_cast<Raw>(own_gradient.weight);
-      }
+    if (!owns) continue;
+    finish_sample<T, Fused, Group, A>(gradients, sampler, own_index, levels[own_index],
+                                      own.weight * own_gradient.x, own.weight * own_gradient.y,
+                                      A(1) / static_cast<A>(g.points), grad_reference);
+    if (Fused) {
+      weight_gradients[own_index] = own_gradient.weight;
+      mean += own.weight * own_gradient.weight;
+    } else {
+      gradients.scores[sampler.scores_at + own_index] = static_cast<Raw>(own_gradient.weight);
     }
   }
-  if (!Fused) return;
-
-  mean = group_sum<Group>(mean);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) grad_reference[k] = group_sum<Group>(grad_reference[k]);
-  if (!place.active) return;
-  Raw* grad_logits = gradients.points + sampler.scores_at;
-  for (int i = lane; i < g.samples; i += Group) {
-    grad_logits[i] = static_cast<Raw>(sampler.weight(i) * (weight_gradients[i] - mean));
+  if constexpr (Fused) {
+    finish_query(in, gradients, sampler, place, lane, mean, weight_gradients, grad_reference);
   }
-  if (gradients.reference == nullptr || lane != 0) return;
-  A* target = gradients.reference +
-              ((place.image * g.heads + place.head) * g.queries + place.query) * in.reference_size;
-  for (int k = 0; k < in.reference_size; ++k) target[k] = grad_reference[k];
 }
 
 }  // namespace
