@@ -106,9 +106,7 @@ class MultiScaleDeformableAttention(nn.Module):
             torch.cat([self.sampling_offsets.weight, self.attention_weights.weight]),
             torch.cat([self.sampling_offsets.bias, self.attention_weights.bias]),
         )
-        out = self.operator(
-            value, spatial_shapes, offsets_and_logits, reference, self.num_points
-        )
+        out = self.operator(value, spatial_shapes, offsets_and_logits, reference, self.num_points)
         return self.output_proj(out)
 
 
