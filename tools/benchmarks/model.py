@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> str:
 
     @torch.no_grad()
     def network() -> Tensor:
-        return model.predict(images)[0].boxes
+        return model.predict(images)[0].class_logits
 
     @torch.no_grad()
     def results() -> list[dict]:
