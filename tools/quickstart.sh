@@ -6,9 +6,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Waiting threads must not take the cores from other programs, nor from each other.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-
 bash tools/setup_env.sh
 
 python=${VENV:-.venv}/bin/python
