@@ -37,13 +37,6 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def compiled() -> None:
-    """Skips a test of the library itself where it is not built."""
-    if not module.compiled_op_available("cpu"):
-        pytest.skip(_library.why_not("cpu"))
-
-
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Compare with the largest expected number as unit."""
     assert actual.dtype == dtype

@@ -6,18 +6,13 @@ CUDA thread as a coroutine. It shows that arithmetic, indexing and barriers are 
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
-from maskdino.ops import _library
-from maskdino.ops.ms_deform_attn import compiled_op_available, ms_deform_attn_fused
+from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
 from tests.ops.deform_attn_cases import Case
 
 TOLERANCE = {
@@ -74,24 +69,6 @@ def deterministic_algorithms() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="module")
-def emulated(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The CUDA part of the library, compiled for the CPU."""
-    compiler = shutil.which("g++")
-    if compiler is None or not compiled_op_available("cpu"):
-        pytest.skip("needs g++ and the compiled library")
-    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    folder = repository / "tests" / "ops" / "emulated_cuda"
-    includes = [folder, repository / "csrc", *cpp_extension.include_paths()]
-    command = [compiler, "-shared", "-fPIC", "-O1", "-std=c++20", str(folder / "emulated.cpp")]
-    command += [f"-I{path}" for path in includes] + ["-o", str(library)]
-    command += [f"-L{cpp_extension.TORCH_LIB_PATH}", "-lc10", "-ltorch", "-ltorch_cpu"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    torch.ops.load_library(library)
-    return torch.ops.maskdino_emulated
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -121,13 +98,6 @@ def test_emulated_kernels_stay_inside_the_maps(bad: float, emulated: object) -> 
     assert output[0, ::2].isfinite().all() and output.isnan()[0, 1].any()
     grads = emulated.ms_deform_attn_backward(torch.ones_like(output), *inputs)
     assert grads[1].shape == locations.shape and grads[1][:, ::2].isfinite().all()
-
-
-@pytest.fixture
-def cuda_library() -> None:
-    """Skips where the library was built without CUDA."""
-    if not compiled_op_available("cuda"):
-        pytest.skip(_library.why_not("cuda"))
 
 
 @pytest.mark.gpu
