@@ -1,0 +1,108 @@
+"""Mask DINO trained by several processes, and on several machines, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from maskdino.launch import _free_port, launch
+from maskdino.ops.points import PointSampler
+from tests.helpers import NARROW
+from tests.stand_in import read_checkpoint, tiny_config, train
+
+# What depends on the batch of a process, or is drawn at random, differs by design: noised queries
+# (padded to the most objects of an image of the batch) are off, points are fixed below. Adam would
+# make much of the rounding of gradients that are almost nothing.
+SETTINGS = {
+    **NARROW,
+    "MODEL.MASK_DINO.NUM_CLASSES": 1,
+    "MODEL.MASK_DINO.DENOISING.MODE": "off",
+    "SOLVER.OPTIMIZER": "SGD",
+    "SOLVER.MAX_ITER": 3,
+    "SOLVER.CHECKPOINT_PERIOD": 100,
+}
+
+
+def config(output: Path) -> CfgNode:
+    """Three steps of the narrow model on four small nuclei images each."""
+    return tiny_config(output, *(word for item in SETTINGS.items() for word in item))
+
+
+def train_at_fixed_points(cfg: CfgNode) -> None:
+    """Trains with the same points for each mask, wherever it is computed."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.rand(1, cfg.MODEL.MASK_DINO.LOSS.NUM_POINTS, 2, generator=generator)
+
+    def uniform(_: PointSampler, number: int, device: torch.device) -> Tensor:
+        return places.to(device).expand(number, -1, -1)
+
+    def uncertain(sampler: PointSampler, maps: Tensor) -> Tensor:
+        return sampler.uniform(len(maps), maps.device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PointSampler, "uniform", uniform)
+        patch.setattr(PointSampler, "uncertain", uncertain)
+        train(cfg)
+
+
+def losses(folder: Path) -> dict[str, float]:
+    """The last logged losses of a run."""
+    last = json.loads((folder / "metrics.json").read_text().splitlines()[-1])
+    return {name: value for name, value in last.items() if "loss" in name}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    train_at_fixed_points(config(folder))
+    return folder
+
+
+def assert_trained_alike(found: Path, expected: Path) -> None:
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-4)
+    ours, theirs = read_checkpoint(found)["model"], read_checkpoint(expected)["model"]
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
+    launch(train_at_fixed_points, config(tmp_path), processes=2)
+    assert_trained_alike(tmp_path, alone)
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(alone: Path, tmp_path: Path, repository: Path) -> None:
+    """Two launchers that know each other by address alone, as on two machines."""
+    url = f"tcp://127.0.0.1:{_free_port()}"
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from maskdino.launch import launch\n"
+        "from tests.test_distributed import config, train_at_fixed_points\n"
+        "if __name__ == '__main__':\n"
+        "    folder, rank = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "    launch(train_at_fixed_points, config(folder), processes=1, machines=2,\n"
+        f"           machine_rank=rank, url={url!r})\n"
+    )
+    file = tmp_path / "machine.py"
+    file.write_text(script)
+    machines = [
+        subprocess.Popen(
+            [sys.executable, str(file), str(tmp_path), str(rank)],
+            cwd=repository,
+            env={**os.environ, "PYTHONPATH": str(repository)},
+        )
+        for rank in range(2)
+    ]
+    assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+    assert_trained_alike(tmp_path, alone)
