@@ -11,8 +11,7 @@ _OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
 
 
 def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
-    """Reads a configuration: detectron2's and Mask DINO's defaults, a YAML file, then single
-    values.
+    """Reads a configuration: detectron2's and our defaults, a YAML file, then single values.
 
     Nothing in the file is executed.
 
@@ -92,16 +91,14 @@ def _add_model(cfg: CfgNode) -> None:
     # Multi-scale deformable encoder.
     encoder = model.ENCODER = CfgNode()
     encoder.IN_FEATURES = ["res3", "res4", "res5"]  # backbone features, finest first
-    encoder.NUM_LEVELS = (
-        4  # scales in all: those beyond IN_FEATURES are stride-2 convolutions of the last
-    )
+    # Scales in all: those beyond IN_FEATURES are stride-2 convolutions of the last.
+    encoder.NUM_LEVELS = 4
     encoder.NUM_LAYERS = 6
     encoder.NUM_HEADS = 8
     encoder.NUM_POINTS = 4  # sampling points per head and level
     encoder.FEEDFORWARD_DIM = 2048
-    encoder.ACTIVATION_CHECKPOINT = (
-        False  # recompute each layer in the backward pass: less memory, more time
-    )
+    # Recompute each layer in the backward pass: less memory, more time.
+    encoder.ACTIVATION_CHECKPOINT = False
 
     # Pixel embedding map (section 3.4, equation 1).
     pixel_embedding = model.PIXEL_EMBEDDING = CfgNode()
@@ -120,6 +117,7 @@ def _add_model(cfg: CfgNode) -> None:
 
     decoder = model.DECODER = CfgNode()
     decoder.NUM_LAYERS = 9
+    decoder.NUM_LEVELS = 0  # scales that queries attend to, the finest; 0: all (Table 10)
     decoder.NUM_HEADS = 8
     decoder.NUM_POINTS = 4  # sampling points per head and level
     decoder.FEEDFORWARD_DIM = 2048
@@ -146,9 +144,8 @@ def _add_backbone(cfg: CfgNode) -> None:
     timm.OUTPUT_NORM = False  # a layer norm on each output, as Swin detectors have
     timm.BATCH_NORM = "FrozenBN"  # or "BN", "SyncBN"; for models with batch norm
     timm.DROP_PATH_RATE = 0.0  # largest probability that a block is skipped in training
-    timm.ACTIVATION_CHECKPOINT = (
-        False  # recompute activations in the backward pass: less memory, more time
-    )
+    # Recompute activations in the backward pass: less memory, more time.
+    timm.ACTIVATION_CHECKPOINT = False
     timm.ARGS = CfgNode(new_allowed=True)  # more arguments of timm.create_model, such as embed_dim
     # Keys of released Swin configurations, read where MODEL.BACKBONE.NAME is "D2SwinTransformer".
     cfg.MODEL.SWIN = CfgNode(new_allowed=True)
@@ -225,11 +222,9 @@ def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0  # weight decay of embeddings and position tables
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of the whole model's
     # gradient.
-    cfg.SOLVER.ACCUMULATION_STEPS = (
-        1  # batches of IMS_PER_BATCH / ACCUMULATION_STEPS images per optimizer step
-    )
+    # Batches of IMS_PER_BATCH / ACCUMULATION_STEPS images per optimizer step.
+    cfg.SOLVER.ACCUMULATION_STEPS = 1
     cfg.SOLVER.EMA = CfgNode()
-    cfg.SOLVER.EMA.ENABLED = (
-        False  # keep, evaluate and save an exponential moving average of the weights
-    )
+    # Keep, evaluate and save an exponential moving average of the weights.
+    cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998

@@ -52,11 +52,10 @@ class InferenceOptions:
 
 @META_ARCH_REGISTRY.register()
 class MaskDINO(nn.Module):
-    """Image -> backbone -> encoder -> pixel embedding -> query selection -> decoder -> criterion or
-    results.
+    """Image -> backbone -> encoder -> query selection -> decoder -> losses or results.
 
-    Shape key: B images, Q queries, C channels, O outputs, H, W of the pixel embedding (1/4 of the
-    padded canvas).
+    Shape key: B images, Q queries, C channels, O outputs; H, W of the pixel embedding, 1/4 of the
+    padded canvas.
     """
 
     @configurable
@@ -79,16 +78,10 @@ class MaskDINO(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
     ) -> None:
-        """`is_thing` tells for each class whether it is a "thing"; see `maskdino.config` for the
-        rest.
-        """
+        """`is_thing` tells which classes are things; see `maskdino.config` for the rest."""
         super().__init__()
-        self.backbone, self.encoder, self.pixel_embedding, self.heads = (
-            backbone,
-            encoder,
-            pixel_embedding,
-            heads,
-        )
+        self.backbone, self.encoder, self.pixel_embedding = backbone, encoder, pixel_embedding
+        self.heads = heads
         self.query_selection, self.denoising, self.decoder = query_selection, denoising, decoder
         self.criterion, self.inference = criterion, inference
         self.deep_supervision, self.supervise_initial = deep_supervision, supervise_initial
@@ -131,14 +124,13 @@ class MaskDINO(nn.Module):
 
         Args:
             batched_inputs: detectron2's dicts: `image` (3, h, w) in the range of INPUT.FORMAT; in
-                training
-                `instances` (see `maskdino.targets`); for inference `height` and `width` of the
-                output, if they differ from the image's.
+                training `instances` (see `maskdino.targets`); for inference `height` and `width` of
+                the output, if they differ from the image's.
 
         Returns:
             In training weighted losses. Else one dict for each image, with `instances`,
-            `panoptic_seg` (ids and
-            segments) and `sem_seg` (K, height, width), as MODEL.MASK_DINO.TEST asks for.
+            `panoptic_seg` (ids and segments) and `sem_seg` (K, height, width), as
+            MODEL.MASK_DINO.TEST asks for.
         """
         images = self.preprocess(batched_inputs)
         if not self.training:
@@ -269,9 +261,7 @@ class MaskDINO(nn.Module):
 
 
 def thing_classes(cfg: CfgNode) -> list[bool]:
-    """Whether each class is a "thing", from the metadata of the (first) training dataset; all are
-    where it has none.
-    """
+    """Which classes are things, by the metadata of the first dataset; all if it says nothing."""
     number = cfg.MODEL.MASK_DINO.NUM_CLASSES
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     metadata = (

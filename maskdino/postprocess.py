@@ -1,5 +1,4 @@
-"""From predictions to results in the frame of the image: instance, panoptic and semantic
-segmentation.
+"""From predictions to results in the frame of the image, for each of the tasks.
 
 Shape key: Q queries, K classes, R results, C channels; canvas H, W; image h, w; output OH, OW
 pixels. All functions treat one image.
@@ -22,9 +21,7 @@ ELEMENTS_AT_ONCE = 1 << 25  # resized mask probabilities that exist at one time 
 
 @dataclass(frozen=True)
 class Frame:
-    """Sizes (height, width) in pixels: the padded canvas, the image on it, and the output that is
-    asked for.
-    """
+    """Sizes (height, width) in pixels: padded canvas, the image on it, the output asked for."""
 
     canvas: tuple[int, int]
     image: tuple[int, int]
@@ -50,11 +47,8 @@ def output_masks(embeddings: Tensor, pixel_embedding: Tensor, frame: Frame) -> I
     at_once = max(1, ELEMENTS_AT_ONCE // pixels)
     for begin in range(0, len(embeddings), at_once):  # nothing at all where there are no queries
         part = embeddings[begin : begin + at_once]
-        maps = (
-            torch.mm(part, pixel_embedding.flatten(1))
-            .unflatten(1, pixel_embedding.shape[1:])
-            .float()
-        )
+        maps = torch.mm(part, pixel_embedding.flatten(1)).float()
+        maps = maps.unflatten(1, pixel_embedding.shape[1:])
         yield resize_to_output(resize_to_canvas(maps, frame), frame)
 
 
@@ -144,8 +138,7 @@ def semantic_inference(
     *,
     sum_in_output_frame: bool,
 ) -> Tensor:
-    """Semantic segmentation: each class's mask probabilities, weighted by class probabilities,
-    summed over queries.
+    """Semantic segmentation: mask times class probabilities, summed over queries.
 
     Args:
         class_probs: (Q, K).
@@ -159,12 +152,8 @@ def semantic_inference(
         (K, OH, OW) float32.
     """
     tile = frame if sum_in_output_frame else replace(frame, output=frame.image)
-    total, begin = (
-        class_probs.new_zeros(
-            class_probs.shape[1], tile.output[0] * tile.output[1], dtype=torch.float32
-        ),
-        0,
-    )
+    shape, begin = (class_probs.shape[1], tile.output[0] * tile.output[1]), 0
+    total = torch.zeros(shape, dtype=torch.float32, device=class_probs.device)
     for logits in output_masks(mask_embeddings, pixel_embedding, tile):
         probs = class_probs[begin : begin + len(logits)].float()
         total.addmm_(probs.t(), logits.sigmoid_().flatten(1))
@@ -184,8 +173,7 @@ def panoptic_inference(
     is_thing: Tensor,
     overlap_threshold: float,
 ) -> tuple[Tensor, list[dict]]:
-    """Panoptic segmentation: every pixel goes to the query with the largest score times mask
-    probability.
+    """Panoptic segmentation: a pixel goes to the query of largest score times mask probability.
 
     Args:
         keep: (Q,) bool, which queries take part.
@@ -202,13 +190,11 @@ def panoptic_inference(
         `category_id`, and for things `score`. Segments of one stuff class are merged.
     """
     scores, labels, embeddings = scores[keep].float(), labels[keep], mask_embeddings[keep]
-    best = torch.full(
-        frame.output, -1.0, device=scores.device
-    )  # score times probability of the winner so far
+    # Of each pixel: score times probability of the winner so far, the winner, and whether the
+    # winner's mask is there.
+    best = torch.full(frame.output, -1.0, device=scores.device)
     winner = torch.zeros(frame.output, dtype=torch.int64, device=scores.device)
-    inside = torch.zeros(
-        frame.output, dtype=torch.bool, device=scores.device
-    )  # whether the winner's mask is there
+    inside = torch.zeros(frame.output, dtype=torch.bool, device=scores.device)
     own_area, begin = [torch.zeros(0, dtype=torch.int64, device=scores.device)], 0
     for logits in output_masks(embeddings, pixel_embedding, frame):
         probs = logits.sigmoid_()

@@ -1,11 +1,10 @@
 """Data that travels between the modules of the network.
 
-Shape key: B images, Q queries, S tokens, K class logits, C channels, N objects of the batch, O
-outputs, H, W pixels.
+Shape key: B images, Q queries, S tokens, K class logits, C channels, N objects of the batch,
+O outputs, H, W pixels.
 
 Frame: boxes are (cx, cy, w, h), divided by the width and height of the padded canvas of the batch.
-    Masks live in
-pixels of that canvas, whose origin is the image's upper left corner. `targets.py` and
+Masks live in pixels of that canvas, whose origin is the image's upper left corner. `targets.py` and
 `postprocess.py` are the only places that convert from and to the frames of images.
 """
 
@@ -28,6 +27,14 @@ class Memory:
     tokens: Tensor  # (B, S, C)
     spatial_shapes: SpatialShapes  # (height, width) of each level; their areas add up to S
 
+    def finest(self, num_levels: int) -> Memory:
+        """The first levels alone."""
+        if num_levels == len(self.spatial_shapes):
+            return self
+        shapes = self.spatial_shapes[:num_levels]
+        length = sum(height * width for height, width in shapes)
+        return Memory(self.tokens[:, :length], shapes)
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -42,8 +49,7 @@ class Predictions:
     """What the heads say of one or, with a leading dimension O, of several outputs.
 
     A mask logit is the dot product of a mask embedding with the pixel embedding map (equation 1);
-    whoever needs
-    mask maps makes them. `mask_embeddings` is None where the model has no mask branch.
+    whoever needs mask maps makes them. `mask_embeddings` is None where there is no mask branch.
     """
 
     class_logits: Tensor  # ([O,] B, Q, K)
@@ -68,8 +74,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Denoising:
-    """Noised ground truth that is decoded in front of the matching queries (section 3.6, appendix
-    B.2).
+    """Noised ground truth, decoded in front of the matching queries (section 3.6, appendix B.2).
 
     Slot `group * slots_per_group + i` of an image belongs to its i-th object; slots beyond an
     image's objects are empty.
@@ -108,9 +113,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of a prediction and an object, image by image, as flat index tensors of equal length
-    M.
-    """
+    """Pairs of a prediction and an object, image by image, as index tensors of equal length M."""
 
     output: Tensor  # (M,) int64 index into O
     image: Tensor  # (M,) int64 index into B

@@ -1,11 +1,11 @@
-"""Ground truth of images to the network's targets: the frame of boxes, packed masks, which boxes
-count.
+"""From the ground truth of images to targets: boxes and packed masks of the padded canvas.
 
 Shape key: N objects of the batch; H, W pixels of the padded canvas.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.structures.masks import polygons_to_bitmask
@@ -26,9 +26,9 @@ def prepare_targets(
 
     Args:
         instances: one for each image, in pixels of that image, with `gt_classes`, and with
-            `gt_boxes` or `gt_masks`
-            (PackedMasks, BitMasks, PolygonMasks or an (N, H, W) tensor); `gt_has_mask` says which
-            of the masks are none. Images whose `gt_masks` is missing train boxes only.
+            `gt_boxes` or `gt_masks` (PackedMasks, BitMasks, PolygonMasks or an (N, H, W) tensor
+            of the image's size); `gt_has_mask` says which of the masks are none. Images whose
+            `gt_masks` is missing train boxes only.
         canvas: (height, width) of the padded batch.
         is_thing: (classes,) bool. "Stuff" is left out of box training where that is decoupled
             (section 3.6).
@@ -40,19 +40,15 @@ def prepare_targets(
 
     Raises:
         ValueError: an object's class is not among `is_thing`'s, an image is larger than the canvas,
-            or an image has neither boxes nor masks.
+            an image has neither boxes nor masks, or masks have another size than their image.
     """
     names = tuple(names) or tuple(f"number {i} of the batch" for i in range(len(instances)))
     height, width = canvas
     labels, boxes, masks, has_mask = [], [], [], []
     for image, name in zip(instances, names, strict=True):
         _check(image, canvas, len(is_thing), name)
-        packed = _packed_masks(image, canvas)
-        known = (
-            torch.zeros(len(image), dtype=torch.bool)
-            if packed is None
-            else torch.ones(len(image)).bool()
-        )
+        packed = _packed_masks(image, name)
+        known = torch.full((len(image),), packed is not None)
         labels.append(image.gt_classes)
         boxes.append(_boxes(image, packed, name))
         masks.append(
@@ -83,28 +79,25 @@ def _check(image: Instances, canvas: tuple[int, int], num_classes: int, name: st
     low, high = int(image.gt_classes.min()), int(image.gt_classes.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
-            f"image {name} has an object of class {low if low < 0 else high}; the model's "
-            "classes are 0 to "
-            f"{num_classes - 1} (MODEL.MASK_DINO.NUM_CLASSES)"
+            f"image {name} has an object of class {low if low < 0 else high}; the model's classes "
+            f"are 0 to {num_classes - 1} (MODEL.MASK_DINO.NUM_CLASSES)"
         )
 
 
-def _packed_masks(image: Instances, canvas: tuple[int, int]) -> PackedMasks | None:
+def _packed_masks(image: Instances, name: str) -> PackedMasks | None:
     if not image.has("gt_masks"):
         return None
-    masks = image.gt_masks
-    if isinstance(masks, PackedMasks):
-        return masks
+    masks, size = image.gt_masks, tuple(image.image_size)
+    if not len(masks):
+        return PackedMasks.empty(0, size)
     if isinstance(masks, PolygonMasks):
-        height, width = image.image_size
-        bitmaps = [
-            torch.from_numpy(polygons_to_bitmask(polygons, height, width))
-            for polygons in masks.polygons
-        ]
-        return (
-            PackedMasks.from_bool(torch.stack(bitmaps)) if bitmaps else PackedMasks.empty(0, canvas)
-        )
-    return PackedMasks.from_bool(masks.tensor if isinstance(masks, BitMasks) else masks)
+        bitmaps = [polygons_to_bitmask(polygons, *size) for polygons in masks.polygons]
+        return PackedMasks.from_bool(np.stack(bitmaps))
+    if not isinstance(masks, PackedMasks):
+        masks = PackedMasks.from_bool(masks.tensor if isinstance(masks, BitMasks) else masks)
+    if masks.size != size:
+        raise ValueError(f"image {name} of {size} pixels has gt_masks of {masks.size} pixels")
+    return masks
 
 
 def _boxes(image: Instances, masks: PackedMasks | None, name: str) -> Tensor:

@@ -98,6 +98,19 @@ def test_large_images_name_themselves() -> None:
         prepare(drawn_instances((33, 10), 1))
 
 
+@pytest.mark.parametrize("kind", ["packed", "bitmasks", "tensor"])
+def test_masks_of_another_size_name_their_image(kind: str) -> None:
+    image = drawn_instances((20, 30), 2)
+    masks = torch.ones(2, 30, 20, dtype=torch.bool)
+    image.gt_masks = {
+        "packed": PackedMasks.from_bool(masks),
+        "bitmasks": BitMasks(masks),
+        "tensor": masks,
+    }[kind]
+    with pytest.raises(ValueError, match=r"x.png of \(20, 30\) pixels has gt_masks of \(30, 20\)"):
+        prepare(image, names=["x.png"])
+
+
 def test_images_without_annotation_name_themselves() -> None:
     image = Instances((20, 30))
     image.gt_classes = torch.tensor([0])

@@ -1,8 +1,7 @@
-"""The training losses: hybrid matching, deep supervision, denoising (sections 3.5 and 3.6, appendix
-B).
+"""The training losses: matching, deep supervision, denoising (sections 3.5, 3.6, appendix B).
 
-Shape key: O outputs, B images, Q queries, K class logits, C channels, N objects of the batch, M
-matched pairs, P points.
+Shape key: O outputs, B images, Q queries, K class logits, C channels, N objects of the batch,
+M matched pairs, P points.
 """
 
 from __future__ import annotations
@@ -29,10 +28,9 @@ class Criterion(nn.Module):
     """Weighted losses of all outputs.
 
     The result names a loss `<term><suffix>`: terms are loss_class, loss_l1, loss_giou,
-    loss_mask_bce and
-    loss_mask_dice; the suffix tells the output (none: last layer; `_layer2`; `_initial`: queries
-    before the first
-    layer; `_proposal`: the encoder's prediction), with `_denoising` in front for noised queries.
+    loss_mask_bce and loss_mask_dice; the suffix tells the output (none: last layer; `_layer2`;
+    `_initial`: queries before the first layer; `_proposal`: the encoder's prediction), with
+    `_denoising` in front for noised queries.
     """
 
     @configurable
@@ -99,9 +97,8 @@ class Criterion(nn.Module):
         pending = self.matcher.start(predictions, pixel_embedding, targets, self.points)
         normalizer = self._mean_objects(targets)
         losses = {}
-        if (
-            denoised is not None
-        ):  # its pairs are known: these losses are computed while threads solve the matching
+        if denoised is not None:
+            # Their pairs are known: these losses are computed while threads solve the matching.
             denoising, noised, names = denoised
             pairs = denoising_matches(denoising, targets, len(names))
             terms = self._terms(
@@ -170,9 +167,7 @@ class Criterion(nn.Module):
     def _cross_entropy(
         self, logits: Tensor, targets: Targets, matches: Matches, _: float | Tensor
     ) -> Tensor:
-        """Softmax cross-entropy in which unmatched queries are "no object", the last class, of a
-        lower weight.
-        """
+        """Softmax cross-entropy; unmatched queries are of the last class, "no object"."""
         no_object = logits.shape[-1] - 1
         labels = torch.full(logits.shape[:-1], no_object, dtype=torch.int64, device=logits.device)
         labels[matches.output, matches.image, matches.query] = targets.labels[matches.target]
@@ -202,9 +197,7 @@ class Criterion(nn.Module):
         matches: Matches,
         normalizer: float | Tensor,
     ) -> dict[str, Tensor]:
-        """Mask losses at points; the matched masks of an image are made a few at a time
-        (`ops.points`).
-        """
+        """Mask losses at points (`ops.points` makes the masks of an image a few at a time)."""
         matched = embeddings[matches.output, matches.image, matches.query]  # (M, C), image by image
         logits, points = zip(
             *(

@@ -1,7 +1,6 @@
-"""Hybrid matching (section 3.6): one-to-one assignment of objects to queries by class, box and mask
-costs.
+"""Hybrid matching (section 3.6): assigns objects to queries by class, box and mask costs.
 
-Shape key: O outputs, B images, Q queries, N objects of the batch, n objects of an image, P points;
+Shape key: O outputs, B images, Q queries, N objects of the batch, n objects of an image, P points,
 C channels.
 """
 
@@ -25,9 +24,8 @@ logger = logging.getLogger(__name__)
 
 IMPOSSIBLE = 1e6  # stands for a cost that is not finite
 _waiters = ThreadPoolExecutor(max_workers=1, thread_name_prefix="matching")
-_solvers = ThreadPoolExecutor(
-    max_workers=4, thread_name_prefix="assignment"
-)  # SciPy's solver releases the GIL
+# SciPy's solver releases the interpreter lock.
+_solvers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="assignment")
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,7 @@ class HybridMatcher:
 
     @configurable
     def __init__(self, *, weights: CostWeights, decouple_stuff_boxes: bool) -> None:
-        """`decouple_stuff_boxes`: the box cost of "stuff" is the mean box cost of the image's
-        "things".
-        """
+        """`decouple_stuff_boxes`: the box cost of stuff is the mean box cost of the things."""
         self.weights = weights
         self.decouple_stuff_boxes = decouple_stuff_boxes
 
@@ -144,9 +140,7 @@ class HybridMatcher:
         objects: slice,
         points: PointSampler,
     ) -> Tensor:
-        """Sampling is linear: the pixel embedding is sampled, then multiplied, and no mask map is
-        made.
-        """
+        """Samples the pixel embedding, then multiplies: the same, and no mask map is made."""
         places = points.uniform(1, pixels.device)  # (1, P, 2)
         logits = (embeddings @ sample_maps(pixels[None], places)[0]).float()  # (Q, P)
         index = torch.arange(objects.start, objects.stop, device=pixels.device)

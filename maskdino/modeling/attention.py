@@ -1,10 +1,10 @@
-"""Self-attention between queries, and multi-scale deformable attention from queries to the tokens
-of maps.
+"""What layers are made of: self-attention, multi-scale deformable attention, feed-forward network.
 
 Shape key: B images, Q queries, S tokens, C channels, M heads, L levels, P points.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,30 @@ from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
 from maskdino.structures import SpatialShapes
 
 
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of an encoder or decoder layer."""
+
+    hidden_dim: int  # C
+    num_heads: int  # M
+    num_levels: int  # L
+    num_points: int  # P
+    feedforward_dim: int
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"HIDDEN_DIM {self.hidden_dim} must be a multiple of the {self.num_heads} "
+                "attention heads"
+            )
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention whose positional embedding enters queries and keys, not values."""
 
-    def __init__(self, *, hidden_dim: int, num_heads: int) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        _check_heads(hidden_dim, num_heads)
-        self.num_heads = num_heads
+        hidden_dim, self.num_heads = sizes.hidden_dim, sizes.num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_dim, hidden_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_dim))
         self.out_proj = nn.Linear(hidden_dim, hidden_dim)
@@ -28,9 +45,7 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, content: Tensor, position: Tensor, may_attend: Tensor | None) -> Tensor:
-        """Content and position (B, Q, C), `may_attend` (Q, Q) bool or None for "all", to (B, Q,
-        C).
-        """
+        """Content, position (B, Q, C) and `may_attend` (Q, Q) bool (None: all) to (B, Q, C)."""
         split = 2 * content.shape[-1]
         query_key = F.linear(
             content + position, self.in_proj_weight[:split], self.in_proj_bias[:split]
@@ -45,15 +60,12 @@ class SelfAttention(nn.Module):
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Attention to a few sampled points of every level (Deformable DETR), around a cell centre or
-    inside a box.
-    """
+    """Attention to a few points of every level, near a cell or in a box (Deformable DETR)."""
 
-    def __init__(
-        self, *, hidden_dim: int, num_heads: int, num_levels: int, num_points: int
-    ) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        _check_heads(hidden_dim, num_heads)
+        hidden_dim, num_heads = sizes.hidden_dim, sizes.num_heads
+        num_levels, num_points = sizes.num_levels, sizes.num_points
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.operator = ms_deform_attn_fused  # export puts a form in its place that can be traced
         samples = num_heads * num_levels * num_points
@@ -92,10 +104,9 @@ class MultiScaleDeformableAttention(nn.Module):
             queries: (B, Q, C), positions added.
             tokens: (B, S, C) of all levels.
             spatial_shapes: (height, width) of each level.
-            reference: boxes (B, Q, 4) cx, cy, w, h in [0, 1]: samples lie at `centre + offset / P *
-                size / 2`;
-                or None when queries are the tokens: samples lie `offset` pixels from the token's
-                centre.
+            reference: boxes (B, Q, 4) cx, cy, w, h in [0, 1]: samples lie at
+                `centre + offset / P * size / 2`. None when queries are the tokens: samples lie
+                `offset` cells from the centre of the token's own cell.
 
         Returns:
             (B, Q, C).
@@ -110,20 +121,13 @@ class MultiScaleDeformableAttention(nn.Module):
         return self.output_proj(out)
 
 
-def _check_heads(hidden_dim: int, num_heads: int) -> None:
-    if hidden_dim % num_heads:
-        raise ValueError(
-            f"HIDDEN_DIM {hidden_dim} must be a multiple of the {num_heads} attention heads"
-        )
-
-
 class FeedForward(nn.Module):
     """Linear, ReLU, Linear."""
 
-    def __init__(self, *, hidden_dim: int, feedforward_dim: int) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(hidden_dim, feedforward_dim)
-        self.linear2 = nn.Linear(feedforward_dim, hidden_dim)
+        self.linear1 = nn.Linear(sizes.hidden_dim, sizes.feedforward_dim)
+        self.linear2 = nn.Linear(sizes.feedforward_dim, sizes.hidden_dim)
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
 

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from maskdino.modeling.attention import FeedForward, MultiScaleDeformableAttention, SelfAttention
+from maskdino.modeling.attention import (
+    FeedForward,
+    LayerSizes,
+    MultiScaleDeformableAttention,
+    SelfAttention,
+)
 from maskdino.modeling.layers import MLP, box_sine_embedding
 from maskdino.structures import Memory, Queries
 
@@ -24,34 +29,21 @@ class DecoderState:
     """Queries before the first layer (then `content` is theirs) or after a layer (then normed)."""
 
     content: Tensor  # (B, Q, C), what the class and mask heads read
-    boxes: (
-        Tensor  # (B, Q, 4) cx, cy, w, h in [0, 1], with gradient to this layer and the one before
-    )
+    # (B, Q, 4) cx, cy, w, h in [0, 1], with gradient to this layer and the one before
+    boxes: Tensor
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, deformable cross-attention and feed-forward network, each with residual sum
-    and LayerNorm.
-    """
+    """Self-attention, deformable cross-attention, feed-forward; each with sum and LayerNorm."""
 
-    def __init__(
-        self,
-        *,
-        hidden_dim: int,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        feedforward_dim: int,
-    ) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(hidden_dim=hidden_dim, num_heads=num_heads)
-        self.self_norm = nn.LayerNorm(hidden_dim)
-        self.cross_attn = MultiScaleDeformableAttention(
-            hidden_dim=hidden_dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
-        )
-        self.cross_norm = nn.LayerNorm(hidden_dim)
-        self.ffn = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim)
-        self.ffn_norm = nn.LayerNorm(hidden_dim)
+        self.self_attn = SelfAttention(sizes)
+        self.self_norm = nn.LayerNorm(sizes.hidden_dim)
+        self.cross_attn = MultiScaleDeformableAttention(sizes)
+        self.cross_norm = nn.LayerNorm(sizes.hidden_dim)
+        self.ffn = FeedForward(sizes)
+        self.ffn_norm = nn.LayerNorm(sizes.hidden_dim)
 
     def forward(
         self,
@@ -72,43 +64,32 @@ class Decoder(nn.Module):
     """Refines queries layer by layer."""
 
     @configurable
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        hidden_dim: int,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        feedforward_dim: int,
-    ) -> None:
+    def __init__(self, *, num_layers: int, sizes: LayerSizes) -> None:
+        """`sizes.num_levels`: the layers look at this many levels of the memory, the finest."""
         super().__init__()
+        hidden_dim, self.num_levels = sizes.hidden_dim, sizes.num_levels
         self.channels_per_coordinate = hidden_dim // 2
         self.position_head = MLP(
             input_dim=2 * hidden_dim, hidden_dim=hidden_dim, output_dim=hidden_dim, num_layers=2
         )
-        self.layers = nn.ModuleList(
-            DecoderLayer(
-                hidden_dim=hidden_dim,
-                num_heads=num_heads,
-                num_levels=num_levels,
-                num_points=num_points,
-                feedforward_dim=feedforward_dim,
-            )
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(sizes) for _ in range(num_layers))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        node = cfg.MODEL.MASK_DINO
-        return {
-            "num_layers": node.DECODER.NUM_LAYERS,
-            "hidden_dim": node.HIDDEN_DIM,
-            "num_heads": node.DECODER.NUM_HEADS,
-            "num_levels": node.ENCODER.NUM_LEVELS,
-            "num_points": node.DECODER.NUM_POINTS,
-            "feedforward_dim": node.DECODER.FEEDFORWARD_DIM,
-        }
+        node, encoded = cfg.MODEL.MASK_DINO.DECODER, cfg.MODEL.MASK_DINO.ENCODER.NUM_LEVELS
+        if not 0 <= node.NUM_LEVELS <= encoded:
+            raise ValueError(
+                f"DECODER.NUM_LEVELS is {node.NUM_LEVELS}; it must be 1 to ENCODER.NUM_LEVELS "
+                f"({encoded}), or 0 for all"
+            )
+        sizes = LayerSizes(
+            hidden_dim=cfg.MODEL.MASK_DINO.HIDDEN_DIM,
+            num_heads=node.NUM_HEADS,
+            num_levels=node.NUM_LEVELS or encoded,
+            num_points=node.NUM_POINTS,
+            feedforward_dim=node.FEEDFORWARD_DIM,
+        )
+        return {"num_layers": node.NUM_LAYERS, "sizes": sizes}
 
     def forward(
         self,
@@ -131,6 +112,7 @@ class Decoder(nn.Module):
         Returns:
             The state before the first layer and after each layer.
         """
+        memory = memory.finest(self.num_levels)
         content, anchors = queries.content, queries.anchor_logits.float().sigmoid()
         # with gradient: the box of a layer also trains the layer before (look forward twice)
         entered = anchors

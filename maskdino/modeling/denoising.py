@@ -1,5 +1,4 @@
-"""Unified denoising (section 3.6, appendix B.2): noised ground truth that the decoder must
-reconstruct.
+"""Unified denoising (section 3.6, appendix B.2): the decoder reconstructs noised ground truth.
 
 Shape key: B images, N objects of the batch, G groups, T slots of a group, C channels, Q queries.
 """
@@ -96,8 +95,7 @@ def slot_index(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
 
 
 def attention_mask(denoising: Denoising, num_queries: int) -> Tensor:
-    """Who may see whom: nobody sees a group of noised queries but the group itself; all see
-    matching queries.
+    """Who may see whom: a group of noised queries is seen by itself only, the others by all.
 
     Returns:
         (Q', Q') bool with the noised queries first; rows see columns where True.

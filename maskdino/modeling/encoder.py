@@ -1,4 +1,4 @@
-"""Multi-scale deformable encoder: backbone features to the memory that queries attend to.
+"""Multi-scale deformable encoder, and the pixel embedding map (section 3.4).
 
 Shape key: B images, S tokens of all levels, C channels, L levels; H, W of a level.
 """
@@ -10,7 +10,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maskdino.modeling.attention import FeedForward, MultiScaleDeformableAttention
+from maskdino.modeling.attention import FeedForward, LayerSizes, MultiScaleDeformableAttention
 from maskdino.modeling.layers import map_sine_embedding
 from maskdino.structures import Memory, SpatialShapes
 
@@ -18,26 +18,14 @@ NORM_GROUPS = 32  # of the group norms after projections
 
 
 class EncoderLayer(nn.Module):
-    """Deformable self-attention and feed-forward network, each followed by a residual sum and
-    LayerNorm.
-    """
+    """Deformable self-attention and feed-forward network, each with residual sum and LayerNorm."""
 
-    def __init__(
-        self,
-        *,
-        hidden_dim: int,
-        num_heads: int,
-        num_levels: int,
-        num_points: int,
-        feedforward_dim: int,
-    ) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.self_attn = MultiScaleDeformableAttention(
-            hidden_dim=hidden_dim, num_heads=num_heads, num_levels=num_levels, num_points=num_points
-        )
-        self.norm1 = nn.LayerNorm(hidden_dim)
-        self.ffn = FeedForward(hidden_dim=hidden_dim, feedforward_dim=feedforward_dim)
-        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.self_attn = MultiScaleDeformableAttention(sizes)
+        self.norm1 = nn.LayerNorm(sizes.hidden_dim)
+        self.ffn = FeedForward(sizes)
+        self.norm2 = nn.LayerNorm(sizes.hidden_dim)
 
     def forward(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
         """Tokens (B, S, C) and their position (S, C) to tokens (B, S, C)."""
@@ -48,9 +36,7 @@ class EncoderLayer(nn.Module):
 
 
 class MultiScaleDeformableEncoder(nn.Module):
-    """Projects backbone features to one width, adds coarser levels, and lets all tokens look at all
-    levels.
-    """
+    """Brings features to one width, adds coarser levels, and lets all tokens see all levels."""
 
     @configurable
     def __init__(
@@ -58,18 +44,13 @@ class MultiScaleDeformableEncoder(nn.Module):
         *,
         input_shape: dict[str, ShapeSpec],
         in_features: list[str],
-        num_levels: int,
         num_layers: int,
-        hidden_dim: int,
-        num_heads: int,
-        num_points: int,
-        feedforward_dim: int,
+        sizes: LayerSizes,
         activation_checkpoint: bool,
     ) -> None:
-        """See `maskdino.config` for the arguments; `input_shape` describes the backbone's
-        features.
-        """
+        """`input_shape` describes the backbone's features; see `maskdino.config` for the rest."""
         super().__init__()
+        hidden_dim, num_levels = sizes.hidden_dim, sizes.num_levels
         _check_levels(in_features, num_levels, input_shape)
         self.in_features = list(in_features)
         self.activation_checkpoint = activation_checkpoint
@@ -87,16 +68,7 @@ class MultiScaleDeformableEncoder(nn.Module):
             for convolution in projections
         )
         self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim))
-        self.layers = nn.ModuleList(
-            EncoderLayer(
-                hidden_dim=hidden_dim,
-                num_heads=num_heads,
-                num_levels=num_levels,
-                num_points=num_points,
-                feedforward_dim=feedforward_dim,
-            )
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(num_layers))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -104,12 +76,14 @@ class MultiScaleDeformableEncoder(nn.Module):
         return {
             "input_shape": input_shape,
             "in_features": node.IN_FEATURES,
-            "num_levels": node.NUM_LEVELS,
             "num_layers": node.NUM_LAYERS,
-            "hidden_dim": cfg.MODEL.MASK_DINO.HIDDEN_DIM,
-            "num_heads": node.NUM_HEADS,
-            "num_points": node.NUM_POINTS,
-            "feedforward_dim": node.FEEDFORWARD_DIM,
+            "sizes": LayerSizes(
+                hidden_dim=cfg.MODEL.MASK_DINO.HIDDEN_DIM,
+                num_heads=node.NUM_HEADS,
+                num_levels=node.NUM_LEVELS,
+                num_points=node.NUM_POINTS,
+                feedforward_dim=node.FEEDFORWARD_DIM,
+            ),
             "activation_checkpoint": node.ACTIVATION_CHECKPOINT,
         }
 
@@ -132,9 +106,7 @@ class MultiScaleDeformableEncoder(nn.Module):
         return Memory(tokens, spatial_shapes)
 
     def _levels(self, features: dict[str, Tensor]) -> list[Tensor]:
-        """Projected maps, finest first. The first extra level comes from the coarsest backbone
-        feature itself.
-        """
+        """Projected maps, finest first; extra levels begin with the coarsest backbone feature."""
         levels = [
             projection(features[name])
             for name, projection in zip(self.in_features, self.input_proj, strict=False)
@@ -183,9 +155,7 @@ class PixelEmbedding(nn.Module):
         }
 
     def forward(self, features: dict[str, Tensor], memory: Memory) -> Tensor:
-        """Backbone features and memory to (B, C, H, W) at the size of the backbone feature (1/4 of
-        the canvas).
-        """
+        """Backbone features and memory to (B, C, H, W), at 1/4 of the canvas as `in_feature` is."""
         lateral = self.lateral_norm(self.lateral(features[self.in_feature]))
         height, width = memory.spatial_shapes[0]
         finest = memory.tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))

@@ -35,9 +35,8 @@ class PredictionHeads(nn.Module):
             nn.init.constant_(
                 self.class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
             )
-        nn.init.zeros_(
-            self.box_head.layers[-1].weight
-        )  # before training, layers leave anchors as they are
+        # Before training, layers leave anchors as they are.
+        nn.init.zeros_(self.box_head.layers[-1].weight)
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
     @classmethod
@@ -56,9 +55,7 @@ class PredictionHeads(nn.Module):
         return self.class_head(normed), None if self.mask_head is None else self.mask_head(normed)
 
     def boxes(self, content: Tensor, anchor_logits: Tensor) -> Tensor:
-        """Content (..., C) and the logits of the anchors (..., 4) that it refines, to boxes (...,
-        4) in [0, 1].
-        """
+        """Content (..., C) and logits of the anchors (..., 4) it refines to boxes (..., 4)."""
         return (self.box_head(content).float() + anchor_logits).sigmoid()
 
     def refine(self, content: Tensor, anchors: Tensor) -> Tensor:

@@ -12,19 +12,15 @@ TEMPERATURE = 10000.0  # of the sine embeddings
 
 
 def constant_of_shape(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Caches a tensor that depends on sizes and the device alone; traced programs compute it
-    themselves.
-    """
+    """Caches a tensor that depends on sizes and device alone; traced programs compute it anew."""
     cached = functools.lru_cache(maxsize=64)(function)
 
     @functools.wraps(function)
     def constant(*args: object) -> Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return function(*args)
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # usable in training, whoever asked first
+        # Whoever asks first, the tensor must be of use in training too.
+        with torch.inference_mode(False), torch.no_grad():
             return cached(*args)
 
     return constant
@@ -72,17 +68,17 @@ def sine_embedding(angles: Tensor, channels: int) -> Tensor:
 
 
 def box_sine_embedding(boxes_cxcywh: Tensor, channels: int) -> Tensor:
-    """Positional embedding of anchor boxes (DAB-DETR): (..., 4) in [0, 1] to (..., 4 * channels),
-    for y, x, w, h.
-    """
+    """Positional embedding of boxes (DAB-DETR), of y, x, w, h: (..., 4) to (..., 4 * channels)."""
     x, y, width, height = (2 * math.pi * boxes_cxcywh.float()).unbind(-1)
     return torch.cat([sine_embedding(part, channels) for part in (y, x, width, height)], dim=-1)
 
 
 @constant_of_shape
 def map_sine_embedding(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """Positional embedding of the cells of a map, row by row: (height * width, channels), half for
-    y, half for x.
+    """Positional embedding of the cells of a map, row by row, half for y and half for x.
+
+    Returns:
+        (height * width, channels).
     """
     y, x = (
         2 * math.pi * torch.arange(1, size + 1, dtype=torch.float32, device=device) / (size + 1e-6)

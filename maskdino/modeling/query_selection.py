@@ -24,9 +24,7 @@ BORDER = 0.01  # proposals with a coordinate closer to 0 or 1 are invalid
 
 
 class UnifiedQuerySelection(nn.Module):
-    """Takes the tokens with the best class scores as queries; their boxes or masks become the first
-    anchors.
-    """
+    """Tokens with the best class scores become queries, their boxes or masks the first anchors."""
 
     @configurable
     def __init__(
@@ -95,9 +93,7 @@ class UnifiedQuerySelection(nn.Module):
 
     @torch.no_grad()
     def _anchor_logits(self, predictions: Predictions, pixel_embedding: Tensor | None) -> Tensor:
-        """Mask-enhanced anchor box initialization: boxes of the predicted masks (B, Q, 4), as
-        logits.
-        """
+        """Mask-enhanced anchor boxes: those of the predicted masks, (B, Q, 4) as logits."""
         if self.mask_enhanced_anchors == "none":
             return inverse_sigmoid(predictions.boxes)
         masks = mask_logits(predictions.mask_embeddings, pixel_embedding) > 0
@@ -111,9 +107,7 @@ class UnifiedQuerySelection(nn.Module):
 
 
 class LearnedQueries(nn.Module):
-    """Learned content queries and anchors, equal for all images: the model without query
-    selection.
-    """
+    """Learned content queries and anchors, equal for all images: without query selection."""
 
     @configurable
     def __init__(self, *, hidden_dim: int, num_queries: int) -> None:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-AREA_EPS = (
-    1e-6  # added to areas that divide, as in the released models; boxes are parts of the canvas
-)
+# Added to areas that divide, as in the released models; boxes are parts of the canvas.
+AREA_EPS = 1e-6
 EMPTY_MASK_COORDINATE = 1e8  # upper left corner that "mask2box" gives an empty mask
 
 
@@ -50,9 +49,7 @@ def _area(low: Tensor, high: Tensor) -> Tensor:
 
 
 def inverse_sigmoid(probabilities: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logits of values that are first clamped to [0, 1]; both x and 1 - x count as at least
-    `eps`.
-    """
+    """Logits of values, clamped to [0, 1] first; both x and 1 - x count as at least `eps`."""
     x = probabilities.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
@@ -63,9 +60,8 @@ def masks_to_boxes(masks: Tensor, inclusive: bool) -> Tensor:
     Args:
         masks: (..., H, W) bool.
         inclusive: True ("mask2box"): corners are the first and the last foreground pixel's index,
-            and an empty
-            mask gives (1e8, 1e8, 0, 0). False ("bitmask"): last index + 1, and zeros for an empty
-            mask.
+            and an empty mask gives (1e8, 1e8, 0, 0). False ("bitmask"): the last index + 1, and
+            zeros for an empty mask.
 
     Returns:
         (..., 4) float32 xyxy, in pixels.

@@ -1,8 +1,7 @@
-"""Masks at points: bilinear sampling of feature maps, of mask logits that are never kept as maps,
-of packed masks.
+"""Masks at points: samples of feature maps, of packed masks, of mask logits never kept as maps.
 
-Shape key: B images, C channels, H, W pixels of a map, M masks, P points. Points are (x, y) in [0,
-1] of the canvas.
+Shape key: B images, C channels, H, W pixels of a map, M masks, P points. Points are (x, y) in
+[0, 1] of the canvas.
 """
 
 from collections.abc import Callable
@@ -17,9 +16,7 @@ MAP_ELEMENTS_AT_ONCE = 1 << 24  # mask logits that exist at one time (64 MiB of 
 
 
 def mask_logits(mask_embeddings: Tensor, pixel_embedding: Tensor) -> Tensor:
-    """Equation 1: mask embeddings (B, M, C) and pixel embedding (B, C, H, W) to logits (B, M, H,
-    W).
-    """
+    """Equation 1: mask (B, M, C) and pixel embedding (B, C, H, W) to logits (B, M, H, W)."""
     return torch.bmm(mask_embeddings, pixel_embedding.flatten(2)).unflatten(
         2, pixel_embedding.shape[2:]
     )
@@ -42,8 +39,7 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of packed masks: what `sample_maps` would give for the float masks, which
-    are never made.
+    """Bilinear samples of packed masks: what `sample_maps` gives for float masks, never made.
 
     Args:
         masks: N masks.
@@ -171,9 +167,7 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
 
 
 def _spread(values: Tensor, points: Tensor, size: torch.Size) -> Tensor:
-    """The transpose of `sample_maps` for one channel: values (m, P) at points (m, P, 2) to maps (m,
-    H, W).
-    """
+    """The transpose of `sample_maps`: values (m, P) at points (m, P, 2) to maps (m, H, W)."""
     grid = (2 * points - 1).to(values.dtype).unsqueeze(1)
     maps = values.new_zeros(values.shape[0], 1, *size)  # only its shape matters
     grad_maps, _ = torch.ops.aten.grid_sampler_2d_backward(

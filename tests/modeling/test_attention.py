@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdino.modeling.attention import MultiScaleDeformableAttention, SelfAttention
+from maskdino.modeling.attention import LayerSizes, MultiScaleDeformableAttention, SelfAttention
 
 SHAPES = ((5, 6), (3, 2))
 CHANNELS, HEADS, POINTS = 16, 4, 2
+SIZES = LayerSizes(
+    hidden_dim=CHANNELS,
+    num_heads=HEADS,
+    num_levels=len(SHAPES),
+    num_points=POINTS,
+    feedforward_dim=32,
+)
 
 
 def slow_self_attention(
@@ -34,7 +41,7 @@ def slow_self_attention(
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_self_attention(masked: bool) -> None:
-    layer = SelfAttention(hidden_dim=CHANNELS, num_heads=HEADS)
+    layer = SelfAttention(SIZES)
     torch.nn.init.normal_(layer.in_proj_bias)
     content, position = torch.randn(2, 2, 5, CHANNELS)
     may_attend = (torch.rand(5, 5) < 0.5) | torch.eye(5, dtype=torch.bool) if masked else None
@@ -85,9 +92,7 @@ def slow_deformable(
 
 @pytest.fixture
 def deformable() -> MultiScaleDeformableAttention:
-    layer = MultiScaleDeformableAttention(
-        hidden_dim=CHANNELS, num_heads=HEADS, num_levels=len(SHAPES), num_points=POINTS
-    )
+    layer = MultiScaleDeformableAttention(SIZES)
     torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.3)
     torch.nn.init.normal_(layer.attention_weights.weight, std=0.3)
     torch.nn.init.normal_(layer.value_proj.bias)
@@ -123,4 +128,4 @@ def test_attention_around_cells(deformable: MultiScaleDeformableAttention) -> No
 
 def test_heads_must_divide_channels() -> None:
     with pytest.raises(ValueError, match="HIDDEN_DIM 10 must be a multiple of the 4"):
-        SelfAttention(hidden_dim=10, num_heads=4)
+        LayerSizes(hidden_dim=10, num_heads=4, num_levels=1, num_points=1, feedforward_dim=16)

@@ -103,6 +103,20 @@ def test_decoding_stops_early(
     torch.testing.assert_close(states[-1].content, all_states[number].content)
 
 
+def test_coarse_levels_can_be_left_out() -> None:
+    """DECODER.NUM_LEVELS 2 reads the two finest of the four levels, and no other."""
+    cfg = tiny_cfg(DECODER__NUM_LEVELS=2)
+    decoder, heads = Decoder(cfg), PredictionHeads(cfg)
+    queries = Queries(torch.randn(1, 6, CHANNELS), torch.randn(1, 6, 4))
+    tokens = torch.randn(1, 29, CHANNELS, requires_grad=True)
+    state = decoder(queries, Memory(tokens, SHAPES), heads)[-1]
+    state.content.square().sum().backward()
+    assert tokens.grad[:, :26].abs().sum() > 0
+    assert tokens.grad[:, 26:].abs().sum() == 0
+    with pytest.raises(ValueError, match=r"DECODER.NUM_LEVELS is 5; it must be 1 to .*\(4\)"):
+        Decoder(tiny_cfg(DECODER__NUM_LEVELS=5))
+
+
 def test_hidden_queries_have_no_influence(
     parts: tuple[Decoder, PredictionHeads, Queries, Memory],
 ) -> None:
