@@ -22,6 +22,8 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from pycocotools import mask as mask_util
 
+from maskdino.prediction_files import CONVERTED_FILE, INSTANCES_FILE
+
 try:
     import faster_coco_eval
 except ImportError:  # optional: pycocotools computes the same numbers
@@ -86,7 +88,7 @@ class COCOInstanceEvaluator(DatasetEvaluator):
         self._metadata = MetadataCatalog.get(dataset_name)
         self._output_folder = output_folder
         self._fast = fast
-        self._ground_truth = _read_annotations(dataset_name, output_folder)
+        self._ground_truth = _ground_truth_of(dataset_name, output_folder)
         annotations = self._ground_truth.get("annotations")
         if annotations is None:
             logger.info("%s has no annotations: predictions are only written.", dataset_name)
@@ -129,7 +131,7 @@ class COCOInstanceEvaluator(DatasetEvaluator):
         records = list(itertools.chain.from_iterable(gathered))
         if self._output_folder:
             PathManager.mkdirs(self._output_folder)
-            path = os.path.join(self._output_folder, "coco_instances_results.json")
+            path = os.path.join(self._output_folder, INSTANCES_FILE)
             with PathManager.open(path, "w") as file:
                 json.dump(records, file)
         if "annotations" not in self._ground_truth:
@@ -201,20 +203,28 @@ def _run(evaluation: object) -> None:
     evaluation.summarize()
 
 
-def _read_annotations(dataset_name: str, output_folder: str | None) -> dict:
+def _ground_truth_of(dataset_name: str, output_folder: str | None) -> dict:
     metadata = MetadataCatalog.get(dataset_name)
     path = metadata.get("json_file")
     if path is None:
         if output_folder is None:
             raise ValueError(f"'{dataset_name}' has no COCO annotations: give an output folder.")
-        path = os.path.join(output_folder, f"{dataset_name}_coco_format.json")
+        path = os.path.join(output_folder, CONVERTED_FILE.format(dataset_name))
         PathManager.mkdirs(output_folder)
         if comm.is_main_process():
             convert_to_coco_json(dataset_name, path, allow_cached=False)
         comm.synchronize()
+    return read_annotations(path)
+
+
+def read_annotations(path: str) -> dict:
+    """Reads a file in COCO's format, with all that pycocotools wants, also if nobody filled it in.
+
+    Args:
+        path: of the JSON file, with or without "annotations".
+    """
     with PathManager.open(path) as file:
         ground_truth = json.load(file)
-    # pycocotools wants these even where nobody filled them in.
     ground_truth.setdefault("info", {})
     for annotation in ground_truth.get("annotations", ()):
         annotation.setdefault("iscrowd", 0)

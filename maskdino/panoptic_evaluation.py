@@ -16,6 +16,8 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
+from maskdino.prediction_files import PANOPTIC_FILE, PANOPTIC_FOLDER, unique_pngs
+
 if TYPE_CHECKING:
     from panopticapi.evaluation import PQStat
 
@@ -25,13 +27,17 @@ GROUPS = {"": None, "_th": True, "_st": False}  # all classes, things, stuff
 
 
 class PanopticEvaluator(COCOPanopticEvaluator):
-    """Detectron2's evaluator, but datasets may lack things, or stuff."""
+    """Detectron2's evaluator, but datasets may lack things, or stuff.
+
+    What is evaluated stays in the output folder, if one is given: `predictions.json` in COCO's
+    format of panoptic results, and its PNG files in `panoptic/`.
+    """
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns the metrics under "panoptic_seg" on the main process; None on the others.
 
-        "PQ", "SQ" and "RQ" in percent, of things with "_th", of stuff with "_st"; NaN where neither
-        the annotations nor the predictions have such a class.
+        "PQ", "SQ" and "RQ" in percent, of things with "_th", of stuff with "_st"; "PQ-NAME" of each
+        class; NaN where neither the annotations nor the predictions have such a class.
 
         Raises:
             ValueError: if images of the annotations were not predicted.
@@ -51,17 +57,35 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                 f"example {absent[:3]}"
             )
         categories = {category["id"]: category for category in content["categories"]}
-        pairs = [(a, predictions[a["image_id"]]) for a in content["annotations"]]
-        with tempfile.TemporaryDirectory(prefix="panoptic_eval") as folder:
-            for prediction in predictions.values():
-                with open(os.path.join(folder, prediction["file_name"]), "wb") as file:
-                    file.write(prediction["png_string"])
+        own = self._output_dir
+        place = contextlib.nullcontext(own) if own else tempfile.TemporaryDirectory()
+        with place as folder:
+            written = {a["image_id"]: a for a in _write(folder, list(predictions.values()))}
+            pairs = [(a, written[a["image_id"]]) for a in content["annotations"]]
             truth = PathManager.get_local_path(self._metadata.panoptic_root)
+            maps = PathManager.get_local_path(os.path.join(folder, PANOPTIC_FOLDER))
             with contextlib.redirect_stdout(io.StringIO()):
-                quality = pq_compute_multi_core(pairs, truth, folder, categories)
+                quality = pq_compute_multi_core(pairs, truth, maps, categories)
         results = panoptic_metrics(quality, categories)
-        logger.info("Evaluation results for panoptic_seg:\n%s", create_small_table(results))
+        means = {name: value for name, value in results.items() if not name.startswith("PQ-")}
+        logger.info("Evaluation results for panoptic_seg:\n%s", create_small_table(means))
         return {"panoptic_seg": results}
+
+
+def _write(folder: str, predictions: list[dict]) -> list[dict]:
+    """Writes the PNG files and `predictions.json`; returns the annotations of the latter."""
+    maps = os.path.join(folder, PANOPTIC_FOLDER)
+    PathManager.mkdirs(maps)
+    names = unique_pngs([prediction["file_name"] for prediction in predictions])
+    annotations = []
+    for name, prediction in zip(names, predictions, strict=True):
+        with PathManager.open(os.path.join(maps, name), "wb") as file:
+            file.write(prediction["png_string"])
+        parts = {key: prediction[key] for key in ("image_id", "segments_info")}
+        annotations.append({**parts, "file_name": name})
+    with PathManager.open(os.path.join(folder, PANOPTIC_FILE), "w") as file:
+        json.dump({"annotations": annotations}, file)
+    return annotations
 
 
 def panoptic_metrics(quality: PQStat, categories: dict[int, dict]) -> dict[str, float]:
@@ -69,9 +93,9 @@ def panoptic_metrics(quality: PQStat, categories: dict[int, dict]) -> dict[str, 
 
     Args:
         quality: panopticapi's counts by category id.
-        categories: the dataset's, with "isthing", by id.
+        categories: the dataset's, with "isthing" and "name", by id.
     """
-    results = {}
+    results, measured = {}, {}
     for suffix, is_thing in GROUPS.items():
         known = {}
         for label, category in categories.items():
@@ -79,7 +103,11 @@ def panoptic_metrics(quality: PQStat, categories: dict[int, dict]) -> dict[str, 
             in_group = is_thing is None or bool(category["isthing"]) == is_thing
             if in_group and counts.tp + counts.fp + counts.fn:
                 known[label] = category
-        means = quality.pq_average(known, is_thing)[0] if known else {}
+        means, classes = quality.pq_average(known, is_thing) if known else ({}, {})
+        measured |= classes
         for name in ("PQ", "SQ", "RQ"):
             results[name + suffix] = 100 * means.get(name.lower(), float("nan"))
+    for label, category in categories.items():
+        value = measured[label]["pq"] if label in measured else float("nan")
+        results[f"PQ-{category['name']}"] = 100 * value
     return results

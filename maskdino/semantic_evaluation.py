@@ -5,6 +5,7 @@ Shape key: K classes, H, W pixels of an image's label map.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -15,8 +16,10 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
+from PIL import Image
 
 from maskdino.data.reading import DataError, read_label_map
+from maskdino.prediction_files import SEMANTIC_FILE, SEMANTIC_FOLDER, unique_pngs
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +31,8 @@ class SemanticEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: a dataset whose images have "sem_seg_file_name".
-        output_folder: the counts go to ``confusion_matrix.json`` there; None: nowhere.
+        output_folder: the counts go to ``confusion_matrix.json`` there, the predicted label maps to
+            ``sem_seg/``, and which of them is whose to ``sem_seg.json``; None: nowhere.
     """
 
     def __init__(self, dataset_name: str, output_folder: str | None) -> None:
@@ -40,14 +44,15 @@ class SemanticEvaluator(DatasetEvaluator):
             record["file_name"]: record["sem_seg_file_name"]
             for record in DatasetCatalog.get(dataset_name)
         }
-        self._counts = self._no_counts()
-
-    def _no_counts(self) -> np.ndarray:
-        return np.zeros((len(self._names), len(self._names)), np.int64)
+        # Of all images, so that processes that see different ones agree on the names.
+        pngs = unique_pngs(list(self._label_maps))
+        self._pngs = dict(zip(self._label_maps, pngs, strict=True))
+        self.reset()
 
     def reset(self) -> None:
         """Forgets all predictions."""
-        self._counts = self._no_counts()
+        self._counts = np.zeros((len(self._names), len(self._names)), np.int64)
+        self._written: dict[str, str] = {}
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Takes in the ``sem_seg`` (K, H, W) that the model predicts for a batch of images.
@@ -73,25 +78,49 @@ class SemanticEvaluator(DatasetEvaluator):
                     f"{image['file_name']} {tuple(scores.shape[1:])}"
                 )
             predicted = scores.argmax(0).cpu().numpy()
-            known = labels > 0
-            pairs = (labels[known].astype(np.int64) - 1) * number + predicted[known]
-            self._counts += np.bincount(pairs, minlength=number**2).reshape(number, number)
+            self._counts += count_pixels(labels, predicted, number)
+            if self._output_folder:
+                self._write(image["file_name"], predicted)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns the metrics under "sem_seg" on the main process; None on the others."""
-        gathered = comm.gather(self._counts)
+        gathered = comm.gather((self._counts, list(self._written.items())))
         if not comm.is_main_process():
             return None
-        counts = np.sum(gathered, axis=0)
+        counts = np.sum([part for part, _ in gathered], axis=0)
         if self._output_folder:
             PathManager.mkdirs(self._output_folder)
-            path = os.path.join(self._output_folder, "confusion_matrix.json")
-            with PathManager.open(path, "w") as file:
-                json.dump({"classes": self._names, "counts": counts.tolist()}, file)
+            matrix = {"classes": self._names, "counts": counts.tolist()}
+            written = dict(itertools.chain.from_iterable(items for _, items in gathered))
+            for name, content in (("confusion_matrix.json", matrix), (SEMANTIC_FILE, written)):
+                with PathManager.open(os.path.join(self._output_folder, name), "w") as file:
+                    json.dump(content, file)
         results = semantic_metrics(counts, self._names)
         means = {name: results[name] for name in ("mIoU", "fwIoU", "mACC", "pACC")}
         logger.info("Evaluation results for sem_seg:\n%s", create_small_table(means))
         return {"sem_seg": results}
+
+    def _write(self, file_name: str, predicted: np.ndarray) -> None:
+        """Writes a label map; with 16 bits where 255, which readers take as ignored, is a class."""
+        folder = os.path.join(self._output_folder, SEMANTIC_FOLDER)
+        PathManager.mkdirs(folder)
+        pixels = predicted.astype(np.uint8 if len(self._names) <= 255 else np.uint16)
+        with PathManager.open(os.path.join(folder, self._pngs[file_name]), "wb") as file:
+            Image.fromarray(pixels).save(file, format="PNG")
+        self._written[file_name] = self._pngs[file_name]
+
+
+def count_pixels(labels: np.ndarray, predicted: np.ndarray, number: int) -> np.ndarray:
+    """Counts (K, K) int64 pixels of an image by true and by predicted class.
+
+    Args:
+        labels: (H, W): 0 where pixels do not count, else the true class + 1.
+        predicted: (H, W) integer classes.
+        number: of classes, K.
+    """
+    known = labels > 0
+    pairs = (labels[known].astype(np.int64) - 1) * number + predicted[known]
+    return np.bincount(pairs, minlength=number**2).reshape(number, number)
 
 
 def semantic_metrics(counts: np.ndarray, names: list[str]) -> dict[str, float]:

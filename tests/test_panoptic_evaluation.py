@@ -1,6 +1,9 @@
 """Tests of maskdino.panoptic_evaluation."""
 
+import contextlib
+import io
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOPanopticEvaluator
+from panopticapi.evaluation import pq_compute
 
 from maskdino.data.datasets import register_panoptic_folder
 from maskdino.panoptic_evaluation import PanopticEvaluator
@@ -56,8 +60,45 @@ def run(evaluator: COCOPanopticEvaluator, shift: int, kinds: dict[str, int]) -> 
 def test_same_numbers_as_detectron2(dataset: str, tmp_path: Path, shift: int) -> None:
     ours = run(PanopticEvaluator(dataset, None), shift, THINGS | STUFF)
     theirs = run(COCOPanopticEvaluator(dataset, str(tmp_path)), shift, THINGS | STUFF)
-    assert ours == pytest.approx(dict(theirs))
+    assert {name: ours[name] for name in theirs} == pytest.approx(dict(theirs))
+    classes = [ours[f"PQ-{name}"] for name in (*THINGS, *STUFF)]
+    assert np.mean(classes) == pytest.approx(ours["PQ"])
     assert ours["PQ"] == 100 if shift == 0 else 20 < ours["PQ"] < 95
+
+
+def test_what_was_evaluated_stays(dataset: str, tmp_path: Path) -> None:
+    ours = run(PanopticEvaluator(dataset, str(tmp_path / "out")), 3, THINGS | STUFF)
+    metadata = MetadataCatalog.get(dataset)
+    with contextlib.redirect_stdout(io.StringIO()):
+        again = pq_compute(
+            metadata.panoptic_json,
+            str(tmp_path / "out" / "predictions.json"),
+            metadata.panoptic_root,
+            str(tmp_path / "out" / "panoptic"),
+        )
+    assert 100 * again["All"]["pq"] == pytest.approx(ours["PQ"])
+    assert 100 * again["Stuff"]["sq"] == pytest.approx(ours["SQ_st"])
+
+
+def test_pictures_of_one_name_stay_apart(dataset: str, tmp_path: Path) -> None:
+    evaluator = PanopticEvaluator(dataset, str(tmp_path))
+    evaluator.reset()
+    for number, scene in enumerate(SCENES, start=1):
+        inputs = {"image_id": number, "file_name": f"{number}/same.jpg"}
+        evaluator.process([inputs], [{"panoptic_seg": shifted(scene, 0, THINGS | STUFF)}])
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
+    files = sorted(path.name for path in (tmp_path / "panoptic").iterdir())
+    assert files == ["same.png", "same_2.png", "same_3.png"]
+
+
+def test_nothing_stays_without_a_folder(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    before = set(tmp_path.rglob("*"))
+    assert run(PanopticEvaluator(dataset, None), 0, THINGS | STUFF)["PQ"] == 100
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_dataset_without_stuff(dataset: str) -> None:

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
+from detectron2.utils import comm
 from PIL import Image
 
 from maskdino.data.datasets import register_semantic_folder
-from maskdino.data.reading import DataError
+from maskdino.data.reading import DataError, read_image
 from maskdino.semantic_evaluation import SemanticEvaluator, semantic_metrics
 
 NAMES = ["sky", "road", "tree", "boat", "moon"]
+KINDS = {"file_name": "images", "sem_seg_file_name": "labels"}
 SIZES = [(12, 20), (9, 7), (16, 16)]
 
 
@@ -70,6 +72,61 @@ def test_same_numbers_as_detectron2(dataset: str, tmp_path: Path, maps: list[np.
     assert np.isnan(ours["IoU-moon"])
     written = json.loads((tmp_path / "out" / "confusion_matrix.json").read_text())
     assert sum(map(sum, written["counts"])) == sum((labels < 255).sum() for labels in maps)
+
+
+def test_label_maps_stay_also_of_several_processes(
+    dataset: str, tmp_path: Path, maps: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions = [scores(labels) for labels in maps]
+    whole = run(SemanticEvaluator(dataset, None), tmp_path, predictions)
+    out = tmp_path / "out"
+    paths = [str(tmp_path / "images" / f"{number}.png") for number in range(3)]
+    gathered: list = []
+    monkeypatch.setattr(comm, "gather", lambda part: gathered.append(part) or gathered)
+    for numbers in ([2], [0, 1]):  # two processes; the second is the main one, which gathers both
+        evaluator = SemanticEvaluator(dataset, str(out))
+        for number in numbers:
+            evaluator.process([{"file_name": paths[number]}], [{"sem_seg": predictions[number]}])
+        results = evaluator.evaluate()["sem_seg"]
+    assert results == pytest.approx(whole, nan_ok=True)
+    files = json.loads((out / "sem_seg.json").read_text())
+    assert files.keys() == set(paths)
+    for path, prediction in zip(paths, predictions, strict=True):
+        written = np.array(Image.open(out / "sem_seg" / files[path]))
+        assert written.dtype == np.uint8
+        np.testing.assert_array_equal(written, prediction.argmax(0))
+
+
+def test_pictures_of_one_name_and_many_classes(tmp_path: Path) -> None:
+    names = [str(number) for number in range(300)]
+    generator = np.random.default_rng(0)
+    for folder in ("images", "labels"):
+        for city in ("aachen", "bonn"):
+            path = tmp_path / folder / city / "same.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(generator.integers(0, 250, (8, 9), np.uint8)).save(path)
+    pairs = [
+        {key: str(tmp_path / kind / city / "same.png") for key, kind in KINDS.items()}
+        for city in ("aachen", "bonn")
+    ]
+    DatasetCatalog.register("large", lambda: pairs)
+    MetadataCatalog.get("large").set(stuff_classes=names)
+    evaluator = SemanticEvaluator("large", str(tmp_path / "out"))
+    predicted = torch.zeros(2, 300, 8, 9)
+    predicted[0, 299], predicted[1, 7] = 1, 1
+    for pair, prediction in zip(pairs, predicted, strict=True):
+        evaluator.process([{"file_name": pair["file_name"]}], [{"sem_seg": prediction}])
+    evaluator.evaluate()
+    files = json.loads((tmp_path / "out" / "sem_seg.json").read_text())
+    written = [
+        read_image(str(tmp_path / "out/sem_seg" / files[p["file_name"]]), None) for p in pairs
+    ]
+    assert [(m.dtype, m.min(), m.max()) for m in written] == [
+        (np.uint16, 299, 299),
+        (np.uint16, 7, 7),
+    ]
+    DatasetCatalog.remove("large")
+    MetadataCatalog.remove("large")
 
 
 def test_perfect_and_nothing_known() -> None:
