@@ -96,8 +96,10 @@ def _panoptic_parts(record: dict, categories: Categories) -> dict:
     colors = read_image(record["pan_seg_file_name"], "RGB")
     segments = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
     ids = segment_indices(colors, [segment["id"] for segment in segments])
-    described = (
-        {"id": i, "category_id": label, "isthing": categories.is_thing[label]}
-        for i, label in enumerate((segment["category_id"] for segment in segments), start=1)
-    )
+    described = []
+    for i, segment in enumerate(segments, start=1):
+        label = segment["category_id"]
+        parts = {"id": i, "category_id": label, "isthing": categories.is_thing[label]}
+        # Predictions in COCO's format may have it.
+        described.append(parts | {key: segment[key] for key in ("score",) if key in segment})
     return {"panoptic_ids": ids.astype(np.int32), "segments": tuple(described)}

@@ -10,26 +10,19 @@ import html
 import io
 import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
-from pycocotools import mask as mask_utils
 
 from maskdino.coco_evaluation import average_precision, faster_coco_eval
-from maskdino.drawing import beside
-from maskdino.ground_truth import ground_truth_of
-from maskdino.results import Categories, ImageResult
+from maskdino.report_images import EvaluatedImages, InstanceImages, find_images
 
-PANEL_PIXELS = 420
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
 COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3")
 RECALLS = np.linspace(0, 1, 101)
-PER_CLASS = ("AP-", "IoU-", "PQ-")  # how per-class results of the evaluators begin
+PER_CLASS = ("AP-", "PQ-", "IoU-", "ACC-")  # how per-class results of the evaluators begin
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; color: #222;
   padding: 0 1em; }
@@ -37,21 +30,14 @@ table { border-collapse: collapse; margin: 1em 0; }
 th, td { padding: .3em .9em; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1em 0; } figcaption { color: #555; } img, svg { max-width: 100%; height: auto; }
+.bars { max-height: 640px; overflow: auto; } .bars svg { max-width: none; }
 """
 
 
-@dataclass(frozen=True)
-class ScoredImage:
-    """An image, and how well its objects were found.
-
-    Attributes:
-        truth, predicted: annotations, and predictions above the threshold.
-        f1: harmonic mean of precision and recall at an IoU of 0.5, in [0, 1].
-    """
-
-    truth: ImageResult
-    predicted: ImageResult
-    f1: float
+def report_paths(datasets: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Where the report of each dataset belongs in the folder of an evaluation."""
+    single = len(datasets) == 1
+    return {d: folder / ("report.html" if single else f"report_{d}.html") for d in datasets}
 
 
 def write_report(
@@ -63,24 +49,21 @@ def write_report(
         path: of the HTML file.
         dataset: name of the evaluated dataset.
         folder: OUTPUT_DIR of the evaluation, which holds `inference/results.json`.
-        threshold: score from which on predictions are drawn and counted as found.
-        num_images: so many best, and so many worst images are shown.
+        threshold: score from which on predicted objects are drawn and counted as found.
+        num_images: so many best, and so many worst images are shown for each task.
 
     Raises:
         FileNotFoundError: nothing has been evaluated there.
+        ValueError: other datasets have been evaluated there, or not all images.
     """
-    source = folder / "inference" / "results.json"
-    if not source.is_file():
-        raise FileNotFoundError(
-            f"{source} does not exist: evaluate first (train_net.py --eval-only)"
-        )
-    results = json.loads(source.read_text())
-    results = results.get(dataset, results)  # one level more where several datasets were evaluated
-    parts = [f"<h1>Evaluation on {html.escape(dataset)}</h1>", _tables(results)]
-    predictions = folder / "inference" / dataset / "coco_instances_results.json"
-    if predictions.is_file():
-        records = json.loads(predictions.read_text())
-        parts += _instance_parts(dataset, records, threshold, num_images)
+    results = _read_results(dataset, folder)
+    evaluated = find_images(dataset, folder / "inference" / dataset, results, threshold)
+    parts = [f"<h1>Evaluation on {html.escape(dataset)}</h1>", *_tables(results)]
+    for images in evaluated:
+        if isinstance(images, InstanceImages):
+            parts += _curve_parts(images.ground_truth, images.predictions)
+    for images in evaluated:
+        parts += _image_parts(images, num_images)
     body = "\n".join(parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
@@ -91,43 +74,47 @@ def write_report(
     return path
 
 
-def _tables(results: dict) -> str:
+def _read_results(dataset: str, folder: Path) -> dict[str, dict]:
+    source = folder / "inference" / "results.json"
+    if not source.is_file():
+        raise FileNotFoundError(
+            f"{source} does not exist: evaluate first (train_net.py --eval-only)"
+        )
+    results = json.loads(source.read_text())
+    # One level more where several datasets were evaluated.
+    if any(isinstance(value, dict) for metrics in results.values() for value in metrics.values()):
+        if dataset not in results:
+            raise ValueError(f"{source} holds results of {', '.join(results)}, not of {dataset}")
+        return results[dataset]
+    return results
+
+
+def _tables(results: dict[str, dict]) -> list[str]:
     """A table of each task's numbers, and bars of its classes."""
     parts = []
     for task, metrics in results.items():
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-        classes = {k: v for k, v in numbers.items() if k.startswith(PER_CLASS)}
-        whole = {k: v for k, v in numbers.items() if k not in classes}
+        whole = {k: v for k, v in numbers.items() if not k.startswith(PER_CLASS)}
         head = "".join(f"<th>{html.escape(name)}</th>" for name in whole)
         row = "".join(f"<td>{_number(value)}</td>" for value in whole.values())
-        parts.append(f"<h2>{html.escape(task)}</h2><table><tr><th>metric</th>{head}</tr>")
+        parts.append(f"<h2>Results: {html.escape(task)}</h2><table><tr><th>metric</th>{head}</tr>")
         parts.append(f"<tr><td>percent</td>{row}</tr></table>")
-        if classes:
-            parts.append(_figure(bars(classes), f"{task}: each class, in percent"))
-    return "\n".join(parts)
+        for prefix in PER_CLASS:
+            classes = {k: v for k, v in numbers.items() if k.startswith(prefix)}
+            if classes:
+                caption = f"{task}: {prefix[:-1]} of each class, in percent"
+                parts.append(_figure(f'<div class="bars">{bars(classes)}</div>', caption))
+    return parts
 
 
-def _instance_parts(
-    dataset: str, records: list[dict], threshold: float, num_images: int
-) -> list[str]:
-    metadata = MetadataCatalog.get(dataset)
-    ground_truth = json.loads(Path(metadata.json_file).read_text())
-    for annotation in ground_truth["annotations"]:
-        annotation.setdefault("iscrowd", 0)
-    ground_truth.setdefault("info", {})
+def _curve_parts(ground_truth: dict, predictions: list[dict]) -> list[str]:
     parts = []
     for task, key in (("bbox", "bbox"), ("segm", "segmentation")):
-        if records and key in records[0] and ground_truth["annotations"]:
+        if predictions and key in predictions[0] and ground_truth.get("annotations"):
             fast = faster_coco_eval is not None
-            _, precision, _ = average_precision(ground_truth, records, task, fast=fast)
+            _, precision, _ = average_precision(ground_truth, predictions, task, fast=fast)
             curve = curves(precision_recall(precision), "recall", "precision")
             parts.append(_figure(curve, f"{task}: precision over recall, mean over the classes"))
-    images = sorted(score_images(dataset, records, threshold), key=lambda image: -image.f1)
-    shown = min(num_images, (len(images) + 1) // 2)
-    worst = images[max(shown, len(images) - shown) :][::-1]
-    for heading, chosen in (("Best images", images[:shown]), ("Worst images", worst)):
-        parts.append(f"<h2>{heading}</h2>")
-        parts += [_image_figure(image, threshold) for image in chosen]
     return parts
 
 
@@ -147,82 +134,32 @@ def precision_recall(precision: np.ndarray) -> dict[str, np.ndarray]:
     return result
 
 
-def score_images(dataset: str, records: list[dict], threshold: float) -> list[ScoredImage]:
-    """How well each annotated image was done; images without objects and predictions have F1 1."""
-    by_image = defaultdict(list)
-    for record in records:
-        if record["score"] >= threshold:
-            by_image[record["image_id"]].append(record)
-    dicts = DatasetCatalog.get(dataset)
-    metadata = MetadataCatalog.get(dataset)
-    categories = Categories.from_metadata(metadata, len(metadata.thing_classes))
-    images = []
-    for entry in dicts:
-        truth = ground_truth_of(entry, categories)
-        predicted = _from_records(truth, by_image[entry["image_id"]])
-        images.append(ScoredImage(truth, predicted, f1_score(truth, predicted)))
-    return images
-
-
-def f1_score(truth: ImageResult, predicted: ImageResult) -> float:
-    """Pairs objects of one class from an IoU of 0.5 on, predictions with the best score first."""
-    total = len(truth) + len(predicted)
-    if total == 0:
-        return 1.0
-    if not len(truth) or not len(predicted):
-        return 0.0
-    with_masks = truth.rles is not None and predicted.rles is not None
-    shapes = [list(r.rles) if with_masks else _xywh(r.boxes) for r in (predicted, truth)]
-    overlap = np.asarray(mask_utils.iou(*shapes, [0] * len(truth)))
-    overlap = np.where(predicted.class_ids[:, None] == truth.class_ids, overlap, 0)
-    found = 0
-    for i in np.argsort(-predicted.scores, kind="stable"):
-        best = overlap[i].argmax()
-        if overlap[i, best] >= 0.5:
-            found += 1
-            overlap[:, best] = 0  # each object is found once
-    return 2 * found / total
-
-
-def _xywh(boxes: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
-
-
-def _from_records(truth: ImageResult, records: list[dict]) -> ImageResult:
-    """COCO's result records as a result of the same picture."""
-    numbers = {i: label for label, i in enumerate(truth.categories.dataset_ids)}
-    records = sorted(records, key=lambda record: -record["score"])
-    boxes = np.array([r["bbox"] for r in records], np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    rles = None
-    if all("segmentation" in r for r in records):
-        rles = tuple(
-            {**r["segmentation"], "counts": r["segmentation"]["counts"].encode()} for r in records
-        )
-    return ImageResult(
-        truth.name,
-        truth.size,
-        truth.categories,
-        boxes=boxes,
-        scores=np.array([r["score"] for r in records], np.float32),
-        class_ids=np.array([numbers[r["category_id"]] for r in records], np.int64),
-        rles=rles,
-        source=truth.source,
-    )
-
-
-def _image_figure(image: ScoredImage, threshold: float) -> str:
-    scale = max(1, round(PANEL_PIXELS / max(image.truth.size)))
-    panels = [
-        (f"ground truth: {len(image.truth)}", image.truth.draw("instance", scale=scale)),
-        (f"predicted: {len(image.predicted)}", image.predicted.draw("instance", scale=scale)),
+def _image_parts(images: EvaluatedImages, num_images: int) -> list[str]:
+    ranked = images.ranked()
+    if not ranked:
+        return []
+    mean = np.mean([score for score, _ in ranked])
+    parts = [
+        f"<h2>Images: {images.task}</h2><p>{html.escape(images.measure)}, in percent: "
+        f"{100 * mean:.1f} on average over {len(ranked)} of {len(images.records)} images.</p>"
     ]
+    shown = min(num_images, (len(ranked) + 1) // 2)
+    worst = ranked[max(shown, len(ranked) - shown) :][::-1]
+    for heading, chosen in (("Best", ranked[:shown]), ("Worst", worst)):
+        if chosen:
+            parts.append(f"<h3>{heading}</h3>")
+        for score, record in chosen:
+            name = html.escape(Path(record["file_name"]).name)
+            source = f"data:image/jpeg;base64,{_jpeg(images.draw(record))}"
+            caption = f"{name}: {100 * score:.1f}"
+            parts.append(_figure(f'<img alt="{name}" src="{source}">', caption))
+    return parts
+
+
+def _jpeg(picture: np.ndarray) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(beside(panels)).save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    name = html.escape(Path(image.truth.name).name)
-    caption = f"{name}: F1 {100 * image.f1:.0f} % at IoU 0.5 and a score of {threshold:g}"
-    return _figure(f'<img alt="{name}" src="data:image/jpeg;base64,{data}">', caption)
+    Image.fromarray(picture).save(buffer, "JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _figure(content: str, caption: str) -> str:

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from maskdino.ground_truth import ground_truth_of
-from maskdino.report import bars, curves, f1_score, precision_recall, score_images, write_report
+from maskdino.report import bars, curves, precision_recall, report_paths, write_report
 from maskdino.results import Categories, ImageResult
 
 CATEGORIES = Categories(("nucleus",), (True,), (1,))
@@ -44,40 +43,28 @@ def test_report_shows_numbers_curves_and_images(tmp_path: Path, records: list[di
     folder = tmp_path / "inference" / "nuclei_val"
     folder.mkdir(parents=True)
     (folder / "coco_instances_results.json").write_text(json.dumps(records))
-    metrics = {"segm": {"AP": 43.21, "APl": float("nan"), "AP-cat & dog": 12.5}, "note": "x"}
-    metrics.pop("note")
+    metrics = {
+        "segm": {"AP": 43.21, "APl": float("nan"), "AP-cat & dog": 12.5},
+        "sem_seg": {"mIoU": 65.43, "IoU-a": 70.0, "IoU-b": 30.0, "ACC-a": 81.0, "ACC-b": 82.0},
+    }
     (tmp_path / "inference" / "results.json").write_text(json.dumps(metrics))
     page = write_report(tmp_path / "r.html", "nuclei_val", tmp_path, num_images=2).read_text()
     assert "43.2" in page
     assert "cat &amp; dog" in page
+    tables = "".join(re.findall("(?s)<table>.*?</table>", page))
+    assert "65.4" in tables
+    assert "ACC-a" not in tables  # classes have bars
+    assert page.count('class="bars"') == 3
     assert page.count("<polyline") == 6  # boxes and masks at three IoU thresholds
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
     embedded = re.findall(r'base64,([^"]+)"', page)
     assert len(embedded) == 4
     assert Image.open(io.BytesIO(base64.b64decode(embedded[0]))).size[0] > 500
-    assert page.index("F1 100 %") < page.index("Worst images") < page.index("F1 0 %")
-
-
-def test_images_are_scored(truths: list[tuple[int, ImageResult]], records: list[dict]) -> None:
-    scored = {Path(i.truth.name).name: i.f1 for i in score_images("nuclei_val", records, 0.5)}
-    values = [scored[Path(truth.name).name] for _, truth in truths]
-    assert values[:2] == [1, 0]
-    for (_, truth), value in zip(truths[2:], values[2:], strict=True):
-        half = (len(truth) + 1) // 2
-        assert value == pytest.approx(2 * half / (len(truth) + half))
-    assert not any(image.f1 for image in score_images("nuclei_val", records, 0.95))
-
-
-def test_an_object_is_found_once(truths: list[tuple[int, ImageResult]]) -> None:
-    truth = truths[0][1]
-    scores = np.ones(len(truth), np.float32)
-    perfect = replace(truth, scores=scores)
-    assert f1_score(truth, perfect) == 1
-    twice = perfect.select(np.repeat(np.arange(len(truth)), 2))
-    assert f1_score(truth, twice) == pytest.approx(2 / 3)
-    assert f1_score(replace(truth, rles=None), perfect) == 1  # by boxes
-    nothing = perfect.select(np.zeros(len(truth), bool))
-    assert (f1_score(truth, nothing), f1_score(nothing, nothing)) == (0, 1)
+    captions = re.findall(r"<figcaption>\S+\.png: ([\d.]+)</figcaption>", page)
+    assert captions[0] == "100.0"
+    assert captions[-2:] == ["0.0", "0.0"]
+    assert page.index("Best") < page.index("Worst")
+    assert "over 24 of 24 images" in page
 
 
 def test_curves_leave_out_classes_without_objects() -> None:
@@ -103,4 +90,17 @@ def test_pictures_are_well_formed() -> None:
 
 def test_without_an_evaluation(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="evaluate first"):
+        write_report(tmp_path / "r.html", "nuclei_val", tmp_path)
+
+
+def test_several_datasets(tmp_path: Path) -> None:
+    assert report_paths(["a"], tmp_path) == {"a": tmp_path / "report.html"}
+    paths = report_paths(["a", "b"], tmp_path)
+    assert paths == {name: tmp_path / f"report_{name}.html" for name in "ab"}
+    (tmp_path / "inference").mkdir()
+    results = {"a": {"bbox": {"AP": 11.1}}, "b": {"bbox": {"AP": 22.2}}}
+    (tmp_path / "inference" / "results.json").write_text(json.dumps(results))
+    pages = [write_report(path, name, tmp_path).read_text() for name, path in paths.items()]
+    assert ["11.1" in page for page in pages] == [True, False]
+    with pytest.raises(ValueError, match="holds results of a, b, not of nuclei_val"):
         write_report(tmp_path / "r.html", "nuclei_val", tmp_path)

@@ -1,0 +1,301 @@
+"""The images of an evaluation: each is scored by itself, and the chosen ones are drawn.
+
+Nothing of an image is kept after its score but the score: evaluations may have many images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.structures import BoxMode
+from PIL import Image
+from pycocotools import mask as mask_utils
+from tqdm import tqdm
+
+from maskdino.coco_evaluation import read_annotations
+from maskdino.data.reading import read_image, read_label_map
+from maskdino.drawing import beside
+from maskdino.ground_truth import ground_truth_of
+from maskdino.panoptic_evaluation import panoptic_metrics
+from maskdino.prediction_files import (
+    CONVERTED_FILE,
+    INSTANCES_FILE,
+    PANOPTIC_FILE,
+    PANOPTIC_FOLDER,
+    SEMANTIC_FILE,
+    SEMANTIC_FOLDER,
+)
+from maskdino.results import Categories, ImageResult
+from maskdino.semantic_evaluation import count_pixels, semantic_metrics
+
+MIN_PIXELS = 420  # of the longer side of a drawn image, as far as whole factors allow
+MAX_PIXELS = 720
+PICTURE_KEYS = ("file_name", "height", "width")
+
+
+class EvaluatedImages(ABC):
+    """Images of a dataset, and what was predicted for a task.
+
+    Args:
+        metadata: of the dataset.
+        records: detectron2's dicts of its images.
+        folder: of the dataset's evaluation.
+        threshold: score from which on predicted objects count.
+
+    Attributes:
+        task: one of `maskdino.results.TASKS`.
+        measure: what `score` computes, for readers.
+    """
+
+    task: ClassVar[str]
+    measure: str
+
+    def __init__(
+        self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
+    ) -> None:
+        names = metadata.get("thing_classes") or metadata.stuff_classes
+        self.metadata, self.records, self.folder = metadata, records, folder
+        self.threshold = threshold
+        self.categories = Categories.from_metadata(metadata, len(names))
+        self.labels = {number: label for label, number in enumerate(self.categories.dataset_ids)}
+
+    @abstractmethod
+    def score(self, record: dict) -> float:
+        """How well an image was done, in [0, 1]; NaN where there was nothing to do."""
+
+    @abstractmethod
+    def results(self, record: dict) -> tuple[ImageResult, ImageResult]:
+        """Ground truth and prediction of an image."""
+
+    def ranked(self) -> list[tuple[float, dict]]:
+        """Score and record of all images that have a score, best first."""
+        images = tqdm(self.records, desc=f"{self.task}: scores", unit="image")
+        scored = [(self.score(record), record) for record in images]
+        known = [entry for entry in scored if not math.isnan(entry[0])]
+        return sorted(known, key=lambda entry: -entry[0])
+
+    def draw(self, record: dict) -> np.ndarray:
+        """Ground truth beside the prediction, (H, W, 3) uint8 RGB."""
+        panels = []
+        for kind, result in zip(("ground truth", "predicted"), self.results(record), strict=True):
+            longer = max(result.size)
+            picture = Image.fromarray(
+                result.draw(self.task, scale=max(1, round(MIN_PIXELS / longer)))
+            )
+            picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
+            panels.append((f"{kind}: {len(result.regions(self.task))}", np.array(picture)))
+        return beside(panels)
+
+    def check_complete(self, predicted: Iterable, key: str) -> None:
+        """Raises a ValueError unless the `key` of every record was predicted."""
+        missing = [r[key] for r in self.records if r[key] not in predicted]
+        if missing:
+            raise ValueError(
+                f"{self.folder} has no {self.task} prediction for {len(missing)} images, for "
+                f"example {missing[:3]}: evaluate again"
+            )
+
+
+class InstanceImages(EvaluatedImages):
+    """Objects.
+
+    Attributes:
+        ground_truth: content of the annotation file.
+        predictions: all of COCO's result records.
+    """
+
+    task = "instance"
+
+    def __init__(
+        self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
+    ) -> None:
+        super().__init__(metadata, records, folder, threshold)
+        self.measure = f"F1 at IoU 0.5 and a score of {threshold:g}"
+        path = metadata.get("json_file") or folder / CONVERTED_FILE.format(metadata.name)
+        self.ground_truth = read_annotations(str(path))
+        self.predictions = json.loads((folder / INSTANCES_FILE).read_text())
+        self._true, self._found = defaultdict(list), defaultdict(list)
+        for annotation in self.ground_truth.get("annotations", ()):
+            self._true[annotation["image_id"]].append(annotation)
+        for prediction in self.predictions:
+            if prediction["score"] >= threshold:
+                self._found[prediction["image_id"]].append(prediction)
+
+    def score(self, record: dict) -> float:
+        """F1, see `f1_score`."""
+        return f1_score(*self.results(record))
+
+    def results(self, record: dict) -> tuple[ImageResult, ImageResult]:
+        """Objects of the annotation file: the records of panoptic datasets have none."""
+        annotations = [
+            {**a, "category_id": self.labels[a["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
+            for a in self._true.get(record["image_id"], ())
+        ]
+        truth = ground_truth_of(_picture(record) | {"annotations": annotations}, self.categories)
+        return truth, self._predicted(truth, self._found.get(record["image_id"], []))
+
+    def _predicted(self, truth: ImageResult, predictions: list[dict]) -> ImageResult:
+        predictions = sorted(predictions, key=lambda prediction: -prediction["score"])
+        boxes = np.array([p["bbox"] for p in predictions], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        masks = [p["segmentation"] for p in predictions if "segmentation" in p]
+        rles = tuple({**mask, "counts": mask["counts"].encode()} for mask in masks)
+        return ImageResult(
+            truth.name,
+            truth.size,
+            truth.categories,
+            boxes=boxes,
+            scores=np.array([p["score"] for p in predictions], np.float32),
+            class_ids=np.array([self.labels[p["category_id"]] for p in predictions], np.int64),
+            rles=rles if len(rles) == len(predictions) else None,
+            source=truth.source,
+        )
+
+
+class PanopticImages(EvaluatedImages):
+    """Segments of all pixels."""
+
+    task, measure = "panoptic", "PQ of this image"
+
+    def __init__(
+        self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
+    ) -> None:
+        super().__init__(metadata, records, folder, threshold)
+        content = json.loads(Path(metadata.panoptic_json).read_text())
+        predictions = json.loads((folder / PANOPTIC_FILE).read_text())
+        self._dataset_categories = {c["id"]: c for c in content["categories"]}
+        self._true = {a["image_id"]: a for a in content["annotations"]}
+        self._found = {a["image_id"]: a for a in predictions["annotations"]}
+        self.check_complete(self._found, "image_id")
+
+    def score(self, record: dict) -> float:
+        """The mean over the classes of the image, as panopticapi computes it."""
+        from panopticapi.evaluation import pq_compute_single_core
+
+        pair = (self._true[record["image_id"]], self._found[record["image_id"]])
+        with contextlib.redirect_stdout(io.StringIO()):
+            quality = pq_compute_single_core(
+                0,
+                [pair],
+                self.metadata.panoptic_root,
+                str(self.folder / PANOPTIC_FOLDER),
+                self._dataset_categories,
+            )
+        return panoptic_metrics(quality, self._dataset_categories)["PQ"] / 100
+
+    def results(self, record: dict) -> tuple[ImageResult, ImageResult]:
+        """Annotated and predicted segments: files of the same format."""
+        found = self._found[record["image_id"]]
+        keys = ("pan_seg_file_name", "segments_info")
+        true = {key: record[key] for key in keys}
+        predicted = {
+            "pan_seg_file_name": str(self.folder / PANOPTIC_FOLDER / found["file_name"]),
+            "segments_info": [
+                {**segment, "category_id": self.labels[segment["category_id"]]}
+                for segment in found["segments_info"]
+            ],
+        }
+        parts = (_picture(record) | part for part in (true, predicted))
+        truth, prediction = (ground_truth_of(part, self.categories) for part in parts)
+        return truth, prediction
+
+
+class SemanticImages(EvaluatedImages):
+    """Classes of all pixels."""
+
+    task, measure = "semantic", "mIoU of this image"
+
+    def __init__(
+        self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
+    ) -> None:
+        super().__init__(metadata, records, folder, threshold)
+        self._found = json.loads((folder / SEMANTIC_FILE).read_text())
+        self.check_complete(self._found, "file_name")
+
+    def score(self, record: dict) -> float:
+        """The mean over the classes that the image has in truth, or in the prediction."""
+        number = len(self.categories)
+        ignored = self.metadata.get("ignore_label", 255)
+        labels = read_label_map(record["sem_seg_file_name"], number, ignored)
+        counts = count_pixels(labels, read_image(self._file(record), None), number)
+        return semantic_metrics(counts, list(self.categories.names))["mIoU"] / 100
+
+    def results(self, record: dict) -> tuple[ImageResult, ImageResult]:
+        """Annotated and predicted label map: files of the same format."""
+        names = (record["sem_seg_file_name"], self._file(record))
+        parts = (_picture(record) | {"sem_seg_file_name": name} for name in names)
+        truth, prediction = (ground_truth_of(part, self.categories) for part in parts)
+        return truth, prediction
+
+    def _file(self, record: dict) -> str:
+        return str(self.folder / SEMANTIC_FOLDER / self._found[record["file_name"]])
+
+
+# What the evaluator of a task leaves, and under which names its results stand.
+KINDS: dict[type[EvaluatedImages], tuple[str, frozenset[str]]] = {
+    PanopticImages: (PANOPTIC_FILE, frozenset({"panoptic_seg"})),
+    InstanceImages: (INSTANCES_FILE, frozenset({"bbox", "segm"})),
+    SemanticImages: (SEMANTIC_FILE, frozenset({"sem_seg"})),
+}
+
+
+def find_images(
+    dataset: str, folder: Path, results: Iterable[str], threshold: float
+) -> list[EvaluatedImages]:
+    """The images of each task that was evaluated, as far as its predictions were left.
+
+    Args:
+        dataset: its name.
+        folder: of the dataset's evaluation.
+        results: names of the last evaluation's results; older files may lie beside its own.
+        threshold: score from which on predicted objects count.
+    """
+    kinds = [
+        kind
+        for kind, (name, keys) in KINDS.items()
+        if keys.intersection(results) and (folder / name).is_file()
+    ]
+    if not kinds:
+        return []
+    records = DatasetCatalog.get(dataset)  # completes the metadata of some datasets
+    metadata = MetadataCatalog.get(dataset)
+    return [kind(metadata, records, folder, threshold) for kind in kinds]
+
+
+def f1_score(truth: ImageResult, predicted: ImageResult) -> float:
+    """Harmonic mean of precision and recall, in [0, 1]; NaN without objects on either side.
+
+    Objects of one class are paired from an IoU of 0.5 on, predictions with the best score first.
+    """
+    total = len(truth) + len(predicted)
+    if not len(truth) or not len(predicted):
+        return 0.0 if total else math.nan
+    with_masks = truth.rles is not None and predicted.rles is not None
+    shapes = [list(r.rles) if with_masks else _xywh(r.boxes) for r in (predicted, truth)]
+    overlap = np.asarray(mask_utils.iou(*shapes, [0] * len(truth)))
+    overlap = np.where(predicted.class_ids[:, None] == truth.class_ids, overlap, 0)
+    found = 0
+    for i in np.argsort(-predicted.scores, kind="stable"):
+        best = overlap[i].argmax()
+        if overlap[i, best] >= 0.5:
+            found += 1
+            overlap[:, best] = 0  # each object is found once
+    return 2 * found / total
+
+
+def _xywh(boxes: np.ndarray) -> np.ndarray:
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
+
+
+def _picture(record: dict) -> dict:
+    return {key: record[key] for key in PICTURE_KEYS if key in record}
