@@ -3,15 +3,18 @@
     python tools/train_net.py --config-file F --eval-only MODEL.WEIGHTS W OUTPUT_DIR DIR
     python tools/report.py --config-file F --output DIR/report.html --opts OUTPUT_DIR DIR
 
-Nothing is computed anew: it reads what the evaluation left in OUTPUT_DIR/inference.
+It reads what the evaluation left in OUTPUT_DIR/inference; no model is run. With --report, the
+first command writes the same file itself.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from detectron2.config import CfgNode
+
 from maskdino.loading import find_config
-from maskdino.report import write_report
+from maskdino.report import report_paths, write_report
 from maskdino.trainer import load_config
 
 
@@ -21,12 +24,30 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
-    parser.add_argument("--dataset", metavar="NAME", help="default: first of DATASETS.TEST")
-    parser.add_argument("--output", type=Path, metavar="HTML", help="default: in OUTPUT_DIR")
+    parser.add_argument("--dataset", metavar="NAME", help="default: all of DATASETS.TEST")
+    parser.add_argument(
+        "--output", type=Path, metavar="HTML", help="default: report.html in OUTPUT_DIR"
+    )
     parser.add_argument("--confidence-threshold", type=float, default=0.5, metavar="T")
     parser.add_argument("--num-images", type=int, default=3, metavar="N", help="best and worst")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values")
     return parser.parse_args(words)
+
+
+def find_paths(args: argparse.Namespace, cfg: CfgNode) -> dict[str, Path]:
+    """The file of each dataset's report.
+
+    Raises:
+        ValueError: one file is asked for, and there are several datasets, or none.
+    """
+    datasets = [args.dataset] if args.dataset else list(cfg.DATASETS.TEST)
+    if not datasets:
+        raise ValueError("DATASETS.TEST is empty: name a dataset with --dataset")
+    if args.output is None:
+        return report_paths(datasets, Path(cfg.OUTPUT_DIR))
+    if len(datasets) != 1:
+        raise ValueError(f"--output is one file; name one of {datasets} with --dataset")
+    return {datasets[0]: args.output}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -35,16 +56,17 @@ def main(words: list[str] | None = None) -> None:
     try:
         cfg = load_config(str(find_config(args.config_file)), args.opts)
         folder = Path(cfg.OUTPUT_DIR)
-        path = write_report(
-            args.output or folder / "report.html",
-            args.dataset or cfg.DATASETS.TEST[0],
-            folder,
-            threshold=args.confidence_threshold,
-            num_images=args.num_images,
-        )
+        for dataset, path in find_paths(args, cfg).items():
+            write_report(
+                path,
+                dataset,
+                folder,
+                threshold=args.confidence_threshold,
+                num_images=args.num_images,
+            )
+            print(f"the report is {path}")
     except (KeyError, ValueError, OSError) as error:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
-    print(f"the report is {path}")
 
 
 if __name__ == "__main__":

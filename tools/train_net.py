@@ -2,7 +2,7 @@
 
     python tools/train_net.py --config-file configs/coco/instance/maskdino_R50.yaml --num-gpus 8
     python tools/train_net.py --config-file F --resume
-    python tools/train_net.py --config-file F --eval-only MODEL.WEIGHTS output/model_final.pth
+    python tools/train_net.py --config-file F --eval-only --report MODEL.WEIGHTS model_final.pth
     torchrun --nproc-per-node 8 tools/train_net.py --config-file F
 
 Keys and values at the end override the file: SOLVER.IMS_PER_BATCH 8 OUTPUT_DIR output/small
@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import sys
+from pathlib import Path
 
 import detectron2
 import torch
@@ -21,6 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from maskdino.report import report_paths, write_report
 from maskdino.trainer import MaskDINOTrainer, evaluate_weights, launch, load_config
 
 logger = logging.getLogger("maskdino.train_net")
@@ -34,6 +36,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="do not train")
+    parser.add_argument(
+        "--report", action="store_true", help="leave an HTML page of the last evaluation"
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of this machine to use")
     parser.add_argument(
         "--num-processes", type=int, default=1, help="processes on a machine without GPU"
@@ -56,7 +61,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
 
     Raises:
         FileNotFoundError: if the configuration or ``MODEL.WEIGHTS`` does not exist.
-        KeyError, ValueError: see `maskdino.config.load_config`.
+        KeyError, ValueError: see `maskdino.config.load_config`; or something asked for is missing.
     """
     if not PathManager.isfile(args.config_file):
         raise FileNotFoundError(f"There is no configuration {args.config_file}")
@@ -68,6 +73,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         raise ValueError(
             "--eval-only needs MODEL.WEIGHTS FILE, or --resume for the last checkpoint"
         )
+    if args.report and not cfg.DATASETS.TEST:
+        raise ValueError("--report needs a dataset to evaluate, but DATASETS.TEST is empty")
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()
@@ -98,10 +105,14 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     set_up(cfg)
     if args.eval_only:
         evaluate_weights(cfg, resume=args.resume)
-        return
-    trainer = MaskDINOTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+    else:
+        trainer = MaskDINOTrainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+    if args.report and comm.is_main_process():
+        folder = Path(cfg.OUTPUT_DIR)
+        for dataset, path in report_paths(cfg.DATASETS.TEST, folder).items():
+            logger.info("The report is %s", write_report(path, dataset, folder))
 
 
 def main() -> None:

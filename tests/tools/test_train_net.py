@@ -32,6 +32,7 @@ def tool(repository: Path) -> ModuleType:
         (["SOLVER.MAX_ITER", "many"], "Type mismatch.*SOLVER.MAX_ITER"),
         (["MODEL.WEIGHTS", "lost.pth"], "MODEL.WEIGHTS names the file lost.pth"),
         (["--eval-only"], "--eval-only needs MODEL.WEIGHTS"),
+        (["--report", "DATASETS.TEST", "()"], "--report needs a dataset.* DATASETS.TEST is empty"),
     ],
 )
 def test_mistakes_end_with_one_line(
@@ -79,8 +80,11 @@ def test_trains_resumes_and_evaluates(
         monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(config), *words])
         tool.main()
 
-    run()
+    run("--report")
     out = tmp_path / "out"
+    report = out / "report.html"
+    first_page = report.read_text()
+    report.unlink()
     assert load_config(str(out / "config.yaml")) == load_config(str(config))
     results = out / "inference" / "results.json"
     first = results.read_text()
@@ -88,7 +92,11 @@ def test_trains_resumes_and_evaluates(
     results.unlink()
     run("--resume")
     assert results.read_text() == first
+    assert not report.exists()
     results.unlink()
-    run("--eval-only", "MODEL.WEIGHTS", str(out / "model_final.pth"))
+    run("--eval-only", "--report", "MODEL.WEIGHTS", str(out / "model_final.pth"))
     assert results.read_text() == first
+    assert report.read_text() == first_page
+    assert "over 24 of 24 images" in first_page
+    assert f"The report is {report}" in (out / "log.txt").read_text()
     assert "Command: train_net.py" in (out / "log.txt").read_text()

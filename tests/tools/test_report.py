@@ -1,0 +1,69 @@
+"""Tests of tools/report.py."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.stand_in import CONFIG
+
+
+@pytest.fixture(scope="module")
+def tool(repository: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("report", repository / "tools" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def words(folder: Path, *options: str, datasets: str = "('nuclei_val',)") -> list[str]:
+    opts = ["--opts", "OUTPUT_DIR", str(folder), "DATASETS.TEST", datasets]
+    return ["--config-file", str(CONFIG), *options, *opts]
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> Path:
+    """OUTPUT_DIR of an evaluation of two datasets."""
+    (tmp_path / "inference").mkdir()
+    results = {"nuclei_val": {"bbox": {"AP": 11.1}}, "nuclei_train": {"bbox": {"AP": 22.2}}}
+    (tmp_path / "inference" / "results.json").write_text(json.dumps(results))
+    return tmp_path
+
+
+def test_a_page_for_each_dataset(
+    tool: ModuleType, evaluated: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tool.main(words(evaluated, datasets="('nuclei_val', 'nuclei_train')"))
+    pages = {path.name: path.read_text() for path in evaluated.glob("*.html")}
+    assert pages.keys() == {"report_nuclei_val.html", "report_nuclei_train.html"}
+    assert "22.2" in pages["report_nuclei_train.html"]
+    assert capsys.readouterr().out.count("the report is ") == 2
+
+
+def test_one_page_where_it_is_wanted(tool: ModuleType, evaluated: Path) -> None:
+    path = evaluated / "new" / "page.html"
+    options = ("--dataset", "nuclei_train", "--output", str(path))
+    tool.main(words(evaluated, *options, datasets="('nuclei_val', 'nuclei_train')"))
+    assert "22.2" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "datasets", "message"),
+    [
+        (["--dataset", "lost"], "('nuclei_val',)", "holds results of nuclei_val.*, not of lost"),
+        ([], "()", "DATASETS.TEST is empty: name a dataset with --dataset"),
+        (["--output", "x.html"], "('a', 'b')", "one file; name one of .*'a', 'b'.* with --dataset"),
+    ],
+)
+def test_mistakes_end_with_one_line(
+    tool: ModuleType, evaluated: Path, options: list[str], datasets: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        tool.main(words(evaluated, *options, datasets=datasets))
+
+
+def test_nothing_was_evaluated(tool: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"results\.json does not exist: evaluate first"):
+        tool.main(words(tmp_path))
