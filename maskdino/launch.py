@@ -58,7 +58,7 @@ def launch(
     if url == "auto":
         if machines > 1:
             raise ValueError("Several machines need --dist-url tcp://HOST:PORT of the first one.")
-        url = f"tcp://127.0.0.1:{_free_port()}"
+        url = f"tcp://127.0.0.1:{free_port()}"
     torch.multiprocessing.spawn(
         _cpu_process,
         args=(main, args, processes, machines, machine_rank, url),
@@ -112,7 +112,7 @@ def _create_local_group(processes: int) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
-def _free_port() -> int:
+def free_port() -> int:
     import socket
 
     with socket.socket() as probe:

@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from maskdino.launch import _free_port, launch
+from maskdino.launch import free_port, launch
 from maskdino.ops.points import PointSampler
 from tests.helpers import NARROW
 from tests.stand_in import read_checkpoint, tiny_config, train
@@ -83,7 +83,7 @@ def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_machines_train_as_one(alone: Path, tmp_path: Path, repository: Path) -> None:
     """Two launchers that know each other by address alone, as on two machines."""
-    url = f"tcp://127.0.0.1:{_free_port()}"
+    url = f"tcp://127.0.0.1:{free_port()}"
     script = (
         "import sys\n"
         "from pathlib import Path\n"
