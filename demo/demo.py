@@ -6,8 +6,9 @@
     python demo/demo.py --backend onnx --model exported.onnx --input photo.jpg --output out
 
 `--config-file` is a path or a name below `configs`, as coco/instance/maskdino_R50. A file that
-cannot be read is reported, and the others go on; the exit status is then 1. Ctrl-C ends a video
-early, in a file that can be played.
+cannot be read, or only in part, is reported, and the others go on; the exit status is then 1. Of a
+video, frames that cannot be decoded are drawn like the one before, so that it keeps its length.
+Ctrl-C ends a video early, in a file that can be played, with the exit status 130.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from damage import DamageCheck
 from overlap import Overlap
-from sources import find_inputs, is_video, output_paths
+from sources import find_inputs, is_video, output_paths, unused
 from tqdm import tqdm
 from tracks import Tracks
-from video import CODEC, LiveWriter, VideoError, VideoReader, VideoWriter
+from video import CODEC, LiveWriter, VideoError, VideoReader, VideoWriter, ranges
 
 from maskdino.images import ImageError, load_image
 from maskdino.onnx_backend import onnx_predictor
@@ -71,6 +73,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--opts", nargs=argparse.REMAINDER, default=[], help="keys and values, at the end"
     )
     args = parser.parse_args(words)
+    if args.webcam is not None and args.webcam < 0:
+        parser.error(f"--webcam {args.webcam}: cameras are numbered from 0")
     if bool(args.input) == (args.webcam is not None):
         parser.error("give either --input or --webcam")
     if args.backend == "torch" and (args.config_file is None or args.model is not None):
@@ -155,8 +159,11 @@ def run_frames(
     reader: VideoReader,
     write: Callable[[np.ndarray], None],
 ) -> None:
-    """Draws frame by frame; a broken frame shows the drawing of the one before it."""
-    tracks, last = Tracks(), None
+    """Draws frame by frame; a broken frame shows the drawing of the one before it.
+
+    Broken frames at the beginning show the first one that is whole.
+    """
+    tracks, last, owed = Tracks(), None, 0
     bar = tqdm(total=reader.frames, unit="frame", desc=Path(reader.name).name)
 
     def work(batch: list[np.ndarray | None]) -> Iterator[ImageResult | None]:
@@ -165,14 +172,27 @@ def run_frames(
             yield None if frame is None else next(results)
 
     def write_drawing(result: ImageResult | None) -> None:
-        nonlocal last
+        nonlocal last, owed
         last = last if result is None else draw_tracked(result, tracks)
-        if last is not None:
+        owed += 1
+        while last is not None and owed > 0:
             write(last)
+            owed -= 1
         bar.update()
 
     with closing(bar):
         Overlap(reader, work, write_drawing, batch_size=predictor.options.batch_size).run()
+
+
+def damage_of(check: DamageCheck, reader: VideoReader) -> str:
+    """Which frames were decoded, but not as they should be; "" if none was."""
+    try:
+        damaged = sorted(set(check.frames()) - set(reader.broken))
+    except RuntimeError as error:
+        return str(error)
+    if not damaged:
+        return ""
+    return f"its decoder found damage near frame {ranges(damaged)}; what it made of it is drawn"
 
 
 def run_video(predictor: MaskDINOPredictor, path: Path, target: Path, codec: str) -> str:
@@ -182,21 +202,31 @@ def run_video(predictor: MaskDINOPredictor, path: Path, target: Path, codec: str
         VideoError: it cannot be read or written at all.
     """
     reader = VideoReader.of_file(path)
-    with closing(VideoWriter(target, reader.rate, codec)) as writer:
-        run_frames(predictor, reader, writer.write)
-    if writer.frames == 0:
-        raise VideoError(f"cannot read video {path}: none of its frames can be decoded")
-    problem = reader.problem()
+    with DamageCheck(path) as check:
+        with closing(VideoWriter(target, reader.rate, codec)) as writer:
+            run_frames(predictor, reader, writer.write)
+        if writer.frames == 0:
+            raise VideoError(f"cannot read video {path}: none of its frames can be decoded")
+        problems = [reader.problem(), damage_of(check, reader)]
+    problem = "; ".join(filter(None, problems))
     return f"video {path}: {problem}" if problem else ""
 
 
 def run_camera(predictor: MaskDINOPredictor, number: int, folder: Path, codec: str) -> None:
-    """Draws what a camera sees, until Ctrl-C."""
-    target = folder / f"camera_{number}.mp4"
+    """Draws what a camera sees, until Ctrl-C, or until it gives no more.
+
+    Raises:
+        VideoError: there is no such camera, or it ended.
+    """
+    target = unused(folder / f"camera_{number}.mp4")
     reader = VideoReader.of_camera(number)
     print(f"camera {number}: Ctrl-C ends, and leaves {target}", file=sys.stderr)
     with closing(VideoWriter(target, reader.rate, codec)) as writer:
-        run_frames(predictor, reader, LiveWriter(writer).write)
+        try:
+            run_frames(predictor, reader, LiveWriter(writer).write)
+        except VideoError as error:
+            seen = f"; what it saw before is in {target}" if writer.frames else ""
+            raise VideoError(f"{error}{seen}") from error
 
 
 def run_files(
@@ -223,7 +253,7 @@ def main(words: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     args = parse_arguments(words)
     try:
-        outputs = output_paths(find_inputs(args.input), args.output)
+        outputs = output_paths(find_inputs(args.input), args.output, with_json=args.json)
         predictor = build_predictor(args)
         args.output.mkdir(parents=True, exist_ok=True)
         if args.webcam is not None:

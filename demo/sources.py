@@ -63,16 +63,19 @@ def _of_pattern(pattern: str) -> list[Path]:
     return files
 
 
-def output_paths(inputs: Iterable[Path], folder: Path) -> dict[Path, Path]:
+def output_paths(
+    inputs: Iterable[Path], folder: Path, *, with_json: bool = False
+) -> dict[Path, Path]:
     """Where the drawing of each input goes: its name, made unique, in the output folder.
 
     Pictures become .png, or .jpg if they were; videos .mp4.
 
     Raises:
-        ValueError: a drawing would replace an input.
+        ValueError: a drawing, or its JSON file, would replace an input, or another file beside one.
     """
     inputs = list(inputs)
     own = {path.resolve() for path in inputs}
+    beside_inputs = folder.resolve() in {path.parent for path in own}
     outputs: dict[Path, Path] = {}
     for path in inputs:
         suffix = ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
@@ -81,7 +84,24 @@ def output_paths(inputs: Iterable[Path], folder: Path) -> dict[Path, Path]:
         while target in outputs.values():
             number += 1
             target = folder / f"{path.stem}_{number}{suffix}"
-        if target.resolve() in own:
-            raise ValueError(f"{target} is an input: choose another folder for --output")
+        written = [target]
+        if with_json and not is_video(path):
+            written.append(target.with_name(f"{target.name}.json"))
+        for file in written:
+            if file.resolve() in own:
+                raise ValueError(f"{file} is an input: choose another folder for --output")
+            if beside_inputs and file.exists():
+                raise ValueError(
+                    f"{file} exists, in the folder of an input: choose another folder for --output"
+                )
         outputs[path] = target
     return outputs
+
+
+def unused(path: Path) -> Path:
+    """The path, with a number behind its name if a file has it already."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}_{number}")
+    return candidate

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Broken frames are counted and reported here: FFmpeg need not tell of each.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "8")
+from containers import count_error, why_unreadable
+from damage import MAX_FAILURES
 
-import cv2  # noqa: E402  reads the variable when it is imported
+# What goes wrong is reported here, once: OpenCV and FFmpeg need not tell, too.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "8")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+
+import cv2  # noqa: E402  reads the variables when it is imported
 import numpy as np  # noqa: E402
 
 DEFAULT_RATE = 25.0  # frames per second, where a file or camera names none
-GUESSED_FRAMES = 2  # the frame counts of containers may be wrong by so many
+MILLISECONDS = 1000.0  # a "rate" that is the unit of time stamps, in files of browsers
+GUESS_ERROR = 2  # frames; where OpenCV guesses how many there are
+CAMERA_PATIENCE = 5.0  # seconds in which a camera may give no picture
 CODEC = "mp4v"  # MPEG-4, which every build of OpenCV with FFmpeg can write
-# How MP4, QuickTime and AVI, then Matroska and WebM, name the codec of a video track.
-_FOUR_LETTERS = re.compile(rb"(?:stsd.{12}|strf.{20})([A-Za-z0-9 ._-]{4})", re.DOTALL)
-_MATROSKA_START = bytes.fromhex("1a45dfa3")
-_MATROSKA = re.compile(rb"V_[A-Z0-9/_]{2,30}")
-_SEARCHED_BYTES = 1 << 22  # at either end of a file
 
 
 class VideoError(OSError):
@@ -33,6 +34,9 @@ class VideoError(OSError):
 @dataclass
 class VideoReader:
     """Yields frames (H, W, 3) uint8 RGB; None for a frame that cannot be decoded.
+
+    A decoder may leave out what it cannot decode; then the time stamps have a gap, and as many
+    frames are taken to be lost as fit into it. So a video of varying rate keeps its length, too.
 
     Attributes:
         name: path, or number of the camera.
@@ -48,6 +52,8 @@ class VideoReader:
     broken: list[int] = field(default_factory=list)
     missing: int = 0
     _capture: cv2.VideoCapture = field(default=None, repr=False)
+    _live: bool = field(default=False, repr=False)
+    _count_error: int | None = field(default=0, repr=False)  # of `frames`; None: a mere guess
 
     @staticmethod
     def of_file(path: Path) -> VideoReader:
@@ -57,15 +63,22 @@ class VideoReader:
             VideoError: it is missing, no video, or its codec is not known here.
         """
         if not path.is_file():
-            raise VideoError(f"video {path} does not exist")
-        capture = cv2.VideoCapture(str(path))
+            raise VideoError(f"video {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise VideoError(f"cannot read video {path}: {error.strerror}") from error
+        # From the root on: FFmpeg takes what stands before a colon for a protocol.
+        capture = cv2.VideoCapture(str(path.absolute()))
         if not capture.isOpened() or capture.get(cv2.CAP_PROP_FRAME_WIDTH) < 1:
-            codec = codec_of(path)
-            known = f"OpenCV has no decoder for its codec {codec}" if codec else "it is no video"
-            raise VideoError(f"cannot read video {path}: {known}")
+            raise VideoError(f"cannot read video {path}: {why_unreadable(path)}")
         frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         return VideoReader(
-            str(path), _rate(capture), frames if frames > 0 else None, _capture=capture
+            str(path),
+            _rate(capture),
+            frames if frames > 0 else None,
+            _capture=capture,
+            _count_error=count_error(path),
         )
 
     @staticmethod
@@ -77,40 +90,74 @@ class VideoReader:
         """
         capture = cv2.VideoCapture(number)
         if not capture.isOpened():
-            raise VideoError(f"there is no camera {number}, or another program uses it")
+            raise VideoError(_why_no_camera(number))
         capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest picture, not the oldest
-        return VideoReader(f"camera {number}", _rate(capture), None, _capture=capture)
+        return VideoReader(f"camera {number}", _rate(capture), None, _capture=capture, _live=True)
 
     def __iter__(self) -> Iterator[np.ndarray | None]:
-        number, failures = 0, []
-        while self.frames is None or number < self.frames:
+        try:
+            yield from self._of_camera() if self._live else self._of_file()
+        finally:
+            self._capture.release()
+
+    def _of_camera(self) -> Iterator[np.ndarray]:
+        """Frames without end; a picture that is lost on the way is made good by the next one."""
+        last = time.monotonic()
+        while time.monotonic() - last <= CAMERA_PATIENCE:
             readable, frame = self._capture.read()
             if readable:
-                self.broken += failures
-                yield from [None] * len(failures)
-                failures = []
                 yield np.ascontiguousarray(frame[..., ::-1])
-            elif self.frames is None:
-                break
+                last = time.monotonic()  # not before: whoever takes the frame may be slow
             else:
+                time.sleep(0.01)
+        raise VideoError(f"{self.name} gave no picture for {CAMERA_PATIENCE:g} s")
+
+    def _of_file(self) -> Iterator[np.ndarray | None]:
+        number = whole = failures = 0
+        unread: list[int] = []  # lost for certain, whatever time stamps say
+        last = math.nan
+        while failures < MAX_FAILURES:
+            readable, frame = self._capture.read()
+            if not readable:
                 # Frames after it may be whole; if none is, the file was cut off.
-                failures.append(number)
-            number += 1
-        self.missing = len(failures) if len(failures) > GUESSED_FRAMES else 0
-        self._capture.release()
+                failures += 1
+                if number + failures > (self.frames or 0):
+                    break
+                continue
+            now = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            lost = max(failures, self._gap(now - last))
+            unread += range(number, number + failures)
+            self.broken += range(number, number + lost)
+            yield from [None] * lost
+            yield np.ascontiguousarray(frame[..., ::-1])
+            number, whole, failures, last = number + lost + 1, whole + 1, 0, now
+        if whole >= (self.frames or 0) or self._count_error is None:
+            self.broken = unread  # no frame is known to be lost: the gaps may be meant
+        missing = (self.frames or 0) - number
+        tolerance = GUESS_ERROR if self._count_error is None else self._count_error
+        self.missing = missing if missing > tolerance else 0
+
+    def _gap(self, seconds: float) -> int:
+        """How many frames fit between two that were read one after the other."""
+        if not seconds * self.rate > 1.5:  # also for NaN
+            return 0
+        frames = round(seconds * self.rate) - 1
+        # A time stamp that is itself broken may claim days.
+        return frames if frames < (self.frames or 60 * self.rate) else 0
 
     def problem(self) -> str:
         """What was wrong with the frames, or ""."""
         parts = []
         if self.broken:
-            shown = ", ".join(map(str, self.broken[:10])) + (
-                ", ..." if len(self.broken) > 10 else ""
+            number = len(self.broken)
+            parts.append(
+                f"{number} broken frame{'s' * (number > 1)}, drawn like the one before: "
+                f"{ranges(self.broken)}"
             )
-            parts.append(f"{len(self.broken)} broken frames show the one before them: {shown}")
         if self.missing:
             parts.append(
-                f"it ends after frame {self.frames - self.missing - 1}, the last "
-                f"{self.missing} of {self.frames} frames cannot be read"
+                f"it ends after frame {self.frames - self.missing - 1}: {self.missing} of "
+                f"{self.frames} frames are missing, there or in between"
             )
         return "; ".join(parts)
 
@@ -134,6 +181,9 @@ class VideoWriter:
     def write(self, frame: np.ndarray) -> None:
         """Appends a frame (H, W, 3) uint8 RGB; the first one determines the size.
 
+        Codecs, and OpenCV for all of them, know even sizes only: an odd edge gets one more line,
+        like its last.
+
         Raises:
             VideoError: the codec is missing, or the folder cannot be written.
         """
@@ -143,22 +193,41 @@ class VideoWriter:
             self._writer = self._open()
         if (width, height) != self._size:
             frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_AREA)
-        self._writer.write(np.ascontiguousarray(frame[..., ::-1]))
+        even = np.pad(frame, ((0, self._size[1] % 2), (0, self._size[0] % 2), (0, 0)), "edge")
+        self._writer.write(np.ascontiguousarray(even[..., ::-1]))
         self.frames += 1
 
     def close(self) -> None:
-        """Completes the file."""
-        if self._writer is not None:
-            self._writer.release()
+        """Completes the file.
+
+        Raises:
+            VideoError: frames did not arrive in it, which OpenCV does not tell when they are
+                written.
+        """
+        if self._writer is None:
+            return
+        self._writer.release()
+        self._writer = None
+        arrived = int(cv2.VideoCapture(str(self.path.absolute())).get(cv2.CAP_PROP_FRAME_COUNT))
+        if arrived < self.frames:
+            raise VideoError(
+                f"{self.path} holds {max(arrived, 0)} of {self.frames} frames: is the disk full?"
+            )
 
     def _open(self) -> cv2.VideoWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("wb").close()
+        except OSError as error:
+            raise VideoError(f"cannot write {self.path}: {error.strerror}") from error
         fourcc = cv2.VideoWriter.fourcc(*self.codec)
-        writer = cv2.VideoWriter(str(self.path), fourcc, self.rate, self._size)
+        width, height = (edge + edge % 2 for edge in self._size)
+        writer = cv2.VideoWriter(str(self.path.absolute()), fourcc, self.rate, (width, height))
         if not writer.isOpened():
+            self.path.unlink(missing_ok=True)
             raise VideoError(
                 f"cannot write {self.path}: OpenCV has no encoder for the codec {self.codec} in "
-                f"{self.path.suffix} files, or the folder is not writable; try --codec {CODEC}"
+                f"{self.path.suffix} files of {width} x {height} pixels; try --codec {CODEC}"
             )
         return writer
 
@@ -178,21 +247,29 @@ class LiveWriter:
             self._writer.write(frame)
 
 
-def codec_of(path: Path) -> str:
-    """The name of a file's video codec as its container states it; "" if it states none."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        content = file.read(_SEARCHED_BYTES)
-        file.seek(max(len(content), size - _SEARCHED_BYTES))
-        content += file.read(_SEARCHED_BYTES)
-    if content.startswith(_MATROSKA_START):
-        track = _MATROSKA.search(content)
-        return track[0].decode("ascii") if track else ""
-    sound = {"mp4a", "ac-3", "ec-3", "alac", "sowt", "twos", "lpcm", ".mp3", "tx3g", "text", "tmcd"}
-    letters = (match[1].decode("ascii") for match in _FOUR_LETTERS.finditer(content))
-    return next((four for four in letters if four not in sound), "")
+def ranges(numbers: Iterable[int], most: int = 10) -> str:
+    """Increasing integers as text: "3, 5-8"; at most so many ranges."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    shown = [f"{low}" if low == high else f"{low}-{high}" for low, high in found[:most]]
+    return ", ".join([*shown, "..."] if len(found) > most else shown)
 
 
 def _rate(capture: cv2.VideoCapture) -> float:
     rate = capture.get(cv2.CAP_PROP_FPS)
-    return rate if math.isfinite(rate) and 0 < rate <= 1000 else DEFAULT_RATE
+    return rate if math.isfinite(rate) and 0 < rate < MILLISECONDS else DEFAULT_RATE
+
+
+def _why_no_camera(number: int) -> str:
+    if not sys.platform.startswith("linux"):
+        return f"there is no camera {number}, or another program uses it"
+    device = Path(f"/dev/video{number}")
+    if device.exists():
+        reason = "is no camera, is used by another program, or you may not read it"
+        return f"cannot open camera {number}: {device} {reason}"
+    others = ", ".join(map(str, sorted(device.parent.glob("video*")))) or "none"
+    return f"cannot open camera {number}: there is no {device} (there are: {others})"
