@@ -58,10 +58,13 @@ def write_report(
     """
     results = _read_results(dataset, folder)
     evaluated = find_images(dataset, folder / "inference" / dataset, results, threshold)
-    parts = [f"<h1>Evaluation on {html.escape(dataset)}</h1>", *_tables(results)]
+    figures = {}
     for images in evaluated:
         if isinstance(images, InstanceImages):
-            parts += _curve_parts(images.ground_truth, images.predictions)
+            figures = _curve_figures(images.ground_truth, images.predictions)
+    parts = [f"<h1>Evaluation on {html.escape(dataset)}</h1>"]
+    for task, metrics in results.items():
+        parts += [*_table(task, metrics), figures.get(task, "")]
     for images in evaluated:
         parts += _image_parts(images, num_images)
     body = "\n".join(parts)
@@ -89,33 +92,36 @@ def _read_results(dataset: str, folder: Path) -> dict[str, dict]:
     return results
 
 
-def _tables(results: dict[str, dict]) -> list[str]:
-    """A table of each task's numbers, and bars of its classes."""
-    parts = []
-    for task, metrics in results.items():
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-        whole = {k: v for k, v in numbers.items() if not k.startswith(PER_CLASS)}
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in whole)
-        row = "".join(f"<td>{_number(value)}</td>" for value in whole.values())
-        parts.append(f"<h2>Results: {html.escape(task)}</h2><table><tr><th>metric</th>{head}</tr>")
-        parts.append(f"<tr><td>percent</td>{row}</tr></table>")
-        for prefix in PER_CLASS:
-            classes = {k: v for k, v in numbers.items() if k.startswith(prefix)}
-            if classes:
-                caption = f"{task}: {prefix[:-1]} of each class, in percent"
-                parts.append(_figure(f'<div class="bars">{bars(classes)}</div>', caption))
+def _table(task: str, metrics: dict[str, float]) -> list[str]:
+    """A table of a task's numbers, and bars of its classes."""
+    whole = {k: v for k, v in metrics.items() if not k.startswith(PER_CLASS)}
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in whole)
+    row = "".join(f"<td>{_number(value)}</td>" for value in whole.values())
+    parts = [
+        f"<h2>Results: {html.escape(task)}</h2><table><tr><th>metric</th>{head}</tr>",
+        f"<tr><td>percent</td>{row}</tr></table>",
+    ]
+    for prefix in PER_CLASS:
+        classes = {k: v for k, v in metrics.items() if k.startswith(prefix)}
+        measured = {k: v for k, v in classes.items() if math.isfinite(v)}
+        if classes:
+            caption = f"{task}: {prefix[:-1]} of each class in percent"
+            if len(measured) < len(classes):
+                caption += f" ({len(classes) - len(measured)} could not be measured)"
+            parts.append(_figure(f'<div class="bars">{bars(measured)}</div>', caption))
     return parts
 
 
-def _curve_parts(ground_truth: dict, predictions: list[dict]) -> list[str]:
-    parts = []
+def _curve_figures(ground_truth: dict, predictions: list[dict]) -> dict[str, str]:
+    """Curves of "bbox" and "segm", as far as there are predictions and annotations."""
+    figures = {}
     for task, key in (("bbox", "bbox"), ("segm", "segmentation")):
         if predictions and key in predictions[0] and ground_truth.get("annotations"):
             fast = faster_coco_eval is not None
             _, precision, _ = average_precision(ground_truth, predictions, task, fast=fast)
             curve = curves(precision_recall(precision), "recall", "precision")
-            parts.append(_figure(curve, f"{task}: precision over recall, mean over the classes"))
-    return parts
+            figures[task] = _figure(curve, f"{task}: precision over recall, mean over the classes")
+    return figures
 
 
 def precision_recall(precision: np.ndarray) -> dict[str, np.ndarray]:
@@ -140,8 +146,8 @@ def _image_parts(images: EvaluatedImages, num_images: int) -> list[str]:
         return []
     mean = np.mean([score for score, _ in ranked])
     parts = [
-        f"<h2>Images: {images.task}</h2><p>{html.escape(images.measure)}, in percent: "
-        f"{100 * mean:.1f} on average over {len(ranked)} of {len(images.records)} images.</p>"
+        f"<h2>Images: {images.task}</h2><p>Ranked by {html.escape(images.measure)}: "
+        f"{100 * mean:.1f} % on average over {len(ranked)} of {len(images.records)} images.</p>"
     ]
     shown = min(num_images, (len(ranked) + 1) // 2)
     worst = ranked[max(shown, len(ranked) - shown) :][::-1]
@@ -151,7 +157,7 @@ def _image_parts(images: EvaluatedImages, num_images: int) -> list[str]:
         for score, record in chosen:
             name = html.escape(Path(record["file_name"]).name)
             source = f"data:image/jpeg;base64,{_jpeg(images.draw(record))}"
-            caption = f"{name}: {100 * score:.1f}"
+            caption = f"{name}: {100 * score:.1f} %"
             parts.append(_figure(f'<img alt="{name}" src="{source}">', caption))
     return parts
 
@@ -202,12 +208,12 @@ def curves(series: dict[str, Sequence[float]], x_name: str, y_name: str) -> str:
 
 
 def bars(values: dict[str, float]) -> str:
-    """SVG of one bar in [0, 100] for each name, the longest first; those not measured last."""
-    ordered = sorted(values.items(), key=lambda item: -item[1] if item[1] == item[1] else math.inf)
+    """SVG of one bar in [0, 100] for each name, the longest first."""
+    ordered = sorted(values.items(), key=lambda item: -item[1])
     left, width, step = 190, 420, 20
     parts = [f'<svg width="{left + width + 60}" height="{step * len(ordered) + 6}" font-size="12">']
     for i, (name, value) in enumerate(ordered):
-        y, length = step * i, width * (value if math.isfinite(value) else 0) / 100
+        y, length = step * i, width * value / 100
         text = html.escape(name.partition("-")[2])
         parts.append(
             f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{text}</text>'

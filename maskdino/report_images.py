@@ -40,6 +40,7 @@ from maskdino.semantic_evaluation import count_pixels, semantic_metrics
 
 MIN_PIXELS = 420  # of the longer side of a drawn image, as far as whole factors allow
 MAX_PIXELS = 720
+NOUNS = {"instance": "objects", "panoptic": "segments", "semantic": "classes"}
 PICTURE_KEYS = ("file_name", "height", "width")
 
 
@@ -85,15 +86,18 @@ class EvaluatedImages(ABC):
         return sorted(known, key=lambda entry: -entry[0])
 
     def draw(self, record: dict) -> np.ndarray:
-        """Ground truth beside the prediction, (H, W, 3) uint8 RGB."""
+        """(H, W, 3) uint8: ground truth beside the prediction, coloured alike where they agree."""
+        truth, predicted = self.results(record)
+        colors = None
+        if self.task != "semantic":
+            colors = _colors_of_best(overlaps(predicted, truth, self.task))
         panels = []
-        for kind, result in zip(("ground truth", "predicted"), self.results(record), strict=True):
-            longer = max(result.size)
-            picture = Image.fromarray(
-                result.draw(self.task, scale=max(1, round(MIN_PIXELS / longer)))
-            )
+        for kind, result, own in (("ground truth", truth, None), ("predicted", predicted, colors)):
+            scale = max(1, round(MIN_PIXELS / max(result.size)))
+            picture = Image.fromarray(result.draw(self.task, scale=scale, colors=own))
             picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
-            panels.append((f"{kind}: {len(result.regions(self.task))}", np.array(picture)))
+            number = len(result.regions(self.task))
+            panels.append((f"{kind}: {number} {NOUNS[self.task]}", np.array(picture)))
         return beside(panels)
 
     def check_complete(self, predicted: Iterable, key: str) -> None:
@@ -120,7 +124,7 @@ class InstanceImages(EvaluatedImages):
         self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
     ) -> None:
         super().__init__(metadata, records, folder, threshold)
-        self.measure = f"F1 at IoU 0.5 and a score of {threshold:g}"
+        self.measure = f"F1 of each image (IoU from 0.5, scores from {threshold:g})"
         path = metadata.get("json_file") or folder / CONVERTED_FILE.format(metadata.name)
         self.ground_truth = read_annotations(str(path))
         self.predictions = json.loads((folder / INSTANCES_FILE).read_text())
@@ -165,7 +169,7 @@ class InstanceImages(EvaluatedImages):
 class PanopticImages(EvaluatedImages):
     """Segments of all pixels."""
 
-    task, measure = "panoptic", "PQ of this image"
+    task, measure = "panoptic", "PQ of each image"
 
     def __init__(
         self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
@@ -213,7 +217,7 @@ class PanopticImages(EvaluatedImages):
 class SemanticImages(EvaluatedImages):
     """Classes of all pixels."""
 
-    task, measure = "semantic", "mIoU of this image"
+    task, measure = "semantic", "mIoU of each image"
 
     def __init__(
         self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
@@ -280,10 +284,8 @@ def f1_score(truth: ImageResult, predicted: ImageResult) -> float:
     total = len(truth) + len(predicted)
     if not len(truth) or not len(predicted):
         return 0.0 if total else math.nan
-    with_masks = truth.rles is not None and predicted.rles is not None
-    shapes = [list(r.rles) if with_masks else _xywh(r.boxes) for r in (predicted, truth)]
-    overlap = np.asarray(mask_utils.iou(*shapes, [0] * len(truth)))
-    overlap = np.where(predicted.class_ids[:, None] == truth.class_ids, overlap, 0)
+    same = predicted.class_ids[:, None] == truth.class_ids
+    overlap = np.where(same, overlaps(predicted, truth, "instance"), 0)
     found = 0
     for i in np.argsort(-predicted.scores, kind="stable"):
         best = overlap[i].argmax()
@@ -291,6 +293,29 @@ def f1_score(truth: ImageResult, predicted: ImageResult) -> float:
             found += 1
             overlap[:, best] = 0  # each object is found once
     return 2 * found / total
+
+
+def overlaps(predicted: ImageResult, truth: ImageResult, task: str) -> np.ndarray:
+    """IoU, one row for each predicted object or segment, one column for each true one.
+
+    Of masks where both sides have them, else of boxes.
+    """
+    results = (predicted, truth)
+    if task == "panoptic":
+        shapes = [[region.rle for region in result.regions(task)] for result in results]
+    elif predicted.rles is not None and truth.rles is not None:
+        shapes = [list(result.rles) for result in results]
+    else:
+        shapes = [_xywh(result.boxes) for result in results]
+    size = [len(shape) for shape in shapes]
+    return np.asarray(mask_utils.iou(*shapes, [0] * size[1])) if all(size) else np.zeros(size)
+
+
+def _colors_of_best(overlap: np.ndarray) -> list[int]:
+    """For each prediction the number of the object that it covers, else a number of its own."""
+    number = overlap.shape[1]
+    covers = overlap.max(1, initial=0) >= 0.5
+    return [int(row.argmax()) if covers[i] else number + i for i, row in enumerate(overlap)]
 
 
 def _xywh(boxes: np.ndarray) -> np.ndarray:

@@ -44,7 +44,8 @@ def test_report_shows_numbers_curves_and_images(tmp_path: Path, records: list[di
     folder.mkdir(parents=True)
     (folder / "coco_instances_results.json").write_text(json.dumps(records))
     metrics = {
-        "segm": {"AP": 43.21, "APl": float("nan"), "AP-cat & dog": 12.5},
+        "bbox": {"AP": 40.0},
+        "segm": {"AP": 43.21, "APl": float("nan"), "AP-cat & dog": 12.5, "AP-owl": float("nan")},
         "sem_seg": {"mIoU": 65.43, "IoU-a": 70.0, "IoU-b": 30.0, "ACC-a": 81.0, "ACC-b": 82.0},
     }
     (tmp_path / "inference" / "results.json").write_text(json.dumps(metrics))
@@ -55,12 +56,15 @@ def test_report_shows_numbers_curves_and_images(tmp_path: Path, records: list[di
     assert "65.4" in tables
     assert "ACC-a" not in tables  # classes have bars
     assert page.count('class="bars"') == 3
+    assert "segm: AP of each class in percent (1 could not be measured)" in page
+    assert "owl" not in page
+    assert page.index("segm: precision over recall") < page.index("Results: sem_seg")
     assert page.count("<polyline") == 6  # boxes and masks at three IoU thresholds
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
     embedded = re.findall(r'base64,([^"]+)"', page)
     assert len(embedded) == 4
     assert Image.open(io.BytesIO(base64.b64decode(embedded[0]))).size[0] > 500
-    captions = re.findall(r"<figcaption>\S+\.png: ([\d.]+)</figcaption>", page)
+    captions = re.findall(r"<figcaption>\S+\.png: ([\d.]+) %</figcaption>", page)
     assert captions[0] == "100.0"
     assert captions[-2:] == ["0.0", "0.0"]
     assert page.index("Best") < page.index("Worst")
@@ -77,7 +81,7 @@ def test_curves_leave_out_classes_without_objects() -> None:
 
 
 def test_pictures_are_well_formed() -> None:
-    drawn = ElementTree.fromstring(bars({"AP-b": 20.0, "AP-a": 80.0, "AP-c": float("nan")}))
+    drawn = ElementTree.fromstring(bars({"AP-b": 20.0, "AP-a": 80.0, "AP-c": 0.0}))
     names = [t.text for t in drawn.iter("text") if t.get("text-anchor") == "end"]
     assert names == ["a", "b", "c"]
     widths = [float(rect.get("width")) for rect in drawn.iter("rect")]

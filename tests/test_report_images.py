@@ -21,7 +21,7 @@ from maskdino.data.datasets import register_panoptic_folder
 from maskdino.ground_truth import ground_truth_of
 from maskdino.panoptic_evaluation import PanopticEvaluator
 from maskdino.report import write_report
-from maskdino.report_images import EvaluatedImages, InstanceImages, f1_score, find_images
+from maskdino.report_images import EvaluatedImages, InstanceImages, f1_score, find_images, overlaps
 from maskdino.results import Categories, ImageResult
 from maskdino.semantic_evaluation import SemanticEvaluator
 from maskdino.trainer import write_results
@@ -175,7 +175,7 @@ def test_page_has_a_section_of_each_task_and_draws_what_it_shows(
     assert re.findall("<h2>Images: (.*?)</h2>", page) == list(TASKS)
     assert drawn == [(task, name) for task in TASKS for name in (RANKING[0], RANKING[-1])]
     assert page.count("data:image/jpeg") == 6
-    assert re.findall(r"<figcaption>panoptic_seg: (PQ|IoU) of each", page) == ["PQ"]
+    assert re.findall(r"<figcaption>panoptic_seg: (\w+) of each class in percent<", page) == ["PQ"]
 
 
 def test_older_files_beside_the_evaluation_are_not_shown(evaluation: tuple[Path, dict]) -> None:
@@ -202,6 +202,33 @@ def test_large_pictures_are_made_small(found: dict[str, EvaluatedImages], tmp_pa
     height, width, _ = images.draw(record).shape
     assert 1400 < width < 1500
     assert 480 < height < 540
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_what_is_found_keeps_its_colour(
+    found: dict[str, EvaluatedImages], task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list = []
+    draw = ImageResult.draw
+
+    def spy(self: ImageResult, task: str, **options: object) -> np.ndarray:
+        used.append([region.color for region in self.regions(task, options["colors"])])
+        return draw(self, task, **options)
+
+    monkeypatch.setattr(ImageResult, "draw", spy)
+    perfect, worst = (found[task].records[SHIFTS.index(shift)] for shift in (0, 40))
+    found[task].draw(perfect)
+    assert sorted(used[0]) == sorted(used[1])
+    found[task].draw(worst)
+    assert sorted(used[2]) != sorted(used[3])
+
+
+def test_overlaps_of_nothing(truths: list[tuple[dict, ImageResult]]) -> None:
+    truth = truths[0][1]
+    nothing = truth.select(np.zeros(len(truth), bool))
+    assert overlaps(nothing, truth, "instance").shape == (0, len(truth))
+    assert overlaps(truth, nothing, "instance").shape == (len(truth), 0)
+    np.testing.assert_array_equal(np.diag(overlaps(truth, truth, "instance")), 1)
 
 
 NUCLEI = Categories(("nucleus",), (True,), (1,))
