@@ -1,14 +1,20 @@
 """Starting one process per GPU, or several on a CPU, by ourselves or under torchrun."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed
 import torch.multiprocessing
 from detectron2.engine import launch as launch_on_gpus
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from maskdino.data import DataError
+from maskdino.faults import data_errors_in_one_line, data_errors_logged_in_one_line, end_with
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -25,7 +31,8 @@ def launch(
 
     Under torchrun (it sets RANK, WORLD_SIZE and LOCAL_RANK), this process joins the others. Else
     the processes of this machine are started: through detectron2's launcher where there are GPUs,
-    and with gloo on a CPU.
+    and with gloo on a CPU. Where the data are at fault (`maskdino.data.DataError`), all end
+    with one line that says so; other errors keep their traceback.
 
     Args:
         main: a function of a module, for it is pickled.
@@ -37,17 +44,40 @@ def launch(
 
     Raises:
         ValueError: if there are fewer GPUs than processes.
+        SystemExit: 1, if the data are at fault.
     """
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         _join_torchrun()
         try:
-            main(*args)
+            with data_errors_in_one_line():
+                main(*args)
         finally:
             torch.distributed.destroy_process_group()
         return
     if processes * machines == 1:
-        main(*args)
+        with data_errors_in_one_line():
+            main(*args)
         return
+    with tempfile.TemporaryDirectory() as folder:
+        fault = Path(folder) / "fault"
+        try:
+            _start(_run, (main, args, fault), processes, machines, machine_rank, url)
+        except (ProcessRaisedException, ProcessExitedException):
+            # Which process ended first is chance: the others fail when they lose it.
+            if fault.exists():
+                end_with(fault.read_text())
+            raise
+
+
+def _start(
+    main: Callable[..., object],
+    args: tuple,
+    processes: int,
+    machines: int,
+    machine_rank: int,
+    url: str,
+) -> None:
+    """Starts the processes of this machine, and waits for them."""
     if torch.cuda.is_available():
         if processes > torch.cuda.device_count():
             raise ValueError(
@@ -89,6 +119,16 @@ def _cpu_process(
         main(*args)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _run(main: Callable[..., object], args: tuple, fault: Path) -> None:
+    """Runs ``main`` in a process that we started; leaves a note if the data are at fault."""
+    try:
+        with data_errors_logged_in_one_line():
+            main(*args)
+    except DataError as error:
+        fault.write_text(str(error))
+        raise
 
 
 def _join_torchrun() -> None:

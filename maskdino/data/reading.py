@@ -7,7 +7,18 @@ from detectron2.data import detection_utils
 
 
 class DataError(ValueError):
-    """Something is wrong with a dataset: the message names the file, the value, and what to do."""
+    """Something is wrong with a dataset: the message names the file, the value, and what to do.
+
+    Where a process that loads data raises it, PyTorch raises it again in the process that trains,
+    and puts the whole traceback into its message; that is taken out again.
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught DataError in "):
+            # As tracebacks name this class; the last one is what ended the process.
+            name = f"{type(self).__module__}.{type(self).__qualname__}: "
+            message = message[message.rfind(f"\n{name}") + 1 :].removeprefix(name).rstrip("\n")
+        super().__init__(message)
 
 
 def read_image(file_name: str, image_format: str | None) -> np.ndarray:

@@ -130,6 +130,24 @@ def test_faults_stop_the_run_or_are_left_out(tool: ModuleType, tmp_path: Path) -
     assert sum(len(part["annotations"]) for part in parts) == len(kept)
 
 
+def test_picture_damaged_after_the_check(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process that loads data meets it; its traceback, and that of the training, are no help."""
+    drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
+    tool.prepare(tool.parse_arguments(words(drawn, out, "DATALOADER.NUM_WORKERS", 1)))
+    for path in drawn.images.iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(SystemExit) as caught:
+        tool.main(["--output", str(out), "--resume"])
+    assert caught.value.code == 1
+    printed = capsys.readouterr()
+    last = printed.err.splitlines()[-1]
+    assert last.startswith(f"error: cannot read image {drawn.images}/scene_")
+    assert last.endswith("Replace the file or remove its annotations")
+    assert "Traceback" not in printed.out + printed.err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
