@@ -195,6 +195,9 @@ def _add_test(cfg: CfgNode) -> None:
     test.MASK_SCORING = True
     test.PANOPTIC_SCORE_THRESHOLD = 0.25  # queries below take no part in the panoptic merge
     test.PANOPTIC_OVERLAP_THRESHOLD = 0.8  # share of a segment's own area that must be left
+    # Resize masks to the output before the class maps are summed up: more exact at borders, slower.
+    # False: only where instances or panoptic segments are asked for too.
+    test.RESIZE_BEFORE_SUM = False
     test.TEMPERATURE = 0.06  # of the softmax over sigmoid class scores (panoptic, semantic)
 
 

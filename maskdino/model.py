@@ -37,12 +37,18 @@ class InferenceOptions:
     panoptic_score_threshold: float
     panoptic_overlap_threshold: float
     temperature: float
+    resize_before_sum: bool
     cross_entropy: bool
 
     def class_scores(self, class_logits: Tensor) -> Tensor:
         """(..., K) logits to scores of the real classes."""
         logits = class_logits.float()
         return logits.softmax(-1)[..., :-1] if self.cross_entropy else logits.sigmoid()
+
+    @property
+    def sum_in_output_frame(self) -> bool:
+        """Whether masks are resized to the output before the class maps are summed up."""
+        return self.resize_before_sum or self.instance_on or self.panoptic_on
 
     def class_probs(self, class_logits: Tensor) -> Tensor:
         """(..., K) logits to probabilities of the real classes that compete with each other."""
@@ -230,7 +236,7 @@ class MaskDINO(nn.Module):
                 masks,
                 pixels,
                 frame,
-                sum_in_output_frame=options.instance_on or options.panoptic_on,
+                sum_in_output_frame=options.sum_in_output_frame,
             )
         if options.panoptic_on:
             best = options.class_scores(predictions.class_logits).amax(-1)
@@ -261,12 +267,11 @@ class MaskDINO(nn.Module):
 
 
 def thing_classes(cfg: CfgNode) -> list[bool]:
-    """Which classes are things, by the metadata of the first dataset; all if it says nothing."""
+    """Which classes are things, by the first registered dataset; all if it says nothing."""
     number = cfg.MODEL.MASK_DINO.NUM_CLASSES
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    metadata = (
-        MetadataCatalog.get(names[0]) if names and names[0] in MetadataCatalog.list() else None
-    )
+    known = [name for name in names if name in MetadataCatalog.list()]
+    metadata = MetadataCatalog.get(known[0]) if known else None
     things = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
     stuff = getattr(metadata, "stuff_dataset_id_to_contiguous_id", None)
     if things is None or stuff is None:  # either may be empty
@@ -298,5 +303,6 @@ def inference_options(cfg: CfgNode) -> InferenceOptions:
         panoptic_score_threshold=node.PANOPTIC_SCORE_THRESHOLD,
         panoptic_overlap_threshold=node.PANOPTIC_OVERLAP_THRESHOLD,
         temperature=node.TEMPERATURE,
+        resize_before_sum=node.RESIZE_BEFORE_SUM,
         cross_entropy=cfg.MODEL.MASK_DINO.LOSS.CLASSIFICATION == "cross_entropy",
     )

@@ -308,7 +308,7 @@ class MaskDINOPredictor:
             predictions.mask_embeddings,
             pixels,
             _map_frame(frame, probs.shape[1]),
-            sum_in_output_frame=self.inference.instance_on or self.inference.panoptic_on,
+            sum_in_output_frame=self.inference.sum_in_output_frame,
         )
         # 255 means "ignored" in maps of 8 bits.
         dtype = torch.uint8 if probs.shape[1] <= 255 else torch.int32

@@ -1,9 +1,8 @@
-"""The released Mask DINO models: their tensor names and configuration keys, and what ours are
-called.
+"""The released Mask DINO models: their tensors and configuration keys, and what ours are called.
 
 Ours keep levels in one order, finest first. The released models come in two orders (FEATURE_ORDER),
-which differ
-in the encoder and, reversed, in the decoder; level-wise tensors are put in order here, once.
+which differ in the encoder and, reversed, in the decoder; level-wise tensors are put in order here,
+once.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from maskdino.backbones.convert import is_unused_in_swin, swin_rules
 ENCODER = "sem_seg_head.pixel_decoder."
 DECODER = "sem_seg_head.predictor."
 LAYER = r"layers\.(\d+)\."
+DECODER_HEADS = 8  # of every released model; those of the encoder are in its configuration
 
 # Released name -> ours; the first pattern that matches the whole name counts.
 RENAMES = tuple(
@@ -74,11 +74,11 @@ class ReleasedStructure:
     num_levels: int
     num_features: int
     coarsest_first: bool  # "high2low": the encoder's levels are in the file coarsest first
-    num_heads: int
+    num_heads: int  # of the encoder
 
     @staticmethod
     def from_shapes(shapes: Mapping[str, tuple[int, ...]], num_heads: int = 8) -> ReleasedStructure:
-        """Reads the structure. The number of heads is in no shape; all released models have 8.
+        """Reads the structure; the number of heads is in no shape.
 
         Raises:
             KeyError: a tensor that every released model has is missing.
@@ -89,9 +89,8 @@ class ReleasedStructure:
         projections = [
             shapes[f"{ENCODER}input_proj.{i}.0.weight"] for i in range(shapes[level_embed][0])
         ]
-        features = [
-            shape for shape in projections if shape[2] == 1
-        ]  # further levels are 3 x 3 convolutions
+        # Further levels are 3 x 3 convolutions.
+        features = [shape for shape in projections if shape[2] == 1]
         coarsest_first = len(features) > 1 and features[0][1] > features[-1][1]
         return ReleasedStructure(len(projections), len(features), coarsest_first, num_heads)
 
@@ -129,8 +128,7 @@ def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
 
 
 def our_names(names: Mapping[str, object], structure: ReleasedStructure) -> dict[str, str]:
-    """Our name of each released tensor; tensors that are no weights are left out, several may share
-    one name.
+    """Our name of each released tensor that is a weight; several may share one name.
 
     Raises:
         KeyError: names that no released model has.
@@ -170,9 +168,7 @@ def _renamed(name: str) -> str | None:
 
 
 def _projection(index: int, structure: ReleasedStructure) -> int:
-    """`input_proj` of coarsest-first models begins with the coarsest feature; the extra levels come
-    last in both.
-    """
+    """`input_proj` begins with the coarsest feature or the finest; extra levels come last."""
     if structure.coarsest_first and index < structure.num_features:
         return structure.num_features - 1 - index
     return index
@@ -200,22 +196,18 @@ def convert_weights(state: Mapping[str, Tensor], num_heads: int = 8) -> dict[str
 
 
 def _finest_first(ours: str, tensor: Tensor, structure: ReleasedStructure) -> Tensor:
-    """Reorders levels: the encoder's of coarsest-first models, the decoder's (reversed there) of
-    the others.
-    """
+    """Reverses levels: in the encoder of coarsest-first models, in the decoder of the others."""
     if ours == "encoder.level_embed":
         return tensor.flip(0) if structure.coarsest_first else tensor
     found = LEVEL_WISE.fullmatch(ours)
     if found is None or structure.coarsest_first != (found[1] == "encoder"):
         return tensor
-    by_level = tensor.reshape(
-        structure.num_heads, structure.num_levels, -1
-    )  # (heads, levels, the rest)
+    heads = structure.num_heads if found[1] == "encoder" else DECODER_HEADS
+    by_level = tensor.reshape(heads, structure.num_levels, -1)
     return by_level.flip(1).reshape(tensor.shape)
 
 
-# --- configurations
-# -------------------------------------------------------------------------------------------
+# --- configurations -------------------------------------------------------------------------------
 
 NODE = "MODEL.MASK_DINO."
 # Released key -> our key, or several; values are carried over.
@@ -224,7 +216,6 @@ SAME_VALUE = {
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": f"{NODE}HIDDEN_DIM",
     "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": f"{NODE}ENCODER.FEEDFORWARD_DIM",
     "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": f"{NODE}ENCODER.IN_FEATURES",
-    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": f"{NODE}ENCODER.NUM_HEADS",
     "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS": f"{NODE}ENCODER.NUM_POINTS",
     "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS": f"{NODE}ENCODER.NUM_LEVELS",
     "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": f"{NODE}ENCODER.NUM_LAYERS",
@@ -232,7 +223,7 @@ SAME_VALUE = {
     "MODEL.MaskDINO.SIZE_DIVISIBILITY": f"{NODE}SIZE_DIVISIBILITY",
     "MODEL.MaskDINO.DEC_LAYERS": f"{NODE}DECODER.NUM_LAYERS",
     "MODEL.MaskDINO.DIM_FEEDFORWARD": f"{NODE}DECODER.FEEDFORWARD_DIM",
-    "MODEL.MaskDINO.NHEADS": f"{NODE}DECODER.NUM_HEADS",
+    "MODEL.MaskDINO.NHEADS": f"{NODE}ENCODER.NUM_HEADS",
     "MODEL.MaskDINO.NUM_OBJECT_QUERIES": f"{NODE}QUERY_SELECTION.NUM_QUERIES",
     "MODEL.MaskDINO.TWO_STAGE": f"{NODE}QUERY_SELECTION.ENABLED",
     "MODEL.MaskDINO.DN_NUM": f"{NODE}DENOISING.NUM_QUERIES",
@@ -259,6 +250,7 @@ SAME_VALUE = {
     "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD": f"{NODE}TEST.PANOPTIC_SCORE_THRESHOLD",
     "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD": f"{NODE}TEST.PANOPTIC_OVERLAP_THRESHOLD",
     "MODEL.MaskDINO.TEST.PANO_TEMPERATURE": f"{NODE}TEST.TEMPERATURE",
+    "MODEL.MaskDINO.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": f"{NODE}TEST.RESIZE_BEFORE_SUM",
     "INPUT.MIN_SCALE": "INPUT.LSJ.MIN_SCALE",
     "INPUT.MAX_SCALE": "INPUT.LSJ.MAX_SCALE",
 }
@@ -295,6 +287,19 @@ CONVERTED = {
         "INPUT.LSJ.ENABLED": v.endswith("lsj"),
     },
 }
+# What a released configuration means by leaving a key out, where that is not our default.
+DEFAULTS = {
+    "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 1024,
+    "MODEL.SEM_SEG_HEAD.FEATURE_ORDER": "high2low",
+    "MODEL.MaskDINO.DEC_LAYERS": 6,
+    "MODEL.MaskDINO.NUM_OBJECT_QUERIES": 100,
+    "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "no",
+    "MODEL.MaskDINO.PANO_BOX_LOSS": False,
+    "MODEL.MaskDINO.TEST.INSTANCE_ON": False,
+    "MODEL.MaskDINO.TEST.SEMANTIC_ON": True,
+    "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD": 0.0,
+    "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD": 0.0,
+}
 # Parts that the released code can switch on but no released model has.
 MUST_BE = {
     "MODEL.MaskDINO.LEARN_TGT": False,
@@ -320,7 +325,7 @@ def convert_config(released: Mapping[str, object], cfg: CfgNode) -> list[str]:
         ValueError: the configuration asks for a part that this project does not have.
     """
     left_out = []
-    flat = flatten(released)
+    flat = DEFAULTS | flatten(released)
     # Keys that the conversion sets last, so that they win over those that only carry a value.
     for key, value in sorted(flat.items(), key=lambda item: item[0] in CONVERTED):
         if key in MUST_BE:
@@ -337,8 +342,12 @@ def convert_config(released: Mapping[str, object], cfg: CfgNode) -> list[str]:
             set_value(cfg, key, value)
         else:
             left_out.append(key)
+    node = cfg.MODEL.MASK_DINO
     # The released matcher is never told of decoupled boxes.
-    cfg.MODEL.MASK_DINO.MATCHER.DECOUPLE_STUFF_BOXES = False
+    node.MATCHER.DECOUPLE_STUFF_BOXES = False
+    # Cross-entropy is for models that do semantic segmentation and nothing beside it.
+    if node.TEST.PANOPTIC_ON or not node.TEST.SEMANTIC_ON:
+        node.LOSS.CLASSIFICATION = "focal"
     return left_out
 
 

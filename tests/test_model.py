@@ -283,6 +283,9 @@ def test_things_come_from_the_metadata() -> None:
         cfg.DATASETS.TRAIN = (name,)
         assert thing_classes(cfg) == [True, False, False, True, False]
         assert MaskDINO(cfg).is_thing.tolist() == [True, False, False, True, False]
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("never_registered",), (name,)
+        assert thing_classes(cfg) == [True, False, False, True, False]
+        cfg.DATASETS.TEST = ()
     finally:
         MetadataCatalog.remove(name)
     cfg.DATASETS.TRAIN = ("never_registered",)
@@ -295,3 +298,15 @@ def test_state_dict_has_one_name_for_each_parameter() -> None:
     parameters = [x for x in state.values() if isinstance(x, torch.nn.Parameter)]
     assert len({id(x) for x in parameters}) == len(parameters)
     assert not any(name.startswith(("pixel_mean", "is_thing", "criterion")) for name in state)
+
+
+def test_masks_can_be_resized_before_class_maps_are_summed_up() -> None:
+    image = drawn_batch([SIZE], [1])[0] | {"height": 2 * SIZE[0], "width": 3 * SIZE[1]}
+    maps = []
+    for instance_on, before in ((False, False), (False, True), (True, False)):
+        torch.manual_seed(0)
+        tests = {"TEST__SEMANTIC_ON": True, "TEST__INSTANCE_ON": instance_on}
+        model = tiny_model(**tests, TEST__RESIZE_BEFORE_SUM=before).eval()
+        maps.append(model([image])[0]["sem_seg"])
+    assert (maps[1] - maps[0]).abs().amax() > 1e-4
+    torch.testing.assert_close(maps[1], maps[2])

@@ -54,10 +54,10 @@ class PredictionHeads(nn.Module):
         normed = self.norm(content)
         return self.class_head(normed), None if self.mask_head is None else self.mask_head(normed)
 
-    def boxes(self, content: Tensor, anchor_logits: Tensor) -> Tensor:
-        """Content (..., C) and logits of the anchors (..., 4) it refines to boxes (..., 4)."""
-        return (self.box_head(content).float() + anchor_logits).sigmoid()
+    def box_logits(self, content: Tensor, anchor_logits: Tensor) -> Tensor:
+        """Content (..., C) and logits of the anchors (..., 4) it refines to logits of boxes."""
+        return self.box_head(content).float() + anchor_logits
 
     def refine(self, content: Tensor, anchors: Tensor) -> Tensor:
-        """As `boxes`, from anchors (..., 4) in [0, 1]."""
-        return self.boxes(content, inverse_sigmoid(anchors))
+        """Content (..., C) and anchors (..., 4) in [0, 1] to boxes (..., 4) in [0, 1]."""
+        return self.box_logits(content, inverse_sigmoid(anchors)).sigmoid()

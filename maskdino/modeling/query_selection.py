@@ -83,20 +83,20 @@ class UnifiedQuerySelection(nn.Module):
         chosen = memory.tokens.gather(1, index[..., None].expand(-1, -1, memory.tokens.shape[2]))
         content = self._candidates(chosen, valid[index][..., None])
         class_logits, embeddings = heads.classes_and_masks(content)
-        predictions = Predictions(class_logits, heads.boxes(content, proposals[index]), embeddings)
-        return Queries(
-            content.detach(), self._anchor_logits(predictions, pixel_embedding)
-        ), predictions
+        box_logits = heads.box_logits(content, proposals[index])
+        anchor_logits = box_logits.detach()
+        if self.mask_enhanced_anchors != "none":
+            anchor_logits = self._anchor_logits(embeddings, pixel_embedding)
+        predictions = Predictions(class_logits, box_logits.sigmoid(), embeddings)
+        return Queries(content.detach(), anchor_logits), predictions
 
     def _candidates(self, tokens: Tensor, valid: Tensor) -> Tensor:
         return self.output_norm(self.output(tokens * valid))
 
     @torch.no_grad()
-    def _anchor_logits(self, predictions: Predictions, pixel_embedding: Tensor | None) -> Tensor:
+    def _anchor_logits(self, mask_embeddings: Tensor, pixel_embedding: Tensor) -> Tensor:
         """Mask-enhanced anchor boxes: those of the predicted masks, (B, Q, 4) as logits."""
-        if self.mask_enhanced_anchors == "none":
-            return inverse_sigmoid(predictions.boxes)
-        masks = mask_logits(predictions.mask_embeddings, pixel_embedding) > 0
+        masks = mask_logits(mask_embeddings, pixel_embedding) > 0
         height, width = masks.shape[-2:]
         boxes = xyxy_to_cxcywh(
             masks_to_boxes(masks, inclusive=self.mask_enhanced_anchors == "mask2box")

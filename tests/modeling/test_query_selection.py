@@ -131,7 +131,22 @@ def test_without_masks_anchors_are_boxes() -> None:
     selection, heads, memory, _ = selection_of(MASK_ON=False)
     queries, predictions = selection(memory, None, heads)
     assert predictions.mask_embeddings is None
-    torch.testing.assert_close(queries.anchor_logits.sigmoid(), predictions.boxes.detach())
+    # Exactly: the logits themselves, not those of rounded or clamped boxes.
+    assert torch.equal(queries.anchor_logits.sigmoid(), predictions.boxes.detach())
+
+
+def test_tokens_at_the_border_give_whole_boxes() -> None:
+    """With more queries than valid tokens, invalid ones are taken; their logits are infinite."""
+    selection, heads, memory, _ = selection_of(MASK_ON=False, QUERY_SELECTION__NUM_QUERIES=100)
+    with torch.no_grad():
+        proposals = torch.full((60, 4), 0.3)
+        proposals[7] = float("inf")
+    selection_logits = "maskdino.modeling.query_selection.proposal_logits"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection_logits, lambda *_: proposals)
+        queries, predictions = selection(memory, None, heads)
+    assert int((queries.anchor_logits == float("inf")).all(-1).sum()) == 2  # one of each image
+    assert int((predictions.boxes == 1).all(-1).sum()) == 2
 
 
 def test_learned_queries_are_equal_for_all_images_and_learn() -> None:

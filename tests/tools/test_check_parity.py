@@ -63,3 +63,26 @@ def test_relative_error(tool: ModuleType) -> None:
 )
 def test_names_of_losses(ours: str, released: str, tool: ModuleType) -> None:
     assert tool.released_loss_name(ours) == released
+
+
+def test_layers_count_from_zero_where_the_initial_prediction_is_not_supervised(
+    tool: ModuleType,
+) -> None:
+    assert tool.released_loss_name("loss_l1_layer1", first_layer=1) == "loss/loss_bbox_0"
+    assert tool.released_loss_name("loss_l1_denoising_layer2", 1) == "loss/loss_bbox_dn_1"
+
+
+def test_instances_are_put_in_order(tool: ModuleType) -> None:
+    def of_image(*rows: tuple[float, int]) -> dict[str, np.ndarray]:
+        boxes = np.array([[x, 0.0, x + 1.0, 1.0] for x, _ in rows]).reshape(-1, 4)
+        classes = np.array([label for _, label in rows], np.int64)
+        return {"result/0/instances/boxes": boxes, "result/0/instances/classes": classes}
+
+    expected, computed = of_image((0, 1), (0, 2), (5, 1)), of_image((5, 1), (0, 2), (0, 1))
+    tool.align_instances(computed, expected, 0)
+    for name, value in expected.items():
+        assert np.array_equal(computed[name], value)
+    nothing = of_image()
+    tool.align_instances(nothing, of_image(), 0)
+    tool.align_instances({}, expected, 0)
+    assert len(nothing["result/0/instances/boxes"]) == 0
