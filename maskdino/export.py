@@ -38,6 +38,7 @@ MASK_SIZES = ("full", "quarter")
 COARSEST_STRIDE = 32  # of backbones: sizes that vary are multiples of it
 LARGEST_SIZE = 4096  # pixels of a side that varies
 LARGEST_BATCH = 64
+DEFERRED_CHECKS = "prefer_deferred_runtime_asserts_over_guards"  # of newer torch.export.export
 PLUGIN, PLUGIN_DOMAIN = "MultiscaleDeformableAttnPlugin_TRT", "TRT"
 FIRST_OPSET = 16  # the first with bilinear sampling (GridSample)
 
@@ -161,12 +162,12 @@ def trace(network: ExportableNetwork) -> torch.export.ExportedProgram:
     """Exports to PyTorch's own form: any batch size, and the sizes of the network's options.
 
     Raises:
-        RuntimeError: this PyTorch cannot trace a program for any size.
+        RuntimeError: this PyTorch can trace no program for any size, nor one with the plugin.
     """
     options, model = network.options, network.model
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     axes = {0: batch}
-    extra = {}
+    extra = _deferred_checks() if options.size is None or options.plugin else {}
     if options.size is None:
         unit, least = size_unit(model), smallest_size(model)
         height, width = (
@@ -174,7 +175,6 @@ def trace(network: ExportableNetwork) -> torch.export.ExportedProgram:
             for name in ("height_units", "width_units")
         )
         axes |= {2: unit * height, 3: unit * width}
-        extra = _deferred_checks()
         # Sides that differ are not taken for one.
         size = (least + unit, least + 2 * unit)
     else:
@@ -188,15 +188,19 @@ def trace(network: ExportableNetwork) -> torch.export.ExportedProgram:
         return torch.export.export(network, arguments, dynamic_shapes=shapes, strict=False, **extra)
 
 
+def traces_any_size() -> bool:
+    """Whether this PyTorch can trace programs for any size, and for TensorRT."""
+    return DEFERRED_CHECKS in inspect.signature(torch.export.export).parameters
+
+
 def _deferred_checks() -> dict[str, bool]:
     """Relations between sizes that only the running program can check are checked there."""
-    name = "prefer_deferred_runtime_asserts_over_guards"
-    if name not in inspect.signature(torch.export.export).parameters:
+    if not traces_any_size():
         raise RuntimeError(
-            f"PyTorch {torch.__version__} cannot export a program for any size: give a size, or "
-            "use a newer PyTorch"
+            f"PyTorch {torch.__version__} can export neither a program for any size nor one for "
+            "TensorRT: give a size, or use a newer PyTorch"
         )
-    return {name: True}
+    return {DEFERRED_CHECKS: True}
 
 
 def to_onnx(

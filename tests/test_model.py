@@ -223,6 +223,7 @@ def test_one_step_in_bfloat16() -> None:
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} is not trained in mixed precision"
         assert parameter.grad.isfinite().all(), name
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = infer(model, drawn_batch([SIZE], [0]))[0]["instances"]

@@ -79,6 +79,10 @@ class UnifiedQuerySelection(nn.Module):
             candidates = self._candidates(memory.tokens, valid[:, None])
             scores = heads.class_head(candidates).amax(-1)  # (B, S)
             index = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices  # (B, Q)
+        if not torch.compiler.is_compiling():
+            # Up to some release, PyTorch would give the weights that autocast has just converted
+            # without gradient to the pass with gradient too, and they would not be trained.
+            torch.clear_autocast_cache()
         # Only the selected tokens are supervised: their heads are computed again, with gradient.
         chosen = memory.tokens.gather(1, index[..., None].expand(-1, -1, memory.tokens.shape[2]))
         content = self._candidates(chosen, valid[index][..., None])

@@ -37,7 +37,8 @@ def emulated(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> obje
     library = tmp_path_factory.mktemp("emulated") / "emulated.so"
     folder = repository / "tests" / "ops" / "emulated_cuda"
     includes = [folder, repository / "csrc", *cpp_extension.include_paths()]
-    command = [compiler, "-shared", "-fPIC", "-O1", "-std=c++20", str(folder / "emulated.cpp")]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-std=c++20", abi, str(folder / "emulated.cpp")]
     command += [f"-I{path}" for path in includes] + ["-o", str(library)]
     command += [f"-L{cpp_extension.TORCH_LIB_PATH}", "-lc10", "-ltorch", "-ltorch_cpu"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
