@@ -179,8 +179,10 @@ def average_precision(
     kept = ("image_id", "category_id", "score", geometry)
     # Size classes (small, medium, large) come from the box in one task, the mask in the other.
     predictions = [{key: record[key] for key in kept} for record in records]
+    ground_truth = copy.deepcopy(ground_truth)  # both libraries add to it
+    _number_images(ground_truth["images"], ground_truth["annotations"], predictions)
     if fast:
-        api = faster_coco_eval.COCO(copy.deepcopy(ground_truth))
+        api = faster_coco_eval.COCO(ground_truth)
         evaluation = faster_coco_eval.COCOeval_faster(api, api.loadRes(predictions), iouType=task)
         _run(evaluation)
     else:
@@ -189,12 +191,23 @@ def average_precision(
 
         with contextlib.redirect_stdout(io.StringIO()):
             api = COCO()
-            api.dataset = copy.deepcopy(ground_truth)
+            api.dataset = ground_truth
             api.createIndex()
             evaluation = COCOeval(api, api.loadRes(predictions), task)
             _run(evaluation)
     stats = [100.0 * value if value >= 0 else float("nan") for value in evaluation.stats[:6]]
     return [float(s) for s in stats], evaluation.eval["precision"], list(evaluation.params.catIds)
+
+
+def _number_images(images: list[dict], annotations: list[dict], predictions: list[dict]) -> None:
+    """Gives numbers to images whose ids are names, as faster-coco-eval wants them (in place)."""
+    if all(isinstance(image["id"], int) for image in images):
+        return
+    numbers = {image["id"]: number for number, image in enumerate(images, start=1)}
+    for image in images:
+        image["id"] = numbers[image["id"]]
+    for entry in (*annotations, *predictions):
+        entry["image_id"] = numbers[entry["image_id"]]
 
 
 def _run(evaluation: object) -> None:

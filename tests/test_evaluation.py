@@ -217,3 +217,24 @@ def test_unknown_type_and_nothing_to_evaluate(typed_dataset: Callable[[str | Non
         build_evaluator(load_config(), typed_dataset(None))
     with pytest.raises(ValueError, match=r"serves semantic, the model does \['instance'\]"):
         build_evaluator(load_config(), typed_dataset("sem_seg"))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_image_ids_may_be_names(fast: bool, repository: Path) -> None:
+    """As ADE20K's; "007" and "7" are different images."""
+    path = repository / "datasets" / "nuclei" / "annotations" / "instances_val.json"
+    ground_truth = json.loads(path.read_text())
+    for annotation in ground_truth["annotations"]:
+        annotation.setdefault("iscrowd", 0)
+    ground_truth.setdefault("info", {})
+    records = jittered_results(ground_truth, np.random.default_rng(0))
+    expected = average_precision(ground_truth, records, "segm", fast=fast)
+    images = ground_truth["images"]
+    names = {image["id"]: "0" * number + "7" for number, image in enumerate(images)}
+    for image in images:
+        image["id"] = names[image["id"]]
+    for entry in (*ground_truth["annotations"], *records):
+        entry["image_id"] = names[entry["image_id"]]
+    found = average_precision(ground_truth, records, "segm", fast=fast)
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-9)
+    assert images[3]["id"] == "0007" and records[0]["image_id"] in names.values()
