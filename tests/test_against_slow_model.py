@@ -53,7 +53,7 @@ MIXED_PANOPTIC = Variant(
         LEVELS: 3,
         ANCHORS: "bitmask",
         "MaskDINO.DN": "standard",
-        "MaskDINO.TEST.OVERLAP_THRESHOLD": 0.5,
+        "MaskDINO.TEST.OVERLAP_THRESHOLD": 0.3,
     },
     labels=((4, 100, 32), (121, 2, 8, 121, 91)),
     things=tuple(label for label in range(133) if label % 4),
@@ -121,7 +121,12 @@ EXOTIC = (
         HIGH2LOW | {LEVELS: 3, ANCHORS: "no", "MaskDINO.NUM_OBJECT_QUERIES": 300},
         size=(32, 416),
     ),
-    Variant("swin_5_levels_high2low_proposals_at_the_border", "swin", HIGH2LOW, size=(32, 224)),
+    Variant(
+        "swin_5_levels_high2low_every_token_a_query",
+        "swin",
+        HIGH2LOW | {"MaskDINO.NUM_OBJECT_QUERIES": 599},
+        size=(32, 224),
+    ),
     Variant(
         "cross_entropy_with_query_selection_low2high_4_levels",
         "semantic_ce",
