@@ -1,9 +1,11 @@
 """Which evaluators a dataset gets: one table from its type and the model's tasks."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -51,12 +53,43 @@ def _semantic(request: _Request) -> DatasetEvaluator:
     return SemanticEvaluator(request.dataset_name, request.output_folder)
 
 
+@contextmanager
+def _numpy_in1d() -> Iterator[None]:
+    """Gives NumPy its function `in1d`, which cityscapesscripts 2.3 calls and NumPy 2.4 removed."""
+    if hasattr(np, "in1d"):
+        yield
+        return
+    np.in1d = np.isin
+    try:
+        yield
+    finally:
+        del np.in1d
+
+
+class CityscapesInstances(CityscapesInstanceEvaluator):
+    """Detectron2's evaluator of instances, with any NumPy."""
+
+    def evaluate(self) -> dict | None:
+        """See detectron2's."""
+        with _numpy_in1d():
+            return super().evaluate()
+
+
+class CityscapesClasses(CityscapesSemSegEvaluator):
+    """Detectron2's evaluator of semantic maps, with any NumPy."""
+
+    def evaluate(self) -> dict | None:
+        """See detectron2's."""
+        with _numpy_in1d():
+            return super().evaluate()
+
+
 def _cityscapes_instance(request: _Request) -> DatasetEvaluator:
-    return CityscapesInstanceEvaluator(request.dataset_name)
+    return CityscapesInstances(request.dataset_name)
 
 
 def _cityscapes_semantic(request: _Request) -> DatasetEvaluator:
-    return CityscapesSemSegEvaluator(request.dataset_name)
+    return CityscapesClasses(request.dataset_name)
 
 
 _Builder = Callable[[_Request], DatasetEvaluator]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from types import ModuleType
 
@@ -131,13 +132,18 @@ def test_faults_stop_the_run_or_are_left_out(tool: ModuleType, tmp_path: Path) -
 
 
 def test_picture_damaged_after_the_check(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A process that loads data meets it; its traceback, and that of the training, are no help."""
     drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
     tool.prepare(tool.parse_arguments(words(drawn, out, "DATALOADER.NUM_WORKERS", 1)))
     for path in drawn.images.iterdir():
         path.write_bytes(path.read_bytes()[:200])
+    # Loggers that earlier tests left behind may write to their closed streams, and tell of that.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     with pytest.raises(SystemExit) as caught:
         tool.main(["--output", str(out), "--resume"])
     assert caught.value.code == 1
@@ -145,7 +151,7 @@ def test_picture_damaged_after_the_check(
     last = printed.err.splitlines()[-1]
     assert last.startswith(f"error: cannot read image {drawn.images}/scene_")
     assert last.endswith("Replace the file or remove its annotations")
-    assert "DataError" not in printed.out + printed.err  # as a traceback would tell
+    assert "Traceback" not in printed.out + printed.err
 
 
 @pytest.mark.parametrize(
