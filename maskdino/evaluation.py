@@ -1,9 +1,10 @@
 """Which evaluators a dataset gets: one table from its type and the model's tasks."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -53,25 +54,19 @@ def _semantic(request: _Request) -> DatasetEvaluator:
     return SemanticEvaluator(request.dataset_name, request.output_folder)
 
 
-@contextmanager
-def _numpy_in1d() -> Iterator[None]:
+def _with_in1d() -> AbstractContextManager:
     """Gives NumPy its function `in1d`, which cityscapesscripts 2.3 calls and NumPy 2.4 removed."""
-    if hasattr(np, "in1d"):
-        yield
-        return
-    np.in1d = np.isin
-    try:
-        yield
-    finally:
-        del np.in1d
+    return mock.patch.object(np, "in1d", np.isin, create=True)
 
 
 class CityscapesInstances(CityscapesInstanceEvaluator):
     """Detectron2's evaluator of instances, with any NumPy."""
 
     def evaluate(self) -> dict | None:
-        """See detectron2's."""
-        with _numpy_in1d():
+        """See detectron2's; leaves no file `matches.json` in the current folder."""
+        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as scripts
+
+        with _with_in1d(), mock.patch.object(scripts, "writeDict2JSON", lambda *_: None):
             return super().evaluate()
 
 
@@ -80,7 +75,7 @@ class CityscapesClasses(CityscapesSemSegEvaluator):
 
     def evaluate(self) -> dict | None:
         """See detectron2's."""
-        with _numpy_in1d():
+        with _with_in1d():
             return super().evaluate()
 
 

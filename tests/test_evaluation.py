@@ -16,7 +16,7 @@ from pycocotools import mask as mask_util
 from maskdino import coco_evaluation
 from maskdino.coco_evaluation import COCOInstanceEvaluator, average_precision
 from maskdino.config import load_config
-from maskdino.evaluation import _numpy_in1d, build_evaluator
+from maskdino.evaluation import _with_in1d, build_evaluator
 
 SIZE = (40, 60)
 # Category ids as users have them: neither from 0, nor dense, nor in order.
@@ -244,7 +244,7 @@ def test_cityscapes_scripts_find_the_function_that_numpy_removed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(np, "in1d", raising=False)
-    with _numpy_in1d():
+    with _with_in1d():
         found = np.in1d(np.array([3, 5, 7]), [7, 3], invert=True)
     assert found.tolist() == [False, True, False]
     assert not hasattr(np, "in1d")
