@@ -15,7 +15,8 @@ single choices, as which of two equal queries comes first, or whether a pixel be
 wrong program differs everywhere.) TensorRT's plugin runs only there: of that variant the traced
 program is compared, and the graph is checked.
 
-The batch size always varies, and so do height and width (multiples of 32) without --size.
+The batch size always varies, and so do height and width (multiples of 32) without --size, which
+backbones with windows (Swin) make a matter of patience.
 """
 
 from __future__ import annotations
@@ -295,6 +296,11 @@ def run(args: argparse.Namespace) -> None:
     options = ExportOptions(
         args.outputs, args.mask_size, args.size and tuple(args.size), args.format == "tensorrt"
     )
+    if options.size is None and any(hasattr(m, "window_size") for m in model.modules()):
+        print(
+            "this backbone attends in windows: to trace it for any size takes PyTorch a quarter of "
+            "an hour and more; --size HEIGHT WIDTH is a matter of minutes"
+        )
     sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     batches = picture_batches(args.images, model, options, sizes, cfg.INPUT.FORMAT)
     traced, network, content = export(model, options, args.format, args.opset, cfg.dump())
