@@ -3,7 +3,7 @@
 
     python tools/export_model.py --config-file F --images photos/*.jpg --output maskdino.onnx \\
         --opts MODEL.WEIGHTS W
-    ... --size 800 1344 --output fixed.onnx               # one canvas only, faster
+    ... --size 800 1344 --output fixed.onnx               # one canvas only, exported sooner
     ... --outputs instance --output instances.onnx        # with post-processing
     ... --format torch --output maskdino.pt2
     ... --format tensorrt --size 800 1344 --output tensorrt.onnx
