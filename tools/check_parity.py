@@ -125,7 +125,11 @@ class Case:
                     torch.bincount(classes, minlength=len(result["sem_seg"])),
                 )
             if "panoptic_seg" in result:
-                yield f"result/{i}/panoptic_seg", result["panoptic_seg"][0]
+                ids, segments = result["panoptic_seg"]
+                yield f"result/{i}/panoptic_seg", ids
+                keys = ("id", "category_id", "isthing")
+                rows = [[int(segment[key]) for key in keys] for segment in segments]
+                yield f"result/{i}/panoptic_segments", torch.tensor(rows).reshape(-1, len(keys))
 
     def losses(self) -> dict[str, Tensor]:
         """Weighted losses under released names, with every random point replaced by the case's."""
@@ -193,13 +197,21 @@ def relative_error(ours: np.ndarray, expected: np.ndarray) -> float:
 
 
 def pooled(ours: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Means over blocks of pixels, where the case kept only these of (K, height, width)."""
-    if ours.ndim == 3 and ours.shape[1:] != expected.shape[1:]:
-        block = tuple(
-            have // want for have, want in zip(ours.shape[1:], expected.shape[1:], strict=True)
-        )
-        return F.avg_pool2d(torch.from_numpy(ours)[None], block)[0].numpy()
-    return ours
+    """What a case may have kept of a map: means over blocks of (K, height, width) values.
+
+    Of (height, width) segments, which have no mean, it is the upper left pixel of each block.
+    """
+    if (
+        ours.ndim not in (2, 3)
+        or ours.ndim != expected.ndim
+        or ours.shape[-1] == expected.shape[-1]
+    ):
+        return ours
+    sizes = zip(ours.shape[-2:], expected.shape[-2:], strict=True)
+    block = tuple(max(1, have // max(1, want)) for have, want in sizes)
+    if ours.ndim == 2:
+        return ours[:: block[0], :: block[1]]
+    return F.avg_pool2d(torch.from_numpy(ours)[None], block)[0].numpy()
 
 
 def align_instances(

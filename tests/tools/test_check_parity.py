@@ -86,3 +86,13 @@ def test_instances_are_put_in_order(tool: ModuleType) -> None:
     tool.align_instances(nothing, of_image(), 0)
     tool.align_instances({}, expected, 0)
     assert len(nothing["result/0/instances/boxes"]) == 0
+
+
+def test_maps_that_a_case_kept_in_part(tool: ModuleType) -> None:
+    values = np.arange(32.0, dtype=np.float32).reshape(2, 4, 4)
+    kept = values.reshape(2, 2, 2, 2, 2).mean((2, 4))
+    assert np.array_equal(tool.pooled(values, kept), kept)
+    assert np.array_equal(tool.pooled(values, values), values)
+    segments = np.arange(16).reshape(4, 4)
+    assert np.array_equal(tool.pooled(segments, segments[::2, ::2]), segments[::2, ::2])
+    assert np.array_equal(tool.pooled(segments, segments), segments)
