@@ -105,8 +105,9 @@ def _cpu_process(
     machine_rank: int,
     url: str,
 ) -> None:
-    # All cores for each process would make them wait for one another.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    if "OMP_NUM_THREADS" not in os.environ:
+        # All cores for each process would make them wait for one another.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     torch.distributed.init_process_group(
         "gloo",
         init_method=url,
