@@ -13,6 +13,7 @@ from tests.conftest import REPOSITORY
 README = (REPOSITORY / "README.md").read_text()
 SYMBOLS = re.findall(r"`([\w/]+\.py)::([\w.]+)`", README)
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 COMMANDS = re.findall(r"(?:^|\s)((?:tools|demo)/\w+\.(?:py|sh))([^\n#]*)", BLOCKS)
 
 
@@ -46,6 +47,28 @@ def test_command_and_its_options_exist(file: str, words: str) -> None:
         assert option == "--help" or f'"{option}"' in source or option == "--nproc-per-node"
     for config in re.findall(r"configs/[\w/]+\.yaml", words):
         assert (REPOSITORY / config).is_file()
+
+
+def bare(source: str) -> str:
+    """Code without docstrings and annotations, and without imports that only these need."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            del node.body[0]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+            for argument in node.args.args:
+                argument.annotation = None
+        if isinstance(node, ast.ImportFrom):
+            node.names = [name for name in node.names if name.name != "CfgNode"]
+    return ast.unparse(tree)
+
+
+def test_script_with_detectron2s_trainer_is_the_one_that_is_tested() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    shown = next(block for block in blocks if "DefaultTrainer" in block)
+    tested = REPOSITORY / "tools" / "train_plain_detectron2.py"
+    assert bare(shown) == bare(tested.read_text())
 
 
 def test_links_lead_somewhere() -> None:
