@@ -95,18 +95,22 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
             self.logger.info(
                 "%s is a released Mask DINO checkpoint: its tensors are renamed", filename
             )
-            self._check_proposals(filename, data["model"])
+            self._follow_released(filename, data["model"])
             data = {"model": convert_weights(data["model"])}
         return data
 
-    def _check_proposals(self, filename: str, state: Mapping[str, Tensor]) -> None:
-        """Which level has the largest proposals is in no tensor, but in the order of the levels.
+    def _follow_released(self, filename: str, state: Mapping[str, Tensor]) -> None:
+        """Sets what the file's model does, but no tensor of it says.
 
-        A model that is evaluated follows the file. One that is trained keeps to its configuration,
-        which is all that will tell how its checkpoints are to be read.
+        Which level has the largest proposals follows from the order of the levels; empty masks give
+        anchors in the corner in all of them. A model that is evaluated follows the file. One that
+        is trained keeps to its configuration, which is all that will tell how its checkpoints are
+        to be read.
         """
         structure = ReleasedStructure.from_shapes({k: tuple(x.shape) for k, x in state.items()})
         selection = getattr(self.model, "query_selection", None)
+        if self.require_all and hasattr(selection, "empty_masks"):
+            selection.empty_masks = "corner"
         ours = getattr(selection, "coarsest_largest", structure.coarsest_first)
         if ours == structure.coarsest_first:
             return

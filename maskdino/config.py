@@ -111,6 +111,9 @@ def _add_model(cfg: CfgNode) -> None:
     # Initial anchors: "mask2box" or "bitmask" (boxes of the predicted masks; the last foreground
     # pixel is the border, or lies inside), or "none" (the predicted boxes).
     selection.MASK_ENHANCED_ANCHORS = "mask2box"
+    # Anchor of a query whose mask is empty, as those of a new mask branch often are: "box" (the
+    # predicted box), or "corner" (of the image, without size, as in the released models).
+    selection.EMPTY_MASKS = "box"
     # Level with the largest proposals: "coarsest", or "finest" as in the released models trained
     # finest level first.
     selection.LARGEST_PROPOSALS = "coarsest"

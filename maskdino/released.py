@@ -108,6 +108,7 @@ class ReleasedStructure:
             f"{node}DECODER.NUM_LAYERS": _count(shapes, decoder),
             f"{node}DECODER.FEEDFORWARD_DIM": shapes[f"{decoder}0.linear1.weight"][0],
             f"{node}QUERY_SELECTION.ENABLED": f"{DECODER}enc_output.weight" in shapes,
+            f"{node}QUERY_SELECTION.EMPTY_MASKS": "corner",
             f"{node}QUERY_SELECTION.LARGEST_PROPOSALS": "coarsest"
             if self.coarsest_first
             else "finest",
@@ -343,6 +344,7 @@ def convert_config(released: Mapping[str, object], cfg: CfgNode) -> list[str]:
         else:
             left_out.append(key)
     node = cfg.MODEL.MASK_DINO
+    node.QUERY_SELECTION.EMPTY_MASKS = "corner"
     # The released matcher is never told of decoupled boxes.
     node.MATCHER.DECOUPLE_STUFF_BOXES = False
     # Cross-entropy is for models that do semantic segmentation and nothing beside it.

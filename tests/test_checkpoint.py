@@ -221,12 +221,15 @@ def test_released_files_say_where_proposals_disagree(
     assert cfg.MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS == "finest"
     MaskDINOCheckpointer(MaskDINO(cfg), require_all=evaluated).load(str(path))
     assert "LARGEST_PROPOSALS" not in caplog.text
+    assert cfg.MODEL.MASK_DINO.QUERY_SELECTION.EMPTY_MASKS == "corner"
     cfg.MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS = "coarsest"
+    cfg.MODEL.MASK_DINO.QUERY_SELECTION.EMPTY_MASKS = "box"
     model = MaskDINO(cfg)
     with caplog.at_level(logging.WARNING):
         MaskDINOCheckpointer(model, require_all=evaluated).load(str(path))
     assert 'LARGEST_PROPOSALS "finest"' in caplog.text
     assert model.query_selection.coarsest_largest != evaluated
+    assert model.query_selection.empty_masks == ("corner" if evaluated else "box")
 
 
 def test_arrays_of_half_precision_and_scalars_are_read(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 RELEASE = "https://github.com/IDEA-Research/detrex-storage/releases/download/maskdino-v0.1.0/"
+# All place a query with an empty mask into the corner of the image.
+_CORNER = ("MODEL.MASK_DINO.QUERY_SELECTION.EMPTY_MASKS", "corner")
 # These models give the finest level the largest proposals, and their weights depend on it.
 _FINEST = ("MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS", "finest")
 
@@ -36,7 +38,7 @@ class ReleasedModel:
 
 
 def _released(config: str, file: str, *overrides: str, **results: float) -> ReleasedModel:
-    return ReleasedModel(config, file, MappingProxyType(results), overrides)
+    return ReleasedModel(config, file, MappingProxyType(results), (*_CORNER, *overrides))
 
 
 RELEASED = (

@@ -33,15 +33,18 @@ class UnifiedQuerySelection(nn.Module):
         hidden_dim: int,
         num_queries: int,
         mask_enhanced_anchors: str,
+        empty_masks: str,
         largest_proposals: str,
     ) -> None:
         super().__init__()
+        _check_choice("EMPTY_MASKS", empty_masks, ("box", "corner"))
         _check_choice(
             "MASK_ENHANCED_ANCHORS", mask_enhanced_anchors, ("mask2box", "bitmask", "none")
         )
         _check_choice("LARGEST_PROPOSALS", largest_proposals, ("coarsest", "finest"))
         self.num_queries = num_queries
         self.mask_enhanced_anchors = mask_enhanced_anchors
+        self.empty_masks = empty_masks
         self.coarsest_largest = largest_proposals == "coarsest"
         self.output = nn.Linear(hidden_dim, hidden_dim)
         self.output_norm = nn.LayerNorm(hidden_dim)
@@ -55,6 +58,7 @@ class UnifiedQuerySelection(nn.Module):
             "mask_enhanced_anchors": node.QUERY_SELECTION.MASK_ENHANCED_ANCHORS
             if node.MASK_ON
             else "none",
+            "empty_masks": node.QUERY_SELECTION.EMPTY_MASKS,
             "largest_proposals": node.QUERY_SELECTION.LARGEST_PROPOSALS,
         }
 
@@ -90,7 +94,7 @@ class UnifiedQuerySelection(nn.Module):
         box_logits = heads.box_logits(content, proposals[index])
         anchor_logits = box_logits.detach()
         if self.mask_enhanced_anchors != "none":
-            anchor_logits = self._anchor_logits(embeddings, pixel_embedding)
+            anchor_logits = self._mask_anchors(embeddings, pixel_embedding, anchor_logits)
         predictions = Predictions(class_logits, box_logits.sigmoid(), embeddings)
         return Queries(content.detach(), anchor_logits), predictions
 
@@ -98,7 +102,9 @@ class UnifiedQuerySelection(nn.Module):
         return self.output_norm(self.output(tokens * valid))
 
     @torch.no_grad()
-    def _anchor_logits(self, mask_embeddings: Tensor, pixel_embedding: Tensor) -> Tensor:
+    def _mask_anchors(
+        self, mask_embeddings: Tensor, pixel_embedding: Tensor, predicted: Tensor
+    ) -> Tensor:
         """Mask-enhanced anchor boxes: those of the predicted masks, (B, Q, 4) as logits."""
         masks = mask_logits(mask_embeddings, pixel_embedding) > 0
         height, width = masks.shape[-2:]
@@ -107,7 +113,10 @@ class UnifiedQuerySelection(nn.Module):
         )
         # Filled on the device: nothing is copied, and exported programs keep the size variable.
         sizes = torch.cat([boxes.new_full((1,), side) for side in (width, height, width, height)])
-        return inverse_sigmoid(boxes / sizes)
+        anchor_logits = inverse_sigmoid(boxes / sizes)
+        if self.empty_masks == "corner":
+            return anchor_logits
+        return torch.where(masks.flatten(2).any(-1, keepdim=True), anchor_logits, predicted)
 
 
 class LearnedQueries(nn.Module):
