@@ -69,6 +69,11 @@ class EvaluatedImages(ABC):
         self.threshold = threshold
         self.categories = Categories.from_metadata(metadata, len(names))
         self.labels = {number: label for label, number in enumerate(self.categories.dataset_ids)}
+        self.read()
+
+    @abstractmethod
+    def read(self) -> None:
+        """Reads what the evaluator of the task left."""
 
     @abstractmethod
     def score(self, record: dict) -> float:
@@ -120,19 +125,17 @@ class InstanceImages(EvaluatedImages):
 
     task = "instance"
 
-    def __init__(
-        self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
-    ) -> None:
-        super().__init__(metadata, records, folder, threshold)
-        self.measure = f"F1 of each image (IoU from 0.5, scores from {threshold:g})"
-        path = metadata.get("json_file") or folder / CONVERTED_FILE.format(metadata.name)
-        self.ground_truth = read_annotations(str(path))
-        self.predictions = json.loads((folder / INSTANCES_FILE).read_text())
+    def read(self) -> None:
+        """See `EvaluatedImages.read`."""
+        self.measure = f"F1 of each image (IoU from 0.5, scores from {self.threshold:g})"
+        converted = self.folder / CONVERTED_FILE.format(self.metadata.name)
+        self.ground_truth = read_annotations(str(self.metadata.get("json_file") or converted))
+        self.predictions = json.loads((self.folder / INSTANCES_FILE).read_text())
         self._true, self._found = defaultdict(list), defaultdict(list)
         for annotation in self.ground_truth.get("annotations", ()):
             self._true[annotation["image_id"]].append(annotation)
         for prediction in self.predictions:
-            if prediction["score"] >= threshold:
+            if prediction["score"] >= self.threshold:
                 self._found[prediction["image_id"]].append(prediction)
 
     def score(self, record: dict) -> float:
@@ -171,12 +174,10 @@ class PanopticImages(EvaluatedImages):
 
     task, measure = "panoptic", "PQ of each image"
 
-    def __init__(
-        self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
-    ) -> None:
-        super().__init__(metadata, records, folder, threshold)
-        content = json.loads(Path(metadata.panoptic_json).read_text())
-        predictions = json.loads((folder / PANOPTIC_FILE).read_text())
+    def read(self) -> None:
+        """See `EvaluatedImages.read`."""
+        content = json.loads(Path(self.metadata.panoptic_json).read_text())
+        predictions = json.loads((self.folder / PANOPTIC_FILE).read_text())
         self._dataset_categories = {c["id"]: c for c in content["categories"]}
         self._true = {a["image_id"]: a for a in content["annotations"]}
         self._found = {a["image_id"]: a for a in predictions["annotations"]}
@@ -219,11 +220,9 @@ class SemanticImages(EvaluatedImages):
 
     task, measure = "semantic", "mIoU of each image"
 
-    def __init__(
-        self, metadata: Metadata, records: list[dict], folder: Path, threshold: float
-    ) -> None:
-        super().__init__(metadata, records, folder, threshold)
-        self._found = json.loads((folder / SEMANTIC_FILE).read_text())
+    def read(self) -> None:
+        """See `EvaluatedImages.read`."""
+        self._found = json.loads((self.folder / SEMANTIC_FILE).read_text())
         self.check_complete(self._found, "file_name")
 
     def score(self, record: dict) -> float:
