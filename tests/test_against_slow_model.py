@@ -6,7 +6,6 @@ what variants of them must compute, and `tools/check_parity.py` compares.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import load_module
 from tests.slow.variants import SlowCase, Variant, make_case, read_config, weights_of
 
 # Without noise the initial prediction of a denoising query is its box: the loss is rounding alone.
@@ -138,10 +138,7 @@ EXOTIC = (
 @pytest.fixture(scope="module")
 def tool(repository: Path) -> ModuleType:
     path = repository / "tools" / "check_parity.py"
-    spec = importlib.util.spec_from_file_location("check_parity", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(path)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from maskdino.released import (
     our_names,
     set_value,
 )
+from tests.conftest import load_module
 
 # Parameter list -> width of the feed-forward networks of its encoder, scales.
 LISTS = {
@@ -45,9 +45,7 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
 def released_case_weights(shared: Callable[..., Path], case: str) -> dict[str, Tensor]:
     """Released names and values of a worked case."""
     path = shared("fixtures", "make_weights.py")
-    spec = importlib.util.spec_from_file_location("make_weights", path)
-    maker = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(maker)
+    maker = load_module(path)
     arrays = maker.released_weights(str(shared("fixtures", f"{case}_parameters.tsv")))
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

@@ -1,6 +1,5 @@
 """Swin on images of any size, against a slow computation that knows neither windows nor rolling."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from maskdino.backbones import build_backbone, convert_swin
 from maskdino.backbones.swin import SwinBlock, SwinV2Block, pad_before_shift
 from maskdino.config import add_maskdino_config
+from tests.conftest import load_module
 
 
 def released_swin(shared: Callable[..., Path]) -> tuple[CfgNode, dict[str, Tensor]]:
@@ -24,11 +24,7 @@ def released_swin(shared: Callable[..., Path]) -> tuple[CfgNode, dict[str, Tenso
     cfg.MODEL.BACKBONE.NAME = "D2SwinTransformer"
     released = yaml.safe_load(shared("fixtures", "swin_config.yaml").read_text())
     cfg.MODEL.SWIN.update(released["MODEL"]["SWIN"])
-    spec = importlib.util.spec_from_file_location(
-        "make_weights", shared("fixtures", "make_weights.py")
-    )
-    make_weights = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_weights)
+    make_weights = load_module(shared("fixtures", "make_weights.py"))
     arrays = make_weights.released_weights(str(shared("fixtures", "swin_parameters.tsv")))
     prefix = "backbone."
     weights = {

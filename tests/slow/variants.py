@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import importlib.util
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from maskdino.backbones import build_backbone
 from maskdino.config import add_maskdino_config
 from maskdino.released import ReleasedStructure, convert_config, convert_weights, our_names
+from tests.conftest import load_module
 from tests.slow.losses import Decoded, SlowCriterion, Target
 from tests.slow.mask_dino import DECODER, DECODER_HEADS, ENCODER, POINTS, SlowMaskDINO, canonical
 from tests.slow.results import Size, SlowResults
@@ -195,9 +195,7 @@ def input_projections(head: dict, res2_channels: int) -> Iterator[tuple[str, tup
 
 def weights_of(folder: Path, name: str) -> dict[str, Tensor]:
     """The weights of a case under released names."""
-    spec = importlib.util.spec_from_file_location("make_weights", folder / "make_weights.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(folder / "make_weights.py")
     weights = module.released_weights(str(folder / f"{name}_parameters.tsv"))
     return {key: torch.from_numpy(value) for key, value in weights.items()}
 

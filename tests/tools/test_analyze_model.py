@@ -1,6 +1,5 @@
 """Tests of tools/analyze_model.py."""
 
-import importlib.util
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -11,15 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskdino.config import load_config
+from tests.conftest import load_module
 
 
 @pytest.fixture(scope="module")
 def tool(repository: Path) -> ModuleType:
     path = repository / "tools" / "analyze_model.py"
-    spec = importlib.util.spec_from_file_location("analyze_model", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(path)
 
 
 class Nested(nn.Module):

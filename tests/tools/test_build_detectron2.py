@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tarfile
@@ -11,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.conftest import load_module
 
 MODEL_ZOO = """\
 import os
@@ -48,11 +49,7 @@ FILES = {
 def recipe(repository: Path) -> ModuleType:
     """The recipe as a module."""
     path = repository / "tools" / "build_detectron2.py"
-    spec = importlib.util.spec_from_file_location("build_detectron2", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_module(path)
 
 
 @pytest.fixture

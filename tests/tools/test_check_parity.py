@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import load_module
+
 
 @pytest.fixture(scope="module")
 def tool(repository: Path) -> ModuleType:
     path = repository / "tools" / "check_parity.py"
-    spec = importlib.util.spec_from_file_location("check_parity", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(path)
 
 
 @pytest.mark.parametrize("name", ["instance", "semantic_ce", "swin"])

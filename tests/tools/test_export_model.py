@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +23,7 @@ from maskdino.export import (
 from maskdino.model import MaskDINO
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
 from maskdino.predictor import MaskDINOPredictor, TorchNetwork
+from tests.conftest import load_module
 from tests.helpers import tiny_cfg
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
@@ -59,14 +58,9 @@ def small_model(**overrides: object) -> MaskDINO:
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
+def tool() -> ModuleType:
     path = Path(__file__).resolve().parents[2] / "tools" / "export_model.py"
-    spec = importlib.util.spec_from_file_location("export_model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["export_model"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["export_model"]
+    return load_module(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Tests of tools/plot_metrics.py."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,14 +8,13 @@ from types import ModuleType
 import pytest
 from matplotlib import image as mpl_image
 
+from tests.conftest import load_module
+
 
 @pytest.fixture(scope="module")
 def tool(repository: Path) -> ModuleType:
     path = repository / "tools" / "plot_metrics.py"
-    spec = importlib.util.spec_from_file_location("plot_metrics", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(path)
 
 
 def write(folder: Path, records: list[dict], tail: str = "") -> Path:

@@ -1,21 +1,18 @@
 """Tests of tools/report.py."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.conftest import load_module
 from tests.stand_in import CONFIG
 
 
 @pytest.fixture(scope="module")
 def tool(repository: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report", repository / "tools" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(repository / "tools" / "report.py")
 
 
 def words(folder: Path, *options: str, datasets: str = "('nuclei_val',)") -> list[str]:

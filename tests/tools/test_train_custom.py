@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -15,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from maskdino.config import load_config
 from maskdino.custom import History
 from maskdino.predictor import MaskDINOPredictor
+from tests.conftest import load_module
 from tests.custom.drawn import Drawn, write_drawn
 from tests.helpers import NARROW
 
@@ -22,12 +22,9 @@ from tests.helpers import NARROW
 @pytest.fixture(scope="module")
 def tool(repository: Path) -> ModuleType:
     path = repository / "tools" / "train_custom.py"
-    spec = importlib.util.spec_from_file_location("train_custom", path)
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(path.parent))  # as when it is run as a script
-        spec.loader.exec_module(module)
-    return module
+        return load_module(path)
 
 
 def words(drawn: Drawn, output: Path, *more: object) -> list[str]:

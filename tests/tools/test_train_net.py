@@ -1,6 +1,5 @@
 """Tests of tools/train_net.py."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,17 +8,13 @@ import pytest
 import torch
 
 from maskdino.config import load_config
+from tests.conftest import load_module
 from tests.stand_in import CONFIG, tiny_config
 
 
 @pytest.fixture(scope="module")
 def tool(repository: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "train_net", repository / "tools" / "train_net.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(repository / "tools" / "train_net.py")
 
 
 @pytest.mark.parametrize(

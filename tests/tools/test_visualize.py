@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,16 +17,14 @@ from maskdino.data import build_train_mapper
 from maskdino.ground_truth import ground_truth_of, ground_truth_of_example
 from maskdino.model import MaskDINO
 from maskdino.results import Categories
+from tests.conftest import load_module
 from tests.data.synthetic import box_xywh
 from tests.helpers import tiny_cfg
 
 
 @pytest.fixture(scope="module")
 def visualize(repository: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("visualize", repository / "tools/visualize.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(repository / "tools/visualize.py")
 
 
 @pytest.fixture
