@@ -70,7 +70,11 @@ def run(args: argparse.Namespace) -> str:
     }
     if args.train:
         parts["training step"] = train
-    rows = [_row(name, part, backends, args) for name, part in parts.items()]
+    peaks = {
+        name: {b: peak_mebibytes(_with(b, part), args.device) for b in backends}
+        for name, part in parts.items()
+    }
+    rows = [_row(name, part, peaks[name], args) for name, part in parts.items()]
     headings = ["part", *(f"{unit}, {b}" for unit in ("time", "peak memory") for b in backends)]
     differences = "; ".join(
         f"{name}: {_difference(parts[name], backends)}" for name in ("encoder", "network")
@@ -126,10 +130,8 @@ def _difference(part: Callable[[], Tensor], backends: Sequence[str]) -> str:
 
 
 def _row(
-    name: str, part: Callable[[], object], backends: Sequence[str], args: argparse.Namespace
+    name: str, part: Callable[[], object], peaks: dict[str, float], args: argparse.Namespace
 ) -> list[str]:
-    calls = {backend: _with(backend, part) for backend in backends}
+    calls = {backend: _with(backend, part) for backend in peaks}
     times = ratios(median_milliseconds(calls, args.repeats, args.device, args.clock), "ms")
-    peaks = {backend: peak_mebibytes(call, args.device) for backend, call in calls.items()}
-    memory = ratios(peaks, "MiB")
-    return [name, *(times[b] for b in backends), *(memory[b] for b in backends)]
+    return [name, *times.values(), *ratios(peaks, "MiB").values()]

@@ -62,17 +62,22 @@ def run(args: argparse.Namespace) -> str:
         output = operator(*inputs)
         return [output.detach(), *torch.autograd.grad(output, inputs, grad_output)]
 
-    differences = compare({name: both(operator) for name, operator in operators.items()})
     runs = {name: (lambda o=o: forward(o)) for name, o in operators.items()}
     runs_both = {name: (lambda o=o: both(o)) for name, o in operators.items()}
-    columns = [differences]
-    for calls in (runs, runs_both):
-        columns.append(
-            ratios(median_milliseconds(calls, args.repeats, args.device, args.clock), "ms")
-        )
-    for calls in (runs, runs_both):
-        peaks = {name: peak_mebibytes(call, args.device) for name, call in calls.items()}
-        columns.append(ratios(peaks, "MiB"))
+    peaks = [
+        {name: peak_mebibytes(call, args.device) for name, call in calls.items()}
+        for calls in (runs, runs_both)
+    ]
+    differences = compare({name: call() for name, call in runs_both.items()})
+    times = [
+        median_milliseconds(calls, args.repeats, args.device, args.clock)
+        for calls in (runs, runs_both)
+    ]
+    columns = [
+        differences,
+        *(ratios(numbers, "ms") for numbers in times),
+        *(ratios(numbers, "MiB") for numbers in peaks),
+    ]
     rows = [[name, *(column[name] for column in columns)] for name in operators]
     headings = [
         "contender",

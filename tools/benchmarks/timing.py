@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 MEBIBYTE = 2**20
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+# Of glibc's malloc.h, and where its thresholds settle by themselves in a program of large blocks.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_SETTLED_TRIM, _SETTLED_MMAP = 64 * MEBIBYTE, 32 * MEBIBYTE
 
 
 def describe_machine(device: str, threads: int | None) -> str:
@@ -75,7 +77,8 @@ def peak_mebibytes(run: Callable[[], object], device: str) -> float:
     """Return how much memory a call holds at its peak beyond what was held before it.
 
     On a CPU that is resident memory as Linux counts it; large blocks are taken from the system and
-    given back at once, so that none is hidden in what the allocator kept.
+    given back at once, so that none is hidden in what the allocator kept. Measure memory before
+    time: timed calls leave blocks behind that the allocator hands out again.
     """
     gc.collect()
     if device == "cuda":
@@ -86,11 +89,15 @@ def peak_mebibytes(run: Callable[[], object], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
     allocator = ctypes.CDLL(None)
     allocator.mallopt(_M_MMAP_THRESHOLD, MEBIBYTE)
+    run()  # what a first call loads and keeps
     allocator.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before_kib = _status("VmRSS")
     run()
-    return (_status("VmHWM") - before_kib) / 1024
+    peak = (_status("VmHWM") - before_kib) / 1024
+    allocator.mallopt(_M_MMAP_THRESHOLD, _SETTLED_MMAP)
+    allocator.mallopt(_M_TRIM_THRESHOLD, _SETTLED_TRIM)
+    return peak
 
 
 def _status(name: str) -> int:
