@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +18,16 @@ from maskdino.data import DataError
 from maskdino.faults import data_errors_in_one_line, data_errors_logged_in_one_line, end_with
 
 TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class _Processes:
+    """How many processes there are, and where they meet; see `launch`."""
+
+    processes: int
+    machines: int
+    machine_rank: int
+    url: str
 
 
 def launch(
@@ -61,7 +72,8 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         fault = Path(folder) / "fault"
         try:
-            _start(_run, (main, args, fault), processes, machines, machine_rank, url)
+            where = _Processes(processes, machines, machine_rank, url)
+            _start(_run, (main, args, fault), where)
         except (ProcessRaisedException, ProcessExitedException):
             # Which process ended first is chance: the others fail when they lose it.
             if fault.exists():
@@ -69,53 +81,37 @@ def launch(
             raise
 
 
-def _start(
-    main: Callable[..., object],
-    args: tuple,
-    processes: int,
-    machines: int,
-    machine_rank: int,
-    url: str,
-) -> None:
+def _start(main: Callable[..., object], args: tuple, where: _Processes) -> None:
     """Starts the processes of this machine, and waits for them."""
     if torch.cuda.is_available():
-        if processes > torch.cuda.device_count():
-            raise ValueError(
-                f"{processes} GPUs asked for, but {torch.cuda.device_count()} found here."
-            )
-        launch_on_gpus(main, processes, machines, machine_rank, url, args, TIMEOUT)
+        found = torch.cuda.device_count()
+        if where.processes > found:
+            raise ValueError(f"{where.processes} GPUs asked for, but {found} found here.")
+        launch_on_gpus(
+            main, where.processes, where.machines, where.machine_rank, where.url, args, TIMEOUT
+        )
         return
-    if url == "auto":
-        if machines > 1:
+    if where.url == "auto":
+        if where.machines > 1:
             raise ValueError("Several machines need --dist-url tcp://HOST:PORT of the first one.")
-        url = f"tcp://127.0.0.1:{free_port()}"
-    torch.multiprocessing.spawn(
-        _cpu_process,
-        args=(main, args, processes, machines, machine_rank, url),
-        nprocs=processes,
-    )
+        where = replace(where, url=f"tcp://127.0.0.1:{free_port()}")
+    torch.multiprocessing.spawn(_cpu_process, args=(main, args, where), nprocs=where.processes)
 
 
 def _cpu_process(
-    local_rank: int,
-    main: Callable[..., object],
-    args: tuple,
-    processes: int,
-    machines: int,
-    machine_rank: int,
-    url: str,
+    local_rank: int, main: Callable[..., object], args: tuple, where: _Processes
 ) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         # All cores for each process would make them wait for one another.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // where.processes))
     torch.distributed.init_process_group(
         "gloo",
-        init_method=url,
-        world_size=processes * machines,
-        rank=machine_rank * processes + local_rank,
+        init_method=where.url,
+        world_size=where.processes * where.machines,
+        rank=where.machine_rank * where.processes + local_rank,
         timeout=TIMEOUT,
     )
-    _create_local_group(processes)
+    _create_local_group(where.processes)
     try:
         main(*args)
     finally:
