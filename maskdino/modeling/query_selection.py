@@ -108,15 +108,16 @@ class UnifiedQuerySelection(nn.Module):
         """Mask-enhanced anchor boxes: those of the predicted masks, (B, Q, 4) as logits."""
         masks = mask_logits(mask_embeddings, pixel_embedding) > 0
         height, width = masks.shape[-2:]
-        boxes = xyxy_to_cxcywh(
-            masks_to_boxes(masks, inclusive=self.mask_enhanced_anchors == "mask2box")
-        )
+        inclusive = self.mask_enhanced_anchors == "mask2box"
+        corners = masks_to_boxes(masks, inclusive)
+        boxes = xyxy_to_cxcywh(corners)
         # Filled on the device: nothing is copied, and exported programs keep the size variable.
         sizes = torch.cat([boxes.new_full((1,), side) for side in (width, height, width, height)])
         anchor_logits = inverse_sigmoid(boxes / sizes)
         if self.empty_masks == "corner":
             return anchor_logits
-        return torch.where(masks.flatten(2).any(-1, keepdim=True), anchor_logits, predicted)
+        has_pixels = corners[..., 3:] > corners[..., 1:2] - int(inclusive)
+        return torch.where(has_pixels, anchor_logits, predicted)
 
 
 class LearnedQueries(nn.Module):
