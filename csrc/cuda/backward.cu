@@ -37,13 +37,16 @@ __device__ __forceinline__ void atomic_add_fixed(unsigned long long* target, dou
   }
 }
 
-template <typename A>
-__device__ __forceinline__ Sample<A> from_lane(const Sample<A>& own, int lane, int group) {
-  return {__shfl_sync(kWholeWarp, own.row, lane, group),
-          __shfl_sync(kWholeWarp, own.corners, lane, group),
-          __shfl_sync(kWholeWarp, own.fraction_x, lane, group),
-          __shfl_sync(kWholeWarp, own.fraction_y, lane, group),
-          __shfl_sync(kWholeWarp, own.weight, lane, group)};
+template <int Group, typename A>
+__device__ __forceinline__ Sample<A> from_lane(const Sample<A>& own, int lane) {
+  return {__shfl_sync(kWholeWarp, own.token, lane, Group),
+          __shfl_sync(kWholeWarp, own.right_step, lane, Group),
+          __shfl_sync(kWholeWarp, own.down_step, lane, Group),
+          __shfl_sync(kWholeWarp, own.inside, lane, Group),
+          __shfl_sync(kWholeWarp, own.left, lane, Group),
+          __shfl_sync(kWholeWarp, own.right, lane, Group),
+          __shfl_sync(kWholeWarp, own.top, lane, Group),
+          __shfl_sync(kWholeWarp, own.bottom, lane, Group)};
 }
 
 // Gradients of one sample: of its attention weight, and of its pixel coordinates before the
@@ -53,91 +56,107 @@ struct SampleGradient {
   A weight, x, y;
 };
 
-// One lane's part, from its channels; also adds to the value's gradient at `row_at` elements.
+// What all samples of one query and head share on a lane: where the lane's first channel lies. The
+// gradient of the value is laid out like the value, in other numbers.
+template <typename T, bool Deterministic>
+struct HeadView {
+  using Number = typename std::conditional<Deterministic, unsigned long long, Arithmetic<T>>::type;
+  const T* features;  // of token 0
+  Number* grad_value;
+  const T* grad_output;  // of the query
+  int channels;          // of the head
+  int token_bytes;
+  double scale;  // of fixed-point numbers
+};
+
+// One lane's part of a sample's gradient, from the channels that begin `channel` after the lane's
+// first; also adds to the value's gradient.
 template <int Vector, bool Deterministic, typename T, typename A>
-__device__ __forceinline__ void visit_corners(const Sample<A>& s, int64_t pitch, int64_t stride,
-                                              const T* features, const A (&grad)[Vector],
-                                              void* grad_value, int64_t grad_at, double scale,
-                                              SampleGradient<A>& sum) {
+__device__ __forceinline__ void visit_corners(const HeadView<T, Deterministic>& head, int channel,
+                                              const Sample<A>& s, A weight,
+                                              const A (&grad)[Vector], SampleGradient<A>& sum) {
+  const int tokens[4] = {s.token, s.token + s.right_step, s.token + s.down_step,
+                         s.token + s.down_step + s.right_step};
+  const A shares[4] = {s.top * s.left, s.top * s.right, s.bottom * s.left, s.bottom * s.right};
+  Pack<T, Vector> rows[4];
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
-    if (!(s.corners >> corner & 1)) continue;
-    const int64_t row = s.row + (corner & 1) + (corner & 2 ? pitch : 0);
-    const auto pack = *reinterpret_cast<const Pack<T, Vector>*>(features + row * stride);
-    const A share = corner_weight(s, corner);
-    A dot = 0;
-    A addend[Vector];
+    rows[corner] = load_pack<Vector>(step(head.features + channel, tokens[corner], head.token_bytes));
+  }
+  A dots[4];
+#pragma unroll
+  for (int corner = 0; corner < 4; ++corner) {
+    A numbers[Vector], addends[Vector];
+    unpack(rows[corner], numbers);
+    dots[corner] = 0;
 #pragma unroll
     for (int k = 0; k < Vector; ++k) {
-      dot += grad[k] * static_cast<A>(pack.element[k]);
-      addend[k] = s.weight * share * grad[k];
+      dots[corner] += grad[k] * numbers[k];
+      addends[k] = weight * shares[corner] * grad[k];
     }
+    if (!(s.inside >> corner & 1)) {
+      dots[corner] = 0;
+      continue;
+    }
+    constexpr int kRatio = sizeof(*head.grad_value) / sizeof(T);
+    auto* target = step(head.grad_value + channel, tokens[corner], kRatio * head.token_bytes);
     if constexpr (Deterministic) {
-      auto* target = static_cast<unsigned long long*>(grad_value) + grad_at + row * stride;
-      atomic_add_fixed(target, scale, addend);
+      atomic_add_fixed(target, head.scale, addends);
     } else {
-      atomic_add(static_cast<A*>(grad_value) + grad_at + row * stride, addend);
+      atomic_add(target, addends);
     }
-    sum.weight += share * dot;
-    sum.x += (corner & 1 ? dot : -dot) * (corner & 2 ? s.fraction_y : A(1) - s.fraction_y);
-    sum.y += (corner & 2 ? dot : -dot) * (corner & 1 ? s.fraction_x : A(1) - s.fraction_x);
   }
+  const A top = s.left * dots[0] + s.right * dots[1], bottom = s.left * dots[2] + s.right * dots[3];
+  sum.weight += s.top * top + s.bottom * bottom;
+  sum.x += s.top * (dots[1] - dots[0]) + s.bottom * (dots[3] - dots[2]);
+  sum.y += bottom - top;
 }
 
 template <int Vector, typename T, typename A>
 __device__ __forceinline__ void load_grad(A (&grad)[Vector], const T* source) {
-  const auto pack = *reinterpret_cast<const Pack<T, Vector>*>(source);
-#pragma unroll
-  for (int k = 0; k < Vector; ++k) grad[k] = static_cast<A>(pack.element[k]);
+  unpack(load_pack<Vector>(source), grad);
 }
-
-// What all samples of one query and head share on a lane.
-template <typename T>
-struct HeadView {
-  const T* features;       // the head's channels of token 0
-  const T* grad_output;    // the head's channels of the query
-  int64_t value_at;        // features, as a number of elements
-  int64_t stride;          // from token to token
-  int channels;
-  double scale;
-};
 
 // Gradient of one sample, the same on all lanes of the group. `grad` holds the lane's channels of
 // grad_output where the group's vectors cover the head, else it is filled step by step.
 template <int Vector, int Group, bool Deterministic, typename T, typename A>
-__device__ __forceinline__ SampleGradient<A> visit_sample(const HeadView<T>& head,
-                                                          const Sample<A>& s, int64_t pitch,
-                                                          int lane, A (&grad)[Vector],
-                                                          void* grad_value) {
+__device__ __forceinline__ SampleGradient<A> visit_sample(const HeadView<T, Deterministic>& head,
+                                                          const Sample<A>& s, A weight, int lane,
+                                                          A (&grad)[Vector]) {
   SampleGradient<A> sum{};
-  const int step = Group * Vector;
-  for (int channel = lane * Vector; channel < head.channels; channel += step) {
-    if constexpr (Vector == 1) load_grad(grad, head.grad_output + channel);
-    visit_corners<Vector, Deterministic>(s, pitch, head.stride, head.features + channel, grad,
-                                         grad_value, head.value_at + channel, head.scale, sum);
-    if constexpr (Vector > 1) break;  // one step covers the head
+  if (s.token >= 0) {
+    if constexpr (Vector > 1) {
+      visit_corners(head, 0, s, weight, grad, sum);
+    } else {
+      for (int channel = 0; lane + channel < head.channels; channel += Group) {
+        load_grad(grad, head.grad_output + channel);
+        visit_corners(head, channel, s, weight, grad, sum);
+      }
+    }
   }
   return {group_sum<Group>(sum.weight), group_sum<Group>(sum.x), group_sum<Group>(sum.y)};
 }
 
 // Writes the gradients of the logits, and of the reference where somebody wants it.
-template <typename T, bool Fused, int Group, typename A>
-__device__ __forceinline__ void finish_query(const Inputs<T, Fused>& in,
-                                             const Gradients<T, Fused>& gradients,
-                                             const Sampler<T, Fused, Group>& sampler,
-                                             const Place<A>& place, int lane, A mean,
+template <int Group, typename T, Form kForm, typename Sampler, typename A>
+__device__ __forceinline__ void finish_query(const Inputs<T, kForm>& in,
+                                             const Gradients<T, kForm>& gradients,
+                                             const Sampler& sampler,
+                                             const Place<A>& place, int lane, A scale, A mean,
                                              const A* weight_gradients, A (&grad_reference)[4]) {
-  using Raw = typename Inputs<T, Fused>::Raw;
+  using Raw = typename Inputs<T, kForm>::Raw;
   const Geometry& g = in.geometry;
   mean = group_sum<Group>(mean);
+  if constexpr (kForm == Form::references) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) grad_reference[k] = group_sum<Group>(grad_reference[k]);
-  if (!place.active) return;
-  Raw* grad_logits = gradients.points + sampler.scores_at;
-  for (int i = lane; i < g.samples; i += Group) {
-    grad_logits[i] = static_cast<Raw>(sampler.weight(i) * (weight_gradients[i] - mean));
+    for (int k = 0; k < 4; ++k) grad_reference[k] = group_sum<Group>(grad_reference[k]);
   }
-  if (gradients.reference == nullptr || lane != 0) return;
+  if (!place.active) return;
+  Raw* grad_logits = gradients.points + (sampler.scores - in.points);
+  for (int i = lane; i < g.samples; i += Group) {
+    grad_logits[i] = static_cast<Raw>(scale * sampler.weight(i) * (weight_gradients[i] - mean));
+  }
+  if (kForm != Form::references || gradients.reference == nullptr || lane != 0) return;
   A* target = gradients.reference +
               ((place.image * g.heads + place.head) * g.queries + place.query) * in.reference_size;
 #pragma unroll
@@ -147,56 +166,61 @@ __device__ __forceinline__ void finish_query(const Inputs<T, Fused>& in,
 }
 
 // Writes the gradient of a sample's location or offset; adds that of the reference.
-template <typename T, bool Fused, int Group, typename A>
-__device__ __forceinline__ void finish_sample(const Gradients<T, Fused>& gradients,
-                                              const Sampler<T, Fused, Group>& sampler, int i,
+template <typename T, Form kForm, typename Sampler, typename A>
+__device__ __forceinline__ void finish_sample(const Inputs<T, kForm>& in,
+                                              const Gradients<T, kForm>& gradients,
+                                              const Sampler& sampler, int i,
                                               const SampleLevel& level, A grad_x, A grad_y,
-                                              A inverse_points, A (&grad_reference)[4]) {
-  using Raw = typename Inputs<T, Fused>::Raw;
-  Raw* target = gradients.points + sampler.points_at + 2 * i;
+                                              A (&grad_reference)[4]) {
+  using Raw = typename Inputs<T, kForm>::Raw;
+  Raw* target = gradients.points + (sampler.points - in.points) + 2 * i;
   const A normalised_x = grad_x * static_cast<A>(level.width);
   const A normalised_y = grad_y * static_cast<A>(level.height);
-  if (!Fused) {
+  if constexpr (kForm == Form::textbook) {
     target[0] = static_cast<Raw>(normalised_x);
     target[1] = static_cast<Raw>(normalised_y);
-    return;
+  } else {
+    const bool in_boxes = kForm == Form::references && sampler.boxes;
+    target[0] = static_cast<Raw>(in_boxes ? normalised_x * sampler.step_x : grad_x);
+    target[1] = static_cast<Raw>(in_boxes ? normalised_y * sampler.step_y : grad_y);
   }
-  target[0] = static_cast<Raw>(sampler.boxes ? normalised_x * sampler.step_x : grad_x);
-  target[1] = static_cast<Raw>(sampler.boxes ? normalised_y * sampler.step_y : grad_y);
-  const Raw* offset = sampler.points + sampler.points_at + 2 * i;
-  grad_reference[0] += normalised_x;
-  grad_reference[1] += normalised_y;
-  grad_reference[2] += normalised_x * static_cast<A>(offset[0]) * A(0.5) * inverse_points;
-  grad_reference[3] += normalised_y * static_cast<A>(offset[1]) * A(0.5) * inverse_points;
+  if constexpr (kForm == Form::references) {
+    const Raw* offset = sampler.points + 2 * i;
+    const A half_step = A(0.5) / static_cast<A>(in.geometry.points);
+    grad_reference[0] += normalised_x;
+    grad_reference[1] += normalised_y;
+    grad_reference[2] += normalised_x * static_cast<A>(offset[0]) * half_step;
+    grad_reference[3] += normalised_y * static_cast<A>(offset[1]) * half_step;
+  }
 }
 
-template <typename T, bool Fused, int Vector, int Group, bool Deterministic>
-__global__ void __launch_bounds__(kMaxThreads)
-    backward_kernel(const Inputs<T, Fused> in, const Gradients<T, Fused> gradients) {
+template <typename T, Form kForm, int Vector, int Group, bool Deterministic>
+__global__ void __launch_bounds__(kMaxThreads, Vector > 1 ? 2 : 1)
+    backward_kernel(const Inputs<T, kForm> in, const Gradients<T, kForm> gradients) {
   using A = Arithmetic<T>;
-  using Raw = typename Inputs<T, Fused>::Raw;
+  using Raw = typename Inputs<T, kForm>::Raw;
   extern __shared__ SampleLevel levels[];
   const Geometry& g = in.geometry;
   fill_levels(g, levels);
   // Gradients of attention weights wait here for the softmax; every lane reads what it wrote.
-  // Levels are padded to 16 bytes each sample so that this starts aligned.
-  A* weight_gradients = reinterpret_cast<A*>(reinterpret_cast<char*>(levels) + 16 * g.samples) +
+  A* weight_gradients = reinterpret_cast<A*>(levels + g.samples) +
                         static_cast<int64_t>(threadIdx.x / Group) * g.samples;
   const int lane = threadIdx.x % Group;
-  const Place<A> place = find_place<Group, A>(g);
-  const Sampler<T, Fused, Group> sampler(in, place, lane);
-  const int64_t stride = static_cast<int64_t>(g.heads) * g.channels;
-  const int64_t value_at = place.image * g.tokens * stride + place.head * g.channels;
-  const int64_t output_at =
-      (place.image * g.queries + place.query) * stride + place.head * g.channels;
-  const HeadView<T> head{in.value + value_at,
-                                gradients.output + output_at,
-                                value_at,
-                                stride,
-                                g.channels,
-                                Deterministic ? *gradients.scale : 0.0};
+  const Place<A> place = find_place<kForm, Group, A>(g);
+  const Sampler<T, kForm, Group, (Vector > 1)> sampler(in, place, lane);
+  const A scale = sampler.kFused ? sampler.inverse_sum(g.samples, lane) : A(1);
+  const int stride = g.heads * g.channels;
+  const int first = place.head * g.channels + (lane * Vector < g.channels ? lane * Vector : 0);
+  const int64_t value_at = place.image * g.tokens * stride + first;
+  using Head = HeadView<T, Deterministic>;
+  const Head head{keep(in.value + value_at),
+                  keep(static_cast<typename Head::Number*>(gradients.value) + value_at),
+                  gradients.output + (place.image * g.queries + place.query) * stride + first,
+                  g.channels,
+                  g.token_bytes,
+                  Deterministic ? *gradients.scale : 0.0};
   A grad[Vector];
-  if constexpr (Vector > 1) load_grad(grad, head.grad_output + lane * Vector);
+  if constexpr (Vector > 1) load_grad(grad, head.grad_output);
 
   A mean = 0;
   A grad_reference[4] = {};
@@ -204,62 +228,64 @@ __global__ void __launch_bounds__(kMaxThreads)
     const int own_index = base + lane;
     const bool owns = place.active && own_index < g.samples;
     Sample<A> own{};
+    own.token = -1;
+    A own_weight = 0;
     if (owns) {
       A x, y;
-      sampler.locate(own_index, levels[own_index], x, y);
-      own = place_sample(x, y, sampler.weight(own_index), levels[own_index]);
+      const SampleLevel level = levels[own_index];
+      sampler.locate(own_index, level, x, y);
+      own = place_sample(x, y, level);
+      own_weight = scale * sampler.weight(own_index);
     }
     SampleGradient<A> own_gradient{};
+    const int count = Group < 32 ? Group : min(Group, g.samples - base);
 #pragma unroll 4
-    for (int j = 0; j < Group; ++j) {
-      if (base + j >= g.samples) break;
-      const auto gradient = visit_sample<Vector, Group, Deterministic>(
-          head, from_lane(own, j, Group), levels[base + j].width, lane, grad, gradients.value);
+    for (int j = 0; j < count; ++j) {
+      const A weight = __shfl_sync(kWholeWarp, own_weight, j, Group);
+      const auto gradient = visit_sample<Vector, Group, Deterministic>(head, from_lane<Group>(own, j),
+                                                                       weight, lane, grad);
       if (lane == j) own_gradient = gradient;
     }
     if (!owns) continue;
-    finish_sample<T, Fused, Group, A>(gradients, sampler, own_index, levels[own_index],
-                                      own.weight * own_gradient.x, own.weight * own_gradient.y,
-                                      A(1) / static_cast<A>(g.points), grad_reference);
-    if (Fused) {
+    finish_sample(in, gradients, sampler, own_index, levels[own_index], own_weight * own_gradient.x,
+                  own_weight * own_gradient.y, grad_reference);
+    if constexpr (sampler.kFused) {
       weight_gradients[own_index] = own_gradient.weight;
-      mean += own.weight * own_gradient.weight;
+      mean += own_weight * own_gradient.weight;
     } else {
-      gradients.scores[sampler.scores_at + own_index] = static_cast<Raw>(own_gradient.weight);
+      const int64_t scores_at = sampler.scores - in.scores;
+      gradients.scores[scores_at + own_index] = static_cast<Raw>(own_gradient.weight);
     }
   }
-  if constexpr (Fused) {
-    finish_query(in, gradients, sampler, place, lane, mean, weight_gradients, grad_reference);
+  if constexpr (sampler.kFused) {
+    finish_query<Group>(in, gradients, sampler, place, lane, scale, mean, weight_gradients,
+                        grad_reference);
   }
 }
 
 }  // namespace
 
-template <typename T, bool Fused>
-void launch_backward(const Inputs<T, Fused>& in, const Gradients<T, Fused>& gradients, bool vectors,
+template <typename T, Form kForm>
+void launch_backward(const Inputs<T, kForm>& in, const Gradients<T, kForm>& gradients, bool vectors,
                      cudaStream_t stream) {
   const Geometry& g = in.geometry;
-  choose_group<T>(g.channels, vectors, [&](auto vector, auto group) {
+  constexpr int kWidest = sizeof(T) <= 4 ? kBackwardVector : 1;
+  choose_group<kWidest>(g.channels, vectors, [&](auto vector, auto group) {
     constexpr int kVector = decltype(vector)::value, kGroup = decltype(group)::value;
     const int threads = threads_per_block<kGroup>(g);
     const size_t shared =
-        (16 + threads / kGroup * sizeof(Arithmetic<T>)) * static_cast<size_t>(g.samples);
+        (sizeof(SampleLevel) + threads / kGroup * sizeof(Arithmetic<T>)) * g.samples;
     const auto kernel = gradients.scale != nullptr
-                            ? backward_kernel<T, Fused, kVector, kGroup, true>
-                            : backward_kernel<T, Fused, kVector, kGroup, false>;
-    launch(kernel, count_blocks(g), threads, shared, stream, in, gradients);
+                            ? backward_kernel<T, kForm, kVector, kGroup, true>
+                            : backward_kernel<T, kForm, kVector, kGroup, false>;
+    launch(kernel, in.grid, threads, shared, stream, in, gradients);
   });
 }
 
-#define MASKDINO_INSTANTIATE(T)                                                        \
-  template void launch_backward<T, false>(const Inputs<T, false>&,                     \
-                                          const Gradients<T, false>&, bool, cudaStream_t); \
-  template void launch_backward<T, true>(const Inputs<T, true>&, const Gradients<T, true>&, \
-                                         bool, cudaStream_t);
-MASKDINO_INSTANTIATE(float)
-MASKDINO_INSTANTIATE(double)
-MASKDINO_INSTANTIATE(c10::Half)
-MASKDINO_INSTANTIATE(c10::BFloat16)
+#define MASKDINO_INSTANTIATE(T, form)                                                            \
+  template void launch_backward<T, form>(const Inputs<T, form>&, const Gradients<T, form>&, bool, \
+                                         cudaStream_t);
+MASKDINO_FOR_EACH_KERNEL(MASKDINO_INSTANTIATE)
 #undef MASKDINO_INSTANTIATE
 
 }  // namespace cuda

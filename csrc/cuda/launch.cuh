@@ -4,16 +4,16 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
+#include "kernels.h"
 
 #if defined(__CUDACC__)
 namespace maskdino {
 namespace cuda {
 
 template <typename Kernel, typename... Arguments>
-void launch(Kernel kernel, int64_t blocks, int threads, size_t shared_bytes, cudaStream_t stream,
+void launch(Kernel kernel, const Grid& grid, int threads, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
+  kernel<<<dim3(grid.queries, grid.heads, grid.images), threads, shared_bytes, stream>>>(arguments...);
 }
 
 }  // namespace cuda

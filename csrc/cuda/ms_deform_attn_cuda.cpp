@@ -21,15 +21,18 @@ namespace {
 
 constexpr int64_t kSharedMemory = 48 * 1024;  // what a block has without asking for more
 
-bool is_aligned(const at::Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+bool is_aligned(const at::Tensor& tensor, size_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
+// `lanes` work on one head of one query; `number_size` is that of an arithmetic number.
 Geometry make_geometry(const Sizes& sizes, at::IntArrayRef shapes, bool tokens_are_queries,
-                       int lanes, int64_t element_size) {
+                       int lanes, int heads_per_block, int64_t number_size) {
   TORCH_CHECK_VALUE(sizes.levels <= kMaxLevels && sizes.samples() <= kMaxSamples,
                     "the CUDA kernels take at most ", kMaxLevels, " levels and ", kMaxSamples,
                     " samples, got ", sizes.levels, " levels of ", sizes.points, " points");
+  TORCH_CHECK_VALUE(sizes.heads * sizes.channels < (1 << 27), "too many channels: ", sizes.heads,
+                    " heads of ", sizes.channels);
   Geometry g{};
   g.images = sizes.images;
   g.tokens = sizes.tokens;
@@ -40,14 +43,16 @@ Geometry make_geometry(const Sizes& sizes, at::IntArrayRef shapes, bool tokens_a
   g.points = static_cast<int>(sizes.points);
   g.samples = g.levels * g.points;
   // A block takes as many queries as its threads and shared memory hold: 16 bytes per sample for
-  // its level, and in backward one number per sample and query.
+  // its level, and in backward one number per sample, query and head.
   const int64_t most = std::min<int64_t>(
-      kMaxThreads / lanes, (kSharedMemory / g.samples - 16) / element_size);
-  int side = 8;
-  while (side * side > most) side /= 2;
+      kMaxThreads / lanes, (kSharedMemory / g.samples - 16) / number_size);
+  int bits = 3;
+  while ((heads_per_block << 2 * bits) > most) --bits;
+  const int side = 1 << bits;
   // Without tiles, small blocks: a decoder has few queries, and every processor should get some.
   g.queries_per_block = tokens_are_queries ? side * side : std::min<int>(side * side, 16);
-  g.tile_side = tokens_are_queries ? side : 0;
+  g.heads_per_block = heads_per_block;
+  g.tile_bits = bits;
   int64_t tiles = 0, tokens = 0;
   for (int level = 0; level < g.levels; ++level) {
     const int64_t height = shapes[2 * level], width = shapes[2 * level + 1];
@@ -55,17 +60,24 @@ Geometry make_geometry(const Sizes& sizes, at::IntArrayRef shapes, bool tokens_a
     g.width[level] = static_cast<int>(width);
     g.first_token[level] = static_cast<int>(tokens);
     g.first_tile[level] = static_cast<int>(tiles);
+    g.tiles_in_line[level] = static_cast<int>((width + side - 1) / side);
     tokens += height * width;
-    tiles += ((height + side - 1) / side) * ((width + side - 1) / side);
+    tiles += (height + side - 1) / side * g.tiles_in_line[level];
   }
   g.first_tile[g.levels] = static_cast<int>(tiles);
-  g.blocks_per_head = tokens_are_queries
-                          ? tiles
-                          : (g.queries + g.queries_per_block - 1) / g.queries_per_block;
-  const int64_t blocks = g.blocks_per_head * sizes.heads * sizes.images;
-  TORCH_CHECK_VALUE(blocks <= std::numeric_limits<int32_t>::max(), "too many queries for one ",
-                    "launch: ", sizes.images, " images of ", sizes.queries, " queries");
   return g;
+}
+
+Grid make_grid(const Geometry& g, bool tokens_are_queries) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max(), kMostOfOthers = 65535;
+  const int64_t blocks = tokens_are_queries
+                             ? g.first_tile[g.levels]
+                             : (g.queries + g.queries_per_block - 1) / g.queries_per_block;
+  TORCH_CHECK_VALUE(g.queries <= kMost && g.heads <= kMostOfOthers && g.images <= kMostOfOthers,
+                    "too much for one launch: ", g.queries, " queries, ", g.heads, " heads, ",
+                    g.images, " images");
+  return {static_cast<unsigned>(blocks), static_cast<unsigned>(g.heads / g.heads_per_block),
+          static_cast<unsigned>(g.images)};
 }
 
 // Tensors that keep the memory of a launch alive, contiguous.
@@ -76,16 +88,27 @@ struct Prepared {
   bool fused() const { return !scores.defined(); }
 };
 
-template <typename T, bool Fused>
-Inputs<T, Fused> make_inputs(const Prepared& in, bool vectors) {
-  using Raw = typename Inputs<T, Fused>::Raw;
-  const int lanes = lanes_per_query(in.sizes.channels, sizeof(T), vectors);
-  Inputs<T, Fused> inputs{};
-  inputs.geometry = make_geometry(in.sizes, in.shapes, Fused && !in.reference.defined(), lanes,
-                                  sizeof(Arithmetic<T>));
+// See launch_forward(). A query's offsets begin at a multiple of M x L x P x 3 numbers.
+bool can_use_vectors(const Prepared& in) {
+  const Sizes& z = in.sizes;
+  const bool pairs = !in.fused() || z.heads * z.samples() % 2 == 0;
+  return has_vector_kernel(z.channels, in.value.element_size()) && is_aligned(in.value) && pairs &&
+         is_aligned(in.points, 2 * in.points.element_size());
+}
+
+template <typename T, Form kForm>
+Inputs<T, kForm> make_inputs(const Prepared& in, int vector, int heads_per_block) {
+  using Raw = typename Inputs<T, kForm>::Raw;
+  const Sizes& z = in.sizes;
+  Inputs<T, kForm> inputs{};
+  inputs.geometry =
+      make_geometry(z, in.shapes, kForm == Form::tokens, lanes_per_query(z.channels, vector),
+                    heads_per_block, sizeof(Arithmetic<T>));
+  inputs.geometry.token_bytes = static_cast<int>(z.heads * z.channels * sizeof(T));
+  inputs.grid = make_grid(inputs.geometry, kForm == Form::tokens);
   inputs.value = in.value.const_data_ptr<T>();
   inputs.points = in.points.const_data_ptr<Raw>();
-  if (!Fused) inputs.scores = in.scores.const_data_ptr<Raw>();
+  if (kForm == Form::textbook) inputs.scores = in.scores.const_data_ptr<Raw>();
   if (in.reference.defined()) {
     inputs.reference = in.reference.const_data_ptr<Arithmetic<T>>();
     inputs.reference_size = static_cast<int>(in.reference.size(2));
@@ -93,11 +116,16 @@ Inputs<T, Fused> make_inputs(const Prepared& in, bool vectors) {
   return inputs;
 }
 
-// Calls `body(T{}, fused as a compile-time constant)`.
+template <Form kForm>
+using FormConstant = std::integral_constant<Form, kForm>;
+
+// Calls `body(T{}, form as a compile-time constant)`.
 template <typename Body>
 void dispatch(const Prepared& in, const Body& body) {
   const auto with_type = [&](auto number) {
-    in.fused() ? body(number, std::true_type{}) : body(number, std::false_type{});
+    if (!in.fused()) return body(number, FormConstant<Form::textbook>{});
+    if (!in.reference.defined()) return body(number, FormConstant<Form::tokens>{});
+    return body(number, FormConstant<Form::references>{});
   };
   switch (in.value.scalar_type()) {
     case at::kDouble:
@@ -116,11 +144,13 @@ at::Tensor forward(const Prepared& in) {
   at::Tensor output =
       at::empty({z.images, z.queries, z.heads * z.channels}, in.value.options());
   if (z.empty()) return output;
-  const bool vectors = has_vector_kernel(z.channels, in.value.element_size()) &&
-                       is_aligned(in.value) && is_aligned(output);
-  dispatch(in, [&](auto number, auto fused) {
+  const bool vectors = can_use_vectors(in) && is_aligned(output);
+  dispatch(in, [&](auto number, auto form) {
     using T = decltype(number);
-    const auto inputs = make_inputs<T, decltype(fused)::value>(in, vectors);
+    // Two heads that fill a cache line of 128 bytes go together: lanes read from different banks.
+    const bool half_lines = vectors && z.channels * sizeof(T) == 64 && z.heads % 2 == 0;
+    const int vector = vectors ? forward_vector(sizeof(T)) : 1;
+    const auto inputs = make_inputs<T, decltype(form)::value>(in, vector, half_lines ? 2 : 1);
     launch_forward(inputs, output.data_ptr<T>(), vectors,
                    c10::cuda::getCurrentCUDAStream().stream());
   });
@@ -164,19 +194,19 @@ Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradi
     return result;
   }
   const at::Tensor scale = deterministic ? fixed_point_scale(in, grad_output) : at::Tensor();
-  const bool vectors = has_vector_kernel(z.channels, in.value.element_size()) &&
-                       is_aligned(in.value) && is_aligned(grad_output) && is_aligned(result.value);
-  dispatch(in, [&](auto number, auto fused) {
+  const bool vectors =
+      can_use_vectors(in) && is_aligned(grad_output) && is_aligned(result.value);
+  dispatch(in, [&](auto number, auto form) {
     using T = decltype(number);
-    constexpr bool kFused = decltype(fused)::value;
-    using Raw = typename Inputs<T, kFused>::Raw;
-    const auto inputs = make_inputs<T, kFused>(in, vectors);
-    Gradients<T, kFused> gradients{};
+    constexpr Form kForm = decltype(form)::value;
+    using Raw = typename Inputs<T, kForm>::Raw;
+    const auto inputs = make_inputs<T, kForm>(in, vectors ? kBackwardVector : 1, 1);
+    Gradients<T, kForm> gradients{};
     gradients.output = grad_output.const_data_ptr<T>();
     gradients.value = result.value.data_ptr();
     gradients.scale = deterministic ? scale.const_data_ptr<double>() : nullptr;
     gradients.points = result.points.data_ptr<Raw>();
-    if (!kFused) gradients.scores = result.scores.data_ptr<Raw>();
+    if (kForm == Form::textbook) gradients.scores = result.scores.data_ptr<Raw>();
     if (reference_gradient) gradients.reference = result.reference.data_ptr<Arithmetic<T>>();
     launch_backward(inputs, gradients, vectors, c10::cuda::getCurrentCUDAStream().stream());
   });

@@ -5,7 +5,13 @@
 // and weight of samples k, k + Group, ...; then all lanes go through the samples together, each
 // lane for its own channels, and receive a sample's numbers from the lane that computed them.
 // Lanes without a query run along (shuffles need whole warps) and write nothing.
+//
+// Instructions, not memory, bound these kernels. So the four corners of a sample are always read,
+// without a branch between them: a corner outside the map reads its neighbour inside with weight
+// 0, and only a sample that touches no pixel is passed over.
 #pragma once
+
+#include <cstring>
 
 #include "kernels.h"
 #include "launch.cuh"
@@ -34,14 +40,54 @@ template <int Group, typename A>
 __device__ __forceinline__ A group_max(A number) {
 #pragma unroll
   for (int distance = Group / 2; distance > 0; distance /= 2) {
-    const A other = __shfl_xor_sync(kWholeWarp, number, distance, Group);
-    number = other > number ? other : number;
+    number = fmax(number, __shfl_xor_sync(kWholeWarp, number, distance, Group));
   }
   return number;
 }
 
+// Channels of one row as numbers. A bfloat16 is the upper half of a float.
+template <typename T, int Count, typename A>
+__device__ __forceinline__ void unpack(const Pack<T, Count>& pack, A (&numbers)[Count]) {
+  if constexpr (std::is_same<T, c10::BFloat16>::value && Count % 2 == 0) {
+    uint32_t words[Count / 2];
+    memcpy(words, &pack, sizeof(words));
+#pragma unroll
+    for (int k = 0; k < Count; ++k) {
+      const uint32_t bits = k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000u;
+      memcpy(&numbers[k], &bits, sizeof(bits));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < Count; ++k) numbers[k] = static_cast<A>(pack.element[k]);
+  }
+}
+
+template <int Vector, typename T>
+__device__ __forceinline__ Pack<T, Vector> load_pack(const T* source) {
+  return *reinterpret_cast<const Pack<T, Vector>*>(source);
+}
+
+// Stops the compiler from computing an address in global memory anew wherever it is used, to save
+// two registers.
+template <typename T>
+__device__ __forceinline__ T* keep(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// The pointer some tokens further on; one multiply-add.
+template <typename T>
+__device__ __forceinline__ T* step(T* pointer, int tokens, int token_bytes) {
+  using Byte = typename std::conditional<std::is_const<T>::value, const char, char>::type;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) +
+                              static_cast<int64_t>(tokens) * token_bytes);
+}
+
 // The level of a sample, in shared memory: one entry per sample.
-struct SampleLevel {
+struct alignas(16) SampleLevel {
   int width, height, first_token;
 };
 
@@ -56,72 +102,75 @@ __device__ __forceinline__ void fill_levels(const Geometry& g, SampleLevel* leve
 // The query and head that a group of lanes works on.
 template <typename A>
 struct Place {
-  int64_t image, query;
-  int head;
+  int64_t image;
+  int query, head;
   bool active;
   A centre_x, centre_y;  // of the query's own cell; only where every token is a query
 };
 
-template <int Group, typename A>
+template <Form kForm, int Group, typename A>
 __device__ __forceinline__ Place<A> find_place(const Geometry& g) {
   Place<A> place{};
-  const int64_t block = blockIdx.x % g.blocks_per_head;
-  const int64_t pair = blockIdx.x / g.blocks_per_head;
-  place.image = pair / g.heads;
-  place.head = static_cast<int>(pair % g.heads);
-  const int slot = threadIdx.x / Group;
-  if (g.tile_side == 0) {
-    place.query = block * g.queries_per_block + slot;
-    place.active = slot < g.queries_per_block && place.query < g.queries;
-  } else {
+  const int block = blockIdx.x;
+  const int pair = threadIdx.x / Group;  // of a query and a head
+  const int slot = pair >> (g.heads_per_block - 1);
+  place.image = blockIdx.z;
+  place.head = blockIdx.y * g.heads_per_block + (pair & (g.heads_per_block - 1));
+  if constexpr (kForm == Form::tokens) {
     int level = 0;
     while (block >= g.first_tile[level + 1]) ++level;
     const int width = g.width[level], height = g.height[level];
-    const int tiles_in_line = (width + g.tile_side - 1) / g.tile_side;
-    const int tile = static_cast<int>(block) - g.first_tile[level];
-    const int column = tile % tiles_in_line * g.tile_side + slot % g.tile_side;
-    const int line = tile / tiles_in_line * g.tile_side + slot / g.tile_side;
+    const unsigned tile = block - g.first_tile[level], tiles_in_line = g.tiles_in_line[level];
+    const unsigned tile_line = tile / tiles_in_line;
+    const int column = ((tile - tile_line * tiles_in_line) << g.tile_bits) +
+                       (slot & ((1 << g.tile_bits) - 1));
+    const int line = (tile_line << g.tile_bits) + (slot >> g.tile_bits);
     place.active = column < width && line < height;
-    place.query = g.first_token[level] + static_cast<int64_t>(line) * width + column;
+    place.query = g.first_token[level] + line * width + column;
     place.centre_x = (static_cast<A>(column) + A(0.5)) / static_cast<A>(width);
     place.centre_y = (static_cast<A>(line) + A(0.5)) / static_cast<A>(height);
+  } else {
+    const int64_t query = static_cast<int64_t>(block) * g.queries_per_block + slot;
+    place.query = static_cast<int>(query);
+    place.active = slot < g.queries_per_block && query < g.queries;
   }
   if (!place.active) place.query = 0;  // any address that exists
   return place;
 }
 
-// Finds coordinates and weights of the samples of one query and head.
-template <typename T, bool Fused, int Group>
+// Finds coordinates and weights of the samples of one query and head. With `Pairs` the x and y of
+// a location are read together.
+template <typename T, Form kForm, int Group, bool Pairs>
 struct Sampler {
   using A = Arithmetic<T>;
-  using Raw = typename Inputs<T, Fused>::Raw;
+  using Raw = typename Inputs<T, kForm>::Raw;
 
-  int64_t points_at, scores_at;  // first element of this query and head in their tensors
-  const Raw* points;
+  const Raw* points;  // of this query and head
   const Raw* scores;
   A centre_x, centre_y;
-  A step_x, step_y;  // fused form with boxes: normalised distance of an offset of 1
+  A step_x, step_y;  // boxes: normalised distance of an offset of 1
   bool boxes;
-  A largest, inverse_sum;  // of the softmax
+  A largest;  // logit
+  static constexpr bool kFused = kForm != Form::textbook;
 
-  __device__ __forceinline__ Sampler(const Inputs<T, Fused>& in, const Place<A>& place, int lane) {
+  __device__ __forceinline__ Sampler(const Inputs<T, kForm>& in, const Place<A>& place, int lane) {
     const Geometry& g = in.geometry;
     const int64_t query = place.image * g.queries + place.query;
-    const int64_t n = g.samples;
-    points = in.points;
+    const int n = g.samples;
     boxes = false;
-    if (!Fused) {
-      scores = in.scores;
-      points_at = (query * g.heads + place.head) * n * 2;
-      scores_at = (query * g.heads + place.head) * n;
+    largest = 0;
+    if constexpr (!kFused) {
+      const int64_t pair = query * g.heads + place.head;
+      points = keep(in.points + pair * n * 2);
+      scores = keep(in.scores + pair * n);
       return;
     }
-    scores = in.points;
-    points_at = query * g.heads * n * 3 + place.head * n * 2;
-    scores_at = query * g.heads * n * 3 + g.heads * n * 2 + place.head * n;
+    const Raw* const offsets = in.points + query * (g.heads * n * 3);
+    points = keep(offsets + place.head * n * 2);
+    scores = keep(offsets + (2 * g.heads + place.head) * n);
     centre_x = place.centre_x;
     centre_y = place.centre_y;
-    if (in.reference_size > 0) {
+    if constexpr (kForm == Form::references) {
       const A* reference = in.reference + query * in.reference_size;
       centre_x = reference[0];
       centre_y = reference[1];
@@ -131,98 +180,112 @@ struct Sampler {
         step_y = reference[3] * A(0.5) / static_cast<A>(g.points);
       }
     }
+    constexpr int kAtOnce = 4;  // so that they are waited for together
     A here = -static_cast<A>(INFINITY);
-    for (int i = lane; i < g.samples; i += Group) {
-      const A logit = static_cast<A>(scores[scores_at + i]);
-      here = logit > here ? logit : here;
+#pragma unroll 1
+    for (int first = lane; first < n; first += kAtOnce * Group) {
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int i = first + k * Group;
+        if (i < n) here = fmax(here, static_cast<A>(scores[i]));
+      }
     }
     largest = group_max<Group>(here);
-    A sum = 0;
-    for (int i = lane; i < g.samples; i += Group) {
-      sum += exp(static_cast<A>(scores[scores_at + i]) - largest);
-    }
-    inverse_sum = A(1) / group_sum<Group>(sum);
   }
 
+  // Attention weight; of a fused form before division by the sum of a query's weights.
   __device__ __forceinline__ A weight(int i) const {
-    const A score = static_cast<A>(scores[scores_at + i]);
-    return Fused ? exp(score - largest) * inverse_sum : score;
+    const A score = static_cast<A>(scores[i]);
+    return kFused ? exp(score - largest) : score;
+  }
+
+  // What a weight of a fused form is multiplied by.
+  __device__ __forceinline__ A inverse_sum(int samples, int lane) const {
+    A sum = 0;
+    for (int i = lane; i < samples; i += Group) sum += weight(i);
+    return A(1) / group_sum<Group>(sum);
   }
 
   // Pixel coordinates, pixel centres at integers.
   __device__ __forceinline__ void locate(int i, const SampleLevel& level, A& x, A& y) const {
-    const A px = static_cast<A>(points[points_at + 2 * i]);
-    const A py = static_cast<A>(points[points_at + 2 * i + 1]);
-    const A width = static_cast<A>(level.width), height = static_cast<A>(level.height);
-    if (!Fused) {
-      x = px * width - A(0.5);
-      y = py * height - A(0.5);
-    } else if (boxes) {
-      x = (centre_x + px * step_x) * width - A(0.5);
-      y = (centre_y + py * step_y) * height - A(0.5);
+    A point[2];
+    if constexpr (Pairs) {
+      unpack(load_pack<2>(points + 2 * i), point);
     } else {
-      x = centre_x * width + px - A(0.5);
-      y = centre_y * height + py - A(0.5);
+      point[0] = static_cast<A>(points[2 * i]);
+      point[1] = static_cast<A>(points[2 * i + 1]);
+    }
+    const A width = static_cast<A>(level.width), height = static_cast<A>(level.height);
+    if constexpr (kFused) {
+      const bool in_boxes = kForm == Form::references && boxes;
+      x = (centre_x * width - A(0.5)) + point[0] * (in_boxes ? step_x * width : A(1));
+      y = (centre_y * height - A(0.5)) + point[1] * (in_boxes ? step_y * height : A(1));
+    } else {
+      x = point[0] * width - A(0.5);
+      y = point[1] * height - A(0.5);
     }
   }
 };
 
-// A sample on its level: the token of its top left corner (which may lie outside), the fractions
-// to the right and down, and a bit for each of the corners top left, top right, bottom left,
-// bottom right that is inside. No bit is set where the sample touches no pixel or is NaN.
+// A sample on its level: the token of its top left corner, and the steps to the corners at the right
+// and below (0 where one of the two is outside the map and the other stands for it). Corners are
+// ordered top left, top right, bottom left, bottom right; bit k of `inside` tells of corner k. The
+// bilinear weight of a corner is the product of its sides' weights; a side outside weighs 0. `token`
+// is -1 where the sample touches no pixel or is NaN.
 template <typename A>
 struct Sample {
-  int row;
-  int corners;
-  A fraction_x, fraction_y, weight;
+  int token, right_step, down_step, inside;
+  A left, right, top, bottom;
 };
 
 template <typename A>
-__device__ __forceinline__ Sample<A> place_sample(A x, A y, A weight, const SampleLevel& level) {
-  Sample<A> sample{0, 0, A(0), A(0), weight};
+__device__ __forceinline__ Sample<A> place_sample(A x, A y, const SampleLevel& level) {
   const bool touches = x > A(-1) && x < static_cast<A>(level.width) && y > A(-1) &&
                        y < static_cast<A>(level.height);
-  if (!touches) return sample;
+  if (!touches) return {-1, 0, 0, 0, A(0), A(0), A(0), A(0)};
   const A left_edge = floor(x), top_edge = floor(y);
-  const int left = static_cast<int>(left_edge), top = static_cast<int>(top_edge);
-  sample.fraction_x = x - left_edge;
-  sample.fraction_y = y - top_edge;
-  sample.row = level.first_token + top * level.width + left;
-  const bool left_in = left >= 0, right_in = left + 1 < level.width;
-  const bool top_in = top >= 0, bottom_in = top + 1 < level.height;
-  sample.corners = (top_in && left_in ? 1 : 0) | (top_in && right_in ? 2 : 0) |
-                   (bottom_in && left_in ? 4 : 0) | (bottom_in && right_in ? 8 : 0);
-  return sample;
+  const int column = static_cast<int>(left_edge), line = static_cast<int>(top_edge);
+  const A fraction_x = x - left_edge, fraction_y = y - top_edge;
+  const bool left = column >= 0, right = column + 1 < level.width;
+  const bool top = line >= 0, bottom = line + 1 < level.height;
+  return {level.first_token + (top ? line * level.width : 0) + (left ? column : 0),
+          left && right ? 1 : 0,
+          top && bottom ? level.width : 0,
+          ((left ? 1 : 0) | (right ? 2 : 0)) * ((top ? 1 : 0) | (bottom ? 4 : 0)),
+          left ? A(1) - fraction_x : A(0),
+          right ? fraction_x : A(0),
+          top ? A(1) - fraction_y : A(0),
+          bottom ? fraction_y : A(0)};
 }
 
-// Bilinear weight of a corner, without the attention weight.
-template <typename A>
-__device__ __forceinline__ A corner_weight(const Sample<A>& s, int corner) {
-  const A across = corner & 1 ? s.fraction_x : A(1) - s.fraction_x;
-  const A down = corner & 2 ? s.fraction_y : A(1) - s.fraction_y;
-  return across * down;
-}
-
-// Calls `launch(vector width, group)` with compile-time constants for the head size.
-template <typename T, typename Launch>
+// Calls `launch(vector, group)` with compile-time constants for the head size.
+template <int kVector, typename Launch>
 void choose_group(int64_t channels, bool vectors, const Launch& launch) {
-  if constexpr (sizeof(T) <= 4) {
-    constexpr std::integral_constant<int, 16 / sizeof(T)> vector;
-    const int group = lanes_per_query(channels, sizeof(T), vectors);
+  if constexpr (kVector > 1) {
+    constexpr std::integral_constant<int, kVector> vector;
+    const int group = vectors ? lanes_per_query(channels, kVector) : 0;
     if (group == 4) return launch(vector, std::integral_constant<int, 4>{});
     if (group == 8) return launch(vector, std::integral_constant<int, 8>{});
     if (group == 16) return launch(vector, std::integral_constant<int, 16>{});
+    if (group == 32) return launch(vector, std::integral_constant<int, 32>{});
   }
   launch(std::integral_constant<int, 1>{}, std::integral_constant<int, 32>{});
 }
 
+// `instantiate(type, form)` for all types and forms.
+#define MASKDINO_FOR_EACH_TYPE(instantiate, form) \
+  instantiate(float, form) instantiate(double, form) instantiate(c10::Half, form) \
+      instantiate(c10::BFloat16, form)
+#define MASKDINO_FOR_EACH_KERNEL(instantiate)          \
+  MASKDINO_FOR_EACH_TYPE(instantiate, Form::textbook)  \
+  MASKDINO_FOR_EACH_TYPE(instantiate, Form::tokens)    \
+  MASKDINO_FOR_EACH_TYPE(instantiate, Form::references)
+
 // Whole warps for all queries of a block.
 template <int Group>
 int threads_per_block(const Geometry& g) {
-  return (g.queries_per_block * Group + 31) / 32 * 32;
+  return (g.queries_per_block * g.heads_per_block * Group + 31) / 32 * 32;
 }
-
-inline int64_t count_blocks(const Geometry& g) { return g.blocks_per_head * g.heads * g.images; }
 
 }  // namespace cuda
 }  // namespace maskdino

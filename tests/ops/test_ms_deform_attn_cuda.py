@@ -21,12 +21,15 @@ TOLERANCE = {
     torch.float16: 4e-3,
     torch.bfloat16: 2e-2,
 }
-# Head sizes for each vector path of each dtype and for the general path; a level of several tiles.
+# Head sizes for each vector path of each dtype and for the general path; a level of several tiles;
+# two heads side by side in a block; offsets whose x and y are not aligned as a pair.
 CASES = [
     Case(shapes=((9, 17), (2, 3)), channels=32, heads=2, images=1, queries=19),
     Case(shapes=((5, 3), (1, 1)), channels=16, heads=1, points=3, queries=5),
     Case(shapes=((4, 4),), channels=64, heads=1, points=8, images=1),
     Case(shapes=((3, 4), (1, 2), (2, 1)), channels=71, heads=1, points=1, images=1),
+    Case(shapes=((5, 2), (1, 4)), channels=128, heads=2, points=2, images=1),
+    Case(shapes=((3, 2),), channels=32, heads=1, points=3, queries=4),
 ]
 Results = list[Tensor]
 

@@ -17,7 +17,7 @@
 #define __device__
 #define __shared__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using cudaStream_t = void*;
 
@@ -29,7 +29,7 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 namespace emulation {
 
 struct Index {
-  unsigned x = 0;
+  unsigned x = 0, y = 0, z = 0;
 };
 
 struct Warp {

@@ -9,6 +9,8 @@
 
 using std::exp;
 using std::floor;
+using std::fmax;
+using std::min;
 
 // From here on names of this project change, and what would serve CUDA tensors serves CPU tensors.
 #define maskdino maskdino_emulated
