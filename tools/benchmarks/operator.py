@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
 
 from benchmarks.timing import median_milliseconds, peak_mebibytes, table
 from maskdino.ops.ms_deform_attn import (
@@ -106,7 +107,12 @@ def contenders(shapes: list[tuple[int, int]], device: str) -> dict[str, Operator
     def textbook(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Operator:
         return lambda value, raw: call(value, *locate(raw, shapes))
 
-    found: dict[str, Operator] = {"PyTorch (grid_sample)": fused("reference")}
+    found: dict[str, Operator] = {
+        "PyTorch (grid_sample)": fused("reference"),
+        "PyTorch, all samples at once": textbook(
+            lambda value, locations, weights: sum_of_samples(value, shapes, locations, weights)
+        ),
+    }
     if compiled_op_available(device):
         found["compiled, fused"] = fused("compiled")
         found["compiled, locations and weights"] = textbook(
@@ -128,6 +134,25 @@ def locate(raw: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     centres = token_centres(shapes, raw.device)[None, :, None, None, None]
     weights = raw[..., 2 * samples :].float().view(batch, tokens, HEADS, -1).softmax(dim=-1)
     return centres + offsets / sizes[:, None], weights.view(offsets.shape[:-1])
+
+
+def sum_of_samples(
+    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """Compute deformable attention as it is usually written, features of all samples first.
+
+    Shapes are those of `maskdino.ops.ms_deform_attn.ms_deform_attn`. (Deformable DETR, eq. 3)
+    """
+    batch, queries, heads, _, _, _ = locations.shape
+    maps = value.split([height * width for height, width in shapes], dim=1)
+    samples = []
+    for level, (height, width) in enumerate(shapes):
+        features = maps[level].permute(0, 2, 3, 1).reshape(-1, value.shape[3], height, width)
+        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1
+        samples.append(grid_sample(features, grid.to(features.dtype), align_corners=False))
+    per_head = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1).to(value.dtype)
+    output = (torch.cat(samples, dim=3) * per_head).sum(dim=3)
+    return output.view(batch, -1, queries).transpose(1, 2)
 
 
 def peers(
