@@ -40,14 +40,12 @@ struct HeadTask {
   const Integer<T>* lines;
   const Integer<T>* start;
 
-  // The head's feature rows: `padded_channels` numbers each, zeros after the first `channels`.
-  // `outside_row` stands for every corner outside the map. Forward reads it, so that no sample
-  // needs a branch, and it holds zeros; backward passes such corners over, and it is -1.
+  // Head-major feature rows, padded with zeros; row `zero_row` is all zeros and stands for every
+  // corner outside the map, so that no sample needs a branch.
   const T* rows;
   int64_t row_stride;
   int64_t channels;
-  int64_t padded_channels;
-  Integer<T> outside_row;
+  Integer<T> zero_row;
 
   // reference_size 0: `points_xy` are normalised locations and `scores` are weights.
   // reference_size 2 or 4: `points_xy` are offsets around `reference` and `scores` are logits.
@@ -59,8 +57,7 @@ struct HeadTask {
   int64_t reference_size;
 
   // Forward writes `output`; backward reads `grad_output` and fills the rest, laid out like the
-  // inputs. `grad_rows`, laid out like `rows`, is added to; `grad_reference` may be null when
-  // nobody wants it.
+  // inputs. `grad_rows` is added to; `grad_reference` may be null when nobody wants it.
   T* output;
   const T* grad_output;
   int64_t output_stride;
@@ -79,8 +76,8 @@ constexpr int64_t padded(int64_t count) {
 
 // Memory for one thread: numbers, set to zero, and row numbers.
 template <typename T>
-constexpr int64_t scratch_numbers(int64_t samples, int64_t padded_channels) {
-  return 13 * padded<T>(samples) + padded_channels;
+constexpr int64_t scratch_numbers(int64_t samples, int64_t row_stride) {
+  return 13 * padded<T>(samples) + row_stride;
 }
 template <typename T>
 constexpr int64_t scratch_indices(int64_t samples) {

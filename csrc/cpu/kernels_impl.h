@@ -20,7 +20,7 @@ constexpr int64_t kQueriesAhead = 6;  // how early inputs are prefetched
 
 // Views into one thread's scratch memory. Samples are padded to whole vectors; arrays of corners
 // are ordered (corner, padded sample) with corners top left, top right, bottom left, bottom right.
-// Padding lanes of `weight` stay 0 and those of `corner_row` the outside row.
+// Padding lanes of `weight` stay 0 and those of `corner_row` the zero row.
 template <typename T>
 struct Scratch {
   Scratch(T* numbers, Integer<T>* indices, int64_t samples)
@@ -118,7 +118,7 @@ MASKDINO_INLINE void locate(const HeadTask<T>& task, int64_t query, const Scratc
 }
 
 // Stage 1b: rows and bilinear weights of the corners. A sample that touches no pixel (or is NaN)
-// is moved to (-2, -2), where all four corners are outside; so the conversions to integers
+// is moved to (-2, -2), where all four corners are the zero row; so the conversions to integers
 // below cannot overflow and every index is in range.
 template <typename T>
 MASKDINO_INLINE void find_corners(const HeadTask<T>& task, const Scratch<T>& s) {
@@ -126,7 +126,7 @@ MASKDINO_INLINE void find_corners(const HeadTask<T>& task, const Scratch<T>& s) 
   using I = Integers<T>;
   const int64_t n = s.padded;
   const V outside = V{} - T(2);
-  const I outside_row = I{} + task.outside_row;
+  const I zero_row = I{} + task.zero_row;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     V x = load(s.x + i), y = load(s.y + i);
     const V width = load(task.width + i), height = load(task.height + i);
@@ -144,10 +144,10 @@ MASKDINO_INLINE void find_corners(const HeadTask<T>& task, const Scratch<T>& s) 
     const I row = load_as<I>(task.start + i) + top * columns + left;
     const I left_in = left >= 0, right_in = (left >= -1) & (left < columns - 1);
     const I top_in = top >= 0, bottom_in = (top >= -1) & (top < lines - 1);
-    store(s.corner_row + i, (top_in & left_in) ? row : outside_row);
-    store(s.corner_row + n + i, (top_in & right_in) ? row + 1 : outside_row);
-    store(s.corner_row + 2 * n + i, (bottom_in & left_in) ? row + columns : outside_row);
-    store(s.corner_row + 3 * n + i, (bottom_in & right_in) ? row + columns + 1 : outside_row);
+    store(s.corner_row + i, (top_in & left_in) ? row : zero_row);
+    store(s.corner_row + n + i, (top_in & right_in) ? row + 1 : zero_row);
+    store(s.corner_row + 2 * n + i, (bottom_in & left_in) ? row + columns : zero_row);
+    store(s.corner_row + 3 * n + i, (bottom_in & right_in) ? row + columns + 1 : zero_row);
 
     const V bottom_weight = load(s.weight + i) * fy, top_weight = load(s.weight + i) - bottom_weight;
     store(s.corner_weight + i, top_weight - top_weight * fx);
@@ -189,12 +189,7 @@ MASKDINO_INLINE void spread_rows(const HeadTask<T>& task, const Scratch<T>& s, i
   for (int64_t i = 0; i < task.samples; ++i) {
     Vector<T> products[4];
     for (int corner = 0; corner < 4; ++corner) {
-      const int64_t corner_row = s.corner_row[corner * n + i];
-      if (corner_row < 0) {
-        products[corner] = Vector<T>{};
-        continue;
-      }
-      const int64_t at = corner_row * task.row_stride + channel;
+      const int64_t at = s.corner_row[corner * n + i] * task.row_stride + channel;
       const T weight = s.corner_weight[corner * n + i];
       const T* row = task.rows + at;
       T* grad_row = task.grad_rows + at;
@@ -214,7 +209,7 @@ MASKDINO_INLINE void spread_rows(const HeadTask<T>& task, const Scratch<T>& s, i
 // Runs `Step<T, Count>` over all channels of a padded row, four vectors at a time, then the rest.
 #define MASKDINO_OVER_CHANNELS(step, argument)                                            \
   do {                                                                                    \
-    const int64_t vectors = task.padded_channels / kLanes<T>;                             \
+    const int64_t vectors = task.row_stride / kLanes<T>;                                  \
     int64_t v = 0;                                                                        \
     for (; v + 4 <= vectors; v += 4) step<T, 4>(task, s, v * kLanes<T>, argument);        \
     for (; v + 2 <= vectors; v += 2) step<T, 2>(task, s, v * kLanes<T>, argument);        \
@@ -224,7 +219,7 @@ MASKDINO_INLINE void spread_rows(const HeadTask<T>& task, const Scratch<T>& s, i
 template <typename T>
 void forward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, Integer<T>* indices) {
   Scratch<T> s(numbers, indices, task.samples);
-  const bool whole_rows = task.channels == task.padded_channels;
+  const bool whole_rows = task.channels == task.row_stride;
   for (int64_t query = begin; query < end; ++query) {
     if (query + kQueriesAhead < end) prefetch<false>(task, query + kQueriesAhead);
     locate(task, query, s);
@@ -311,8 +306,8 @@ MASKDINO_INLINE void write_offset_gradients(const HeadTask<T>& task, int64_t que
 template <typename T>
 void backward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, Integer<T>* indices) {
   Scratch<T> s(numbers, indices, task.samples);
-  const bool whole_rows = task.channels == task.padded_channels;
-  for (int64_t c = task.channels; c < task.padded_channels; ++c) s.row_buffer[c] = 0;
+  const bool whole_rows = task.channels == task.row_stride;
+  for (int64_t c = task.channels; c < task.row_stride; ++c) s.row_buffer[c] = 0;
   for (int64_t query = begin; query < end; ++query) {
     if (query + kQueriesAhead < end) prefetch<true>(task, query + kQueriesAhead);
     locate(task, query, s);

@@ -1,9 +1,9 @@
 // The operators on a CPU: prepares tensors, shares the work among torch's threads, calls kernels.
 //
-// Forward takes as many (image, head) pairs at a time as there are threads, and first copies these
-// heads out of (B, S, M, D) into rows that lie side by side: reading D channels out of a row of
-// M x D uses a fraction of the cache's sets and many more pages. Backward would need such copies of
-// the value and of its gradient; it works in place, a third slower, with no memory but its results.
+// Heads are processed in rounds, as many (image, head) pairs at a time as there are threads. A
+// round first copies its heads out of (B, S, M, D) into rows that lie side by side, converted to
+// the type of arithmetic and padded; reading D channels out of a row of M x D would use a fraction
+// of the cache's sets and many more pages. The copies of a round are small enough to stay in cache.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -92,7 +92,7 @@ HeadTask<T> make_task(const Inputs& in, const SampleTable<T>& table, int64_t pai
   task.lines = table.lines.data();
   task.start = table.start.data();
   task.channels = z.channels;
-  task.padded_channels = padded<T>(z.channels);
+  task.zero_row = static_cast<Integer<T>>(z.tokens);
   task.output_stride = z.heads * z.channels;
   const T* points_xy = in.points_xy.const_data_ptr<T>();
   if (in.fused()) {
@@ -112,19 +112,45 @@ HeadTask<T> make_task(const Inputs& in, const SampleTable<T>& table, int64_t pai
   return task;
 }
 
-// Splits `pairs` (image, head) pairs x `parts` ranges of queries among the threads; `body(pair,
-// part, first query, last query, numbers, indices)`.
+// The pairs [begin, begin + count) that are processed together, and the rows copied for them.
+struct Round {
+  int64_t begin, count;
+  at::Tensor rows;  // (count, S + 1, padded D)
+};
+
+// Calls `body(round)` for all pairs, `pairs_per_round` at a time.
+template <typename Body>
+void for_each_round(const Inputs& in, int64_t pairs_per_round, int64_t stride, const Body& body) {
+  const Sizes& z = in.sizes;
+  const int64_t pairs = z.images * z.heads;
+  const at::Tensor rows =
+      at::zeros({pairs_per_round, z.tokens + 1, stride}, in.points_xy.options());
+  for (int64_t begin = 0; begin < pairs; begin += pairs_per_round) {
+    const int64_t count = std::min(pairs_per_round, pairs - begin);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t image = (begin + i) / z.heads, head = (begin + i) % z.heads;
+      rows[i].narrow(0, 0, z.tokens).narrow(1, 0, z.channels).copy_(
+          in.value[image].select(1, head));
+    }
+    body(Round{begin, count, rows});
+  }
+}
+
+// Splits `count` pairs x `parts` ranges of queries among the threads; `body(pair_in_round, part,
+// first query, last query, numbers, indices)`.
 template <typename T, typename Body>
-void in_parallel(const Sizes& z, int64_t pairs, int64_t parts, const Body& body) {
+void in_parallel(const Sizes& z, int64_t count, int64_t parts, int64_t stride, const Body& body) {
   const int64_t queries_per_part = (z.queries + parts - 1) / parts;
-  at::parallel_for(0, pairs * parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> numbers(scratch_numbers<T>(z.samples(), padded<T>(z.channels)));
+  at::parallel_for(0, count * parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> numbers(scratch_numbers<T>(z.samples(), stride));
     std::vector<Integer<T>> indices(scratch_indices<T>(z.samples()));
     for (int64_t work = begin; work < end; ++work) {
       const int64_t part = work % parts;
       const int64_t first = part * queries_per_part;
       const int64_t last = std::min(first + queries_per_part, z.queries);
-      if (first < last) body(work / parts, part, first, last, numbers.data(), indices.data());
+      if (first < last) {
+        body(work / parts, part, first, last, numbers.data(), indices.data());
+      }
     }
   });
 }
@@ -137,32 +163,24 @@ at::Tensor run_forward(const Inputs& in) {
   if (z.empty()) return output;
   const SampleTable<T> table(z, in.shapes);
   const Kernel<T> kernel = choose_kernels<T>().forward;
-  const int64_t pairs = z.images * z.heads;
-  const int64_t pairs_at_once = std::min<int64_t>(pairs, at::get_num_threads());
+  const int64_t pairs_per_round = std::min<int64_t>(z.images * z.heads, at::get_num_threads());
   const int64_t blocks = (z.queries + kQueriesPerBlock - 1) / kQueriesPerBlock;
-  // Row S stays zero.
-  const at::Tensor rows =
-      at::zeros({pairs_at_once, z.tokens + 1, padded<T>(z.channels)}, options);
-  for (int64_t done = 0; done < pairs; done += pairs_at_once) {
-    const int64_t count = std::min(pairs_at_once, pairs - done);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t image = (done + i) / z.heads, head = (done + i) % z.heads;
-      rows[i].narrow(0, 0, z.tokens).narrow(1, 0, z.channels).copy_(
-          in.value[image].select(1, head));
-    }
+  const int64_t stride = padded<T>(z.channels);
+  T* const target = output.data_ptr<T>();
+  for_each_round(in, pairs_per_round, stride, [&](const Round& round) {
+    const T* const rows = round.rows.template const_data_ptr<T>();
     const auto work = [&](int64_t i, int64_t, int64_t first, int64_t last, T* numbers,
                           Integer<T>* indices) {
-      const int64_t pair = done + i;
+      const int64_t pair = round.begin + i;
       HeadTask<T> task = make_task<T>(in, table, pair);
-      task.row_stride = rows.stride(1);
-      task.rows = rows.const_data_ptr<T>() + i * rows.stride(0);
-      task.outside_row = static_cast<Integer<T>>(z.tokens);
-      task.output = output.data_ptr<T>() + pair / z.heads * z.queries * task.output_stride +
+      task.row_stride = stride;
+      task.rows = rows + i * (z.tokens + 1) * stride;
+      task.output = target + pair / z.heads * z.queries * task.output_stride +
                     pair % z.heads * z.channels;
       kernel(task, first, last, numbers, indices);
     };
-    in_parallel<T>(z, count, blocks, work);
-  }
+    in_parallel<T>(z, round.count, blocks, stride, work);
+  });
   return output;
 }
 
@@ -196,29 +214,20 @@ void set_gradients(HeadTask<T>& task, const Inputs& in, const Gradients& grads,
   }
 }
 
-// The value in the type of arithmetic, (B, S, M, padded D) with zeros after the D channels; no copy
-// where it is that already.
-template <typename T>
-at::Tensor padded_rows(const Inputs& in) {
-  const int64_t missing = padded<T>(in.sizes.channels) - in.sizes.channels;
-  const at::Tensor rows = in.value.to(in.points_xy.scalar_type()).contiguous();
-  return missing == 0 ? rows : at::constant_pad_nd(rows, {0, missing});
-}
-
-// No two threads add to the same place: every thread takes whole heads, and where there are more
-// threads than heads, parts of the queries have gradients of their own, added up in order. So no
-// addition needs an atomic, and a given number of threads always gives the same bits.
+// Every (image, head) pair has gradient rows of its own, and where there are more threads than
+// pairs, every part of its queries too; parts are added in order. So no addition needs an atomic,
+// and a given number of threads always gives the same bits.
 template <typename T>
 Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool reference_gradient) {
   const Sizes& z = in.sizes;
   const auto options = in.points_xy.options();
-  Gradients grads{at::Tensor(), at::empty_like(in.points_xy),
+  Gradients grads{at::empty(in.value.sizes(), in.value.options()), at::empty_like(in.points_xy),
                   in.fused() ? at::Tensor() : at::empty_like(in.scores), at::Tensor()};
   if (reference_gradient) {
     grads.reference = at::empty({z.images, z.heads, z.queries, in.reference_size()}, options);
   }
   if (z.empty()) {
-    grads.value = at::zeros(in.value.sizes(), in.value.options());
+    grads.value.zero_();
     grads.points_xy.zero_();
     if (grads.scores.defined()) grads.scores.zero_();
     if (grads.reference.defined()) grads.reference.zero_();
@@ -226,24 +235,34 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
   }
   const SampleTable<T> table(z, in.shapes);
   const Kernel<T> kernel = choose_kernels<T>().backward;
-  const at::Tensor rows = padded_rows<T>(in);
-  const int64_t pairs = z.images * z.heads;
-  const int64_t parts = std::clamp<int64_t>(at::get_num_threads() / pairs, 1, z.queries);
-  at::Tensor grad_rows = at::zeros({parts * z.images, z.tokens, z.heads, rows.size(3)}, options);
-  const auto work = [&](int64_t pair, int64_t part, int64_t first, int64_t last, T* numbers,
-                        Integer<T>* indices) {
-    const int64_t head_at = pair / z.heads * rows.stride(0) + pair % z.heads * rows.stride(2);
-    HeadTask<T> task = make_task<T>(in, table, pair);
-    set_gradients(task, in, grads, grad_output, pair);
-    task.row_stride = rows.stride(1);
-    task.rows = rows.const_data_ptr<T>() + head_at;
-    task.grad_rows = grad_rows.data_ptr<T>() + part * rows.numel() + head_at;
-    task.outside_row = -1;
-    kernel(task, first, last, numbers, indices);
-  };
-  in_parallel<T>(z, pairs, parts, work);
-  if (parts > 1) grad_rows = grad_rows.view({parts, -1}).sum(0).view(rows.sizes());
-  grads.value = grad_rows.narrow(3, 0, z.channels).to(in.value.scalar_type()).contiguous();
+  const int64_t threads = at::get_num_threads();
+  const int64_t pairs_per_round = std::min<int64_t>(z.images * z.heads, threads);
+  const int64_t parts = std::clamp<int64_t>(threads / pairs_per_round, 1, z.queries);
+  const int64_t stride = padded<T>(z.channels);
+  const at::Tensor grad_rows =
+      at::empty({pairs_per_round, parts, z.tokens + 1, stride}, options);
+  T* const grad_rows_data = grad_rows.data_ptr<T>();
+  for_each_round(in, pairs_per_round, stride, [&](const Round& round) {
+    const T* const rows = round.rows.template const_data_ptr<T>();
+    grad_rows.zero_();
+    const auto work = [&](int64_t i, int64_t part, int64_t first, int64_t last, T* numbers,
+                          Integer<T>* indices) {
+      const int64_t pair = round.begin + i;
+      HeadTask<T> task = make_task<T>(in, table, pair);
+      set_gradients(task, in, grads, grad_output, pair);
+      task.row_stride = stride;
+      task.rows = rows + i * (z.tokens + 1) * stride;
+      task.grad_rows = grad_rows_data + (i * parts + part) * (z.tokens + 1) * stride;
+      kernel(task, first, last, numbers, indices);
+    };
+    in_parallel<T>(z, round.count, parts, stride, work);
+    for (int64_t i = 0; i < round.count; ++i) {
+      const int64_t pair = round.begin + i;
+      const at::Tensor sum = parts == 1 ? grad_rows[i][0] : grad_rows[i].sum(0);
+      grads.value[pair / z.heads].select(1, pair % z.heads).copy_(
+          sum.narrow(0, 0, z.tokens).narrow(1, 0, z.channels));
+    }
+  });
   return grads;
 }
 
