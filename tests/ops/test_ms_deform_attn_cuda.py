@@ -103,6 +103,26 @@ def test_emulated_kernels_stay_inside_the_maps(bad: float, emulated: object) -> 
     assert grads[1].shape == locations.shape and grads[1][:, ::2].isfinite().all()
 
 
+@pytest.mark.slow
+def test_emulated_kernels_read_only_what_a_sample_touches(emulated: object) -> None:
+    """A corner outside reads its neighbour: no pixel may spoil samples that do not touch it."""
+    case = Case(shapes=((3, 4), (2, 1)), channels=32, heads=2, queries=40, points=1)
+    value = case.value(torch.float32)
+    value[:, [0, 6, 11, 12]] = float("nan")
+    locations = 2 * case.locations(torch.float32) - 0.5
+    inputs = (value, case.flat_shapes, locations, case.weights(torch.float32))
+    output, expected = (ops.ms_deform_attn(*inputs) for ops in (emulated, torch.ops.maskdino))
+    assert 0.1 < output.isnan().float().mean() < 0.9
+    assert torch.equal(output.isnan(), expected.isnan())
+    grads, expected_grads = (
+        ops.ms_deform_attn_backward(torch.ones_like(output), *inputs)
+        for ops in (emulated, torch.ops.maskdino)
+    )
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert torch.equal(grad.isnan(), expected_grad.isnan())
+    assert grads[1].isnan().any() and not grads[0].isnan().any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
