@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def test_operators_agree_and_every_column_is_filled(repository: Path) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory on a CPU is read from Linux's /proc")
     command = [sys.executable, "tools/benchmark.py", "op", "--threads", "1"]
     command += ["--height", "256", "--width", "256", "--repeats", "1"]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
