@@ -270,7 +270,7 @@ void launch_backward(const Inputs<T, kForm>& in, const Gradients<T, kForm>& grad
                      cudaStream_t stream) {
   const Geometry& g = in.geometry;
   constexpr int kWidest = sizeof(T) <= 4 ? kBackwardVector : 1;
-  choose_group<kWidest>(g.channels, vectors, [&](auto vector, auto group) {
+  choose_group<T, kWidest>(g.channels, vectors, [&](auto vector, auto group) {
     constexpr int kVector = decltype(vector)::value, kGroup = decltype(group)::value;
     const int threads = threads_per_block<kGroup>(g);
     const size_t shared =

@@ -106,7 +106,7 @@ template <typename T, Form kForm>
 void launch_forward(const Inputs<T, kForm>& in, T* output, bool vectors, cudaStream_t stream) {
   const Geometry& g = in.geometry;
   constexpr int kWidest = sizeof(T) <= 4 ? forward_vector(sizeof(T)) : 1;
-  choose_group<kWidest>(g.channels, vectors, [&](auto vector, auto group) {
+  choose_group<T, kWidest>(g.channels, vectors, [&](auto vector, auto group) {
     constexpr int kVector = decltype(vector)::value, kGroup = decltype(group)::value;
     launch(forward_kernel<T, kForm, kVector, kGroup>, in.grid, threads_per_block<kGroup>(g),
            g.samples * sizeof(SampleLevel), stream, in, output);

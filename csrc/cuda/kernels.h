@@ -77,10 +77,12 @@ struct Gradients {
   Arithmetic<T>* reference;  // (B, M, Q, reference_size) or null
 };
 
-// True where 16-byte accesses serve a head: its bytes are 64, 128 or 256.
+// True where vectors serve a head: it has 1, 2 or 4 times the bytes of the smallest.
+constexpr int kSmallestHead = 64;
 constexpr bool has_vector_kernel(int64_t channels, int64_t element_size) {
   const int64_t bytes = channels * element_size;
-  return element_size <= 4 && (bytes == 64 || bytes == 128 || bytes == 256);
+  return element_size <= 4 &&
+         (bytes == kSmallestHead || bytes == 2 * kSmallestHead || bytes == 4 * kSmallestHead);
 }
 
 // Neighbouring channels of a lane where the head has a vector kernel: forward reads 16 bytes, and

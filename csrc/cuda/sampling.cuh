@@ -6,9 +6,9 @@
 // lane for its own channels, and receive a sample's numbers from the lane that computed them.
 // Lanes without a query run along (shuffles need whole warps) and write nothing.
 //
-// Instructions, not memory, bound these kernels. So the four corners of a sample are always read,
-// without a branch between them: a corner outside the map reads its neighbour inside with weight
-// 0, and only a sample that touches no pixel is passed over.
+// Instructions, not memory, bound forward in 16-bit types. So the four corners of a sample are
+// always read, without a branch between them: a corner outside the map reads its neighbour inside
+// with weight 0, and only a sample that touches no pixel is passed over.
 #pragma once
 
 #include <cstring>
@@ -259,15 +259,15 @@ __device__ __forceinline__ Sample<A> place_sample(A x, A y, const SampleLevel& l
 }
 
 // Calls `launch(vector, group)` with compile-time constants for the head size.
-template <int kVector, typename Launch>
+template <typename T, int kVector, typename Launch>
 void choose_group(int64_t channels, bool vectors, const Launch& launch) {
   if constexpr (kVector > 1) {
     constexpr std::integral_constant<int, kVector> vector;
+    constexpr int kSmallest = kSmallestHead / static_cast<int>(kVector * sizeof(T));
     const int group = vectors ? lanes_per_query(channels, kVector) : 0;
-    if (group == 4) return launch(vector, std::integral_constant<int, 4>{});
-    if (group == 8) return launch(vector, std::integral_constant<int, 8>{});
-    if (group == 16) return launch(vector, std::integral_constant<int, 16>{});
-    if (group == 32) return launch(vector, std::integral_constant<int, 32>{});
+    if (group == kSmallest) return launch(vector, std::integral_constant<int, kSmallest>{});
+    if (group == 2 * kSmallest) return launch(vector, std::integral_constant<int, 2 * kSmallest>{});
+    if (group == 4 * kSmallest) return launch(vector, std::integral_constant<int, 4 * kSmallest>{});
   }
   launch(std::integral_constant<int, 1>{}, std::integral_constant<int, 32>{});
 }
