@@ -116,6 +116,7 @@ class UnifiedQuerySelection(nn.Module):
         anchor_logits = inverse_sigmoid(boxes / sizes)
         if self.empty_masks == "corner":
             return anchor_logits
+        # The last pixel of an inclusive box may be the first.
         has_pixels = corners[..., 3:] > corners[..., 1:2] - int(inclusive)
         return torch.where(has_pixels, anchor_logits, predicted)
 
