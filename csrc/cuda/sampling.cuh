@@ -125,7 +125,8 @@ __device__ __forceinline__ Place<A> find_place(const Geometry& g) {
     const int column = ((tile - tile_line * tiles_in_line) << g.tile_bits) +
                        (slot & ((1 << g.tile_bits) - 1));
     const int line = (tile_line << g.tile_bits) + (slot >> g.tile_bits);
-    place.active = column < width && line < height;
+    // Threads fill whole warps, so that there may be more of them than the tile has queries.
+    place.active = slot < g.queries_per_block && column < width && line < height;
     place.query = g.first_token[level] + line * width + column;
     place.centre_x = (static_cast<A>(column) + A(0.5)) / static_cast<A>(width);
     place.centre_y = (static_cast<A>(line) + A(0.5)) / static_cast<A>(height);

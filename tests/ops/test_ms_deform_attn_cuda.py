@@ -82,6 +82,24 @@ def test_emulated_kernels_compute_what_the_cpu_does(
 
 
 @pytest.mark.slow
+def test_emulated_tiles_smaller_than_a_warp(emulated: object) -> None:
+    """So many samples leave room for four queries of four lanes each: lanes beyond add nothing."""
+    case = Case(shapes=((6, 4), (3, 2)), channels=16, heads=1, images=1, points=320)
+    torch.manual_seed(0)
+    value, raw = case.value(torch.float32), case.offsets_and_logits(torch.float32, per_token=True)
+    fused = (value, case.flat_shapes, raw, None, case.points)
+    grad = torch.randn(1, case.tokens, case.channels)
+    results, expected = (
+        [
+            operators.ms_deform_attn_fused(*fused),
+            *operators.ms_deform_attn_fused_backward(grad, *fused, False),
+        ]
+        for operators in (emulated, torch.ops.maskdino)
+    )
+    assert_same(results, expected, torch.float32)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.usefixtures("deterministic_algorithms")
 def test_emulated_fixed_point_sums(dtype: torch.dtype, emulated: object) -> None:
