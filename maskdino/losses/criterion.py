@@ -127,7 +127,7 @@ class Criterion(nn.Module):
         """Mean number of objects per process, at least 1."""
         if comm.get_world_size() == 1:
             return max(1.0, float(len(targets)))
-        total = targets.boxes.new_tensor([float(len(targets))])
+        total = targets.boxes.new_full((1,), float(len(targets)))
         torch.distributed.all_reduce(total)
         return (total / comm.get_world_size()).clamp(min=1)
 

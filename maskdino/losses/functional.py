@@ -1,6 +1,8 @@
 """Each loss beside its pairwise cost (appendix B.1; matching: section 3.6).
 
 Shape key: Q queries, K classes, N objects, M matched pairs, P points; `...` leading dimensions.
+
+Sums over points are not rounded to half by autocast: thousands of terms cancel in them.
 """
 
 import torch
@@ -60,7 +62,8 @@ def mask_bce_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def mask_bce_cost(logits: Tensor, labels: Tensor) -> Tensor:
     """`mask_bce_loss` of all pairs, as `softplus(x) - x t`: (Q, P), (N, P) to (Q, N)."""
-    return (F.softplus(logits).sum(-1, keepdim=True) - logits @ labels.t()) / logits.shape[-1]
+    total = F.softplus(logits).sum(-1, keepdim=True) - _sums_of_products(logits, labels)
+    return total / logits.shape[-1]
 
 
 def mask_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -74,4 +77,10 @@ def mask_dice_cost(logits: Tensor, labels: Tensor) -> Tensor:
     """`mask_dice_loss` of all pairs: (Q, P), (N, P) to (Q, N)."""
     probability = logits.sigmoid()
     total = probability.sum(-1, keepdim=True) + labels.sum(-1)
-    return 1 - (2 * (probability @ labels.t()) + 1) / (total + 1)
+    return 1 - (2 * _sums_of_products(probability, labels) + 1) / (total + 1)
+
+
+def _sums_of_products(values: Tensor, labels: Tensor) -> Tensor:
+    """(Q, P), (N, P) to (Q, N), in the dtype of the values even under autocast."""
+    with torch.autocast(values.device.type, enabled=False):
+        return values @ labels.t()

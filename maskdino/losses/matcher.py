@@ -92,7 +92,8 @@ class HybridMatcher:
                 pixels = None if pixel_embedding is None else pixel_embedding[image]
                 of_image = predictions.map(lambda x, image=image: x[:, image])
                 costs.append(self._image_cost(of_image, pixels, targets, objects, points).flatten())
-        flat = torch.cat(costs) if costs else torch.zeros(0)
+        device = predictions.class_logits.device
+        flat = torch.cat(costs) if costs else torch.zeros(0, device=device)
         return PendingMatches(
             flat, targets, predictions.class_logits.shape[0], predictions.class_logits.shape[2]
         )
@@ -142,7 +143,8 @@ class HybridMatcher:
     ) -> Tensor:
         """Samples the pixel embedding, then multiplies: the same, and no mask map is made."""
         places = points.uniform(1, pixels.device)  # (1, P, 2)
-        logits = (embeddings @ sample_maps(pixels[None], places)[0]).float()  # (Q, P)
+        features = sample_maps(pixels[None], places)[0].to(embeddings.dtype)  # (C, P)
+        logits = (embeddings @ features).float()  # (Q, P)
         index = torch.arange(objects.start, objects.stop, device=pixels.device)
         labels = sample_packed_masks(targets.masks, index, places)  # (n, P)
         cost = self.weights.mask_bce_weight * mask_bce_cost(logits, labels)
@@ -160,8 +162,9 @@ class PendingMatches:
         if costs.is_cuda:
             self._costs = torch.empty(costs.shape, dtype=costs.dtype, pin_memory=True)
             self._costs.copy_(costs, non_blocking=True)
+            # Of the device that copies, which need not be the current one.
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(costs.device))
         else:
             self._costs = costs.cpu()
         self._pairs = _waiters.submit(self._solve)
@@ -173,7 +176,9 @@ class PendingMatches:
     def _solve(self) -> list[np.ndarray]:
         """For each image (4, pairs): output, image, query and target of each pair."""
         if self._copied is not None:
-            self._copied.synchronize()
+            # Without it, a thread's first call of CUDA makes a context on the first GPU.
+            with torch.cuda.device(self._device):
+                self._copied.synchronize()
         costs, begin, pairs = self._costs.numpy(), 0, []
         for image, (first, count) in enumerate(
             zip(self._targets.offsets, self._targets.counts, strict=True)

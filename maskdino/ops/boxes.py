@@ -69,10 +69,9 @@ def masks_to_boxes(masks: Tensor, inclusive: bool) -> Tensor:
     x_low, x_high = _extent(masks.any(dim=-2))
     y_low, y_high = _extent(masks.any(dim=-1))
     if inclusive:
-        empty = (x_high < 0)[..., None]
-        corners = torch.stack([x_low, y_low, x_high, y_high], dim=-1).float()
-        nothing = corners.new_tensor([EMPTY_MASK_COORDINATE, EMPTY_MASK_COORDINATE, 0, 0])
-        return torch.where(empty, nothing, corners)
+        low = torch.stack([x_low, y_low], dim=-1).float()
+        low = low.masked_fill((x_high < 0)[..., None], EMPTY_MASK_COORDINATE)
+        return torch.cat([low, torch.stack([x_high, y_high], dim=-1).clamp(min=0).float()], dim=-1)
     corners = torch.stack([x_low, y_low, x_high + 1, y_high + 1], dim=-1).float()
     return corners * (x_high >= 0)[..., None]
 

@@ -1,7 +1,8 @@
 """Masks at points: samples of feature maps, of packed masks, of mask logits never kept as maps.
 
 Shape key: B images, C channels, H, W pixels of a map, M masks, P points. Points are (x, y) in
-[0, 1] of the canvas.
+[0, 1] of the canvas, in float32 or more: rounded to half, they would lie up to a quarter of a pixel
+from where the ground truth is read.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 from maskdino.structures import PackedMasks
 
 MAP_ELEMENTS_AT_ONCE = 1 << 24  # mask logits that exist at one time (64 MiB of float32)
+LABELS_AT_ONCE = 1 << 21  # samples of packed masks made at one time (some 80 bytes each)
 
 
 def mask_logits(mask_embeddings: Tensor, pixel_embedding: Tensor) -> Tensor:
@@ -30,11 +32,12 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
         points: (B, P, 2).
 
     Returns:
-        (B, C, P), in the maps' dtype.
+        (B, C, P), in the wider of the dtypes of maps and points.
     """
-    grid = (2 * points - 1).to(maps.dtype).unsqueeze(1)  # (B, 1, P, 2)
+    dtype = torch.promote_types(maps.dtype, points.dtype)
+    grid = (2 * points - 1).to(dtype).unsqueeze(1)  # (B, 1, P, 2)
     return F.grid_sample(
-        maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        maps.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False
     ).squeeze(2)
 
 
@@ -47,26 +50,39 @@ def sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Te
         points: (M, P, 2), or (1, P, 2) for points that all rows share.
 
     Returns:
-        (M, P) float32 in [0, 1].
+        (M, P) in [0, 1], in the points' dtype.
     """
-    height, width = masks.size
-    x, y = (points * points.new_tensor([width, height]) - 0.5).unbind(-1)  # (M or 1, P)
-    x0, y0 = x.floor(), y.floor()
-    fraction_x, fraction_y = x - x0, y - y0
-    x0, y0 = x0.long(), y0.long()
-    bits = masks.bits.flatten()
-    rows = masks.bits.shape[2]
-    base = (index * (height * rows))[:, None]  # (M, 1)
-    total = 0.0
-    for dy in (0, 1):
-        for dx in (0, 1):
-            column, row = x0 + dx, y0 + dy
-            weight = (fraction_x if dx else 1 - fraction_x) * (fraction_y if dy else 1 - fraction_y)
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            byte = (row.clamp(0, height - 1) * rows + (column.clamp(0, width - 1) >> 3)) + base
-            pixel = (bits[byte] >> (7 - (column & 7)).to(torch.uint8)) & 1
-            total = total + pixel * (weight * inside)
-    return total
+    at_once = max(1, LABELS_AT_ONCE // max(1, points.shape[1]))
+    indices = index.split(at_once)
+    places = [points] * len(indices) if points.shape[0] == 1 else points.split(at_once)
+    return torch.cat(
+        [
+            _sample_packed_masks(masks, part, of_part)
+            for part, of_part in zip(indices, places, strict=True)
+        ]
+    )
+
+
+def _sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Tensor:
+    row, weight_y = _neighbors(points[..., 1], masks.size[0])  # (2, M or 1, P)
+    column, weight_x = _neighbors(points[..., 0], masks.size[1])
+    byte = (row * masks.bits.shape[2])[:, None] + (column >> 3)  # (2, 2, M or 1, P)
+    shift = (7 - (column & 7)).to(torch.uint8)
+    pixels = (masks.bits.flatten(1)[index[:, None], byte] >> shift) & 1  # (2, 2, M, P)
+    return ((pixels * weight_x).sum(1) * weight_y).sum(0)
+
+
+def _neighbors(coordinates: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Cells on both sides of coordinates (...) in [0, 1] along an axis, and their bilinear weights.
+
+    Returns:
+        index (2, ...) int64 within the axis, and weight (2, ...), zero for cells beyond the axis.
+    """
+    position = coordinates * size - 0.5
+    low = position.floor()
+    cell = torch.stack([low, low + 1])
+    inside = cell.clamp(0, size - 1)
+    return inside.long(), (1 - (position - cell).abs()) * (inside == cell)
 
 
 class PointSampler:
@@ -168,12 +184,25 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
 
 def _spread(values: Tensor, points: Tensor, size: torch.Size) -> Tensor:
     """The transpose of `sample_maps`: values (m, P) at points (m, P, 2) to maps (m, H, W)."""
+    if torch.are_deterministic_algorithms_enabled():
+        return _spread_in_order(values, points, size)
     grid = (2 * points - 1).to(values.dtype).unsqueeze(1)
     maps = values.new_zeros(values.shape[0], 1, *size)  # only its shape matters
     grad_maps, _ = torch.ops.aten.grid_sampler_2d_backward(
         values[:, None, None], maps, grid, 0, 0, False, [True, False]
     )
     return grad_maps.squeeze(1)
+
+
+def _spread_in_order(values: Tensor, points: Tensor, size: torch.Size) -> Tensor:
+    """`_spread` with sums in an order that is the same each time; the kernel above has none."""
+    row, weight_y = _neighbors(points[..., 1], size[0])  # (2, m, P)
+    column, weight_x = _neighbors(points[..., 0], size[1])
+    mask = torch.arange(len(values), device=values.device)[:, None]
+    place = (mask * size[0] + row)[:, None] * size[1] + column  # (2, 2, m, P)
+    parts = (values * weight_y)[:, None] * weight_x
+    maps = values.new_zeros(len(values) * size[0] * size[1])
+    return maps.index_put((place,), parts, accumulate=True).view(-1, *size)
 
 
 def _maps_at_once(size: torch.Size) -> int:

@@ -1,11 +1,13 @@
 """Sampling at points against loops, and mask logits at points against maps that are kept."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskdino.ops import points as points_module
 from maskdino.ops.points import (
@@ -29,6 +31,25 @@ def slow_sample(image: Tensor, x: float, y: float) -> float:
     return value
 
 
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def border_points(number: int) -> Tensor:
     """Points in [0, 1], among them the corners and the centre."""
     corners = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
@@ -44,6 +65,13 @@ def test_sample_maps() -> None:
             for p in range(12):
                 expected = slow_sample(maps[b, c], *points[b, p].tolist())
                 assert found[b, c, p].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_points_are_not_rounded_to_the_type_of_the_maps() -> None:
+    maps, points = torch.randn(2, 3, 40, 70).bfloat16(), torch.rand(2, 50, 2)
+    found = sample_maps(maps, points)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, sample_maps(maps.float(), points))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 8), (7, 13), (3, 17)])
@@ -69,6 +97,17 @@ def test_packed_masks_share_points_or_are_none() -> None:
     assert sample_packed_masks(packed, index[:0], points[:0]).shape == (0, 7)
     empty = PackedMasks.empty(0, (6, 10))
     assert sample_packed_masks(empty, index[:0], points[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_packed_masks_are_sampled_a_few_at_a_time(
+    shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = PackedMasks.from_bool(torch.rand(3, 6, 10) < 0.5)
+    index, points = torch.tensor([2, 0, 1, 1, 2]), torch.rand(1 if shared else 5, 7, 2)
+    at_once = sample_packed_masks(masks, index, points)
+    monkeypatch.setattr(points_module, "LABELS_AT_ONCE", 15)
+    assert torch.equal(sample_packed_masks(masks, index, points), at_once)
 
 
 class CyclingPoints:
@@ -119,6 +158,28 @@ def test_mask_logits_at_points_gradcheck() -> None:
     pixels = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     function = lambda e, f: mask_logits_at_points(e, f, CyclingPoints(points))[0]  # noqa: E731
     assert torch.autograd.gradcheck(function, (embeddings, pixels))
+
+
+@pytest.mark.parametrize("number", [0, 4])
+@pytest.mark.usefixtures("deterministic")
+def test_deterministic_gradients_are_the_same(number: int) -> None:
+    """Without the kernel that PyTorch forbids then on a GPU."""
+    size, points = torch.Size((5, 9)), torch.stack([border_points(30) for _ in range(4)])[:number]
+    values = torch.randn(number, 30)
+    with Operations() as operations:
+        found = points_module._spread(values, points, size)
+    assert "index_put" in operations.names
+    assert not any("grid_sampler" in name for name in operations.names)
+    torch.use_deterministic_algorithms(False)
+    with Operations() as operations:
+        expected = points_module._spread(values, points, size)
+    assert "grid_sampler_2d_backward" in operations.names
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_deterministic_gradcheck() -> None:
+    test_mask_logits_at_points_gradcheck()
 
 
 def test_mask_logits_of_no_mask_give_zero_gradients() -> None:
