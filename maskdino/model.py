@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +13,18 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from maskdino.backbones import build_backbone
-from maskdino.losses.criterion import Criterion
+from maskdino.losses.criterion import BOX_TERMS, MASK_TERMS, Criterion
 from maskdino.modeling.decoder import Decoder, DecoderState
 from maskdino.modeling.denoising import DenoisingQueries, attention_mask, build_denoising
 from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbedding
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.query_selection import build_query_selection
 from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
+from maskdino.precision import check_precision, network_precision
 from maskdino.structures import Memory, Predictions, Queries, Targets
 from maskdino.targets import prepare_targets
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class InferenceOptions:
     temperature: float
     resize_before_sum: bool
     cross_entropy: bool
+    precision: str
 
     def class_scores(self, class_logits: Tensor) -> Tensor:
         """(..., K) logits to scores of the real classes."""
@@ -97,12 +102,36 @@ class MaskDINO(nn.Module):
         )
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
+        self._freeze_heads_without_loss()
+
+    def _freeze_heads_without_loss(self) -> None:
+        """Freezes heads whose losses all have weight 0; what they compute is still used.
+
+        No gradient would ever reach them, and several processes wait for the gradient of each
+        trainable parameter. So anchors of a model that learns masks alone are refined by the box
+        head as it was loaded; as it was made, it leaves them as they are.
+        """
+        heads = {
+            "class head": (["loss_class"], [self.heads.class_head]),
+            "box head": (BOX_TERMS, [self.heads.box_head]),
+            "mask head and pixel embedding": (
+                MASK_TERMS,
+                [self.heads.mask_head, self.pixel_embedding],
+            ),
+        }
+        for name, (terms, modules) in heads.items():
+            present = [module for module in modules if module is not None]
+            if present and not any(term in self.criterion.weights for term in terms):
+                for module in present:
+                    module.requires_grad_(False)
+                logger.info("Frozen, as no loss trains it: the %s.", name)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         backbone = build_backbone(cfg)
         shape = backbone.output_shape()
         node = cfg.MODEL.MASK_DINO
+        check_precision(node.TEST.PRECISION, torch.device(cfg.MODEL.DEVICE))
         return {
             "backbone": backbone,
             "encoder": MultiScaleDeformableEncoder(cfg, shape),
@@ -214,9 +243,14 @@ class MaskDINO(nn.Module):
         )
         return Predictions(classes, torch.stack([state.boxes for state in states]), masks)
 
+    def predict_precisely(self, images: Tensor) -> tuple[Predictions, Tensor | None]:
+        """`predict` in the precision of TEST.PRECISION."""
+        with network_precision(self.inference.precision, self.device):
+            return self.predict(images)
+
     @torch.no_grad()
     def _infer(self, batched_inputs: list[dict], images: ImageList) -> list[dict]:
-        predictions, pixels = self.predict(images.tensor)
+        predictions, pixels = self.predict_precisely(images.tensor)
         canvas = tuple(images.tensor.shape[-2:])
         results = []
         for i, (inputs, size) in enumerate(zip(batched_inputs, images.image_sizes, strict=True)):
@@ -305,4 +339,5 @@ def inference_options(cfg: CfgNode) -> InferenceOptions:
         temperature=node.TEMPERATURE,
         resize_before_sum=node.RESIZE_BEFORE_SUM,
         cross_entropy=cfg.MODEL.MASK_DINO.LOSS.CLASSIFICATION == "cross_entropy",
+        precision=node.PRECISION,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from maskdino.launch import free_port, launch
 from maskdino.ops.points import PointSampler
 from tests.helpers import NARROW
-from tests.stand_in import read_checkpoint, tiny_config, train
+from tests.stand_in import read_checkpoint, tiny_config, train, train_in_process
 
 # What depends on the batch of a process, or is drawn at random, differs by design: noised queries
 # (padded to the most objects of an image of the batch) are off, points are fixed below. Adam would
@@ -31,9 +31,18 @@ SETTINGS = {
 }
 
 
-def config(output: Path) -> CfgNode:
+# As in configs/coco/ablation/table11_mask_only.yaml.
+MASKS_ALONE = {
+    f"MODEL.MASK_DINO.{node}.{term}_WEIGHT": 0.0
+    for node in ("MATCHER", "LOSS")
+    for term in ("L1", "GIOU")
+}
+
+
+def config(output: Path, overrides: dict[str, object] | None = None) -> CfgNode:
     """Three steps of the narrow model on four small nuclei images each."""
-    return tiny_config(output, *(word for item in SETTINGS.items() for word in item))
+    settings = SETTINGS | (overrides or {})
+    return tiny_config(output, *(word for item in settings.items() for word in item))
 
 
 def train_at_fixed_points(cfg: CfgNode) -> None:
@@ -78,6 +87,15 @@ def assert_trained_alike(found: Path, expected: Path) -> None:
 def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
     launch(train_at_fixed_points, config(tmp_path), processes=2)
     assert_trained_alike(tmp_path, alone)
+
+
+def test_two_processes_train_masks_alone(tmp_path: Path) -> None:
+    """Several processes wait for the gradient of every trainable parameter."""
+    denoising = {"MODEL.MASK_DINO.DENOISING.MODE": "boxes_and_masks"}
+    launch(train_in_process, config(tmp_path, MASKS_ALONE | denoising), processes=2)
+    assert read_checkpoint(tmp_path)["iteration"] == 2
+    terms = {name.split("_")[1] for name in losses(tmp_path) if name != "total_loss"}
+    assert terms == {"class", "mask"}
 
 
 @pytest.mark.slow

@@ -126,7 +126,25 @@ def test_names_of_losses() -> None:
     assert terms(train_once(tiny_model(MASK_ON=False), batch)) == boxes
 
 
-@pytest.mark.parametrize("overrides", [{}, {"QUERY_SELECTION__ENABLED": False}, {"MASK_ON": False}])
+NO_CLASS_LOSS = {"LOSS__CLASS_WEIGHT": 0.0}
+NO_BOX_LOSS = {"LOSS__L1_WEIGHT": 0.0, "LOSS__GIOU_WEIGHT": 0.0}
+NO_MASK_LOSS = {"LOSS__MASK_BCE_WEIGHT": 0.0, "LOSS__MASK_DICE_WEIGHT": 0.0}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"QUERY_SELECTION__ENABLED": False},
+        {"MASK_ON": False},
+        NO_CLASS_LOSS,
+        NO_BOX_LOSS,
+        NO_BOX_LOSS | {"QUERY_SELECTION__ENABLED": False, "DENOISING__MODE": "off"},
+        NO_MASK_LOSS,
+        NO_CLASS_LOSS | NO_MASK_LOSS,
+    ],
+    ids=lambda x: ",".join(f"{k}={x[k]}" for k in x) or "all",
+)
 @pytest.mark.parametrize("counts", [(2, 3), (0, 0)])
 def test_every_parameter_gets_a_gradient(
     overrides: dict[str, object], counts: tuple[int, int]
@@ -136,6 +154,31 @@ def test_every_parameter_gets_a_gradient(
     train_once(model, drawn_batch([SIZE, SIZE], counts))
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
+
+
+@pytest.mark.parametrize(
+    ("overrides", "frozen", "message"),
+    [
+        ({}, (), ""),
+        ({"LOSS__L1_WEIGHT": 0.0, "LOSS__MASK_DICE_WEIGHT": 0.0}, (), ""),
+        (NO_CLASS_LOSS, ("heads.class_head.",), "the class head"),
+        (NO_BOX_LOSS, ("heads.box_head.",), "the box head"),
+        (NO_BOX_LOSS | {"MASK_ON": False}, ("heads.box_head.",), "the box head"),
+        (NO_MASK_LOSS, ("heads.mask_head.", "pixel_embedding."), "the mask head and pixel emb"),
+    ],
+)
+def test_heads_without_a_loss_are_frozen(
+    overrides: dict[str, object],
+    frozen: tuple[str, ...],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "maskdino"):
+        model = tiny_model(**overrides)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith(frozen), name
+    said = [text for text in caplog.messages if text.startswith("Frozen")]
+    assert len(said) == bool(frozen) and message in "".join(said)
 
 
 @pytest.mark.parametrize("masks", [False, True])
