@@ -101,20 +101,20 @@ def test_costs_of_another_gpu_than_the_current_one(monkeypatch: pytest.MonkeyPat
 def circles(number: int, size: int) -> tuple[Tensor, Tensor]:
     """Masks (N, 4 size, 4 size) of circles, and maps (N, size, size) that are positive inside."""
     centers = torch.rand(number, 2, 1, 1) * 4 * size
-    radius = 8 + torch.rand(number, 1, 1) * size / 4
+    radius = 8 + torch.rand(number, 1, 1) * size / 8
     fine, coarse = torch.arange(4 * size) + 0.5, torch.arange(size) * 4 + 2.0
 
     def inside(place: Tensor) -> Tensor:
         distance = ((place[:, None] - centers[:, 0]) ** 2 + (place - centers[:, 1]) ** 2).sqrt()
         return radius - distance
 
-    return inside(fine) > 0, inside(coarse).clamp(-8, 8)
+    return inside(fine) > 0, (2 * inside(coarse)).clamp(-16, 16)
 
 
 @pytest.fixture
 def circle_queries() -> tuple[Predictions, Tensor, Targets]:
     """Query k predicts circle k nearly right."""
-    number, channels, size = 20, 64, 128
+    number, channels, size = 12, 16, 256
     masks, maps = circles(number, size)
     pixels = torch.zeros(1, channels, size, size)
     pixels[0, :number] = maps
