@@ -290,6 +290,7 @@ def run(args: argparse.Namespace) -> None:
     """
     cfg = read_config(args.config_file, None, args.opts)
     cfg.MODEL.DEVICE = str(pick_device(args.device, cfg.MODEL.DEVICE))
+    cfg.MODEL.MASK_DINO.TEST.PRECISION = "float32"  # in which programs are traced and compared
     model = build_model(cfg).eval()
     load_weights(model, cfg)
     cfg.MODEL.WEIGHTS = ""  # the file holds its weights

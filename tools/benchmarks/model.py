@@ -87,17 +87,17 @@ def run(args: argparse.Namespace) -> str:
     )
 
 
-def drawn_input(height: int, width: int) -> dict:
-    """A picture of noise with a grid of rectangles as objects."""
+def drawn_input(height: int, width: int, objects: int = OBJECTS, classes: int = 2) -> dict:
+    """A picture of noise with rectangles as objects, of `classes` classes in turn."""
     instances = Instances((height, width))
-    masks = torch.zeros(OBJECTS, height, width, dtype=torch.bool)
-    boxes = torch.zeros(OBJECTS, 4)
-    for i in range(OBJECTS):
-        top, left = (i // 4) * height // 2, (i % 4) * width // 4
+    masks = torch.zeros(objects, height, width, dtype=torch.bool)
+    boxes = torch.zeros(objects, 4)
+    for i in range(objects):
+        top, left = (i // 4) * height // 2 % (height * 2 // 3), (i % 4) * width // 4
         bottom, right = top + height // 3, left + width // 5
         masks[i, top:bottom, left:right] = True
         boxes[i] = torch.tensor([left, top, right, bottom])
-    instances.gt_classes = torch.arange(OBJECTS) % 2
+    instances.gt_classes = torch.arange(objects) % classes
     instances.gt_boxes = Boxes(boxes)
     instances.gt_masks = PackedMasks.from_bool(masks)
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)

@@ -1,0 +1,190 @@
+"""What the steps share: the report, drawn inputs, time, memory, launches, host waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from detectron2.config import CfgNode
+from torch.profiler import ProfilerActivity, profile
+
+if TYPE_CHECKING:  # in a process of the released code, `maskdino` is its package
+    from maskdino.model import MaskDINO
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES = "results.jsonl"
+TOP_KERNELS = 20
+R50 = "coco/instance/maskdino_R50.yaml"
+TINY = "coco/instance/maskdino_tiny.yaml"
+PRECISION_KEY = "MODEL.MASK_DINO.TEST.PRECISION"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every step is given: where it runs and where its lines go."""
+
+    out: Path
+    device: str  # "cuda" or "cpu"
+    dry: bool  # small sizes, to try the steps themselves
+    peer: Path | None = None  # a checkout of the released implementation
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    def say(self, step: str, **values: object) -> None:
+        """Appends one result to the report, safe on the disk before the next one begins."""
+        line = json.dumps({"step": step, **values})
+        print(line, flush=True)
+        with open(self.out / LINES, "a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def config(run: Run, name: str, *overrides: str) -> CfgNode:
+    """A shipped configuration with random weights on the device of the run."""
+    from maskdino.config import load_config
+
+    fixed = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", run.device]
+    return load_config(str(ROOT / "configs" / name), [*fixed, *overrides])
+
+
+def build_model(cfg: CfgNode, *, train: bool) -> MaskDINO:
+    """The model with weights that are the same in every process."""
+    from maskdino.model import MaskDINO
+
+    torch.manual_seed(0)
+    return MaskDINO(cfg).to(cfg.MODEL.DEVICE).train(train)
+
+
+def wait(run: Run) -> None:
+    """Waits until the device has done all that was asked of it."""
+    if run.on_gpu:
+        torch.cuda.synchronize()
+
+
+def milliseconds(run: Run, call: Callable[[], object], repeats: int = 10, warm: int = 3) -> float:
+    """Median over blocks of the time of a call that follows others, as in a loop that never waits.
+
+    A block is `repeats` calls; the clock is read before and after it, and only there waits anybody.
+    """
+    for _ in range(warm):
+        call()
+    times = []
+    for _ in range(3):
+        wait(run)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wait(run)
+        times.append(1e3 * (time.perf_counter() - start) / repeats)
+    return round(statistics.median(times), 3)
+
+
+def replayed_microseconds(call: Callable[[], object], calls: int = 10, replays: int = 20) -> float:
+    """Time of a call on the GPU alone: a captured graph of several calls, replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / (calls * replays))
+    return round(statistics.median(times), 2)
+
+
+def peak_mebibytes(run: Run, call: Callable[[], object]) -> int:
+    """Peak of allocated memory during a call, weights and optimizer included; 0 on a CPU."""
+    if not run.on_gpu:
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    wait(run)
+    return round(torch.cuda.max_memory_allocated() / 2**20)
+
+
+def launches(run: Run, call: Callable[[], object]) -> dict[str, object]:
+    """Kernel launches of a call, its time on the GPU, and the kernels that take most of it."""
+    if not run.on_gpu:
+        return {}
+    wait(run)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        call()
+        wait(run)
+    events = recorded.key_averages()
+    kernels = [e for e in events if e.self_device_time_total > 0 and "CUDA" in str(e.device_type)]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    return {
+        "launches": sum(e.count for e in events if "LaunchKernel" in e.key),
+        "copies": sum(e.count for e in events if e.key.startswith("cudaMemcpy")),
+        "gpu_ms": round(sum(e.self_device_time_total for e in kernels) / 1e3, 2),
+        "top": [
+            [e.key[:90], e.count, round(e.self_device_time_total / 1e3, 3)]
+            for e in kernels[:TOP_KERNELS]
+        ],
+    }
+
+
+@contextmanager
+def host_waits(run: Run) -> Iterator[Counter]:
+    """Counts the operations that make the host wait for the GPU, by the line that caused them."""
+    found: Counter = Counter()
+    if not run.on_gpu:
+        yield found
+        return
+
+    def record(
+        message: object, _category: type, filename: str, lineno: int, *_rest: object
+    ) -> None:
+        if "synchroniz" not in str(message).lower():
+            return
+        package = str(ROOT / "maskdino")
+        inside = [f for f in traceback.extract_stack() if f.filename.startswith(package)]
+        where = (inside[-1].filename, inside[-1].lineno) if inside else (filename, lineno)
+        found[f"{Path(where[0]).name}:{where[1]}"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = record
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is exact; not a number if anything is."""
+    ours, exact = ours.detach().double().cpu(), exact.detach().double().cpu()
+    return ((ours - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def free_memory(run: Run) -> None:
+    """Gives what nobody holds any more back to the device."""
+    if run.on_gpu:
+        torch.cuda.empty_cache()
