@@ -202,6 +202,11 @@ def _add_test(cfg: CfgNode) -> None:
     # False: only where instances or panoptic segments are asked for too.
     test.RESIZE_BEFORE_SUM = False
     test.TEMPERATURE = 0.06  # of the softmax over sigmoid class scores (panoptic, semantic)
+    # How the network computes in evaluation and prediction: "float32"; "tf32" (TensorFloat-32, on
+    # GPUs from Ampere on); "bfloat16" or "float16" (mixed precision; boxes and scores stay
+    # float32); or "auto": on GPUs bfloat16 where they have it, else float16, and float32 everywhere
+    # else. Published numbers were measured in float32: half precision may change their last digit.
+    test.PRECISION = "auto"
 
 
 def _add_input(cfg: CfgNode) -> None:

@@ -51,17 +51,14 @@ class Network(Protocol):
 
 
 class TorchNetwork:
-    """The model in PyTorch; on CUDA in mixed precision."""
+    """The model in PyTorch, in the precision of TEST.PRECISION."""
 
     def __init__(self, model: MaskDINO) -> None:
         self.model = model.eval()
 
     def __call__(self, images: list[Tensor]) -> tuple[Predictions, Tensor | None, tuple[int, int]]:
         batch = self.model.preprocess([{"image": image} for image in images]).tensor
-        on_gpu = batch.device.type == "cuda"
-        half = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float16
-        with torch.autocast(batch.device.type, dtype=half, enabled=on_gpu):
-            predictions, pixels = self.model.predict(batch)
+        predictions, pixels = self.model.predict_precisely(batch)
         return predictions, pixels, tuple(batch.shape[-2:])
 
 

@@ -15,16 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from maskdino.precision import mixed_precision_dtype
 from maskdino.solver import GradientClipper
-
-
-def mixed_precision_dtype(enabled: bool, device: torch.device) -> torch.dtype | None:
-    """Returns bfloat16 on a GPU that computes in it, else float16; None means float32 (CPU)."""
-    if not enabled or device.type != "cuda":
-        return None
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float16
 
 
 class LossReader:

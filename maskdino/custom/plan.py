@@ -20,8 +20,8 @@ from detectron2.structures import Boxes, Instances
 from maskdino.custom.annotations import Summary
 from maskdino.data import DataError
 from maskdino.hooks import peak_memory_mb
+from maskdino.precision import mixed_precision_dtype
 from maskdino.structures import PackedMasks
-from maskdino.train_step import mixed_precision_dtype
 from maskdino.trainer import MaskDINOTrainer
 
 TRAIN_NAME, VALIDATION_NAME = "custom_train", "custom_val"

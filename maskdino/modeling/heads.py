@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ PRIOR_PROBABILITY = 0.01  # of every class before training with focal loss (Reti
 
 class PredictionHeads(nn.Module):
     """Class, mask and box head, and the norm in front of the first two.
+
+    Class and box head compute in the type of their weights whatever autocast says: they are small,
+    and the 8 bits of a bfloat16 can neither tell the best queries apart nor place a box.
 
     Shape key: B images, Q queries, C channels, K class logits.
     """
@@ -52,12 +56,26 @@ class PredictionHeads(nn.Module):
     def classes_and_masks(self, content: Tensor) -> tuple[Tensor, Tensor | None]:
         """Content (..., C) to class logits (..., K) and mask embeddings (..., C)."""
         normed = self.norm(content)
-        return self.class_head(normed), None if self.mask_head is None else self.mask_head(normed)
+        masks = None if self.mask_head is None else self.mask_head(normed)
+        return self.class_logits(normed), masks
+
+    def class_logits(self, normed: Tensor) -> Tensor:
+        """Normed content (..., C) to class logits (..., K)."""
+        return _unrounded(self.class_head, normed, self.class_head.weight.dtype)
 
     def box_logits(self, content: Tensor, anchor_logits: Tensor) -> Tensor:
         """Content (..., C) and logits of the anchors (..., 4) it refines to logits of boxes."""
-        return self.box_head(content).float() + anchor_logits
+        dtype = self.box_head.layers[-1].weight.dtype
+        return _unrounded(self.box_head, content, dtype).float() + anchor_logits
 
     def refine(self, content: Tensor, anchors: Tensor) -> Tensor:
         """Content (..., C) and anchors (..., 4) in [0, 1] to boxes (..., 4) in [0, 1]."""
         return self.box_logits(content, inverse_sigmoid(anchors)).sigmoid()
+
+
+def _unrounded(head: nn.Module, content: Tensor, dtype: torch.dtype) -> Tensor:
+    device = content.device.type
+    if not torch.is_autocast_enabled(device):
+        return head(content)
+    with torch.autocast(device, enabled=False):
+        return head(content.to(dtype))

@@ -81,7 +81,7 @@ class UnifiedQuerySelection(nn.Module):
         valid = proposals.isfinite().all(-1)  # (S,)
         with torch.no_grad():
             candidates = self._candidates(memory.tokens, valid[:, None])
-            scores = heads.class_head(candidates).amax(-1)  # (B, S)
+            scores = heads.class_logits(candidates).amax(-1)  # (B, S)
             index = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices  # (B, Q)
         if not torch.compiler.is_compiling():
             # Up to some release, PyTorch would give the weights that autocast has just converted

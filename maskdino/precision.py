@@ -1,0 +1,133 @@
+"""The types in which the network computes, in training and in inference.
+
+Parameters, boxes, scores and losses are float32 always; what is chosen here is the arithmetic of
+convolutions and matrix products.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+KEY = "MODEL.MASK_DINO.TEST.PRECISION"
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "auto")
+FIRST_WITH_TF32 = (8, 0)  # compute capability
+
+
+def mixed_precision_dtype(enabled: bool, device: torch.device) -> torch.dtype | None:
+    """Returns bfloat16 on a GPU that computes in it, else float16; None means float32 (CPU)."""
+    if not enabled or device.type != "cuda":
+        return None
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float16
+
+
+def check_precision(name: str, device: torch.device) -> None:
+    """Checks TEST.PRECISION, as far as it can be known before the network is on its device.
+
+    Raises:
+        ValueError: there is no such precision, or the device does not compute in it.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"{KEY} is {name!r}; it must be one of {', '.join(PRECISIONS)}")
+    if device.type != "cuda" or torch.cuda.is_available():
+        inference_precision(name, device)
+
+
+def inference_precision(name: str, device: torch.device) -> str:
+    """What a value of TEST.PRECISION means on a device.
+
+    Returns:
+        "float32", "tf32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: the device does not compute in it.
+    """
+    if name == "auto":
+        dtype = mixed_precision_dtype(True, device)
+        return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    known = _known_precisions(device)
+    if name not in known:
+        raise ValueError(
+            f"{KEY} is {name}, which {_described(device)} does not compute in; "
+            f"use auto or one of {', '.join(known)}"
+        )
+    return name
+
+
+@contextlib.contextmanager
+def network_precision(name: str, device: torch.device) -> Iterator[None]:
+    """Lets a network compute as TEST.PRECISION asks for, whatever autocast is on outside.
+
+    "float32" and "tf32" set PyTorch's switches for TensorFloat-32 in matrix products and
+    convolutions of CUDA, which are the process's, and set them back at the end.
+
+    Args:
+        name: value of the key.
+        device: where the network is.
+
+    Raises:
+        ValueError: the device does not compute in it.
+    """
+    precision = inference_precision(name, device)
+    _log_once(f"Inference computes in {precision} on {device} ({KEY} is {name}).")
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+    with contextlib.ExitStack() as stack:
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, dtype=half, enabled=half is not None))
+        if half is None and device.type == "cuda":
+            stack.enter_context(_tensor_float_32(precision == "tf32"))
+        yield
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU has bfloat16 itself: emulated, it is slower than float32."""
+    with contextlib.ExitStack() as stack:
+        if device.index is not None and device.index != torch.cuda.current_device():
+            stack.enter_context(torch.cuda.device(device))
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _known_precisions(device: torch.device) -> tuple[str, ...]:
+    if device.type == "cpu":
+        return ("float32", "bfloat16")
+    if device.type != "cuda":
+        return ("float32",)
+    has_tf32 = torch.cuda.get_device_capability(device) >= FIRST_WITH_TF32
+    own = (("tf32", has_tf32), ("bfloat16", _has_bfloat16(device)))
+    return ("float32", *(name for name, there in own if there), "float16")
+
+
+def _described(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device}"
+
+
+@contextlib.contextmanager
+def _tensor_float_32(enabled: bool) -> Iterator[None]:
+    """Switches TensorFloat-32 on or off; what already is as wanted is not touched."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    name, on, off = "allow_tf32", True, False
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # newer releases warn of the former
+        switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+        name, on, off = "fp32_precision", "tf32", "ieee"
+    before = [getattr(switch, name) for switch in switches]
+    changed = [
+        (s, value) for s, value in zip(switches, before, strict=True) if (value == on) != enabled
+    ]
+    try:
+        for switch, _ in changed:
+            setattr(switch, name, on if enabled else off)
+        yield
+    finally:
+        for switch, value in changed:
+            setattr(switch, name, value)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)

@@ -1,0 +1,185 @@
+"""One rule for the arithmetic of training, evaluation and prediction."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from maskdino import precision as precision_module
+from maskdino.model import MaskDINO
+from maskdino.modeling.heads import PredictionHeads
+from maskdino.precision import inference_precision, mixed_precision_dtype, network_precision
+from maskdino.predictor import MaskDINOPredictor
+from tests.helpers import CHANNELS, drawn_batch, tiny_cfg, tiny_model
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SIZE = (64, 96)
+
+
+@pytest.fixture(params=["Turing", "Ampere"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A card is asked what it can; both emulate bfloat16 where they lack it."""
+    new = request.param == "Ampere"
+
+    def has_bfloat16(including_emulation: bool = True) -> bool:
+        return new or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", has_bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8 if new else 7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: request.param)
+    return request.param
+
+
+def computed_in(model: MaskDINO) -> contextlib.AbstractContextManager[set[torch.dtype]]:
+    """Types in which a layer of the encoder gives its result."""
+
+    @contextlib.contextmanager
+    def listening():  # noqa: ANN202
+        found: set[torch.dtype] = set()
+        layer = model.encoder.layers[0].ffn
+        linear = next(m for m in layer.modules() if isinstance(m, torch.nn.Linear))
+        handle = linear.register_forward_hook(lambda *args: found.add(args[2].dtype))
+        yield found
+        handle.remove()
+
+    return listening()
+
+
+def test_emulated_bfloat16_is_never_chosen(gpu: str) -> None:
+    expected = torch.bfloat16 if gpu == "Ampere" else torch.float16
+    assert mixed_precision_dtype(True, CUDA) is expected
+    assert f"torch.{inference_precision('auto', CUDA)}" == str(expected)
+    assert mixed_precision_dtype(False, CUDA) is None
+    assert mixed_precision_dtype(True, CPU) is None
+    assert inference_precision("auto", CPU) == "float32"
+
+
+def test_what_a_card_lacks_is_refused(gpu: str) -> None:
+    for name in ("float32", "float16"):
+        assert inference_precision(name, CUDA) == name
+    for name in ("tf32", "bfloat16"):
+        if gpu == "Ampere":
+            assert inference_precision(name, CUDA) == name
+            continue
+        message = f"TEST.PRECISION is {name}, which Turing does not compute in; use auto or one of"
+        with pytest.raises(ValueError, match=message):
+            inference_precision(name, CUDA)
+
+
+@pytest.mark.parametrize("name", ["tf32", "float16"])
+def test_what_the_cpu_lacks_is_refused_when_the_model_is_built(name: str) -> None:
+    message = f"TEST.PRECISION is {name}, which the device cpu does not .* float32, bfloat16"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(TEST__PRECISION=name)
+    with pytest.raises(ValueError, match="'half'; it must be one of float32, tf32, bfloat16"):
+        tiny_model(TEST__PRECISION="half")
+
+
+def test_evaluation_and_predictor_compute_in_the_precision_of_the_key() -> None:
+    image = np.zeros((*SIZE, 3), np.uint8)
+    expected = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    for name, dtype in expected.items():
+        cfg = tiny_cfg(TEST__PRECISION=name)
+        model = MaskDINO(cfg).eval()
+        predictor = MaskDINOPredictor.from_model(model, cfg)
+        for outside in (True, False):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outside):
+                with computed_in(model) as found:
+                    model(drawn_batch([SIZE], [0]))
+                assert found == {dtype}
+                with computed_in(model) as found:
+                    predictor(image)
+                assert found == {dtype}
+
+
+def test_tensor_float_32_is_on_inside_and_as_before_outside(gpu: str) -> None:
+    switches = (
+        (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision")
+        else (torch.backends.cuda.matmul, torch.backends.cudnn)
+    )
+    name = "fp32_precision" if hasattr(switches[0], "fp32_precision") else "allow_tf32"
+
+    def state() -> list[object]:
+        return [getattr(switch, name) for switch in switches]
+
+    def is_on() -> list[bool]:
+        return [value in (True, "tf32") for value in state()]
+
+    before = state()
+    with network_precision("float32", CUDA):
+        assert is_on() == [False, False]
+    assert state() == before
+    if gpu == "Ampere":
+        with pytest.raises(KeyError), network_precision("tf32", CUDA):
+            assert is_on() == [True, True]
+            raise KeyError
+    with network_precision("auto", CUDA):
+        assert state() == before
+    assert state() == before
+    # PyTorch raises here where the older and the newer switches disagree.
+    assert torch.backends.cuda.matmul.allow_tf32 in (True, False)
+    assert torch.backends.cudnn.allow_tf32 in (True, False)
+
+
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    precision_module._log_once.cache_clear()
+    caplog.set_level(logging.INFO, logger="maskdino.precision")
+    for _ in range(3):
+        with network_precision("auto", CPU):
+            pass
+    assert [record.getMessage() for record in caplog.records] == [
+        "Inference computes in float32 on cpu (MODEL.MASK_DINO.TEST.PRECISION is auto)."
+    ]
+
+
+def heads_and_content(number: int) -> tuple[PredictionHeads, Tensor]:
+    heads = PredictionHeads(tiny_cfg())
+    torch.nn.init.normal_(heads.box_head.layers[-1].weight, std=0.3)
+    return heads, torch.randn(2, number, CHANNELS)
+
+
+def test_boxes_and_scores_are_not_rounded() -> None:
+    """Under autocast class and box head give what they give without, bit by bit."""
+    heads, content = heads_and_content(20)
+    normed, anchors = heads.norm(content), torch.randn(2, 20, 4)
+    exact = heads.class_logits(normed), heads.box_logits(content, anchors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = heads.class_logits(normed), heads.box_logits(content, anchors)
+        logits, masks = heads.classes_and_masks(content)
+        assert heads.refine(content, anchors.sigmoid()).dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(exact, found, strict=True))
+    assert logits.dtype == torch.float32 and masks.dtype == torch.bfloat16
+
+
+def test_the_best_tokens_do_not_tie_in_bfloat16() -> None:
+    heads, content = heads_and_content(4000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = heads.class_logits(content.bfloat16()).amax(-1)
+    best = scores.topk(300).values
+    assert all(len(row.unique()) == 300 for row in best)
+
+
+def test_predictions_of_a_model_in_bfloat16() -> None:
+    model = tiny_model(TEST__PRECISION="bfloat16").eval()
+    images = torch.randn(1, 3, *SIZE)
+    with torch.no_grad():
+        predictions, pixels = model.predict_precisely(images)
+        assert predictions.class_logits.dtype == predictions.boxes.dtype == torch.float32
+        assert predictions.mask_embeddings.dtype == pixels.dtype == torch.bfloat16
+        exact, _ = model.predict(images)
+    assert exact.mask_embeddings.dtype == torch.float32
+    found = model(drawn_batch([SIZE], [0]))[0]["instances"]
+    assert found.scores.isfinite().all() and len(found) > 0
+
+
+def test_heads_of_other_types_are_left_alone() -> None:
+    heads, content = heads_and_content(5)
+    assert heads.double().class_logits(content.double()).dtype == torch.float64
+    assert heads.bfloat16().class_logits(content.bfloat16()).dtype == torch.bfloat16
