@@ -174,7 +174,7 @@ def run_steps(steps: list[Step], args: argparse.Namespace) -> None:
         if number + 1 < len(steps):
             waiting = Worker(steps[number + 1], args)
         begun = time.monotonic()
-        fault = worker.run(min(step.seconds, left))
+        fault = worker.run(left if args.dry else min(step.seconds, left))
         seconds = round(time.monotonic() - begun, 1)
         tail = worker.log.read_text(errors="replace")[-1500:] if fault else ""
         outcome = {"FAILED": fault, "tail": tail} if fault else {}

@@ -62,7 +62,7 @@ def test_a_step_that_hangs_is_stopped_and_what_it_said_stays(
         "time.sleep(600)\n"
     )
     monkeypatch.setattr(tool, "__file__", str(script))
-    args = tool.parse_arguments(["--out", str(tmp_path), "--device", "cpu", "--dry"])
+    args = tool.parse_arguments(["--out", str(tmp_path), "--device", "cpu"])
     steps = [tool.Step(name, "none", "none", 2) for name in ("first", "second")]
     tool.run_steps(steps, args)
     lines = lines_of(tmp_path)
