@@ -141,10 +141,16 @@ class SaveAverage(HookBase):
 
 
 class Resources(HookBase):
-    """Records throughput (images per second) and peak memory (MB: of the GPU, else the process)."""
+    """Records throughput (images per second) and peak memory (see `peak_memory_mb`).
 
-    def __init__(self, batch_size: int) -> None:
+    Args:
+        batch_size: images of all processes per iteration.
+        device: of this process.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
         self._batch_size = batch_size
+        self._device = device
 
     def after_step(self) -> None:
         """Reads the time of the step from the timer, which must come before this hook."""
@@ -152,13 +158,13 @@ class Resources(HookBase):
         seconds = storage.latest().get("time")
         if seconds is not None:
             storage.put_scalar("images_per_second", self._batch_size / seconds[0])
-        storage.put_scalar("max_memory_mb", peak_memory_mb(), smoothing_hint=False)
+        storage.put_scalar("max_memory_mb", peak_memory_mb(self._device), smoothing_hint=False)
 
 
-def peak_memory_mb() -> float:
-    """Returns the peak so far, in MB: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory_mb(device: torch.device) -> float:
+    """Returns the peak so far, in MB: what tensors took of a GPU, or the process of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from maskdino import model_zoo
 from maskdino.checkpoint import MaskDINOCheckpointer
 from maskdino.config import load_config
+from maskdino.devices import configured_device, find_device
 from maskdino.hooks import WeightAverage
 from maskdino.model import MaskDINO
 
@@ -68,12 +69,8 @@ def pick_device(wanted: str | torch.device | None, configured: str) -> torch.dev
     """The device that was asked for, else the configured one, else, without a GPU, the CPU.
 
     Raises:
-        ValueError: a GPU was asked for, and there is none.
+        ValueError: there is no such device here.
     """
-    has_gpu = torch.cuda.is_available()
     if wanted is None:
-        return torch.device(configured if has_gpu else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and not has_gpu:
-        raise ValueError(f"device {device} was asked for, but PyTorch finds no GPU here")
-    return device
+        return configured_device(configured)
+    return find_device(wanted, "the device asked for")

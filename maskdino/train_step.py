@@ -4,6 +4,7 @@ Shape key: L logged losses.
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +18,12 @@ from torch.optim import Optimizer
 
 from maskdino.precision import mixed_precision_dtype
 from maskdino.solver import GradientClipper
+
+logger = logging.getLogger(__name__)
+
+# Steps in a row that float16 may leave out. Each halves the scale of the losses, which begins at
+# 2 ** 16: after 25 it is below 1, and what still overflows is not the scale's doing.
+MAX_LEFT_OUT = 25
 
 
 class LossReader:
@@ -41,7 +48,8 @@ class LossReader:
         self._host = values.to("cpu", non_blocking=True)
         self._copied = torch.cuda.Event() if values.is_cuda else None
         if self._copied is not None:
-            self._copied.record()
+            # Of the device of the losses, which need not be the current one.
+            self._copied.record(torch.cuda.current_stream(values.device))
 
     def read(self) -> tuple[dict[str, float], dict[str, float], float]:
         """Returns this process's losses, their mean over processes, and the extra scalar."""
@@ -95,22 +103,27 @@ class TrainStep:
         self.grad_scaler = torch.amp.GradScaler(self._device.type, enabled=half)
         self._gradient_norm = torch.zeros((), device=self._device)
         self._images: list[str] = []
+        self._overflow: dict[str, float] = {}  # losses of the last step that are not finite
+        self._left_out = 0  # steps in a row
 
     def run(self, batches: Iterator[list[dict]]) -> dict[str, float]:
         """Takes the next micro-batches and makes one step.
 
         Returns:
             Scalars for the log: every loss and ``total_loss`` (means over micro-batches and
-            processes), ``data_time`` in seconds, ``gradient_norm`` of the step before.
+            processes; none if float16 left the step out), ``data_time`` in seconds,
+            ``gradient_norm`` of the step before.
 
         Raises:
             FloatingPointError: if a loss is not finite (the weights are then those before the
-                step), or the gradient of the step before was not.
+                step), or the gradient of the step before was not; in float16 only if
+                `MAX_LEFT_OUT` steps in a row were left out for it.
         """
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = {}
         data_time, norm = 0.0, 0.0
         last_images, self._images = self._images, []
+        last_overflow, self._overflow = self._overflow, {}
         for micro in range(self._accumulation_steps):
             start = time.perf_counter()
             batch = next(batches)
@@ -118,24 +131,25 @@ class TrainStep:
             self._images += [str(image.get("file_name", "?")) for image in batch]
             reader = self._backward(batch, synchronise=micro == self._accumulation_steps - 1)
             own, mean, norm = reader.read()
-            self._check_losses(own)
-            self._check_norm(norm, last_images)
+            if micro == 0:
+                self._check_norm(norm, last_images, last_overflow)
+            self._check_losses(own, mean)
             for name, value in mean.items():
                 sums[name] = sums.get(name, 0.0) + value / self._accumulation_steps
-        self.grad_scaler.unscale_(self.optimizer)
-        self._gradient_norm = self._clip_gradients(self._parameters)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-        return {
-            **sums,
-            "total_loss": sum(sums.values()),
-            "data_time": data_time,
-            "gradient_norm": norm,
-        }
+        if self._overflow:
+            self._spoil_gradient()
+            sums = {}
+        self._step()
+        totals = {"total_loss": sum(sums.values())} if sums else {}
+        return {**sums, **totals, "data_time": data_time, "gradient_norm": norm}
 
     def check_gradient(self) -> None:
-        """Waits for the last step, and raises FloatingPointError if its gradient was not finite."""
-        self._check_norm(float(self._gradient_norm), self._images)
+        """Waits for the last step, and raises FloatingPointError if its gradient was not finite.
+
+        In float16 such a step has not changed the weights, and nothing is raised.
+        """
+        if not self.grad_scaler.is_enabled():
+            self._check_norm(float(self._gradient_norm), self._images, {})
 
     def _backward(self, batch: list[dict], synchronise: bool) -> LossReader:
         wrapped = isinstance(self.model, DistributedDataParallel)
@@ -150,19 +164,57 @@ class TrainStep:
             self.grad_scaler.scale(total / self._accumulation_steps).backward()
         return reader
 
-    def _check_losses(self, losses: dict[str, float]) -> None:
-        bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
-        if bad:
+    def _step(self) -> None:
+        self.grad_scaler.unscale_(self.optimizer)
+        self._gradient_norm = self._clip_gradients(self._parameters)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _check_losses(self, own: dict[str, float], mean: dict[str, float]) -> None:
+        """Raises if this process's losses are not finite; in float16 notes those of any process."""
+        bad = _not_finite(own)
+        if self.grad_scaler.is_enabled():
+            self._overflow |= bad or _not_finite(mean)
+        elif bad:
             raise FloatingPointError(
                 f"Losses that are not finite: {bad}, on the images {self._images}. No step was "
                 "made, and the last checkpoint stays. Look at these images and their annotations, "
                 "or lower SOLVER.BASE_LR."
             )
 
-    def _check_norm(self, norm: float, images: list[str]) -> None:
-        # In float16 an overflow is expected now and then: the scaler leaves such a step out.
-        if not math.isfinite(norm) and not self.grad_scaler.is_enabled():
+    def _spoil_gradient(self) -> None:
+        """Lets the scaler leave the step out: an infinite loss may have a finite gradient.
+
+        The means over processes tell, so that all do.
+        """
+        logger.warning(
+            "Losses that are not finite in float16: %s, on the images %s. The step is left out.",
+            self._overflow,
+            self._images,
+        )
+        gradient = next(p.grad for p in self._parameters if p.grad is not None)
+        gradient.fill_(float("inf"))
+
+    def _check_norm(self, norm: float, images: list[str], overflow: dict[str, float]) -> None:
+        """Checks the last step: the norm of its gradient, equal in all processes."""
+        if math.isfinite(norm):
+            self._left_out = 0
+            return
+        if not self.grad_scaler.is_enabled():
             raise FloatingPointError(
                 f"The norm of the gradient was {norm} on the images {images}, though every loss "
                 "was finite. The last checkpoint stays; resume from it with a lower SOLVER.BASE_LR."
             )
+        # In float16 an overflow is expected now and then: the scaler leaves such a step out.
+        self._left_out += 1
+        if self._left_out >= MAX_LEFT_OUT:
+            losses = f"losses {overflow}" if overflow else "finite losses, but not gradients,"
+            raise FloatingPointError(
+                f"Float16 overflowed in {self._left_out} steps in a row, the last time with "
+                f"{losses} on the images {images}. The last checkpoint stays. Look at these images "
+                "and their annotations, lower SOLVER.BASE_LR, or train without SOLVER.AMP.ENABLED."
+            )
+
+
+def _not_finite(losses: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in losses.items() if not math.isfinite(value)}

@@ -31,6 +31,7 @@ from maskdino.data_stream import (
     derive_seed,
     seed_everything,
 )
+from maskdino.devices import settle_device
 from maskdino.evaluation import build_evaluator
 from maskdino.hooks import (
     ConsoleWriter,
@@ -69,12 +70,13 @@ class MaskDINOTrainer(DefaultTrainer):
         """Builds model, optimizer, data and hooks; nothing is trained or loaded yet.
 
         Raises:
-            ValueError, OSError: if the configuration, or a dataset that it names, is at fault.
+            ValueError, OSError: if the configuration, its device, or a dataset that it names, is at
+                fault.
         """
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(settle_device(cfg), comm.get_world_size())
         check_datasets(cfg)
         self.cfg = cfg
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
@@ -131,7 +133,8 @@ class MaskDINOTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Returns the hooks, in the order in which they act after a step."""
         cfg = self.cfg
-        result: list[HookBase] = [hooks.IterationTimer(), Resources(cfg.SOLVER.IMS_PER_BATCH)]
+        resources = Resources(cfg.SOLVER.IMS_PER_BATCH, torch.device(cfg.MODEL.DEVICE))
+        result: list[HookBase] = [hooks.IterationTimer(), resources]
         if self.average is not None:
             folder = os.path.join(cfg.OUTPUT_DIR, "ema")
             PathManager.mkdirs(folder)
@@ -244,6 +247,7 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> OrderedDict:
         cfg: configuration.
         resume: whether to prefer the last checkpoint.
     """
+    cfg = settle_device(cfg)
     check_datasets(cfg)
     model = MaskDINOTrainer.build_model(cfg)
     average = _build_average(cfg, model)
@@ -285,9 +289,10 @@ def _draw_seed() -> int:
 def _distribute(model: nn.Module) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
-    on_gpu = next(model.parameters()).is_cuda
+    device = next(model.parameters()).device
     return DistributedDataParallel(
         model,
-        device_ids=[comm.get_local_rank()] if on_gpu else None,
+        device_ids=[device] if device.type == "cuda" else None,
         broadcast_buffers=False,
+        gradient_as_bucket_view=True,
     )

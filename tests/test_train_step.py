@@ -1,15 +1,21 @@
 """Tests of maskdino.train_step."""
 
+import json
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from maskdino.config import load_config
+from maskdino.launch import launch
 from maskdino.solver import build_gradient_clipper
-from maskdino.train_step import TrainStep
+from maskdino.train_step import MAX_LEFT_OUT, TrainStep
 
 
 class Quadratic(nn.Module):
@@ -91,6 +97,90 @@ def test_scaler_leaves_overflow_out() -> None:
     handle.remove()
     trained.run(iter([IMAGES]))
     assert not torch.equal(model.weight, before)
+
+
+class Overflowing(Quadratic):
+    """A model whose loss is infinite on the image of overflow.png, but its gradient is not."""
+
+    def forward(self, batch: list[dict]) -> dict[str, Tensor]:
+        losses = super().forward(batch)
+        if any(image["file_name"] == "overflow.png" for image in batch):
+            losses["loss_square"] = losses["loss_square"] + float("inf")
+        return losses
+
+
+OVERFLOW_IMAGE = {"image": torch.tensor([1.0, 0.5]), "file_name": "overflow.png"}
+
+
+def step_in_float16(accumulation_steps: int = 1, model: nn.Module | None = None) -> TrainStep:
+    """A step with the scaler that float16 has on a GPU."""
+    trained = step(accumulation_steps, model or Overflowing())
+    trained.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return trained
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_float16_leaves_out_a_step_with_an_infinite_loss(
+    accumulation_steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = step_in_float16(accumulation_steps)
+    before = trained.model.weight.detach().clone()
+    bad = [[OVERFLOW_IMAGE, IMAGES[2]], IMAGES[:2]][:accumulation_steps]
+    with caplog.at_level(logging.WARNING, "maskdino"):
+        scalars = trained.run(iter(bad))
+    assert torch.equal(trained.model.weight, before)
+    assert trained.grad_scaler.get_scale() == 2.0**9
+    assert "loss_square': inf" in caplog.text and "overflow.png" in caplog.text
+    assert set(scalars) == {"data_time", "gradient_norm"}  # the log has no infinite losses
+    trained.check_gradient()  # a checkpoint may be written: the weights are sound
+    good = [IMAGES[:2], IMAGES[2:]][:accumulation_steps]
+    expected = step(accumulation_steps)
+    expected.run(iter(good))
+    assert "total_loss" in trained.run(iter(good))
+    torch.testing.assert_close(trained.model.weight, expected.model.weight)
+
+
+def test_float16_gives_up_after_many_overflows_in_a_row() -> None:
+    trained = step_in_float16()
+    trained.run(iter([[OVERFLOW_IMAGE]]))
+    trained.run(iter([IMAGES]))  # in between: the count begins anew
+    for _ in range(MAX_LEFT_OUT):
+        trained.run(iter([[OVERFLOW_IMAGE]]))
+    message = rf"overflowed in {MAX_LEFT_OUT} steps in a row.*loss_square.*inf.*overflow\.png"
+    with pytest.raises(FloatingPointError, match=message):
+        trained.run(iter([IMAGES]))
+
+
+def test_float16_gives_up_on_gradients_that_always_overflow() -> None:
+    model = Quadratic()
+    trained = step_in_float16(model=model)
+    model.weight.register_hook(lambda gradient: gradient * float("inf"))
+    for _ in range(MAX_LEFT_OUT):
+        trained.run(iter([IMAGES[:1]]))
+    with pytest.raises(FloatingPointError, match=r"finite losses, but not gradients, .*0\.png"):
+        trained.run(iter([IMAGES[:1]]))
+
+
+def overflow_on_the_second(folder: Path) -> None:
+    """Three steps of two processes; the second one's loss is infinite in the second step."""
+    rank = comm.get_rank()
+    trained = step_in_float16(model=DistributedDataParallel(Overflowing()))
+    weights = []
+    for number in range(3):
+        bad = rank == 1 and number == 1
+        trained.run(iter([[OVERFLOW_IMAGE] if bad else IMAGES[rank::2]]))
+        weights.append(trained.model.module.weight.tolist())
+    result = {"weights": weights, "scale": trained.grad_scaler.get_scale()}
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+
+
+def test_all_processes_leave_the_step_out(tmp_path: Path) -> None:
+    launch(overflow_on_the_second, tmp_path, processes=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    weights = first["weights"]
+    assert weights[0] == weights[1] != weights[2]
+    assert first["scale"] == 2.0**9
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])

@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from maskdino.devices import configured_device, settle_device
 from maskdino.report import report_paths, write_report
 from maskdino.trainer import MaskDINOTrainer, evaluate_weights, launch, load_config
 
@@ -57,7 +58,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
-    """Reads the configuration, checks that the weights exist, and settles the device.
+    """Reads the configuration, and checks that the weights and the device exist.
 
     Raises:
         FileNotFoundError: if the configuration or ``MODEL.WEIGHTS`` does not exist.
@@ -75,17 +76,22 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         )
     if args.report and not cfg.DATASETS.TEST:
         raise ValueError("--report needs a dataset to evaluate, but DATASETS.TEST is empty")
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    device = configured_device(cfg.MODEL.DEVICE)
+    if device.index is not None and args.num_gpus > 1:
+        raise ValueError(
+            f"MODEL.DEVICE is {device}, but --num-gpus is {args.num_gpus}: use 'cuda', which gives "
+            "each process a GPU of its own"
+        )
     cfg.freeze()
     return cfg
 
 
-def set_up(cfg: CfgNode) -> None:
-    """Opens the logs, and writes the whole configuration beside them."""
+def set_up(cfg: CfgNode) -> CfgNode:
+    """Opens the logs, settles the device, and writes the whole configuration beside the logs."""
     PathManager.mkdirs(cfg.OUTPUT_DIR)
     for name in ("fvcore", "detectron2", "maskdino"):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    cfg = settle_device(cfg)
     if comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
         with PathManager.open(path, "w") as file:
@@ -98,11 +104,12 @@ def set_up(cfg: CfgNode) -> None:
         device = torch.cuda.get_device_name() if on_gpu else "the CPU, in float32"
         logger.info("%d process(es) on %s", comm.get_world_size(), device)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    return cfg
 
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Trains or evaluates, in one of possibly several processes."""
-    set_up(cfg)
+    cfg = set_up(cfg)
     if args.eval_only:
         evaluate_weights(cfg, resume=args.resume)
     else:

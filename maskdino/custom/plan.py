@@ -241,7 +241,7 @@ def _measure(cfg: CfgNode, objects: int) -> Cost:
             optimizer.step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        peaks.append(peak_memory_mb())
+        peaks.append(peak_memory_mb(device))
     # Not less than a share of the first image's: allocators round, and keep what was freed.
     image_mb = max(peaks[2] - peaks[1], 0.05 * peaks[1])
     return Cost(peaks[1] - image_mb, image_mb, seconds[0] / 2)

@@ -26,6 +26,7 @@ def tool(repository: Path) -> ModuleType:
         (["SOLVER.MAX_ITER"], "KEY VALUE pairs"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch.*SOLVER.MAX_ITER"),
         (["MODEL.WEIGHTS", "lost.pth"], "MODEL.WEIGHTS names the file lost.pth"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which is no device"),
         (["--eval-only"], "--eval-only needs MODEL.WEIGHTS"),
         (["--report", "DATASETS.TEST", "()"], "--report needs a dataset.* DATASETS.TEST is empty"),
     ],
@@ -54,6 +55,41 @@ def test_configurations_are_not_executed(tool: ModuleType, tmp_path: Path) -> No
     with pytest.raises(Exception, match="python/object"):
         tool.read_config(tool.parse_arguments(["--config-file", str(path)]))
     assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["MODEL.DEVICE", "cuda:7"], "MODEL.DEVICE is cuda:7, but PyTorch finds 2 GPUs here"),
+        (
+            ["--num-gpus", "2", "MODEL.DEVICE", "cuda:1"],
+            "is cuda:1, but --num-gpus is 2: use 'cuda",
+        ),
+    ],
+)
+def test_gpus_that_are_not_there_end_with_one_line(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(CONFIG), *words])
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
+        tool.main()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_training_without_a_gpu_says_so(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    settings = ("MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()")
+    config.write_text(tiny_config(tmp_path / "out", *settings).dump())
+    monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(config)])
+    tool.main()
+    lines = (tmp_path / "out" / "log.txt").read_text().splitlines()
+    said = [line for line in lines if "MODEL.DEVICE is cuda, but" in line]
+    assert len(said) == 1 and said[0].endswith("computing on the CPU.")
+    assert load_config(str(tmp_path / "out" / "config.yaml")).MODEL.DEVICE == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

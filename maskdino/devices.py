@@ -1,0 +1,105 @@
+"""The device that a configuration or a command names: whether it exists, and who computes on it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+logger = logging.getLogger(__name__)
+
+KEY = "MODEL.DEVICE"
+
+
+def find_device(name: str | torch.device, what: str = KEY) -> torch.device:
+    """Returns the device of a name.
+
+    Args:
+        name: "cpu", "cuda", "cuda:1", or another device that PyTorch knows.
+        what: what named it, for messages.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    device = _parsed(name, what)
+    if device.type == "cuda":
+        missing = _missing_gpu(device)
+        if missing:
+            raise ValueError(f"{what} is {name}, but {missing}")
+    elif device.type != "cpu":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{what} is {device}, which cannot be used here: {reason}") from error
+    return device
+
+
+def configured_device(name: str) -> torch.device:
+    """Returns the device that MODEL.DEVICE names; where there is no GPU, the CPU in its place.
+
+    Raises:
+        ValueError: there is no such device here, though there are GPUs.
+    """
+    if _parsed(name, KEY).type == "cuda" and not torch.cuda.is_available():
+        logger.info("%s is %s, but %s: computing on the CPU.", KEY, name, _no_gpu_at_all())
+        return torch.device("cpu")
+    return find_device(name)
+
+
+def settle_device(cfg: CfgNode) -> CfgNode:
+    """Settles where a process of a training or an evaluation computes.
+
+    A GPU with a number becomes the current one, which whatever names no device uses: streams,
+    events, memory statistics, pinned memory.
+
+    Returns:
+        The configuration with the device as it is; the argument stays as it was.
+
+    Raises:
+        ValueError: there is no such device here, or several processes would share it.
+    """
+    device = configured_device(cfg.MODEL.DEVICE)
+    if device.type == "cuda" and device.index is not None:
+        if comm.get_local_size() > 1:
+            raise ValueError(
+                f"{KEY} is {device}, but each of {comm.get_local_size()} processes needs a GPU of "
+                "its own: use 'cuda'"
+            )
+        torch.cuda.set_device(device)
+    if str(device) == cfg.MODEL.DEVICE:
+        return cfg
+    settled, was_frozen = cfg.clone(), cfg.is_frozen()
+    settled.defrost()
+    settled.MODEL.DEVICE = str(device)
+    if was_frozen:
+        settled.freeze()
+    return settled
+
+
+def _parsed(name: str | torch.device, what: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{what} is {name!r}, which is no device: use 'cuda', 'cuda:1' or 'cpu'"
+        ) from error
+
+
+def _missing_gpu(device: torch.device) -> str:
+    """Why a CUDA device does not exist; empty if it does."""
+    if not torch.cuda.is_available():
+        return _no_gpu_at_all()
+    found = torch.cuda.device_count()
+    if (device.index or 0) < found:
+        return ""
+    names = "cuda:0" if found == 1 else f"cuda:0 to cuda:{found - 1}"
+    return f"PyTorch finds {found} GPU{'s' * (found > 1)} here: {names}"
+
+
+def _no_gpu_at_all() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this PyTorch is built without CUDA"
+    return "PyTorch finds no GPU here"
