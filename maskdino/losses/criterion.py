@@ -160,8 +160,10 @@ class Criterion(nn.Module):
     def _focal(
         self, logits: Tensor, targets: Targets, matches: Matches, normalizer: float | Tensor
     ) -> Tensor:
-        is_target = torch.zeros_like(logits)
-        is_target[matches.output, matches.image, matches.query, targets.labels[matches.target]] = 1
+        is_target, one = torch.zeros_like(logits), logits.new_ones(())
+        labels = targets.labels[matches.target]
+        # The number 1 would be copied to the device, and the host would wait.
+        is_target[matches.output, matches.image, matches.query, labels] = one
         return focal_loss(logits, is_target).sum((1, 2, 3)) / normalizer
 
     def _cross_entropy(
