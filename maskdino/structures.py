@@ -20,6 +20,21 @@ from torch import Tensor
 SpatialShapes = tuple[tuple[int, int], ...]
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host where the device can fetch it: for a GPU, in pinned memory.
+
+    From other memory, a copy waits until the GPU has done all that it was given before.
+    """
+    if device.type != "cuda" or tensor.device.type != "cpu" or tensor.is_pinned():
+        return tensor
+    return tensor.pin_memory()
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; the host does not wait for the copy."""
+    return pinned(tensor, device).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Tokens of all levels, finest level first, row by row."""
@@ -125,9 +140,7 @@ class Matches:
     def from_numpy(pairs: Sequence[np.ndarray], device: torch.device) -> Matches:
         """From one (4, pairs) array for each image: output, image, query, target."""
         index = torch.from_numpy(np.concatenate(pairs, axis=1).astype(np.int64))
-        return Matches(
-            *index.to(device, non_blocking=True).unbind(0), tuple(part.shape[1] for part in pairs)
-        )
+        return Matches(*send(index, device).unbind(0), tuple(part.shape[1] for part in pairs))
 
 
 class PackedMasks:
@@ -171,16 +184,25 @@ class PackedMasks:
         pixels = (self.bits[..., None] >> shifts) & 1
         return pixels.flatten(2)[..., : self.size[1]].bool()
 
-    def padded(self, size: tuple[int, int]) -> PackedMasks:
-        """The same masks on a canvas that is at least as large, at its upper left corner."""
-        canvas = PackedMasks.empty(len(self), size, self.bits.device)
-        canvas.bits[:, : self.size[0], : self.bits.shape[2]] = self.bits
+    @staticmethod
+    def join(
+        masks: Sequence[PackedMasks], size: tuple[int, int], device: torch.device
+    ) -> PackedMasks:
+        """Joins masks of the host on canvases of one size, which is at least as large, on a device.
+
+        They lie in the upper left corner. Each part is copied once, and the host does not wait for
+        it if the part is in pinned memory.
+        """
+        canvas = PackedMasks.empty(sum(len(part) for part in masks), size, device)
+        for part, place in zip(masks, canvas.bits.split([len(m) for m in masks]), strict=True):
+            if part.bits.numel():
+                height, width = part.bits.shape[1:]
+                place[:, :height, :width].copy_(pinned(part.bits, device), non_blocking=True)
         return canvas
 
-    @staticmethod
-    def cat(masks: Sequence[PackedMasks]) -> PackedMasks:
-        """Joins masks of one size."""
-        return PackedMasks(torch.cat([m.bits for m in masks]), masks[0].size)
+    def pin_memory(self) -> PackedMasks:
+        """The same masks in memory from which a GPU copies without the host (DataLoader's name)."""
+        return PackedMasks(self.bits.pin_memory(), self.size)
 
     def to(self, *args, **kwargs) -> PackedMasks:  # noqa: ANN002, ANN003
         """Moves to another device, as `Tensor.to` does."""

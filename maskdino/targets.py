@@ -12,7 +12,7 @@ from detectron2.structures.masks import polygons_to_bitmask
 from torch import Tensor
 
 from maskdino.ops.boxes import xyxy_to_cxcywh
-from maskdino.structures import PackedMasks, Targets
+from maskdino.structures import PackedMasks, Targets, send
 
 
 def prepare_targets(
@@ -51,18 +51,16 @@ def prepare_targets(
         known = torch.full((len(image),), packed is not None)
         labels.append(image.gt_classes)
         boxes.append(_boxes(image, packed, name))
-        masks.append(
-            PackedMasks.empty(len(image), canvas) if packed is None else packed.padded(canvas)
-        )
+        masks.append(PackedMasks.empty(len(image), (0, 0)) if packed is None else packed)
         has_mask.append(image.gt_has_mask if image.has("gt_has_mask") else known)
-    labels = torch.cat(labels).to(device, non_blocking=True)
+    labels = send(torch.cat(labels), device)
     size = torch.tensor([width, height, width, height], dtype=torch.float32)
     return Targets(
         labels=labels,
-        boxes=(xyxy_to_cxcywh(torch.cat(boxes)) / size).to(device, non_blocking=True),
+        boxes=send(xyxy_to_cxcywh(torch.cat(boxes)) / size, device),
         is_thing=is_thing.to(device)[labels],
-        has_mask=torch.cat(has_mask).to(device, non_blocking=True),
-        masks=PackedMasks.cat(masks).to(device, non_blocking=True),
+        has_mask=send(torch.cat(has_mask), device),
+        masks=PackedMasks.join(masks, canvas, device),
         counts=tuple(len(image) for image in instances),
         names=names,
     )

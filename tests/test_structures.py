@@ -25,13 +25,15 @@ def test_bits_are_in_reading_order() -> None:
 
 
 @pytest.mark.parametrize("canvas", [(5, 7), (5, 8), (9, 33)])
-def test_padding_keeps_the_corner(canvas: tuple[int, int]) -> None:
-    masks = torch.rand(2, 5, 7) < 0.5
-    expected = torch.zeros(2, *canvas, dtype=torch.bool)
-    expected[:, :5, :7] = masks
-    packed = PackedMasks.from_bool(masks)
-    assert torch.equal(packed.padded(canvas).to_bool(), expected)
-    assert torch.equal(packed.to_bool(), masks)  # unchanged
+def test_joined_masks_lie_in_the_corner(canvas: tuple[int, int]) -> None:
+    parts = [torch.rand(2, 5, 7) < 0.5, torch.rand(0, 5, 7) < 0.5, torch.rand(3, 4, 1) < 0.5]
+    expected = torch.zeros(5, *canvas, dtype=torch.bool)
+    expected[:2, :5, :7], expected[2:, :4, :1] = parts[0], parts[2]
+    packed = [PackedMasks.from_bool(part) for part in parts]
+    joined = PackedMasks.join(packed, canvas, torch.device("cpu"))
+    assert joined.size == canvas and torch.equal(joined.to_bool(), expected)
+    joined.bits.zero_()
+    assert torch.equal(packed[0].to_bool(), parts[0])  # unchanged
 
 
 def test_masks_are_indexed_like_tensors() -> None:
@@ -44,14 +46,13 @@ def test_masks_are_indexed_like_tensors() -> None:
     assert torch.equal(packed[-1].to_bool(), masks[-1:])
     with pytest.raises(IndexError):
         packed[4]
-    both = PackedMasks.cat([packed[:1], packed[2:]])
-    assert torch.equal(both.to_bool(), masks[[0, 2, 3]])
     assert "number=4" in repr(packed) and packed.to("cpu").device.type == "cpu"
 
 
 def test_no_masks() -> None:
     empty = PackedMasks.empty(0, (4, 9))
-    assert empty.to_bool().shape == (0, 4, 9) and len(empty.padded((8, 16))) == 0
+    assert empty.to_bool().shape == (0, 4, 9)
+    assert len(PackedMasks.join([empty], (8, 16), torch.device("cpu"))) == 0
     assert not PackedMasks.empty(2, (4, 9)).to_bool().any()
     assert len(PackedMasks.from_bool(torch.zeros(0, 4, 9))) == 0
 

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from maskdino.structures import PackedMasks, Targets
+from maskdino.data.mappers import PinnableInstances
+from maskdino.modeling.denoising import slot_index
+from maskdino.structures import Matches, PackedMasks, Targets
 from maskdino.targets import prepare_targets
 from tests.helpers import drawn_instances, rectangles
+from tests.pretend_device import CUDA, PretendDevice, missing_api
 
 CPU = torch.device("cpu")
 THINGS = torch.tensor([True, False, True, True, True])
@@ -124,3 +128,36 @@ def test_inputs_are_not_modified() -> None:
     targets = prepare(image)
     targets.boxes.zero_()
     assert torch.equal(image.gt_boxes.tensor, before)
+
+
+@pytest.mark.skipif(bool(missing_api()), reason=missing_api())
+@pytest.mark.parametrize("loader_pins", [True, False])
+@pytest.mark.parametrize("size", [(32, 64), (20, 30)])
+def test_a_gpu_fetches_targets_without_the_host(
+    size: tuple[int, int], loader_pins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is pinned, by the thread of the loader or here, and nothing twice."""
+    sizes = []
+    pin = torch.Tensor.pin_memory
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: sizes.append(x.numel()) or pin(x))
+    images = [drawn_instances(size, number) for number in (3, 0, 2)]
+    images.append(drawn_instances(size, 2, masks=False))
+    with PretendDevice() as device:
+        batch = [{"instances": PinnableInstances(i.image_size, **i.get_fields())} for i in images]
+        if loader_pins:
+            batch = pin_memory(batch)
+            assert len(sizes) == 3
+            sizes.clear()
+        of_loader = [x["instances"] for x in batch]
+        targets = prepare_targets(of_loader, (32, 64), device.put(THINGS), CUDA)
+        # Labels, boxes and has_mask of all, and the masks of the two images that have some.
+        assert len(sizes) == 3 + (0 if loader_pins else 2)
+        slot_index(targets.counts, CUDA)
+        Matches.from_numpy([np.zeros((4, 2), np.int64)], CUDA)
+        assert {kind for kind, _ in device.copies} == {"pinned to the device"}
+        assert device.copies.total() == 3 + 2 + 2
+        assert not device.waits
+        expected = prepare(*images)
+        for name in ("labels", "boxes", "is_thing", "has_mask"):
+            assert torch.equal(getattr(targets, name).numbers, getattr(expected, name))
+        assert torch.equal(targets.masks.bits.numbers, expected.masks.bits)

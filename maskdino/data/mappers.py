@@ -30,6 +30,20 @@ from maskdino.data.reading import (
 from maskdino.data.transforms import build_augmentations
 
 
+class PinnableInstances(Instances):
+    """Instances whose masks a DataLoader brings where a GPU can fetch them (pin_memory)."""
+
+    def pin_memory(self) -> PinnableInstances:
+        """The same objects, with `gt_masks` in pinned memory.
+
+        The other fields are a few bytes, and are joined with those of other images first.
+        """
+        result = PinnableInstances(self.image_size, **self.get_fields())
+        if self.has("gt_masks"):
+            result.gt_masks = self.gt_masks.pin_memory()
+        return result
+
+
 class Mapper:
     """What the mappers share: reads and augments the image, and puts the result together."""
 
@@ -359,7 +373,7 @@ def _instances(
     windows: Sequence[masks.Window | None] | None,
 ) -> Instances:
     """Puts N objects together; `windows` is None where the image has no masks."""
-    instances = Instances(size)
+    instances = PinnableInstances(size)
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
     instances.gt_boxes = Boxes(masks.boxes_tensor(boxes))
     if windows is not None:

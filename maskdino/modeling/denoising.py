@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from maskdino.ops.boxes import inverse_sigmoid
-from maskdino.structures import Denoising, Queries, Targets
+from maskdino.structures import Denoising, Queries, Targets, send
 
 
 class DenoisingQueries(nn.Module):
@@ -91,7 +91,7 @@ def slot_index(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
     """Image and position in its image of each object of the batch: two (N,) int64 tensors."""
     image = [image for image, count in enumerate(counts) for _ in range(count)]
     slot = [slot for count in counts for slot in range(count)]
-    return tuple(torch.tensor([image, slot], dtype=torch.int64).to(device, non_blocking=True))
+    return tuple(send(torch.tensor([image, slot], dtype=torch.int64), device))
 
 
 def attention_mask(denoising: Denoising, num_queries: int) -> Tensor:

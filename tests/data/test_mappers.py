@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import BoxMode
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from maskdino.data import (
     DataError,
@@ -101,6 +102,22 @@ def test_example_of_an_instance(make_cfg: Callable, make_dict: Callable) -> None
     assert (mask == (example["image"][0] > 0)).all()
     assert not instances.has("gt_has_mask") and "annotations" not in example
     assert len(given["annotations"]) == 2
+
+
+def test_loaders_pin_images_and_masks(
+    make_cfg: Callable, make_dict: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is large reaches pinned memory in the loader's thread, not in the training."""
+    mapper = build_train_mapper(make_cfg(*UNCHANGED))
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: copied.append(x) or x.clone())
+    given = (annotation(), annotation()), (annotation(segmentation=[]),)
+    examples = [mapper(make_dict(*annotations)) for annotations in given]
+    loaded = pin_memory(examples)
+    sources = [examples[0]["image"], examples[0]["instances"].gt_masks.bits, examples[1]["image"]]
+    assert sorted(map(id, copied)) == sorted(map(id, sources))
+    assert loaded[0]["instances"].gt_masks.size == (60, 80)
+    assert len(loaded[0]["instances"]) == 2 and not loaded[1]["instances"].has("gt_masks")
 
 
 def test_boxes_without_masks(make_cfg: Callable, make_dict: Callable) -> None:
