@@ -112,7 +112,7 @@ def run(step: TrainStep, batch: list[dict]) -> float:
 
 
 def losses_of_accepted_steps(step: TrainStep, batch: list[dict], number: int) -> list[float]:
-    """Losses of steps; those that the loss scaler left out are not counted, but must change nothing.
+    """Losses of steps, without those that the loss scaler left out, which must change nothing.
 
     Each loss is of the weights before its step: a step that did nothing is followed by its equal.
     """

@@ -1,0 +1,137 @@
+"""Whole trainings on a GPU: interrupted and resumed, bit by bit if asked, in a group on NCCL."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine.hooks import CallbackHook
+
+from maskdino.launch import free_port
+from maskdino.trainer import MaskDINOTrainer
+from tests.gpu.cases import make_cfg
+from tests.gpu.drawn import drawn_dataset  # noqa: F401 (a fixture)
+from tests.stand_in import read_checkpoint
+from tests.test_trainer import assert_same
+
+pytestmark = pytest.mark.gpu
+
+ITERATIONS = 4
+MIDDLE = "model_0000001.pth"  # checkpoint after two iterations
+
+
+@dataclass
+class Run:
+    """A training that was watched."""
+
+    folder: Path
+    images: list[list[str]] = field(default_factory=list)  # of each iteration
+    losses: list[float] = field(default_factory=list)
+
+
+def run_cfg(dataset: str, device: torch.device, folder: Path) -> CfgNode:
+    """Four iterations in mixed precision, with averaged weights and a checkpoint in the middle."""
+    cfg = make_cfg("instance", NUM_CLASSES=2)
+    cfg.MODEL.DEVICE, cfg.OUTPUT_DIR, cfg.SEED = str(device), str(folder), 5
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (dataset,), ()
+    cfg.INPUT.LSJ.SIZE = [64, 96]
+    cfg.DATALOADER.NUM_WORKERS = 0
+    solver = cfg.SOLVER
+    solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS = 2, ITERATIONS, (), 0
+    solver.CHECKPOINT_PERIOD = 2
+    solver.AMP.ENABLED = solver.EMA.ENABLED = True
+    return cfg
+
+
+def train(cfg: CfgNode, *, resume: bool = False) -> Run:
+    """Trains, and notes images and losses."""
+    run = Run(Path(cfg.OUTPUT_DIR))
+    trainer = MaskDINOTrainer(cfg)
+    trainer.model.register_forward_pre_hook(
+        lambda _, inputs: run.images.append([image["file_name"] for image in inputs[0]])
+    )
+    trainer.register_hooks(
+        [CallbackHook(after_step=lambda t: run.losses.append(t.storage.latest()["total_loss"][0]))]
+    )
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return run
+
+
+def train_twice(dataset: str, device: torch.device, folder: Path) -> tuple[Run, Run]:
+    """A run, and another that goes on from the first one's checkpoint in the middle."""
+    whole = train(run_cfg(dataset, device, folder / "whole"))
+    rest = folder / "rest"
+    rest.mkdir()
+    shutil.copy(whole.folder / MIDDLE, rest)
+    (rest / "last_checkpoint").write_text(MIDDLE)
+    return whole, train(run_cfg(dataset, device, rest), resume=True)
+
+
+def test_a_resumed_run_goes_on(
+    drawn_dataset: str,  # noqa: F811
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
+    """Same data; losses to rounding, for sums in the backward pass come in any order."""
+    whole, rest = train_twice(drawn_dataset, device, tmp_path)
+    assert len(whole.images) == ITERATIONS
+    assert rest.images == whole.images[2:]
+    assert rest.losses[0] == pytest.approx(whole.losses[2], rel=1e-3)
+    assert rest.losses[1] == pytest.approx(whole.losses[3], rel=0.05)
+    ours, theirs = (read_checkpoint(run.folder) for run in (rest, whole))
+    assert ours.keys() == theirs.keys()
+    assert ours["trainer"]["scheduler"] == theirs["trainer"]["scheduler"]
+
+
+@pytest.fixture
+def deterministic_algorithms() -> Iterator[None]:
+    """Asks torch for deterministic algorithms during a test."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic_algorithms")
+def test_a_resumed_run_ends_with_the_same_bits_if_asked(
+    drawn_dataset: str,  # noqa: F811
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
+    whole, rest = train_twice(drawn_dataset, device, tmp_path)
+    assert rest.losses == whole.losses[2:]
+    assert_same(read_checkpoint(rest.folder), read_checkpoint(whole.folder))
+
+
+def test_a_group_of_one_process_trains_as_no_group(
+    device: torch.device, tmp_path: Path, repository: Path
+) -> None:
+    """As torchrun starts it: on NCCL with a GPU, on gloo without."""
+    output = tmp_path / "losses.json"
+    environment = os.environ | {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.one_process", device, output]
+    subprocess.run(
+        [str(word) for word in command], cwd=repository, env=environment, check=True, timeout=120
+    )
+    found = json.loads(output.read_text())
+    assert found["backend"] == ("nccl" if device.type == "cuda" else "gloo")
+    assert found["grouped"] == pytest.approx(found["alone"], rel=1e-3)
+    assert found["counted as two"] == pytest.approx(found["alone"][0], rel=1e-3)
+    assert found["difference"] < 0.01
