@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+from gpu_checks import peers
 from gpu_checks.common import ROOT, Run
 
 SANITIZED = "computes_what_the_cpu_does and float32"
@@ -37,9 +38,7 @@ def released(run: Run) -> None:
     if run.peer is None:
         run.say("peer", skipped="no --peer")
         return
-    command = [sys.executable, str(ROOT / "tools" / "gpu_checks" / "peers.py")]
-    command += ["--peer", str(run.peer), "--out", str(run.out), "--device", run.device]
-    subprocess.run([*command, *(["--dry"] if run.dry else [])], cwd=ROOT, check=True)
+    peers.side_by_side(run)
 
 
 def sanitizer(run: Run) -> None:

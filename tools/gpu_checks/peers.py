@@ -1,0 +1,349 @@
+"""The released implementation beside this one: same weights, same pictures, a process for each.
+
+Both packages are named `maskdino`, so each side has a process and a module path of its own. The
+released side initialises the weights and saves them, and this side reads them as a released
+checkpoint. Released code, configuration, optimizer and trainer are used as they are: its training
+step runs under float16 autocast, which its encoder and its decoder layers switch off.
+
+Shape key: B images, Q queries, K class logits, H, W of mask maps, S tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from detectron2.structures import Boxes, Instances
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from gpu_checks.common import (
+    PRECISION_KEY,
+    R50,
+    ROOT,
+    Run,
+    config,
+    free_memory,
+    host_waits,
+    launches,
+    milliseconds,
+    peak_mebibytes,
+)
+
+STEP = "peer"
+RELEASED_CONFIG = (
+    "configs/coco/instance-segmentation/maskdino_R50_bs16_50ep_3s_dowsample1_2048.yaml"
+)
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+LARGEST_KEY = "MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS"
+OBJECTS, CLASSES = 10, 80
+PLACES = 12  # lines of code that are named with their number of waits
+# PyTorch's defaults: convolutions may round to TF32, matrix products may not.
+DEFAULTS = "as released"
+
+Predict = Callable[[Tensor], dict[str, Tensor]]
+TrainingStep = Callable[[list[dict]], float]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation, ready to run."""
+
+    name: str
+    model: nn.Module
+    predict: Predict  # normalised images to logits (Q, K), boxes (Q, 4), masks (Q, H, W)
+    pack_masks: Callable[[Tensor], object]  # (N, H, W) bool to what its data loader gives
+    training_step: Callable[[str], TrainingStep]  # of a precision; returns the total loss
+    training: tuple[str, ...]
+    inference: tuple[str, ...]
+    set_precision: Callable[[str], None]  # of image to results
+
+
+def side_by_side(run: Run) -> None:
+    """Runs both sides, one after the other, and reports under the step `peer`.
+
+    Both processes import what they need at once; the second waits for the word.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        sides = {name: _start(run, name, scratch) for name in SIDES}
+        for name, process in sides.items():
+            process.communicate(b"go\n")
+            if process.returncode:
+                run.say(STEP, side=name, FAILED=f"ended with status {process.returncode}")
+
+
+def _start(run: Run, side: str, scratch: str) -> subprocess.Popen:
+    command = [sys.executable, "-W", "ignore", "-m", "gpu_checks.peers", side, scratch]
+    command += ["--out", str(run.out.resolve()), "--device", run.device]
+    command += ["--peer", str(run.peer.resolve()), *(["--dry"] if run.dry else [])]
+    first = run.peer.resolve() if side == "released" else ROOT
+    paths = [str(first), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    return subprocess.Popen(
+        command, cwd=scratch, stdin=subprocess.PIPE, env={**os.environ, **environment}
+    )
+
+
+def released(run: Run, scratch: Path) -> Side:
+    """The released implementation, whose weights are saved for the other side."""
+    from detectron2.config import get_cfg
+    from detectron2.engine import AMPTrainer, SimpleTrainer
+    from detectron2.modeling import build_model
+    from detectron2.projects.deeplab import add_deeplab_config
+    from detectron2.utils.events import EventStorage
+
+    maskdino, train_net = (importlib.import_module(name) for name in ("maskdino", "train_net"))
+    _check_origin(maskdino, run.peer)
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    maskdino.add_maskdino_config(cfg)
+    cfg.merge_from_file(str(run.peer / RELEASED_CONFIG))
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = run.device, ""
+    torch.manual_seed(1)
+    model = build_model(cfg)
+    tensors = {k: v.cpu() for k, v in model.state_dict().items() if "criterion" not in k}
+    torch.save({"model": tensors}, scratch / "weights.pth")
+
+    def predict(images: Tensor) -> dict[str, Tensor]:
+        outputs, _ = model.sem_seg_head(model.backbone(images))
+        return {part: outputs[f"pred_{part}"][0] for part in ("logits", "boxes", "masks")}
+
+    def training_step(precision: str) -> TrainingStep:
+        trainer_of = AMPTrainer if precision == "float16" and run.on_gpu else SimpleTrainer
+        model.train()
+        optimizer = train_net.Trainer.build_optimizer(cfg, model)
+
+        def step(batch: list[dict]) -> float:
+            if not trainers:
+                trainers.append(trainer_of(model, itertools.repeat(batch), optimizer))
+            with EventStorage() as storage:
+                trainers[0].run_step()
+                return storage.latest()["total_loss"][0]
+
+        trainers: list = []
+        return step
+
+    return Side(
+        "released",
+        model,
+        predict,
+        pack_masks=lambda masks: masks,
+        training_step=training_step,
+        training=("float16",),
+        inference=(DEFAULTS, "tf32", "float16"),
+        set_precision=lambda _: None,  # that of its surroundings
+    )
+
+
+def ours(run: Run, scratch: Path) -> Side:
+    """This package with the weights that the released side saved."""
+    import maskdino
+    from gpu_checks.training import PRECISIONS, train_step
+    from maskdino.checkpoint import MaskDINOCheckpointer
+    from maskdino.model import MaskDINO
+    from maskdino.structures import PackedMasks
+
+    _check_origin(maskdino, ROOT)
+    cfg = config(run, R50, PRECISION_KEY, "float32", LARGEST_KEY, "finest")
+    model = MaskDINO(cfg).to(run.device)
+    MaskDINOCheckpointer(model).load(str(scratch / "weights.pth"))
+
+    def predict(images: Tensor) -> dict[str, Tensor]:
+        found, pixels = model.predict(images)
+        masks = torch.einsum("qc,chw->qhw", found.mask_embeddings[0], pixels[0])
+        return {"logits": found.class_logits[0], "boxes": found.boxes[0], "masks": masks}
+
+    def training_step(precision: str) -> TrainingStep:
+        step = train_step(run, cfg, model, PRECISIONS[precision])
+        return lambda batch: step.run(itertools.repeat(batch))["total_loss"]
+
+    def set_precision(precision: str) -> None:
+        model.inference = replace(model.inference, precision=precision)
+
+    return Side(
+        "ours",
+        model,
+        predict,
+        pack_masks=PackedMasks.from_bool,
+        training_step=training_step,
+        training=("float16", "bfloat16"),
+        inference=("float32", "tf32", "float16", "bfloat16"),
+        set_precision=set_precision,
+    )
+
+
+SIDES = {"released": released, "ours": ours}
+
+
+def _check_origin(package: object, folder: Path) -> None:
+    """Raises ImportError where the package of the other side was imported."""
+    if not Path(package.__file__).resolve().is_relative_to(folder.resolve()):
+        raise ImportError(f"maskdino was imported from {package.__file__}, not from {folder}")
+
+
+def measure(run: Run, side: Side, scratch: Path) -> None:
+    """Everything that is measured of one side, most valuable first."""
+    _attempt(run, side, {"what": "equality"}, lambda: _equality(run, side, scratch))
+    for precision in side.training if run.on_gpu else side.training[:1]:
+        case = {"what": "training step", "precision": precision}
+        _attempt(run, side, case, lambda p=precision, c=case: _train(run, side, p, c))
+        free_memory(run)
+    if side.name == "ours":
+        from gpu_checks import peer_operators
+
+        _attempt(run, side, {"what": "operator"}, lambda: peer_operators.compare(run))
+        free_memory(run)
+    for precision in side.inference if run.on_gpu else side.inference[:1]:
+        case = {"precision": precision}
+        _attempt(run, side, case, lambda p=precision: _infer(run, side, p))
+
+
+def _attempt(run: Run, side: Side, case: dict, part: Callable[[], None]) -> None:
+    """Runs a part; one that fails costs its own line only."""
+    try:
+        part()
+    except Exception as error:  # noqa: BLE001 - the next part is worth trying
+        run.say(STEP, side=side.name, **case, FAILED=f"{type(error).__name__}: {error}"[:600])
+
+
+def _equality(run: Run, side: Side, scratch: Path) -> None:
+    """Saves the predictions in float32 without TF32, or compares them with the other side's."""
+    images = _images(run, side)
+    side.model.eval()
+    with torch.no_grad(), arithmetic(run, "float32"):
+        found = {part: x.float().cpu() for part, x in side.predict(images).items()}
+    path = scratch / "predictions.pth"
+    if side.name == "released":
+        torch.save(found, path)
+        run.say(STEP, what="released operator", compiled=_runs_compiled(run, side, images))
+        return
+    errors, moved = differences(found, torch.load(path))
+    run.say(STEP, what="equality", relative=errors, moved=moved, queries=len(found["boxes"]))
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[dict, int]:
+    """Largest difference of each part, relative to its largest number, and how many queries moved.
+
+    Queries are selected by score, and near ties may change places: they are paired by nearness.
+    """
+    rows, columns = (torch.cat([x["logits"], x["boxes"]], dim=1) for x in (found, expected))
+    pairs = torch.as_tensor(linear_sum_assignment(torch.cdist(rows, columns).numpy())[1])
+    errors = {
+        part: float(f"{((x - expected[part][pairs]).abs().max() / expected[part].abs().max()):.2g}")
+        for part, x in found.items()
+    }
+    return errors, int((pairs != torch.arange(len(pairs))).sum())
+
+
+def _runs_compiled(run: Run, side: Side, images: Tensor) -> bool:
+    """Whether its operator runs: where it raises, the released code takes its PyTorch form."""
+    if not run.on_gpu:
+        return False
+    with torch.no_grad():
+        found = launches(run, lambda: side.predict(images))
+    return any("ms_deformable" in kernel for kernel, *_ in found["top"])
+
+
+def _train(run: Run, side: Side, precision: str, case: dict) -> None:
+    size = 128 if run.dry else 1024
+    batch = [_picture(size, seed, side.pack_masks) for seed in (5, 6)]
+    torch.manual_seed(0)
+    step = side.training_step(precision)
+    loss = round(step(batch), 3)
+    _measure(run, side, {**case, "first_loss": loss}, lambda: step(batch))
+
+
+def _infer(run: Run, side: Side, precision: str) -> None:
+    side.model.eval()
+    side.set_precision(precision)
+    images = _images(run, side)
+    inputs = [{"image": _noise(*images.shape[-2:]), "height": 480, "width": 640}]
+    calls = {"network": lambda: side.predict(images), "results": lambda: side.model(inputs)}
+    for part, call in calls.items():
+        with torch.no_grad(), arithmetic(run, precision):
+            _measure(run, side, {"what": f"inference, {part}", "precision": precision}, call)
+
+
+def _measure(run: Run, side: Side, case: dict, call: Callable[[], object]) -> None:
+    """Time and memory, and in a line of their own waits and launches."""
+    repeats, warm = (1, 0) if run.dry else (5, 3)
+    ms = milliseconds(run, call, repeats, warm)
+    run.say(STEP, side=side.name, **case, ms=ms, peak_mib=peak_mebibytes(run, call))
+    with host_waits(run) as waits:
+        call()
+    places = dict(waits.most_common(PLACES))
+    found = {"waits": sum(waits.values()), "where": places, **launches(run, call)}
+    run.say(STEP, side=side.name, **case, **found)
+
+
+@contextmanager
+def arithmetic(run: Run, precision: str) -> Iterator[None]:
+    """`DEFAULTS`, float32, tf32, or autocast to a half type; the flags are put back."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    if precision != DEFAULTS:
+        for flag in flags:
+            flag.allow_tf32 = precision == "tf32"
+    half = HALVES.get(precision)
+    try:
+        with torch.autocast(run.device, dtype=half, enabled=half is not None and run.on_gpu):
+            yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+def _images(run: Run, side: Side) -> Tensor:
+    """The network's input (1, 3, height, width), normalised."""
+    noise = _noise(*((128, 160) if run.dry else (800, 1088))).to(run.device)
+    return ((noise - side.model.pixel_mean) / side.model.pixel_std)[None]
+
+
+def _noise(height: int, width: int, seed: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def _picture(size: int, seed: int, pack_masks: Callable[[Tensor], object]) -> dict:
+    """Noise with ellipses as objects."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = (0.15 + 0.7 * torch.rand(OBJECTS, 2, generator=generator)) * size
+    radii = 0.04 * size + 0.11 * size * torch.rand(OBJECTS, 2, generator=generator)
+    cells = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="xy"), -1)
+    masks = (((cells - centres[:, None, None]) / radii[:, None, None]) ** 2).sum(-1) < 1
+    instances = Instances((size, size))
+    instances.gt_boxes = Boxes(torch.cat([centres - radii, centres + radii], 1).clamp(0, size))
+    instances.gt_classes = torch.randint(0, CLASSES, (OBJECTS,), generator=generator)
+    instances.gt_masks = pack_masks(masks)
+    picture = {"image": _noise(size, size, seed), "height": size, "width": size}
+    return picture | {"instances": instances, "file_name": f"drawn {seed}"}
+
+
+def main() -> None:
+    """One side, in the process that `side_by_side` started."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("side", choices=SIDES)
+    parser.add_argument("scratch", type=Path, help="folder that both sides share")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--peer", type=Path, required=True)
+    parser.add_argument("--dry", action="store_true")
+    args = parser.parse_args()
+    run = Run(args.out, args.device, args.dry, args.peer)
+    if sys.stdin.readline():
+        measure(run, SIDES[args.side](run, args.scratch), args.scratch)
+
+
+if __name__ == "__main__":
+    main()
