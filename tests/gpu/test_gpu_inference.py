@@ -79,8 +79,13 @@ def test_half_precision_is_close_to_float32(
 
 
 @pytest.mark.parametrize("precision", ["auto", "tf32", "bfloat16", "float16"])
-def test_every_precision_gives_results(precision: str, cuda: torch.device) -> None:
-    model, reference = both(make_cfg("semantic", TEST__PRECISION=precision), cuda)
+def test_every_precision_gives_results(precision: str, device: torch.device) -> None:
+    if device.type != "cuda" and precision != "bfloat16":
+        pytest.skip("float32, or not known there")
+    reference = make_model(make_cfg("semantic")).eval()
+    cfg = make_cfg("semantic", TEST__PRECISION=precision)
+    cfg.MODEL.DEVICE = str(device)  # asked what it can compute in
+    model = make_model(cfg).eval().to(device)
     batch = make_batch("semantic")
     for ours, theirs in zip(model(batch), reference(batch), strict=True):
         assert ours["sem_seg"].dtype == torch.float32

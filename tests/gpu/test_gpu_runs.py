@@ -124,6 +124,7 @@ def test_a_group_of_one_process_trains_as_no_group(
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
+        "NCCL_SOCKET_IFNAME": "lo",  # there may be no other network
         "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.one_process", device, output]
