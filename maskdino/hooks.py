@@ -36,28 +36,36 @@ class WeightAverage:
         self._decay = decay
         self.restored = False
         self._average: dict[str, Tensor] = {}
+        # Pairs of lists, of the average's and the model's tensors: a step has no time to look
+        # hundreds of names up.
+        self._floating: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._others: tuple[list[Tensor], list[Tensor]] = ([], [])
         self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Starts over at the model's present weights."""
+        """Starts over at the model's present weights.
+
+        Must be called where a model's tensors have been replaced, as moving it to a device does.
+        Loading weights, and training, fill those there are.
+        """
+        current = self._model.state_dict()
         self._average = {
             name: value.detach().clone(memory_format=torch.preserve_format)
-            for name, value in self._model.state_dict().items()
+            for name, value in current.items()
         }
+        self._floating, self._others = ([], []), ([], [])
+        for name, value in current.items():
+            averages, values = self._floating if value.is_floating_point() else self._others
+            averages.append(self._average[name])
+            values.append(value)
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the model's present weights."""
-        current = self._model.state_dict()
-        floating = [name for name, value in current.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [self._average[name] for name in floating],
-            [current[name] for name in floating],
-            1.0 - self._decay,
-        )
-        for name in current.keys() - set(floating):
-            self._average[name].copy_(current[name])
+        torch._foreach_lerp_(*self._floating, 1.0 - self._decay)
+        for average, value in zip(*self._others, strict=True):
+            average.copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -59,11 +59,9 @@ def launch(
     """
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         _join_torchrun()
-        try:
-            with data_errors_in_one_line():
-                main(*args)
-        finally:
-            torch.distributed.destroy_process_group()
+        with data_errors_in_one_line():
+            main(*args)
+        _leave_the_others()
         return
     if processes * machines == 1:
         with data_errors_in_one_line():
@@ -112,10 +110,17 @@ def _cpu_process(
         timeout=TIMEOUT,
     )
     _create_local_group(where.processes)
-    try:
-        main(*args)
-    finally:
-        torch.distributed.destroy_process_group()
+    main(*args)
+    _leave_the_others()
+
+
+def _leave_the_others() -> None:
+    """Ends the group of processes, for a process that has done its part.
+
+    After an error, others may be inside a collective that never completes. Leaving can wait for it,
+    and nobody would see the error: such a process just ends, and the others are ended or fail.
+    """
+    torch.distributed.destroy_process_group()
 
 
 def _run(main: Callable[..., object], args: tuple, fault: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -130,14 +135,56 @@ def test_bugs_in_processes_keep_their_traceback(labels: Path) -> None:
         launch(load_on_the_second, Bugs(labels), processes=2)
 
 
-def test_process_of_torchrun_ends_with_the_line(
-    labels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """This process is the only one of a torchrun; gets an entry when it leaves its group."""
     values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": free_port()}
     for name, value in ({"MASTER_ADDR": "127.0.0.1"} | values).items():
         monkeypatch.setenv(name, str(value))
+    left: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+        yield left
+    torch.distributed.destroy_process_group()
+
+
+def test_process_of_torchrun_ends_with_the_line(
+    labels: Path, torchrun: list[bool], capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as caught:
         launch(load, Labels(labels), processes=1)
     assert caught.value.code == 1
     assert f"error: label map {labels} holds the values [7]" in capsys.readouterr().err
-    assert not torch.distributed.is_initialized()
+    assert not torchrun  # leaving may wait for others, which wait in a collective
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_group_is_left_after_success_alone(torchrun: list[bool], fails: bool) -> None:
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        launch(divmod, 1, int(not fails), processes=1)
+    assert torchrun == [True] * (not fails)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_although_one_process_waits(
+    labels: Path, tmp_path: Path, repository: Path
+) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from maskdino.trainer import launch\n"
+        "from tests.test_faults import Labels, load_on_the_second\n"
+        f"launch(load_on_the_second, Labels(Path({str(labels)!r})), processes=1)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = subprocess.run(
+        [*command, str(script)],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,  # the collective would give up after half an hour
+    )
+    assert ended.returncode == 1
+    assert f"error: label map {labels} holds the values [7]" in ended.stderr

@@ -95,10 +95,15 @@ def test_averaged_weights_follow_their_formula() -> None:
             model.num_batches_tracked.add_(1)
         average.update()
         expected = 0.75 * expected + 0.25 * model.weight.detach()
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    model.state_dict = None  # a step looks no names up
+    average.update()
+    del model.state_dict
+    expected = 0.75 * expected + 0.25 * model.weight.detach()
     own = model.weight.detach().clone()
     with average.applied():
         torch.testing.assert_close(model.weight.detach(), expected)
-        assert model.num_batches_tracked == 3
+        assert model.num_batches_tracked == 4
     assert torch.equal(model.weight, own)
     assert_same(average.state_dict()["weight"], average.state_dict()["weight"])
     with pytest.raises(ValueError, match=r"DECAY is 1\.0"):
