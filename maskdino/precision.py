@@ -85,6 +85,31 @@ def network_precision(name: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+def training_precision(dtype: torch.dtype | None, device: torch.device) -> str:
+    """Says in which types training computes, for the log.
+
+    Args:
+        dtype: of autocast; None without it.
+        device: where the network is.
+    """
+    name = "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} by autocast"
+    if device.type != "cuda":
+        return f"{name} on {device}"
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        settings = (matmul.fp32_precision, cudnn.conv.fp32_precision)
+        of_all = torch.backends.fp32_precision
+        switches = [(of_all if setting == "none" else setting) == "tf32" for setting in settings]
+    else:
+        switches = [matmul.allow_tf32, cudnn.allow_tf32]
+    products, convolutions = ("on" if switch else "off" for switch in switches)
+    benchmark = "on" if cudnn.benchmark else "off"
+    return (
+        f"{name} on {device}; where that is float32, TF32 is {products} in matrix products and "
+        f"{convolutions} in convolutions; cuDNN's benchmark is {benchmark}"
+    )
+
+
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether a GPU has bfloat16 itself: emulated, it is slower than float32."""
     with contextlib.ExitStack() as stack:

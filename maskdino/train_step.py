@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from maskdino.precision import mixed_precision_dtype
+from maskdino.precision import mixed_precision_dtype, training_precision
 from maskdino.solver import GradientClipper
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,7 @@ class TrainStep:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
         self._dtype = mixed_precision_dtype(mixed_precision, self._device)
+        logger.info("Training computes in %s.", training_precision(self._dtype, self._device))
         half = self._dtype is torch.float16
         self.grad_scaler = torch.amp.GradScaler(self._device.type, enabled=half)
         self._gradient_norm = torch.zeros((), device=self._device)

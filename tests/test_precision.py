@@ -13,7 +13,12 @@ from torch import Tensor
 from maskdino import precision as precision_module
 from maskdino.model import MaskDINO
 from maskdino.modeling.heads import PredictionHeads
-from maskdino.precision import inference_precision, mixed_precision_dtype, network_precision
+from maskdino.precision import (
+    inference_precision,
+    mixed_precision_dtype,
+    network_precision,
+    training_precision,
+)
 from maskdino.predictor import MaskDINOPredictor
 from tests.helpers import CHANNELS, drawn_batch, tiny_cfg, tiny_model
 
@@ -137,6 +142,17 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [
         "Inference computes in float32 on cpu (MODEL.MASK_DINO.TEST.PRECISION is auto)."
     ]
+
+
+def test_training_says_in_which_types_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert training_precision(None, CPU) == "float32 on cpu"
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    text = "TF32 is {} in matrix products and {} in convolutions; cuDNN's benchmark is off"
+    for precision, switch in (("tf32", "on"), ("float32", "off")):
+        with precision_module._tensor_float_32(precision == "tf32"):
+            found = training_precision(torch.float16, CUDA)
+        assert found.startswith(f"float16 by autocast on {CUDA}; ")
+        assert found.endswith(text.format(switch, switch))
 
 
 def heads_and_content(number: int) -> tuple[PredictionHeads, Tensor]:
