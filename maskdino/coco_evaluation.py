@@ -21,7 +21,9 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from pycocotools import mask as mask_util
+from torch import Tensor
 
+from maskdino.ops.host import pack_masks, to_host, unpack_mask
 from maskdino.prediction_files import CONVERTED_FILE, INSTANCES_FILE
 
 try:
@@ -31,6 +33,7 @@ except ImportError:  # optional: pycocotools computes the same numbers
 
 logger = logging.getLogger(__name__)
 
+MASK_BYTES_AT_ONCE = 1 << 28  # packed masks of one image that are on their way at one time
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -45,24 +48,31 @@ def instances_to_records(instances: Instances, image_id: int) -> list[dict]:
     Returns:
         N records; ``category_id`` is the contiguous class index.
     """
+    boxes = [instances.pred_boxes.tensor.float()] if instances.has("pred_boxes") else []
+    parts = _mask_parts(instances.pred_masks) if instances.has("pred_masks") else ()
+    first = [pack_masks(part) for part in parts[:1]]
+    scores, classes, *found = to_host([instances.scores, instances.pred_classes, *boxes, *first])
     records = [
         {"image_id": image_id, "category_id": category, "score": score}
-        for category, score in zip(
-            instances.pred_classes.tolist(), instances.scores.tolist(), strict=True
-        )
+        for category, score in zip(classes.tolist(), scores.tolist(), strict=True)
     ]
-    if instances.has("pred_boxes") and records:
-        boxes = BoxMode.convert(
-            instances.pred_boxes.tensor.cpu().float(), BoxMode.XYXY_ABS, BoxMode.XYWH_ABS
-        )
-        for record, box in zip(records, boxes.tolist(), strict=True):
+    if boxes:
+        corners = BoxMode.convert(found.pop(0), BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+        for record, box in zip(records, corners.tolist(), strict=True):
             record["bbox"] = box
-    if instances.has("pred_masks"):
-        for record, mask in zip(records, instances.pred_masks, strict=True):
-            # One mask at a time: N maps of a large image as bytes would be the memory's peak.
-            rle = mask_util.encode(np.asfortranarray(mask.cpu().numpy(), dtype=np.uint8))
+    if parts:
+        later = (to_host([pack_masks(part)]) for part in parts[1:])
+        copies = itertools.chain([found], later)
+        masks = (mask for copied in copies for part in copied for mask in part.numpy())
+        for record, mask in zip(records, masks, strict=True):
+            rle = mask_util.encode(unpack_mask(mask, instances.image_size))
             record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
     return records
+
+
+def _mask_parts(masks: Tensor) -> tuple[Tensor, ...]:
+    """Masks (N, H, W) in parts, each of which is packed and copied at one time."""
+    return masks.split(max(1, 8 * MASK_BYTES_AT_ONCE // max(1, masks.shape[1:].numel())))
 
 
 class COCOInstanceEvaluator(DatasetEvaluator):

@@ -19,6 +19,7 @@ from maskdino.modeling.denoising import DenoisingQueries, attention_mask, build_
 from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbedding
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.query_selection import build_query_selection
+from maskdino.ops.host import run_steps
 from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
 from maskdino.precision import check_precision, network_precision
 from maskdino.structures import Memory, Predictions, Queries, Targets
@@ -262,8 +263,7 @@ class MaskDINO(nn.Module):
 
     def postprocess(self, predictions: Predictions, pixels: Tensor | None, frame: Frame) -> dict:
         """Results of one image from its predictions (Q, ...) and pixel embedding (C, H, W)."""
-        options, results = self.inference, {}
-        masks = predictions.mask_embeddings
+        options, masks, results = self.inference, predictions.mask_embeddings, {}
         if options.semantic_on:
             results["sem_seg"] = semantic_inference(
                 options.class_probs(predictions.class_logits),
@@ -272,10 +272,11 @@ class MaskDINO(nn.Module):
                 frame,
                 sum_in_output_frame=options.sum_in_output_frame,
             )
+        computations = {}
         if options.panoptic_on:
             best = options.class_scores(predictions.class_logits).amax(-1)
             scores, labels = options.class_probs(predictions.class_logits).max(-1)
-            results["panoptic_seg"] = panoptic_inference(
+            computations["panoptic_seg"] = panoptic_inference.steps(
                 best > options.panoptic_score_threshold,
                 scores,
                 labels,
@@ -286,7 +287,7 @@ class MaskDINO(nn.Module):
                 overlap_threshold=options.panoptic_overlap_threshold,
             )
         if options.instance_on:
-            results["instances"] = instance_inference(
+            computations["instances"] = instance_inference.steps(
                 options.class_scores(predictions.class_logits),
                 predictions.boxes,
                 masks,
@@ -297,7 +298,8 @@ class MaskDINO(nn.Module):
                 mask_scoring=options.mask_scoring,
                 is_thing=self.is_thing if options.panoptic_on else None,
             )
-        return results
+        found = run_steps(list(computations.values()))
+        return results | dict(zip(computations, found, strict=True))
 
 
 def thing_classes(cfg: CfgNode) -> list[bool]:

@@ -1,7 +1,10 @@
 """From predictions to results in the frame of the image, for each of the tasks.
 
-Shape key: Q queries, K classes, R results, C channels; canvas H, W; image h, w; output OH, OW
-pixels. All functions treat one image.
+All functions treat one image. Those that need numbers on the host (how many objects there are)
+also come as `function.steps`, for `maskdino.ops.host.run_steps`, which asks once for several tasks.
+
+Shape key: Q queries, K classes, N best pairs of query and class, R pairs that are kept, U different
+queries among them, C channels; canvas H, W; image h, w; output OH, OW pixels.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from maskdino.ops.boxes import cxcywh_to_xyxy
+from maskdino.ops.host import Steps, in_steps, to_device, true_first
 
 ELEMENTS_AT_ONCE = 1 << 25  # resized mask probabilities that exist at one time (128 MiB of float32)
 
@@ -58,11 +62,49 @@ def output_boxes(boxes: Tensor, frame: Frame) -> Tensor:
         output * canvas / image
         for output, canvas, image in zip(frame.output, frame.canvas, frame.image, strict=True)
     )
-    return cxcywh_to_xyxy(boxes.float()) * boxes.new_tensor(
-        [width, height, width, height], dtype=torch.float32
+    x, y = cxcywh_to_xyxy(boxes.float()).unflatten(-1, (2, 2)).unbind(-1)
+    return torch.stack([x * width, y * height], dim=-1).flatten(-2)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The best pairs of a query and a class, best first by class score."""
+
+    scores: Tensor  # (R,)
+    queries: Tensor  # (R,) int64
+    labels: Tensor  # (R,) int64
+    different: Tensor  # (U,) int64 the queries, each once, in ascending order
+    which: Tensor  # (R,) int64 index into `different`
+    counts: tuple[int, ...]  # U numbers of pairs, on the host
+
+
+def best_pairs(
+    class_scores: Tensor, max_detections: int, score_threshold: float, is_thing: Tensor | None
+) -> Steps[Pairs]:
+    """Chooses; arguments as of `instance_inference`. Asks the host once, for the numbers."""
+    num_queries, num_classes = class_scores.shape
+    number = min(max_detections, class_scores.numel())
+    scores, index = class_scores.flatten().topk(number, sorted=True)
+    queries, labels = index // num_classes, index % num_classes
+    kept = scores >= score_threshold  # a mask's quality is at most 1: what is below stays below
+    if is_thing is not None:
+        kept = kept & is_thing[labels]
+    counts = queries.new_zeros(num_queries).scatter_add_(0, queries, kept.long())
+    (on_host,) = yield (counts,)
+    numbers = tuple(count for count in on_host.tolist() if count)
+    first = true_first(kept)[: sum(numbers)]
+    used = counts > 0
+    return Pairs(
+        scores[first],
+        queries[first],
+        labels[first],
+        true_first(used)[: len(numbers)],
+        (used.cumsum(0) - 1)[queries[first]],
+        numbers,
     )
 
 
+@in_steps
 def instance_inference(
     class_scores: Tensor,
     boxes: Tensor,
@@ -74,7 +116,7 @@ def instance_inference(
     score_threshold: float,
     mask_scoring: bool,
     is_thing: Tensor | None = None,
-) -> Instances:
+) -> Steps[Instances]:
     """Detection and instance segmentation.
 
     Args:
@@ -92,42 +134,64 @@ def instance_inference(
         `pred_boxes`, `scores`, `pred_classes` and, with a mask branch, `pred_masks` (R, OH, OW)
         bool, best first by class score.
     """
-    num_classes = class_scores.shape[1]
-    number = min(max_detections, class_scores.numel())
-    scores, index = class_scores.flatten().topk(number, sorted=True)
-    query, label = index // num_classes, index % num_classes
-    kept = scores >= score_threshold  # a mask's quality is at most 1: what is below stays below
-    if is_thing is not None:
-        kept = kept & is_thing[label]
-    scores, query, label = scores[kept], query[kept], label[kept]
+    pairs = yield from best_pairs(class_scores, max_detections, score_threshold, is_thing)
+    scores, queries, labels = pairs.scores, pairs.queries, pairs.labels
     result = Instances(frame.output)
     if mask_embeddings is not None:
-        unique, which = query.unique(return_inverse=True)
-        masks, quality = _masks_and_quality(mask_embeddings[unique], pixel_embedding, frame)
+        embeddings = mask_embeddings[pairs.different]
+        masks, quality = _masks_of_pairs(embeddings, pixel_embedding, frame, pairs)
         if mask_scoring:
-            scores = scores * quality[which]
-        keep = scores >= score_threshold
-        scores, query, label, which = scores[keep], query[keep], label[keep], which[keep]
-        result.pred_masks = masks[which]
-    result.pred_boxes = Boxes(output_boxes(boxes[query], frame))
+            scores = scores * quality[pairs.which]
+            kept = scores >= score_threshold
+            (number,) = yield (kept.sum(),)
+            if number < len(scores):
+                index = true_first(kept)[: int(number)]
+                scores, queries, labels = scores[index], queries[index], labels[index]
+                masks = _moved_up(masks, index)
+        result.pred_masks = masks
+    result.pred_boxes = Boxes(output_boxes(boxes[queries], frame))
     result.scores = scores
-    result.pred_classes = label
+    result.pred_classes = labels
     return result
 
 
-def _masks_and_quality(
+def masks_and_quality(
     embeddings: Tensor, pixel_embedding: Tensor, frame: Frame
-) -> tuple[Tensor, Tensor]:
-    """Masks (R, OH, OW) bool and the mean probability (R,) over the foreground of each."""
-    masks = torch.empty(len(embeddings), *frame.output, dtype=torch.bool, device=embeddings.device)
-    quality, begin = [embeddings.new_zeros(0, dtype=torch.float32)], 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Masks (r, OH, OW) bool, a few at a time, and the mean probability (r,) over each."""
     for logits in output_masks(embeddings, pixel_embedding, frame):
-        foreground = masks[begin : begin + len(logits)]
-        torch.gt(logits, 0, out=foreground)
+        foreground = logits > 0
         total = (logits.sigmoid_() * foreground).sum((1, 2))
-        quality.append(total / (foreground.sum((1, 2)) + 1e-6))
-        begin += len(logits)
-    return masks, torch.cat(quality)
+        yield foreground, total / (foreground.sum((1, 2)) + 1e-6)
+
+
+def _masks_of_pairs(
+    embeddings: Tensor, pixel_embedding: Tensor, frame: Frame, pairs: Pairs
+) -> tuple[Tensor, Tensor]:
+    """Masks (R, OH, OW) bool of pairs, and the quality (U,) of those of the queries.
+
+    Each mask is written where it belongs: a large image has no room for another copy of all.
+    """
+    shape = (len(pairs.scores), *frame.output)
+    masks = torch.empty(shape, dtype=torch.bool, device=embeddings.device)
+    qualities = [embeddings.new_zeros(0, dtype=torch.float32)]
+    rows, begin, end = pairs.which.argsort(stable=True), 0, 0
+    for foreground, quality in masks_and_quality(embeddings, pixel_embedding, frame):
+        first, last = end, end + sum(pairs.counts[begin : begin + len(foreground)])
+        for some in rows[first:last].split(len(foreground)):
+            masks.index_copy_(0, some, foreground[pairs.which[some] - begin])
+        qualities.append(quality)
+        begin, end = begin + len(foreground), last
+    return masks, torch.cat(qualities)
+
+
+def _moved_up(masks: Tensor, index: Tensor) -> Tensor:
+    """`masks[index]` for ascending (r,) int64 indices, in the memory of `masks`."""
+    at_once = max(1, ELEMENTS_AT_ONCE // max(1, masks[0].numel()))
+    for begin in range(0, len(index), at_once):
+        some = index[begin : begin + at_once]
+        masks[begin : begin + len(some)] = masks[some]
+    return masks[: len(index)]
 
 
 def semantic_inference(
@@ -162,6 +226,7 @@ def semantic_inference(
     return total if sum_in_output_frame else resize_to_output(total, frame)
 
 
+@in_steps
 def panoptic_inference(
     keep: Tensor,
     scores: Tensor,
@@ -172,7 +237,7 @@ def panoptic_inference(
     *,
     is_thing: Tensor,
     overlap_threshold: float,
-) -> tuple[Tensor, list[dict]]:
+) -> Steps[tuple[Tensor, list[dict]]]:
     """Panoptic segmentation: a pixel goes to the query of largest score times mask probability.
 
     Args:
@@ -189,13 +254,29 @@ def panoptic_inference(
         Segment ids (OH, OW) int32, 0 where there is none, and for each segment `id`, `isthing`,
         `category_id`, and for things `score`. Segments of one stuff class are merged.
     """
-    scores, labels, embeddings = scores[keep].float(), labels[keep], mask_embeddings[keep]
-    # Of each pixel: score times probability of the winner so far, the winner, and whether the
-    # winner's mask is there.
+    (number,) = yield (keep.sum(),)
+    if not number:
+        return torch.zeros(frame.output, dtype=torch.int32, device=keep.device), []
+    chosen = true_first(keep)[: int(number)]
+    scores, labels = scores[chosen].float(), labels[chosen]
+    winner, inside, own = _winners(scores, mask_embeddings[chosen], pixel_embedding, frame)
+    won, left = _pixels_won(winner, inside, len(chosen))
+    table = torch.stack([own, won, left, labels, is_thing[labels].long()])
+    table, scores = yield table, scores
+    ids, segments = _segments(table.tolist(), scores.tolist(), overlap_threshold)
+    ids = to_device(ids, torch.int32, winner.device)
+    return torch.where(inside, ids[winner], 0).to(torch.int32), segments
+
+
+def _winners(
+    scores: Tensor, embeddings: Tensor, pixel_embedding: Tensor, frame: Frame
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each pixel the query (OH, OW) int64 with the largest score times probability, and whether
+    it lies in that query's mask (OH, OW) bool; of each query its mask's area (U,) int64."""
     best = torch.full(frame.output, -1.0, device=scores.device)
     winner = torch.zeros(frame.output, dtype=torch.int64, device=scores.device)
     inside = torch.zeros(frame.output, dtype=torch.bool, device=scores.device)
-    own_area, begin = [torch.zeros(0, dtype=torch.int64, device=scores.device)], 0
+    own_area, begin = [], 0
     for logits in output_masks(embeddings, pixel_embedding, frame):
         probs = logits.sigmoid_()
         own_area.append((probs >= 0.5).sum((1, 2)))
@@ -205,13 +286,21 @@ def panoptic_inference(
         winner = torch.where(better, index + begin, winner)
         inside = torch.where(better, probs.gather(0, index[None])[0] >= 0.5, inside)
         begin += len(probs)
-    number = len(scores)
-    won = torch.bincount(winner.flatten(), minlength=number)[:number]
-    left = torch.bincount(winner[inside], minlength=number)[:number]
-    table = torch.stack([torch.cat(own_area), won, left, labels, is_thing[labels].long()]).tolist()
-    ids, segments = _segments(table, scores.tolist(), overlap_threshold)
-    lookup = torch.tensor([*ids, 0], dtype=torch.int32, device=scores.device)
-    return torch.where(inside, lookup[winner], 0).to(torch.int32), segments
+    return winner, inside, torch.cat(own_area)
+
+
+def _pixels_won(winner: Tensor, inside: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Pixels (U,) int64 that each query wins, and those of them that lie in its mask.
+
+    Each column of the image has counters of its own, as many threads that add to one would queue.
+    """
+    width = winner.shape[1]
+    column = torch.arange(width, device=winner.device)
+    counter = ((2 * winner + inside) * width + column).flatten()
+    counts = counter.new_zeros(number * 2 * width)
+    counts.scatter_add_(0, counter, counter.new_ones(1).expand(len(counter)))
+    counts = counts.view(number, 2, width).sum(2)
+    return counts.sum(1), counts[:, 1]
 
 
 def _segments(

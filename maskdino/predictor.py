@@ -28,12 +28,20 @@ from torch import Tensor
 from maskdino.images import ImageSource, load_image, network_image
 from maskdino.loading import load_weights, pick_device, read_config
 from maskdino.model import InferenceOptions, MaskDINO
-from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
+from maskdino.ops.host import Steps, pack_masks, run_steps, unpack_mask
+from maskdino.postprocess import (
+    Frame,
+    best_pairs,
+    masks_and_quality,
+    output_boxes,
+    panoptic_inference,
+    semantic_inference,
+)
 from maskdino.predictor_options import PredictorOptions
 from maskdino.results import Categories, ImageResult, encode_mask
 from maskdino.structures import Predictions
 
-MASK_BYTES_AT_ONCE = 1 << 28  # decoded masks of one picture that exist at one time
+MASK_BYTES_AT_ONCE = 1 << 28  # packed masks of one picture that exist on the device at one time
 MAP_VALUES_AT_ONCE = 1 << 28  # values of class maps; label maps of larger pictures are enlarged
 WINDOW = 4  # batches of pictures that are read ahead, so that those of one size meet
 
@@ -222,71 +230,55 @@ class MaskDINOPredictor:
 
     def _postprocess(self, predictions: Predictions, pixels: Tensor | None, frame: Frame) -> dict:
         """Fields of the result of one picture; predictions (Q, ...), pixels (C, H/4, W/4)."""
-        parts = {}
-        if "instance" in self.options.tasks:
-            parts |= self._objects(predictions, pixels, frame)
-        if "panoptic" in self.options.tasks:
-            parts |= self._segments(predictions, pixels, frame)
-        if "semantic" in self.options.tasks:
-            parts["label_map"] = self._label_map(predictions, pixels, frame)
-        return parts
+        tasks = {
+            "instance": self._objects,
+            "panoptic": self._segments,
+            "semantic": self._label_map,
+        }
+        computations = [tasks[task](predictions, pixels, frame) for task in self.options.tasks]
+        return {name: value for part in run_steps(computations) for name, value in part.items()}
 
-    def _objects(self, predictions: Predictions, pixels: Tensor | None, frame: Frame) -> dict:
-        """The objects above the threshold; masks of few queries exist at one time."""
-        scores = self.inference.class_scores(predictions.class_logits)
-        if self.inference.panoptic_on:
+    def _objects(
+        self, predictions: Predictions, pixels: Tensor | None, frame: Frame
+    ) -> Steps[dict]:
+        """The objects above the threshold, best first."""
+        inference, threshold = self.inference, self.options.confidence_threshold
+        scores = inference.class_scores(predictions.class_logits)
+        if inference.panoptic_on:
             scores = scores.masked_fill(~self.is_thing, -1)
-        number = min(self.inference.max_detections, scores.numel())
-        best, index = scores.flatten().topk(number)
-        # What is not among the best gets a score below every threshold.
-        scores = torch.full_like(scores, -1).flatten().scatter(0, index, best).view_as(scores)
-        queries = (scores.amax(1) >= self.options.confidence_threshold).nonzero()[:, 0]
-        at_once = max(1, MASK_BYTES_AT_ONCE // (frame.output[0] * frame.output[1]))
-        parts = [
-            self._some_objects(scores[some], predictions.map(lambda x, s=some: x[s]), pixels, frame)
-            for some in (queries.split(at_once) if len(queries) else [queries])
-        ]
-        boxes, confidences, labels = (np.concatenate([p[i] for p in parts]) for i in range(3))
-        order = np.argsort(-confidences, kind="stable")
-        rles = None
+        pairs = yield from best_pairs(scores, inference.max_detections, threshold, None)
+        boxes, scores = output_boxes(predictions.boxes[pairs.queries], frame), pairs.scores
+        on_host, packed, qualities = [], [], []
         if predictions.mask_embeddings is not None:
-            masks = [rle for part in parts for rle in part[3]]
-            rles = tuple(masks[i] for i in order)
+            embeddings = predictions.mask_embeddings[pairs.different]
+            for foreground, quality in masks_and_quality(embeddings, pixels, frame):
+                packed.append(pack_masks(foreground))
+                qualities.append(quality)
+                if sum(part.numel() for part in packed) >= MASK_BYTES_AT_ONCE:
+                    on_host += yield packed
+                    packed = []
+            if inference.mask_scoring and qualities:
+                scores = scores * torch.cat(qualities)[pairs.which]
+        numbers = (boxes, scores, scores >= threshold, pairs.labels, pairs.which)
+        found = yield (*numbers, *packed)
+        boxes, scores, kept, labels, which = (part.numpy() for part in found[: len(numbers)])
+        order = np.argsort(-scores, kind="stable")
+        order, rles = order[kept[order]], None
+        if predictions.mask_embeddings is not None:
+            masks = [mask for part in on_host + found[len(numbers) :] for mask in part.numpy()]
+            rles = _encoded(masks, which[order], frame.output)
         return {
-            "boxes": boxes[order],
-            "scores": confidences[order],
+            "boxes": _clipped(boxes[order], frame.output),
+            "scores": scores[order],
             "class_ids": labels[order],
             "rles": rles,
         }
 
-    def _some_objects(
-        self, scores: Tensor, predictions: Predictions, pixels: Tensor | None, frame: Frame
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict]]:
-        """Boxes (cut at the border), scores, classes and masks of what some queries found."""
-        found = instance_inference(
-            scores,
-            predictions.boxes,
-            predictions.mask_embeddings,
-            pixels,
-            frame,
-            max_detections=scores.numel(),
-            score_threshold=self.options.confidence_threshold,
-            mask_scoring=self.inference.mask_scoring,
-        )
-        found.pred_boxes.clip(frame.output)
-        masks = found.pred_masks.cpu().numpy() if found.has("pred_masks") else ()
-        return (
-            found.pred_boxes.tensor.cpu().numpy(),
-            found.scores.float().cpu().numpy(),
-            found.pred_classes.cpu().numpy(),
-            [encode_mask(mask) for mask in masks],
-        )
-
-    def _segments(self, predictions: Predictions, pixels: Tensor, frame: Frame) -> dict:
+    def _segments(self, predictions: Predictions, pixels: Tensor, frame: Frame) -> Steps[dict]:
         inference, map_frame = self.inference, _map_frame(frame, 8)
         best = inference.class_scores(predictions.class_logits).amax(-1)
         scores, labels = inference.class_probs(predictions.class_logits).max(-1)
-        ids, segments = panoptic_inference(
+        ids, segments = yield from panoptic_inference.steps(
             best > inference.panoptic_score_threshold,
             scores,
             labels,
@@ -296,9 +288,10 @@ class MaskDINOPredictor:
             is_thing=self.is_thing,
             overlap_threshold=inference.panoptic_overlap_threshold,
         )
-        return {"panoptic_ids": _full_size(ids, frame), "segments": tuple(segments)}
+        (ids,) = yield (_full_size(ids, frame),)
+        return {"panoptic_ids": ids.numpy(), "segments": tuple(segments)}
 
-    def _label_map(self, predictions: Predictions, pixels: Tensor, frame: Frame) -> np.ndarray:
+    def _label_map(self, predictions: Predictions, pixels: Tensor, frame: Frame) -> Steps[dict]:
         probs = self.inference.class_probs(predictions.class_logits)
         total = semantic_inference(
             probs,
@@ -309,7 +302,8 @@ class MaskDINOPredictor:
         )
         # 255 means "ignored" in maps of 8 bits.
         dtype = torch.uint8 if probs.shape[1] <= 255 else torch.int32
-        return _full_size(total.argmax(0).to(dtype), frame)
+        (labels,) = yield (_full_size(total.argmax(0).to(dtype), frame),)
+        return {"label_map": labels.numpy()}
 
 
 @dataclass(frozen=True)
@@ -346,7 +340,23 @@ def _map_frame(frame: Frame, values_per_pixel: int) -> Frame:
     return frame if values <= MAP_VALUES_AT_ONCE else replace(frame, output=frame.image)
 
 
-def _full_size(labels: Tensor, frame: Frame) -> np.ndarray:
+def _encoded(
+    masks: Sequence[np.ndarray], which: np.ndarray, size: tuple[int, int]
+) -> tuple[dict, ...]:
+    """Packed masks to COCO's compressed form, each once, and of these the masks in `which`."""
+    rles = {i: encode_mask(unpack_mask(masks[i], size)) for i in set(which.tolist())}
+    return tuple(dict(rles[i]) for i in which.tolist())
+
+
+def _clipped(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Boxes (N, 4) cut at the border of a picture."""
+    if not np.isfinite(boxes).all():
+        raise FloatingPointError("the model predicts boxes that are not finite; see its weights")
+    height, width = size
+    return np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
+
+
+def _full_size(labels: Tensor, frame: Frame) -> Tensor:
     """A map of integers at the size of the picture."""
     if tuple(labels.shape) != frame.output:
         # Integers below 2 ** 24 are exact in float32, which all interpolation knows.
@@ -354,4 +364,4 @@ def _full_size(labels: Tensor, frame: Frame) -> np.ndarray:
             labels[None, None].float(), size=frame.output, mode="nearest-exact"
         )
         labels = enlarged[0, 0].to(labels.dtype)
-    return labels.cpu().numpy()
+    return labels

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,11 @@ from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
 
 from maskdino import coco_evaluation
-from maskdino.coco_evaluation import COCOInstanceEvaluator, average_precision
+from maskdino.coco_evaluation import (
+    COCOInstanceEvaluator,
+    average_precision,
+    instances_to_records,
+)
 from maskdino.config import load_config
 from maskdino.evaluation import _with_in1d, build_evaluator
 
@@ -109,6 +114,32 @@ def test_perfect_predictions(
         assert {f"AP-{fruit}" for fruit in CATEGORIES.values()} <= values.keys()
     written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
     assert {record["category_id"] for record in written} == set(CATEGORIES)
+
+
+@pytest.mark.parametrize("masks_at_once", [1, 3, 100])
+def test_records_are_those_of_masks_one_by_one(
+    masks_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of an image comes to the host in one copy, or in a few where masks are large."""
+    monkeypatch.setattr(coco_evaluation, "MASK_BYTES_AT_ONCE", masks_at_once * 40 * 60 // 8)
+    found, number = Instances(SIZE), 7
+    found.scores, found.pred_classes = torch.rand(number), torch.arange(number)
+    found.pred_boxes = Boxes(torch.rand(number, 4).cumsum(1) * 10)
+    found.pred_masks = torch.rand(number, *SIZE) > torch.linspace(0, 1, number).view(-1, 1, 1)
+    with mock.patch.object(coco_evaluation, "to_host", wraps=coco_evaluation.to_host) as copy:
+        records = instances_to_records(found, 3)
+    assert copy.call_count == -(-number // masks_at_once)
+    assert [record["category_id"] for record in records] == list(range(number))
+    for record, score, box, mask in zip(
+        records, found.scores, found.pred_boxes.tensor, found.pred_masks, strict=True
+    ):
+        assert record["image_id"] == 3 and record["score"] == score.item()
+        x0, y0, x1, y1 = box.tolist()
+        assert record["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0])
+        rle = mask_util.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8))
+        assert record["segmentation"]["counts"].encode() == rle["counts"]
+        assert record["segmentation"]["size"] == list(SIZE)
+    assert instances_to_records(found[found.scores > 1], 3) == []
 
 
 def test_no_prediction_is_no_precision(dataset: tuple[str, bool]) -> None:

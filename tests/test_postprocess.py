@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskdino import postprocess
+from maskdino.ops import host
+from maskdino.ops.host import Steps, run_steps
 from maskdino.postprocess import (
     Frame,
     instance_inference,
@@ -256,3 +262,95 @@ def test_panoptic_of_no_queries() -> None:
         overlap_threshold=0.8,
     )
     assert segments == [] and ids.shape == (41, 83) and not ids.any()
+
+
+def drawn_instances(frame: Frame) -> Steps:
+    embeddings, pixels = drawn(frame)
+    return instance_inference.steps(
+        torch.rand(QUERIES, CLASSES),
+        torch.rand(QUERIES, 4),
+        embeddings,
+        pixels,
+        frame,
+        max_detections=20,
+        score_threshold=0.2,
+        mask_scoring=True,
+    )
+
+
+def drawn_segments(frame: Frame) -> Steps:
+    embeddings, pixels = drawn(frame)
+    return panoptic_inference.steps(
+        torch.rand(QUERIES) < 0.8,
+        torch.rand(QUERIES),
+        torch.randint(0, CLASSES, (QUERIES,)),
+        embeddings,
+        pixels,
+        frame,
+        is_thing=torch.tensor([True, False, False, True]),
+        overlap_threshold=0.8,
+    )
+
+
+def rounds(*computations: Steps) -> int:
+    """How often the host asks for something."""
+    with mock.patch.object(host, "to_host", wraps=host.to_host) as copy:
+        run_steps(computations)
+    return sum(bool(call.args[0]) for call in copy.call_args_list)
+
+
+def test_the_host_asks_twice_whatever_the_tasks() -> None:
+    frame = FRAMES[1]
+    assert rounds(drawn_instances(frame)) == 2
+    assert rounds(drawn_segments(frame)) == 2
+    assert rounds(drawn_instances(frame), drawn_segments(frame)) == 2
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that operations make, at most at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.known:
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self.known.add(id(storage))
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._remove, id(storage), storage.nbytes())
+
+    def _remove(self, key: int, size: int) -> None:
+        self.known.remove(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6])
+def test_masks_of_a_large_image_are_held_once(
+    threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, frame = 60, Frame((64, 64), (64, 64), (512, 768))
+    pixels = 512 * 768
+    monkeypatch.setattr(postprocess, "ELEMENTS_AT_ONCE", pixels)
+    _, pixel_embedding = drawn(frame)
+    with Memory() as memory:
+        found = instance_inference(
+            torch.rand(queries, 1) / 2 + 0.5,
+            torch.rand(queries, 4),
+            torch.randn(queries, CHANNELS) * 3,
+            pixel_embedding,
+            frame,
+            max_detections=queries,
+            score_threshold=threshold,
+            mask_scoring=True,
+        )
+    assert len(found) == queries if threshold == 0 else 20 < len(found) < queries
+    # Beside all masks, a map in float32, its resized form and a product; a few single masks.
+    assert len(found) * pixels <= memory.most < (queries + 3 * 4 + 4) * pixels

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from PIL import Image
 
 import maskdino.predictor as predictor_module
+from maskdino import postprocess
 from maskdino.images import ImageError
 from maskdino.model import MaskDINO
 from maskdino.predictor import MaskDINOPredictor
@@ -98,8 +99,26 @@ def test_few_masks_at_a_time_change_nothing(
 ) -> None:
     image = picture(64, 80)
     whole = predictor(image)
-    monkeypatch.setattr(predictor_module, "MASK_BYTES_AT_ONCE", 2 * 64 * 80)
-    assert_equal(whole, predictor(image))
+    monkeypatch.setattr(postprocess, "ELEMENTS_AT_ONCE", 3 * 64 * 80)
+    for limit in (1, 4 * 64 * 80 // 8):  # after each three masks, after each six
+        monkeypatch.setattr(predictor_module, "MASK_BYTES_AT_ONCE", limit)
+        assert_equal(whole, predictor(image))
+
+
+def test_queries_of_several_classes_share_a_mask(model: MaskDINO, cfg: CfgNode) -> None:
+    result = MaskDINOPredictor.from_model(model, cfg, confidence_threshold=0.0)(picture(64, 80))
+    assert len({rle["counts"] for rle in result.rles}) < len(result)
+    assert len({id(rle) for rle in result.rles}) == len(result)
+
+
+def test_boxes_that_are_not_finite_are_no_result() -> None:
+    # Boxes of the queries before the first layer: none has entered the content yet.
+    cfg = make_cfg(TEST__DECODER_LAYER=0, QUERY_SELECTION__MASK_ENHANCED_ANCHORS="none")
+    model = MaskDINO(cfg)
+    torch.nn.init.constant_(model.heads.box_head.layers[-1].bias, float("nan"))
+    predictor = MaskDINOPredictor.from_model(model, cfg, confidence_threshold=0.0)
+    with pytest.raises(FloatingPointError, match="boxes that are not finite"):
+        predictor(picture(64, 64))
 
 
 def test_batches_equal_single_pictures(model: MaskDINO, cfg: CfgNode) -> None:

@@ -1,0 +1,127 @@
+"""Between host and device with few waits.
+
+Whoever reads a number of a GPU waits until everything before it is computed, and the GPU then
+stands idle until the next launch arrives. So computations that need numbers on the host ask for
+them together (`run_steps`), and masks travel with eight pixels in a byte.
+
+Shape key: N masks, H, W pixels, P bytes of a packed mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+# A computation that stops where it needs tensors on the host: it yields them, and is sent them.
+Steps = Generator[Sequence[Tensor], list[Tensor], Result]
+
+PIXELS_AT_ONCE = 1 << 26  # of masks that are packed at one time
+# Multiplies eight bytes that are 0 or 1, as one integer, to their bits in the highest byte.
+GATHERED_BITS = 0x0102040810204080
+
+
+def run_steps(computations: Sequence[Steps]) -> list:
+    """Runs computations, round by round, so that what they ask for in one round is one copy.
+
+    Args:
+        computations: all on one device.
+
+    Returns:
+        The result of each.
+    """
+    results: list = [None] * len(computations)
+    answers: dict[int, list[Tensor] | None] = dict.fromkeys(range(len(computations)))
+    while answers:
+        requests = {}
+        for number, answer in answers.items():
+            try:
+                requests[number] = computations[number].send(answer)
+            except StopIteration as end:
+                results[number] = end.value
+        copies = iter(to_host([tensor for asked in requests.values() for tensor in asked]))
+        answers = {
+            number: list(itertools.islice(copies, len(asked))) for number, asked in requests.items()
+        }
+    return results
+
+
+def in_steps(function: Callable[..., Steps[Result]]) -> Callable[..., Result]:
+    """Makes a function of a generator function; its attribute `steps` is the latter."""
+
+    @functools.wraps(function)
+    def run(*args: object, **kwargs: object) -> Result:
+        return run_steps([function(*args, **kwargs)])[0]
+
+    run.steps = function
+    return run
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on the CPU, from another device in one copy."""
+    if len(tensors) < 2 or all(tensor.device.type == "cpu" for tensor in tensors):
+        return [tensor.cpu() for tensor in tensors]
+    return _in_one_copy(tensors)
+
+
+def _in_one_copy(tensors: Sequence[Tensor]) -> list[Tensor]:
+    # Wide types first: each part then begins where its type may.
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
+    parts = [tensors[i].reshape(-1).view(torch.uint8) for i in order]
+    copies = torch.cat(parts).cpu().split([len(part) for part in parts])
+    found = {
+        i: copy.view(tensors[i].dtype).view(tensors[i].shape)
+        for i, copy in zip(order, copies, strict=True)
+    }
+    return [found[i] for i in range(len(tensors))]
+
+
+def to_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers (n,) on a device; the host does not wait for the copy."""
+    host = torch.empty(len(numbers), dtype=dtype, pin_memory=device.type == "cuda")
+    host.numpy()[:] = numbers
+    return host.to(device, non_blocking=True)
+
+
+def true_first(flags: Tensor) -> Tensor:
+    """(n,) bool to indices (n,): those of True in ascending order, then the others.
+
+    Unlike `nonzero`, whose result has a size that the host must wait for.
+    """
+    return flags.logical_not().to(torch.uint8).argsort(stable=True)
+
+
+def pack_masks(masks: Tensor) -> Tensor:
+    """Masks (N, H, W) bool to bits (N, P) uint8, column by column as COCO's RLE counts."""
+    at_once = max(1, PIXELS_AT_ONCE // max(1, masks.shape[1:].numel()))
+    pack = _packed_on_host if masks.device.type == "cpu" else _packed_on_device
+    return torch.cat([pack(part) for part in masks.split(at_once)])
+
+
+def _packed_on_host(masks: Tensor) -> Tensor:
+    number, height, width = masks.shape
+    bits = torch.empty(number, -(-height * width // 8), dtype=torch.uint8)
+    for row, mask in zip(bits.numpy(), masks.numpy(), strict=True):
+        row[:] = np.packbits(mask.T, bitorder=sys.byteorder)
+    return bits
+
+
+def _packed_on_device(masks: Tensor) -> Tensor:
+    number, height, width = masks.shape
+    pixels = height * width
+    flat = masks.new_zeros(number, -(-pixels // 8) * 8)
+    flat[:, :pixels].view(number, width, height).copy_(masks.transpose(1, 2))
+    return (flat.view(torch.int64) * GATHERED_BITS).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def unpack_mask(bits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bits (P,) of one packed mask to (H, W) uint8, column by column in memory."""
+    pixels = np.unpackbits(bits, count=size[0] * size[1], bitorder=sys.byteorder)
+    return pixels.reshape(size, order="F")
