@@ -37,16 +37,27 @@ def find_device(name: str | torch.device, what: str = KEY) -> torch.device:
     return device
 
 
-def configured_device(name: str) -> torch.device:
+def configured_device(name: str, processes: int = 1) -> torch.device:
     """Returns the device that MODEL.DEVICE names; where there is no GPU, the CPU in its place.
 
+    Args:
+        name: value of the key.
+        processes: on this machine, which compute at the same time.
+
     Raises:
-        ValueError: there is no such device here, though there are GPUs.
+        ValueError: there is no such device here, though there are GPUs; or the processes would
+            share a GPU.
     """
     if _parsed(name, KEY).type == "cuda" and not torch.cuda.is_available():
         logger.info("%s is %s, but %s: computing on the CPU.", KEY, name, _no_gpu_at_all())
         return torch.device("cpu")
-    return find_device(name)
+    device = find_device(name)
+    if device.type == "cuda" and device.index is not None and processes > 1:
+        raise ValueError(
+            f"{KEY} is {device}, but each of {processes} processes needs a GPU of its own: use "
+            "'cuda'"
+        )
+    return device
 
 
 def settle_device(cfg: CfgNode) -> CfgNode:
@@ -61,13 +72,8 @@ def settle_device(cfg: CfgNode) -> CfgNode:
     Raises:
         ValueError: there is no such device here, or several processes would share it.
     """
-    device = configured_device(cfg.MODEL.DEVICE)
+    device = configured_device(cfg.MODEL.DEVICE, comm.get_local_size())
     if device.type == "cuda" and device.index is not None:
-        if comm.get_local_size() > 1:
-            raise ValueError(
-                f"{KEY} is {device}, but each of {comm.get_local_size()} processes needs a GPU of "
-                "its own: use 'cuda'"
-            )
         torch.cuda.set_device(device)
     if str(device) == cfg.MODEL.DEVICE:
         return cfg

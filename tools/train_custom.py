@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 import visualize
 
+from maskdino.config import load_config
 from maskdino.custom import Request, Run, Sources, Wishes, plan_run, train_run
+from maskdino.devices import configured_device
 from maskdino.trainer import launch
 
 
@@ -74,10 +76,12 @@ def prepare(args: argparse.Namespace) -> Run:
     """Plans a new run, or finds the one that goes on.
 
     Raises:
-        ValueError: the arguments do not go together; else see `maskdino.custom.plan_run`.
+        ValueError: the arguments do not go together, or there is no such device; else see
+            `maskdino.custom.plan_run`.
     """
     run = Run(args.output)
     if args.resume and run.is_planned():
+        configured_device(load_config(str(run.config)).MODEL.DEVICE, args.num_gpus)
         print(f"Going on with the run in {run.output}, as {run.config} says.")
         return run
     if run.is_planned():
@@ -86,6 +90,7 @@ def prepare(args: argparse.Namespace) -> Run:
         raise ValueError("a new run needs --train-json and --train-images")
     if not torch.cuda.is_available() and args.num_gpus > 1:
         raise ValueError(f"--num-gpus {args.num_gpus}, but there is no GPU")
+    configured_device(load_config(None, args.opts).MODEL.DEVICE, args.num_gpus)
     sources = Sources(
         args.train_json, args.train_images, args.val_json, args.val_images, args.skip_invalid
     )

@@ -76,12 +76,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         )
     if args.report and not cfg.DATASETS.TEST:
         raise ValueError("--report needs a dataset to evaluate, but DATASETS.TEST is empty")
-    device = configured_device(cfg.MODEL.DEVICE)
-    if device.index is not None and args.num_gpus > 1:
-        raise ValueError(
-            f"MODEL.DEVICE is {device}, but --num-gpus is {args.num_gpus}: use 'cuda', which gives "
-            "each process a GPU of its own"
-        )
+    configured_device(cfg.MODEL.DEVICE, args.num_gpus)
     cfg.freeze()
     return cfg
 

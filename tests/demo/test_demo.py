@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.demo.drawn import run_demo, save_picture
@@ -32,6 +33,28 @@ def test_broken_pictures_are_named_and_the_others_drawn(
     drawn = np.array(Image.open(tmp_path / "out" / "a.png"))
     assert drawn.shape == (48, 64, 3)
     assert (drawn != 90).any()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("gpu", "the device asked for is 'gpu', which is no device"),
+        ("cuda:7", "the device asked for is cuda:7, but "),
+    ],
+)
+def test_devices_that_do_not_exist(
+    tmp_path: Path,
+    model_arguments: list[str],
+    device: str,
+    message: str,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    save_picture(tmp_path / "in" / "a.png")
+    more = ("--device", device)
+    assert run_demo([tmp_path / "in"], tmp_path / "out", model_arguments, *more) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {message}") and printed.count("\n") == 1
 
 
 def test_inputs(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_picture_damaged_after_the_check(
         (["--config-file", "custom/maskdino_small", "--weights", "released"], "no weights were"),
         (["SOLVER.BASE_LRR", "1"], "did you mean SOLVER.BASE_LR"),
         (["--train-json", "lost.json"], "no annotation file lost.json"),
+        (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which is no device"),
     ],
 )
 def test_mistakes_end_with_one_line(
@@ -167,6 +168,21 @@ def test_mistakes_end_with_one_line(
     drawn = write_drawn(tmp_path / "drawn", 2)
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         tool.main(words(drawn, tmp_path / "out", *more))
+
+
+def test_runs_of_a_device_that_is_not_here(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was planned on another machine goes on; without a GPU, on the CPU."""
+    cfg = load_config(None, ["MODEL.DEVICE", "cuda:7"])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    command = ["--output", str(tmp_path), "--resume"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tool.prepare(tool.parse_arguments(command)).output == tmp_path
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit, match=r"^error: MODEL\.DEVICE is cuda:7, but [^\n]*cuda:0$"):
+        tool.main(command)
 
 
 def test_arguments_that_do_not_go_together(tool: ModuleType, tmp_path: Path) -> None:

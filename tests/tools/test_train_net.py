@@ -63,7 +63,7 @@ def test_configurations_are_not_executed(tool: ModuleType, tmp_path: Path) -> No
         (["MODEL.DEVICE", "cuda:7"], "MODEL.DEVICE is cuda:7, but PyTorch finds 2 GPUs here"),
         (
             ["--num-gpus", "2", "MODEL.DEVICE", "cuda:1"],
-            "is cuda:1, but --num-gpus is 2: use 'cuda",
+            "cuda:1, but each of 2 processes needs a GPU",
         ),
     ],
 )
