@@ -118,9 +118,9 @@ class Criterion(nn.Module):
 
     def _weighted(self, terms: dict[str, Tensor], suffixes: Sequence[str]) -> dict[str, Tensor]:
         return {
-            f"{term}{suffix}": loss * self.weights[term]
+            f"{term}{suffix}": loss
             for term, values in terms.items()
-            for suffix, loss in zip(suffixes, values.unbind(), strict=True)
+            for suffix, loss in zip(suffixes, (values * self.weights[term]).unbind(), strict=True)
         }
 
     def _mean_objects(self, targets: Targets) -> float:

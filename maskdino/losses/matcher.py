@@ -16,13 +16,20 @@ from detectron2.config import CfgNode, configurable
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from maskdino.losses.functional import focal_cost, giou_cost, l1_cost, mask_bce_cost, mask_dice_cost
+from maskdino.losses.functional import (
+    focal_cost,
+    giou_loss,
+    l1_loss,
+    mask_bce_cost,
+    mask_dice_cost,
+)
 from maskdino.ops.points import PointSampler, sample_maps, sample_packed_masks
-from maskdino.structures import Matches, Predictions, Targets
+from maskdino.structures import Matches, PackedMasks, Predictions, Targets
 
 logger = logging.getLogger(__name__)
 
 IMPOSSIBLE = 1e6  # stands for a cost that is not finite
+ELEMENTS_AT_ONCE = 25 << 20  # features and mask logits at points (100 MiB of float32)
 _waiters = ThreadPoolExecutor(max_workers=1, thread_name_prefix="matching")
 # SciPy's solver releases the interpreter lock.
 _solvers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="assignment")
@@ -85,79 +92,88 @@ class HybridMatcher:
             targets: the objects.
             points: draws the points that the queries of one output and image share.
         """
-        costs = []
-        for image, (first, count) in enumerate(zip(targets.offsets, targets.counts, strict=True)):
-            if count:
-                objects = slice(first, first + count)
-                pixels = None if pixel_embedding is None else pixel_embedding[image]
-                of_image = predictions.map(lambda x, image=image: x[:, image])
-                costs.append(self._image_cost(of_image, pixels, targets, objects, points).flatten())
-        device = predictions.class_logits.device
-        flat = torch.cat(costs) if costs else torch.zeros(0, device=device)
-        return PendingMatches(
-            flat, targets, predictions.class_logits.shape[0], predictions.class_logits.shape[2]
+        image = torch.cat(
+            [targets.labels.new_full((count,), i) for i, count in enumerate(targets.counts)]
         )
+        costs = self.weights.class_weight * self._class_cost(predictions, targets, image)
+        if self.weights.boxes:
+            costs = costs + self._box_cost(predictions, targets, image)
+        if self.weights.masks:
+            costs = costs + self._mask_cost(predictions, pixel_embedding, targets, points)
+        return PendingMatches(costs, targets)
 
-    def _image_cost(
-        self,
-        predictions: Predictions,
-        pixels: Tensor | None,
-        targets: Targets,
-        objects: slice,
-        points: PointSampler,
-    ) -> Tensor:
-        """Costs (O, Q, n) of one image."""
-        weights = self.weights
-        labels, gt_boxes = targets.labels[objects], targets.boxes[objects]
-        costs = []
-        for output, (logits, boxes) in enumerate(
-            zip(predictions.class_logits.float(), predictions.boxes.float(), strict=True)
-        ):
-            cost = weights.class_weight * focal_cost(logits, labels)
-            if weights.boxes:
-                cost = cost + self._box_cost(boxes, gt_boxes, targets.is_thing[objects])
-            if weights.masks:
-                cost = cost + self._mask_cost(
-                    predictions.mask_embeddings[output], pixels, targets, objects, points
-                )
-            costs.append(cost)
-        return torch.stack(costs)
+    def _class_cost(self, predictions: Predictions, targets: Targets, image: Tensor) -> Tensor:
+        logits = predictions.class_logits[:, image, :, targets.labels]  # (N, O, Q)
+        return focal_cost(logits.float()).permute(1, 2, 0)
 
-    def _box_cost(self, boxes: Tensor, gt_boxes: Tensor, is_thing: Tensor) -> Tensor:
-        cost = self.weights.l1_weight * l1_cost(
-            boxes, gt_boxes
-        ) + self.weights.giou_weight * giou_cost(boxes, gt_boxes)
+    def _box_cost(self, predictions: Predictions, targets: Targets, image: Tensor) -> Tensor:
+        boxes = predictions.boxes[:, image].transpose(1, 2).float()  # (O, Q, N, 4)
+        l1, giou = l1_loss(boxes, targets.boxes), giou_loss(boxes, targets.boxes)
+        cost = self.weights.l1_weight * l1 + self.weights.giou_weight * giou
         if not self.decouple_stuff_boxes:
             return cost
-        things = is_thing.sum() * cost.shape[0]
-        mean_over_things = (cost * is_thing).sum() / things.clamp(min=1)
-        return torch.where(is_thing, cost, mean_over_things)
+        of_things = cost.new_zeros(len(cost), len(targets.counts))  # (O, B)
+        of_things = of_things.index_add(1, image, (cost * targets.is_thing).mean(1))
+        things = cost.new_zeros(len(targets.counts))
+        things = things.index_add(0, image, targets.is_thing.to(cost.dtype))
+        mean_over_things = (of_things / things.clamp(min=1))[:, image]  # (O, N)
+        return torch.where(targets.is_thing, cost, mean_over_things[:, None])
 
     def _mask_cost(
         self,
-        embeddings: Tensor,
-        pixels: Tensor,
+        predictions: Predictions,
+        pixel_embedding: Tensor,
         targets: Targets,
-        objects: slice,
         points: PointSampler,
     ) -> Tensor:
+        outputs, _, queries, _ = predictions.mask_embeddings.shape
+        costs = []
+        for image, (first, count) in enumerate(zip(targets.offsets, targets.counts, strict=True)):
+            objects = targets.masks[first : first + count]
+            embeddings, pixels = predictions.mask_embeddings[:, image], pixel_embedding[image]
+            costs.append(
+                self._mask_cost_of_image(embeddings, pixels, objects, points)
+                if count
+                else targets.boxes.new_zeros(outputs, queries, 0)
+            )
+        return torch.cat(costs, dim=2) * targets.has_mask
+
+    def _mask_cost_of_image(
+        self, embeddings: Tensor, pixels: Tensor, masks: PackedMasks, points: PointSampler
+    ) -> Tensor:
         """Samples the pixel embedding, then multiplies: the same, and no mask map is made."""
-        places = points.uniform(1, pixels.device)  # (1, P, 2)
-        features = sample_maps(pixels[None], places)[0].to(embeddings.dtype)  # (C, P)
-        logits = (embeddings @ features).float()  # (Q, P)
-        index = torch.arange(objects.start, objects.stop, device=pixels.device)
-        labels = sample_packed_masks(targets.masks, index, places)  # (n, P)
-        cost = self.weights.mask_bce_weight * mask_bce_cost(logits, labels)
-        cost = cost + self.weights.mask_dice_weight * mask_dice_cost(logits, labels)
-        return cost * targets.has_mask[objects]
+        outputs, queries, channels = embeddings.shape
+        places = points.uniform(outputs, pixels.device)  # (O, P, 2)
+        index = torch.arange(len(masks), device=pixels.device)
+        labels = sample_packed_masks(masks, index, places.reshape(1, -1, 2))
+        labels = labels.unflatten(1, (outputs, -1)).transpose(0, 1)  # (O, n, P)
+        pixels, costs = pixels[None].float(), []
+        at_once = max(1, ELEMENTS_AT_ONCE // ((queries + channels) * places.shape[1]))
+        for begin in range(0, outputs, at_once):
+            few = slice(begin, begin + at_once)
+            logits = _logits_at(embeddings[few], pixels, places[few])
+            bce, dice = mask_bce_cost(logits, labels[few]), mask_dice_cost(logits, labels[few])
+            costs.append(self.weights.mask_bce_weight * bce + self.weights.mask_dice_weight * dice)
+        return torch.cat(costs)
+
+
+def _logits_at(embeddings: Tensor, pixels: Tensor, points: Tensor) -> Tensor:
+    """Mask logits of an image's queries (o, Q, C) at the points (o, P, 2) of each output.
+
+    Returns:
+        (o, Q, P) float32.
+    """
+    features = sample_maps(pixels, points.reshape(1, -1, 2))[0]  # (C, o * P)
+    features = features.to(embeddings.dtype).unflatten(1, (len(points), -1)).transpose(0, 1)
+    return torch.bmm(embeddings, features).float()
 
 
 class PendingMatches:
     """Costs on their way to the host, and assignments that threads work on."""
 
-    def __init__(self, costs: Tensor, targets: Targets, num_outputs: int, num_queries: int) -> None:
-        self._targets, self._num_outputs, self._num_queries = targets, num_outputs, num_queries
-        self._device = costs.device
+    def __init__(self, costs: Tensor, targets: Targets) -> None:
+        """`costs` (O, Q, N): of giving an object to a query of its image."""
+        self._targets, self._device = targets, costs.device
         self._copied = None
         if costs.is_cuda:
             self._costs = torch.empty(costs.shape, dtype=costs.dtype, pin_memory=True)
@@ -179,16 +195,11 @@ class PendingMatches:
             # Without it, a thread's first call of CUDA makes a context on the first GPU.
             with torch.cuda.device(self._device):
                 self._copied.synchronize()
-        costs, begin, pairs = self._costs.numpy(), 0, []
+        costs, pairs = self._costs.numpy(), []
         for image, (first, count) in enumerate(
             zip(self._targets.offsets, self._targets.counts, strict=True)
         ):
-            size = self._num_outputs * self._num_queries * count
-            of_image = costs[begin : begin + size].reshape(
-                self._num_outputs, self._num_queries, count
-            )
-            begin += size
-            of_image = _finite(of_image, self._targets.names[image])
+            of_image = _finite(costs[..., first : first + count], self._targets.names[image])
             solved = _solvers.map(linear_sum_assignment, of_image)
             pairs.append(
                 [_pairs(output, image, first, *found) for output, found in enumerate(solved)]

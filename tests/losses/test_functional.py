@@ -1,14 +1,18 @@
 """Each loss against its formula in plain numbers, and each pairwise cost against its loss."""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from maskdino.losses import functional as losses
 from tests.ops.test_boxes import slow_giou
 
 NUMBER = 6
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def drawn_boxes() -> torch.Tensor:
@@ -30,12 +34,10 @@ def test_focal_loss() -> None:
 
 def test_focal_cost_is_positive_minus_negative_loss() -> None:
     logits = torch.randn(5, 4, dtype=torch.float64) * 2
-    labels = torch.tensor([3, 0, 3])
-    found = losses.focal_cost(logits, labels)
     gain = losses.focal_loss(logits, torch.ones_like(logits)) - losses.focal_loss(
         logits, torch.zeros_like(logits)
     )
-    torch.testing.assert_close(found, gain[:, labels], atol=1e-6, rtol=0)
+    torch.testing.assert_close(losses.focal_cost(logits), gain, atol=1e-6, rtol=0)
 
 
 def test_l1_and_giou() -> None:
@@ -65,22 +67,31 @@ def test_mask_losses() -> None:
         assert dice[i].item() == pytest.approx((1 - (2 * overlap + 1) / (total + 1)).item())
 
 
-@pytest.mark.parametrize("name", ["l1", "giou", "mask_bce", "mask_dice"])
-def test_diagonal_of_the_cost_is_the_loss(name: str) -> None:
-    """And every other entry is the loss of that pair."""
+def check_pairs(found: Tensor, predicted: Tensor, wanted: Tensor, loss: Loss) -> None:
+    """Every entry (..., Q, N) is the loss of that pair; so the diagonal is the loss."""
+    assert found.shape == (*predicted.shape[:-1], wanted.shape[-2])
+    for lead in np.ndindex(*predicted.shape[:-2]):
+        for i in range(predicted.shape[-2]):
+            for j in range(wanted.shape[-2]):
+                expected = loss(predicted[lead][i : i + 1], wanted[lead][j : j + 1])[0]
+                torch.testing.assert_close(found[lead][i, j], expected)
+
+
+@pytest.mark.parametrize("name", ["mask_bce", "mask_dice"])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_costs_of_masks_are_the_losses_of_pairs(name: str, lead: tuple[int, ...]) -> None:
     cost, loss = getattr(losses, f"{name}_cost"), getattr(losses, f"{name}_loss")
-    if name.startswith("mask"):
-        predicted, wanted = torch.randn(NUMBER, 20) * 4, (torch.rand(NUMBER - 1, 20) < 0.5).float()
-        predicted, wanted = predicted.double(), wanted.double()
-    else:
-        predicted, wanted = drawn_boxes(), drawn_boxes()[1:]
-    found = cost(predicted, wanted)
-    assert found.shape == (NUMBER, NUMBER - 1)
-    for i in range(NUMBER):
-        for j in range(NUMBER - 1):
-            expected = loss(predicted[i : i + 1], wanted[j : j + 1])[0]
-            torch.testing.assert_close(found[i, j], expected)
-    assert cost(predicted, wanted[:0]).shape == (NUMBER, 0)
+    predicted = torch.randn(*lead, NUMBER, 20).double() * 4
+    wanted = (torch.rand(*lead, NUMBER - 1, 20) < 0.5).double()
+    check_pairs(cost(predicted, wanted), predicted, wanted, loss)
+    assert cost(predicted, wanted[..., :0, :]).shape == (*lead, NUMBER, 0)
+
+
+@pytest.mark.parametrize("loss", [losses.l1_loss, losses.giou_loss])
+def test_losses_of_boxes_broadcast_to_pairs(loss: Loss) -> None:
+    predicted, wanted = drawn_boxes(), drawn_boxes()[1:]
+    check_pairs(loss(predicted[:, None], wanted), predicted, wanted, loss)
+    assert loss(predicted[:, None], wanted[:0]).shape == (NUMBER, 0)
 
 
 @pytest.mark.parametrize("value", [-1e4, 1e4])
@@ -93,5 +104,5 @@ def test_extreme_logits_stay_finite(value: float) -> None:
             for f in (losses.focal_loss, losses.mask_bce_loss, losses.mask_dice_loss)
         )
         assert total.isfinite() and torch.autograd.grad(total, logits)[0].isfinite().all()
-    assert losses.focal_cost(logits.detach(), torch.tensor([0])).isfinite().all()
+    assert losses.focal_cost(logits.detach()).isfinite().all()
     assert losses.mask_bce_cost(logits.detach(), torch.ones(1, 3)).isfinite().all()

@@ -45,9 +45,7 @@ def slow_costs(
         for j in range(count):
             k = first + j
             wanted = sample_maps(masks[k][None, None], points[None])[0]
-            cost[q, j] = weights.class_weight * losses.focal_cost(
-                logits[None], targets.labels[k : k + 1]
-            )
+            cost[q, j] = weights.class_weight * losses.focal_cost(logits[targets.labels[k]])
             if targets.has_mask[k]:
                 cost[q, j] += weights.mask_bce_weight * losses.mask_bce_loss(sampled, wanted)[0]
                 cost[q, j] += weights.mask_dice_weight * losses.mask_dice_loss(sampled, wanted)[0]
