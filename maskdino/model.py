@@ -22,7 +22,7 @@ from maskdino.modeling.query_selection import build_query_selection
 from maskdino.ops.host import run_steps
 from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
 from maskdino.precision import check_precision, network_precision
-from maskdino.structures import Memory, Predictions, Queries, Targets
+from maskdino.structures import Memory, Predictions, Queries, Targets, send
 from maskdino.targets import prepare_targets
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class MaskDINO(nn.Module):
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalised images, padded at the right and at the bottom."""
         images = [
-            (x["image"].to(self.device, non_blocking=True) - self.pixel_mean) / self.pixel_std
+            (send(x["image"], self.device) - self.pixel_mean) / self.pixel_std
             for x in batched_inputs
         ]
         return ImageList.from_tensors(images, self.size_divisibility)

@@ -12,6 +12,7 @@ from torch import nn
 
 from maskdino.hooks import WeightAverage
 from maskdino.trainer import MaskDINOTrainer, evaluate_weights, launch
+from tests.helpers import NARROW, NODE
 from tests.stand_in import read_checkpoint, tiny_config, train, train_in_process
 
 EMA = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5)
@@ -199,6 +200,20 @@ def test_bad_loss_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     assert all(
         p.isfinite().all() for p in read_checkpoint(tmp_path, "model_0000001.pth")["model"].values()
     )
+
+
+def test_deterministic_algorithms_train_the_same_twice(tmp_path: Path) -> None:
+    """No operation of the model, of its losses or of the optimizer lacks a deterministic form."""
+    settings = (word for item in (NARROW | {f"{NODE}NUM_CLASSES": 1}).items() for word in item)
+    steps = ("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()")
+    words = (*settings, *steps, "SOLVER.CHECKPOINT_PERIOD", 100)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name in ("first", "second"):
+            train(tiny_config(tmp_path / name, *words))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(read_checkpoint(tmp_path / "first"), read_checkpoint(tmp_path / "second"))
 
 
 def test_too_many_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
