@@ -176,6 +176,10 @@ def ours(run: Run, scratch: Path) -> Side:
         step.grad_scaler = torch.amp.GradScaler(run.device, init_scale=FIRST_SCALE, enabled=half)
         return lambda batch: step.run(itertools.repeat(batch))["total_loss"], step.grad_scaler
 
+    def pack_masks(masks: Tensor) -> PackedMasks:
+        packed = PackedMasks.from_bool(masks)
+        return packed.pin_memory() if run.on_gpu else packed
+
     def set_precision(precision: str) -> None:
         model.inference = replace(model.inference, precision=precision)
 
@@ -183,7 +187,7 @@ def ours(run: Run, scratch: Path) -> Side:
         "ours",
         model,
         predict,
-        pack_masks=PackedMasks.from_bool,
+        pack_masks=pack_masks,
         train_in=train_in,
         training=("float16", "bfloat16"),
         inference=("float32", "tf32", "float16", "bfloat16"),
