@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from maskdino.modeling.attention import (
     SelfAttention,
 )
 from maskdino.modeling.layers import MLP, box_sine_embedding
+from maskdino.ops.boxes import inverse_sigmoid
 from maskdino.structures import Memory, Queries
 
 if TYPE_CHECKING:
@@ -114,8 +116,9 @@ class Decoder(nn.Module):
         """
         memory = memory.finest(self.num_levels)
         content, anchors = queries.content, queries.anchor_logits.float().sigmoid()
-        # with gradient: the box of a layer also trains the layer before (look forward twice)
-        entered = anchors
+        # The same numbers, with gradient: a layer's box also trains the layer before (look forward
+        # twice).
+        entered_logits = anchor_logits = inverse_sigmoid(anchors)
         states = [DecoderState(content, anchors)]
         for layer in self.layers[:num_layers]:
             position = self.position_head(
@@ -123,7 +126,10 @@ class Decoder(nn.Module):
             )
             content = layer(content, position, anchors, memory, may_attend)
             normed = heads.norm(content)
-            states.append(DecoderState(normed, heads.refine(normed, entered)))
-            entered = heads.refine(content, anchors)
-            anchors = entered.detach()
+            boxes, entered = heads.box_logits(
+                torch.stack([normed, content]), torch.stack([entered_logits, anchor_logits])
+            ).sigmoid()
+            states.append(DecoderState(normed, boxes))
+            entered_logits = inverse_sigmoid(entered)
+            anchors, anchor_logits = entered.detach(), entered_logits.detach()
         return states

@@ -60,17 +60,22 @@ def sine_embedding(angles: Tensor, channels: int) -> Tensor:
     Returns:
         (..., channels).
     """
-    exponents = (
-        2 * torch.arange(channels // 2, dtype=torch.float32, device=angles.device) / channels
-    )
-    x = angles[..., None] / TEMPERATURE**exponents
+    x = angles[..., None] / _wavelengths(channels, angles.device)
     return torch.stack([x.sin(), x.cos()], dim=-1).flatten(-2)
+
+
+@constant_of_shape
+def _wavelengths(channels: int, device: torch.device) -> Tensor:
+    """(channels / 2,), in turns."""
+    exponents = 2 * torch.arange(channels // 2, dtype=torch.float32, device=device) / channels
+    return TEMPERATURE**exponents
 
 
 def box_sine_embedding(boxes_cxcywh: Tensor, channels: int) -> Tensor:
     """Positional embedding of boxes (DAB-DETR), of y, x, w, h: (..., 4) to (..., 4 * channels)."""
     x, y, width, height = (2 * math.pi * boxes_cxcywh.float()).unbind(-1)
-    return torch.cat([sine_embedding(part, channels) for part in (y, x, width, height)], dim=-1)
+    angles = torch.stack([y, x, width, height], dim=-1)
+    return sine_embedding(angles, channels).flatten(-2)
 
 
 @constant_of_shape

@@ -50,8 +50,7 @@ def _area(low: Tensor, high: Tensor) -> Tensor:
 
 def inverse_sigmoid(probabilities: Tensor, eps: float = 1e-5) -> Tensor:
     """Logits of values, clamped to [0, 1] first; both x and 1 - x count as at least `eps`."""
-    x = probabilities.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(probabilities.clamp(eps, 1) / (1 - probabilities).clamp(eps, 1))
 
 
 def masks_to_boxes(masks: Tensor, inclusive: bool) -> Tensor:
