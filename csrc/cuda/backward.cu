@@ -1,41 +1,15 @@
 // Backward kernel: recomputes locations and weights, adds to the value's gradient with vector
 // atomics, and reduces the gradients of a sample over the lanes of its group with shuffles.
+#include "atomics.cuh"
 #include "sampling.cuh"
 
 namespace maskdino {
 namespace cuda {
 namespace {
 
-// Adds `Count` numbers to neighbouring addresses, four at a time where the GPU can.
-template <int Count, typename A>
-__device__ __forceinline__ void atomic_add(A* target, const A (&numbers)[Count]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr bool kFours = std::is_same<A, float>::value && Count % 4 == 0;
-#else
-  constexpr bool kFours = false;
-#endif
-  if constexpr (kFours) {
-#pragma unroll
-    for (int k = 0; k < Count; k += 4) {
-      atomicAdd(reinterpret_cast<float4*>(target + k),
-                make_float4(numbers[k], numbers[k + 1], numbers[k + 2], numbers[k + 3]));
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < Count; ++k) atomicAdd(target + k, numbers[k]);
-  }
-}
-
-// Adds fixed-point numbers: integers have one sum in whatever order they arrive.
-template <int Count, typename A>
-__device__ __forceinline__ void atomic_add_fixed(unsigned long long* target, double scale,
-                                                 const A (&numbers)[Count]) {
-#pragma unroll
-  for (int k = 0; k < Count; ++k) {
-    const long long fixed = __double2ll_rn(static_cast<double>(numbers[k]) * scale);
-    atomicAdd(target + k, static_cast<unsigned long long>(fixed));
-  }
-}
+// What happens to the value's gradient: added as numbers or as fixed-point integers, or left to
+// launch_value_gradient().
+enum class Adds { numbers, integers, nothing };
 
 template <int Group, typename A>
 __device__ __forceinline__ Sample<A> from_lane(const Sample<A>& own, int lane) {
@@ -58,9 +32,10 @@ struct SampleGradient {
 
 // What all samples of one query and head share on a lane: where the lane's first channel lies. The
 // gradient of the value is laid out like the value, in other numbers.
-template <typename T, bool Deterministic>
+template <typename T, Adds kAdds>
 struct HeadView {
-  using Number = typename std::conditional<Deterministic, unsigned long long, Arithmetic<T>>::type;
+  using Number = typename std::conditional<kAdds == Adds::integers, unsigned long long,
+                                           Arithmetic<T>>::type;
   const T* features;  // of token 0
   Number* grad_value;
   const T* grad_output;  // of the query
@@ -71,8 +46,8 @@ struct HeadView {
 
 // One lane's part of a sample's gradient, from the channels that begin `channel` after the lane's
 // first; also adds to the value's gradient.
-template <int Vector, bool Deterministic, typename T, typename A>
-__device__ __forceinline__ void visit_corners(const HeadView<T, Deterministic>& head, int channel,
+template <int Vector, Adds kAdds, typename T, typename A>
+__device__ __forceinline__ void visit_corners(const HeadView<T, kAdds>& head, int channel,
                                               const Sample<A>& s, A weight,
                                               const A (&grad)[Vector], SampleGradient<A>& sum) {
   const int tokens[4] = {s.token, s.token + s.right_step, s.token + s.down_step,
@@ -100,9 +75,9 @@ __device__ __forceinline__ void visit_corners(const HeadView<T, Deterministic>& 
     }
     constexpr int kRatio = sizeof(*head.grad_value) / sizeof(T);
     auto* target = step(head.grad_value + channel, tokens[corner], kRatio * head.token_bytes);
-    if constexpr (Deterministic) {
+    if constexpr (kAdds == Adds::integers) {
       atomic_add_fixed(target, head.scale, addends);
-    } else {
+    } else if constexpr (kAdds == Adds::numbers) {
       atomic_add(target, addends);
     }
   }
@@ -119,8 +94,8 @@ __device__ __forceinline__ void load_grad(A (&grad)[Vector], const T* source) {
 
 // Gradient of one sample, the same on all lanes of the group. `grad` holds the lane's channels of
 // grad_output where the group's vectors cover the head, else it is filled step by step.
-template <int Vector, int Group, bool Deterministic, typename T, typename A>
-__device__ __forceinline__ SampleGradient<A> visit_sample(const HeadView<T, Deterministic>& head,
+template <int Vector, int Group, Adds kAdds, typename T, typename A>
+__device__ __forceinline__ SampleGradient<A> visit_sample(const HeadView<T, kAdds>& head,
                                                           const Sample<A>& s, A weight, int lane,
                                                           A (&grad)[Vector]) {
   SampleGradient<A> sum{};
@@ -194,7 +169,7 @@ __device__ __forceinline__ void finish_sample(const Inputs<T, kForm>& in,
   }
 }
 
-template <typename T, Form kForm, int Vector, int Group, bool Deterministic>
+template <typename T, Form kForm, int Vector, int Group, Adds kAdds>
 __global__ void __launch_bounds__(kMaxThreads, Vector > 1 ? 2 : 1)
     backward_kernel(const Inputs<T, kForm> in, const Gradients<T, kForm> gradients) {
   using A = Arithmetic<T>;
@@ -212,13 +187,13 @@ __global__ void __launch_bounds__(kMaxThreads, Vector > 1 ? 2 : 1)
   const int stride = g.heads * g.channels;
   const int first = place.head * g.channels + (lane * Vector < g.channels ? lane * Vector : 0);
   const int64_t value_at = place.image * g.tokens * stride + first;
-  using Head = HeadView<T, Deterministic>;
+  using Head = HeadView<T, kAdds>;
   const Head head{keep(in.value + value_at),
                   keep(static_cast<typename Head::Number*>(gradients.value) + value_at),
                   gradients.output + (place.image * g.queries + place.query) * stride + first,
                   g.channels,
                   g.token_bytes,
-                  Deterministic ? *gradients.scale : 0.0};
+                  kAdds == Adds::integers ? *gradients.scale : 0.0};
   A grad[Vector];
   if constexpr (Vector > 1) load_grad(grad, head.grad_output);
 
@@ -242,8 +217,8 @@ __global__ void __launch_bounds__(kMaxThreads, Vector > 1 ? 2 : 1)
 #pragma unroll 4
     for (int j = 0; j < count; ++j) {
       const A weight = __shfl_sync(kWholeWarp, own_weight, j, Group);
-      const auto gradient = visit_sample<Vector, Group, Deterministic>(head, from_lane<Group>(own, j),
-                                                                       weight, lane, grad);
+      const auto gradient =
+          visit_sample<Vector, Group, kAdds>(head, from_lane<Group>(own, j), weight, lane, grad);
       if (lane == j) own_gradient = gradient;
     }
     if (!owns) continue;
@@ -275,9 +250,14 @@ void launch_backward(const Inputs<T, kForm>& in, const Gradients<T, kForm>& grad
     const int threads = threads_per_block<kGroup>(g);
     const size_t shared =
         (sizeof(SampleLevel) + threads / kGroup * sizeof(Arithmetic<T>)) * g.samples;
-    const auto kernel = gradients.scale != nullptr
-                            ? backward_kernel<T, kForm, kVector, kGroup, true>
-                            : backward_kernel<T, kForm, kVector, kGroup, false>;
+    auto kernel = gradients.scale != nullptr
+                      ? backward_kernel<T, kForm, kVector, kGroup, Adds::integers>
+                      : backward_kernel<T, kForm, kVector, kGroup, Adds::numbers>;
+    if constexpr (kForm == Form::tokens && kVector > 1) {
+      if (gradients.value == nullptr) {
+        kernel = backward_kernel<T, kForm, kVector, kGroup, Adds::nothing>;
+      }
+    }
     launch(kernel, in.grid, threads, shared, stream, in, gradients);
   });
 }

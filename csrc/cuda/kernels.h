@@ -17,6 +17,7 @@ namespace cuda {
 constexpr int kMaxLevels = 16;
 constexpr int kMaxSamples = 1024;  // L x P; bounds shared memory
 constexpr int kMaxThreads = 512;    // of a block
+constexpr int64_t kSharedMemory = 48 * 1024;  // what a block has without asking for more
 
 template <typename T>
 struct ArithmeticOf {
@@ -43,6 +44,11 @@ struct Geometry {
   int tiles_in_line[kMaxLevels], first_tile[kMaxLevels + 1];
 };
 
+// The level of a sample, in shared memory: one entry per sample.
+struct alignas(16) SampleLevel {
+  int width, height, first_token;
+};
+
 // Blocks of a launch: queries, heads, images.
 struct Grid {
   unsigned queries, heads, images;
@@ -66,7 +72,8 @@ struct Inputs {
 };
 
 // Where gradients go. Those of the value are added to `value`, which starts as zeros: numbers of
-// type A, or where `scale` is set 64-bit integers, gradient x scale, whose sum has no order.
+// type A, or where `scale` is set 64-bit integers, gradient x scale, whose sum has no order. `value`
+// is null where launch_value_gradient() sees to it; only where every token is a query, with vectors.
 template <typename T, Form kForm>
 struct Gradients {
   const T* output;  // (B, Q, M x D), read
@@ -77,12 +84,25 @@ struct Gradients {
   Arithmetic<T>* reference;  // (B, M, Q, reference_size) or null
 };
 
-// True where vectors serve a head: it has 1, 2 or 4 times the bytes of the smallest.
-constexpr int kSmallestHead = 64;
+// How the value's gradient is summed before it is added to global memory: see value_gradient.cu.
+// Regions are squares of `side` cells of the base level. Windows have `width` x `height` cells, and
+// reach `margin` cells beyond what a region covers; those of a level begin at first_cell[level].
+struct Merging {
+  static constexpr int kLanes = 16;                         // that prepare one query
+  static constexpr int kRegionBytes = 32, kCornerBytes = 8;  // of shared memory
+  Grid grid;                         // regions, heads, images
+  int side, base_level, regions_in_line;
+  int queries, points;  // at a time; of a level and head, rounded up to fours
+  int margin[kMaxLevels], width[kMaxLevels], height[kMaxLevels], first_cell[kMaxLevels + 1];
+  int64_t shared_bytes;
+};
+
+// True where vectors serve a head: it has 1, 2, 4 or 8 times the bytes of the smallest.
+constexpr int kSmallestHead = 32;
 constexpr bool has_vector_kernel(int64_t channels, int64_t element_size) {
-  const int64_t bytes = channels * element_size;
-  return element_size <= 4 &&
-         (bytes == kSmallestHead || bytes == 2 * kSmallestHead || bytes == 4 * kSmallestHead);
+  const int64_t times = channels * element_size / kSmallestHead;
+  return element_size <= 4 && times * kSmallestHead == channels * element_size &&
+         (times == 1 || times == 2 || times == 4 || times == 8);
 }
 
 // Neighbouring channels of a lane where the head has a vector kernel: forward reads 16 bytes, and
@@ -104,6 +124,11 @@ void launch_forward(const Inputs<T, kForm>& inputs, T* output, bool vectors, cud
 template <typename T, Form kForm>
 void launch_backward(const Inputs<T, kForm>& inputs, const Gradients<T, kForm>& gradients,
                      bool vectors, cudaStream_t stream);
+
+// Adds to the value's gradient, with vectors and T other than double.
+template <typename T>
+void launch_value_gradient(const Inputs<T, Form::tokens>& inputs, const Merging& merging,
+                           const T* grad_output, float* grad_value, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace maskdino

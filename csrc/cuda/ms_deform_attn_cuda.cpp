@@ -9,17 +9,18 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <tuple>
 
 #include "../checks.h"
 #include "kernels.h"
+#include "merging.h"
 
 namespace maskdino {
 namespace cuda {
 namespace {
-
-constexpr int64_t kSharedMemory = 48 * 1024;  // what a block has without asking for more
 
 bool is_aligned(const at::Tensor& tensor, size_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
@@ -147,8 +148,8 @@ at::Tensor forward(const Prepared& in) {
   const bool vectors = can_use_vectors(in) && is_aligned(output);
   dispatch(in, [&](auto number, auto form) {
     using T = decltype(number);
-    // Two heads that fill a cache line of 128 bytes go together: lanes read from different banks.
-    const bool half_lines = vectors && z.channels * sizeof(T) == 64 && z.heads % 2 == 0;
+    // Two heads of one cache line of 128 bytes go together: lanes read from different banks.
+    const bool half_lines = vectors && z.channels * sizeof(T) <= 64 && z.heads % 2 == 0;
     const int vector = vectors ? forward_vector(sizeof(T)) : 1;
     const auto inputs = make_inputs<T, decltype(form)::value>(in, vector, half_lines ? 2 : 1);
     launch_forward(inputs, output.data_ptr<T>(), vectors,
@@ -171,6 +172,12 @@ at::Tensor fixed_point_scale(const Prepared& in, const at::Tensor& grad_output) 
   const double contributions = 4.0 * static_cast<double>(in.sizes.queries * in.sizes.samples());
   const double bits = 60.0 - std::ceil(std::log2(contributions));
   return at::exp2(bits - at::ceil(at::log2(bound.clamp_min(1e-200))));
+}
+
+// For a comparison on a card: MASKDINO_CUDA_BACKWARD=atomics adds to global memory sample by sample.
+bool merges() {
+  const char* choice = std::getenv("MASKDINO_CUDA_BACKWARD");
+  return choice == nullptr || std::strcmp(choice, "atomics") != 0;
 }
 
 Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradient) {
@@ -208,7 +215,16 @@ Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradi
     gradients.points = result.points.data_ptr<Raw>();
     if (kForm == Form::textbook) gradients.scores = result.scores.data_ptr<Raw>();
     if (reference_gradient) gradients.reference = result.reference.data_ptr<Arithmetic<T>>();
-    launch_backward(inputs, gradients, vectors, c10::cuda::getCurrentCUDAStream().stream());
+    const auto stream = c10::cuda::getCurrentCUDAStream().stream();
+    if constexpr (kForm == Form::tokens && !std::is_same<T, double>::value) {
+      Merging merging;
+      if (vectors && !deterministic && merges() && plan_merging(inputs.geometry, merging)) {
+        launch_value_gradient(inputs, merging, gradients.output, result.value.data_ptr<float>(),
+                              stream);
+        gradients.value = nullptr;
+      }
+    }
+    launch_backward(inputs, gradients, vectors, stream);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (deterministic) result.value = result.value.to(at::kDouble) / scale;

@@ -86,11 +86,6 @@ __device__ __forceinline__ T* step(T* pointer, int tokens, int token_bytes) {
                               static_cast<int64_t>(tokens) * token_bytes);
 }
 
-// The level of a sample, in shared memory: one entry per sample.
-struct alignas(16) SampleLevel {
-  int width, height, first_token;
-};
-
 __device__ __forceinline__ void fill_levels(const Geometry& g, SampleLevel* levels) {
   for (int i = threadIdx.x; i < g.samples; i += blockDim.x) {
     const int level = i / g.points;
@@ -269,6 +264,7 @@ void choose_group(int64_t channels, bool vectors, const Launch& launch) {
     if (group == kSmallest) return launch(vector, std::integral_constant<int, kSmallest>{});
     if (group == 2 * kSmallest) return launch(vector, std::integral_constant<int, 2 * kSmallest>{});
     if (group == 4 * kSmallest) return launch(vector, std::integral_constant<int, 4 * kSmallest>{});
+    if (group == 8 * kSmallest) return launch(vector, std::integral_constant<int, 8 * kSmallest>{});
   }
   launch(std::integral_constant<int, 1>{}, std::integral_constant<int, 32>{});
 }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -20,6 +21,21 @@
 #define __launch_bounds__(...)
 
 using cudaStream_t = void*;
+
+namespace emulation {
+// Of compute capability 9.0; what a block gets needs to be asked for above 48 KB.
+constexpr int kSharedPerProcessor = 228 * 1024, kSharedPerBlock = 227 * 1024;
+}  // namespace emulation
+
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+inline void cudaGetDevice(int*) {}
+inline void cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const bool block = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  *value = block ? emulation::kSharedPerBlock : emulation::kSharedPerProcessor;
+}
 
 struct float4 {
   float x, y, z, w;
@@ -39,7 +55,6 @@ struct Warp {
 
 struct Thread {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(128 * 1024);
   bool finished = false;
   int64_t warp_barriers = 0, block_barriers = 0;
 };
@@ -55,6 +70,15 @@ struct Block {
 
 inline Block* block = nullptr;
 inline Index thread_index, block_index, block_size;
+
+constexpr size_t kStackBytes = 64 * 1024;
+
+// Stacks are kept: one block runs at a time.
+inline char* stack_of(unsigned thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= thread) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[thread].get();
+}
 
 inline Thread& self() { return block->threads[block->current]; }
 
@@ -97,10 +121,11 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
   here.body = body;
   block = &here;
   block_size.x = threads;
-  for (Thread& thread : here.threads) {
+  for (unsigned t = 0; t < threads; ++t) {
+    Thread& thread = here.threads[t];
     getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_stack.ss_sp = stack_of(t);
+    thread.context.uc_stack.ss_size = kStackBytes;
     makecontext(&thread.context, run_thread, 0);
   }
   for (bool running = true; running;) {
@@ -138,8 +163,13 @@ T __shfl_xor_sync(unsigned, T value, int mask, int) {
   return emulation::exchange(value, (emulation::block->current % 32) ^ mask);
 }
 
+namespace emulation {
+inline int64_t atomic_additions = 0;  // since the program began
+}
+
 template <typename T>
 T atomicAdd(T* target, T value) {
+  ++emulation::atomic_additions;
   const T before = *target;
   *target += value;
   return before;

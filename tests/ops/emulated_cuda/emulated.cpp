@@ -10,6 +10,7 @@
 using std::exp;
 using std::floor;
 using std::fmax;
+using std::max;
 using std::min;
 
 // From here on names of this project change, and what would serve CUDA tensors serves CPU tensors.
@@ -23,7 +24,7 @@ using std::min;
 namespace maskdino {
 namespace cuda {
 namespace {
-SampleLevel levels[48 * 1024 / sizeof(SampleLevel)];  // the kernels' shared memory
+SampleLevel levels[emulation::kSharedPerBlock / sizeof(SampleLevel)];  // the kernels' shared memory
 }
 }  // namespace cuda
 }  // namespace maskdino
@@ -31,4 +32,9 @@ SampleLevel levels[48 * 1024 / sizeof(SampleLevel)];  // the kernels' shared mem
 #include "cuda/backward.cu"
 #include "cuda/forward.cu"
 #include "cuda/ms_deform_attn_cuda.cpp"
+#include "cuda/value_gradient.cu"
 #include "ms_deform_attn.cpp"
+
+TORCH_LIBRARY_FRAGMENT(maskdino, m) {
+  m.def("atomic_additions() -> int", [] { return emulation::atomic_additions; });
+}
