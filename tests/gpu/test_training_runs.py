@@ -112,11 +112,12 @@ def test_a_resumed_run_ends_with_the_same_bits_if_asked(
     assert_same(read_checkpoint(rest.folder), read_checkpoint(whole.folder))
 
 
-def test_a_group_of_one_process_trains_as_no_group(
-    device: torch.device, tmp_path: Path, repository: Path
-) -> None:
-    """As torchrun starts it: on NCCL with a GPU, on gloo without."""
-    output = tmp_path / "losses.json"
+@pytest.fixture(scope="module", autouse=True)
+def group(
+    device: torch.device, tmp_path_factory: pytest.TempPathFactory, repository: Path
+) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A process that trains in a group of one, and its results: it runs beside the other tests."""
+    folder = tmp_path_factory.mktemp("group")
     environment = os.environ | {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -127,10 +128,27 @@ def test_a_group_of_one_process_trains_as_no_group(
         "NCCL_SOCKET_IFNAME": "lo",  # there may be no other network
         "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]),
     }
+    output = folder / "losses.json"
     command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.one_process", device, output]
-    subprocess.run(
-        [str(word) for word in command], cwd=repository, env=environment, check=True, timeout=120
-    )
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=repository,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    yield process, output
+    process.kill()
+    process.wait()
+
+
+def test_a_group_of_one_process_trains_as_no_group(
+    device: torch.device, group: tuple[subprocess.Popen, Path]
+) -> None:
+    """As torchrun starts it: on NCCL with a GPU, on gloo without."""
+    process, output = group
+    assert process.wait(timeout=120) == 0, (output.parent / "log").read_text()[-4000:]
     found = json.loads(output.read_text())
     assert found["backend"] == ("nccl" if device.type == "cuda" else "gloo")
     assert found["grouped"] == pytest.approx(found["alone"], rel=1e-3)

@@ -189,7 +189,7 @@ def test_another_gpu_than_the_current_one(second_gpu: torch.device) -> None:
 OTHER_GPU = """
 import torch
 torch.cuda.set_device(1)
-from tests.gpu.test_gpu_training import make_batch, make_step, run
+from tests.gpu.test_training import make_batch, make_step, run
 run(make_step("instance", "bfloat16", torch.device("cuda", 1)), make_batch("instance"))
 print([torch._C._cuda_hasPrimaryContext(gpu) for gpu in range(2)])
 """
