@@ -16,6 +16,9 @@ void launch(Kernel kernel, const Grid& grid, int threads, size_t shared_bytes, c
   if (static_cast<int64_t>(shared_bytes) > kSharedMemory) {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                          static_cast<int>(shared_bytes));
+    // Else the driver may leave room for one block where two would fit.
+    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                         cudaSharedmemCarveoutMaxShared);
   }
   kernel<<<dim3(grid.queries, grid.heads, grid.images), threads, shared_bytes, stream>>>(arguments...);
 }
