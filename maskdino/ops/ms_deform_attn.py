@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: one interface, a compiled and a pure PyTorch form.
+"""Multi-scale deformable attention: one interface; a compiled, a Triton and a pure PyTorch form.
 
 Shape key: B images, S tokens of all levels together, Q queries, M heads, D channels of a head,
 L levels, P points per level and head.
@@ -11,8 +11,10 @@ and the L x P values are summed with attention weights:
 
 Two entry points compute it: :func:`ms_deform_attn` takes locations and weights,
 :func:`ms_deform_attn_fused` takes the raw output of one linear layer. Both run in the compiled
-library when it is built and serves the device, else in PyTorch; the environment variable
-``MASKDINO_OP`` (``reference`` or ``compiled``) overrides that choice for ``backend="auto"``.
+library when it is built and serves the device, else in Triton on a GPU where it works, else in
+PyTorch; the environment variable ``MASKDINO_OP`` (``compiled``, ``triton`` or ``reference``)
+overrides that choice for ``backend="auto"``. What Triton has no kernels for, such as float64,
+PyTorch computes.
 
 Samples whose location lies outside the map, is NaN or is infinite read zero and have no gradient.
 Arithmetic is float32 for float16, bfloat16 and float32 tensors, float64 for float64 tensors.
@@ -23,18 +25,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import _library
+from . import _library, _triton
 
 _logger = logging.getLogger(__name__)
 _logged_choices: set[tuple[str, str]] = set()
 
 SpatialShapes = Sequence[tuple[int, int]]
-BACKENDS = ("auto", "compiled", "reference")
+BACKENDS = ("auto", "compiled", "triton", "reference")
 
 
 def compiled_op_available(device_type: str | None = None) -> bool:
@@ -63,7 +66,7 @@ def ms_deform_attn(
             [0, 1] spans the map; float32 (float64 for a float64 value). Half precision is refused:
             it cannot tell neighbouring pixels apart.
         attention_weights: (B, Q, M, L, P), any floating-point dtype.
-        backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+        backend: ``"auto"``, ``"compiled"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         (B, Q, M * D) in the dtype of ``value``.
@@ -71,15 +74,17 @@ def ms_deform_attn(
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, device or backend name.
-        RuntimeError: ``"compiled"`` is asked for but the library does not serve the device.
+        RuntimeError: ``"compiled"`` or ``"triton"`` is asked for but does not serve the device.
     """
     _check_common(value, spatial_shapes, sampling_locations, attention_weights)
     _check_locations(value, spatial_shapes, sampling_locations, attention_weights)
-    if choose_backend(value.device.type, backend) == "reference":
+    num_points = sampling_locations.shape[4]
+    operators = _operators(value, value.dtype, len(spatial_shapes), num_points, backend)
+    if operators is None:
         return ms_deform_attn_reference(
             value, spatial_shapes, sampling_locations, attention_weights
         )
-    return torch.ops.maskdino.ms_deform_attn(
+    return operators.ms_deform_attn(
         value,
         _flat(spatial_shapes),
         sampling_locations,
@@ -112,7 +117,7 @@ def ms_deform_attn_fused(
             (B, Q, 2) points (x, y): ``location = reference + offset / (W_l, H_l)``;
             (B, Q, 4) boxes (cx, cy, w, h): ``location = centre + offset / P * size / 2``.
         num_points: P.
-        backend: ``"auto"``, ``"compiled"`` or ``"reference"``.
+        backend: ``"auto"``, ``"compiled"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         (B, Q, M * D) in the dtype of ``value``. Gradients flow to ``value``,
@@ -123,13 +128,14 @@ def ms_deform_attn_fused(
     """
     _check_common(value, spatial_shapes, offsets_and_logits, reference)
     _check_fused(value, spatial_shapes, offsets_and_logits, reference, num_points)
-    if choose_backend(value.device.type, backend) == "reference":
+    # Tensors of two dtypes meet in the wider one, which is exact.
+    common = torch.promote_types(value.dtype, offsets_and_logits.dtype)
+    operators = _operators(value, common, len(spatial_shapes), num_points, backend)
+    if operators is None:
         return ms_deform_attn_fused_reference(
             value, spatial_shapes, offsets_and_logits, reference, num_points
         )
-    # Tensors of two dtypes meet in the wider one, which is exact.
-    common = torch.promote_types(value.dtype, offsets_and_logits.dtype)
-    return torch.ops.maskdino.ms_deform_attn_fused(
+    return operators.ms_deform_attn_fused(
         value.to(common),
         _flat(spatial_shapes),
         offsets_and_logits.to(common),
@@ -231,7 +237,7 @@ def token_centres(
 
 @torch.compiler.assume_constant_result
 def choose_backend(device_type: str, backend: str) -> str:
-    """Decide between the compiled and the reference form, and log each choice once.
+    """Decide between the compiled, the Triton and the reference form, and log each choice once.
 
     Args:
         device_type: such as ``"cpu"`` or ``"cuda"``.
@@ -239,24 +245,43 @@ def choose_backend(device_type: str, backend: str) -> str:
 
     Raises:
         ValueError: unknown backend name.
-        RuntimeError: ``"compiled"`` is asked for but the library does not serve the device.
+        RuntimeError: ``"compiled"`` or ``"triton"`` is asked for but does not serve the device.
     """
     origin = "argument backend"
     if backend == "auto" and os.environ.get("MASKDINO_OP"):
         backend, origin = os.environ["MASKDINO_OP"], "environment variable MASKDINO_OP"
     if backend not in BACKENDS:
         raise ValueError(f"{origin} must be one of {BACKENDS}, got {backend!r}")
-    served = _library.serves(device_type)
-    if backend == "compiled" and not served:
-        raise RuntimeError(
-            f"{origin} asks for the compiled operator, but {_library.why_not(device_type)}"
-        )
-    choice = "reference" if backend == "reference" or not served else "compiled"
+    choice, reason = backend, ""
+    if backend in ("auto", "compiled") and not _library.serves(device_type):
+        reason = _library.why_not(device_type)
+        choice = "triton" if device_type == "cuda" else "reference"
+        if backend == "compiled":
+            raise RuntimeError(f"{origin} asks for the compiled operator, but {reason}")
+    elif backend == "auto":
+        choice = "compiled"
+    if choice == "triton" and (problem := _triton.why_not(device_type)):
+        if backend == "triton":
+            raise RuntimeError(f"{origin} asks for the Triton operator, but {problem}")
+        choice, reason = "reference", f"{reason}; {problem}"
     if (device_type, choice) not in _logged_choices:
         _logged_choices.add((device_type, choice))
-        reason = f" ({_library.why_not(device_type)})" if not served else ""
-        _logger.info("deformable attention on %s: %s operator%s", device_type, choice, reason)
+        why = f" ({reason})" if reason else ""
+        _logger.info("deformable attention on %s: %s operator%s", device_type, choice, why)
     return choice
+
+
+def _operators(
+    value: Tensor, dtype: torch.dtype, num_levels: int, num_points: int, backend: str
+) -> Any:
+    """Return the operators to call, in the same form for all backends; None: call PyTorch's."""
+    choice = choose_backend(value.device.type, backend)
+    if choice == "compiled":
+        return torch.ops.maskdino
+    channels = value.shape[3]
+    if choice == "triton" and _triton.takes(dtype, value.device, channels, num_levels, num_points):
+        return torch.ops.maskdino_triton
+    return None
 
 
 def _flat(spatial_shapes: SpatialShapes) -> list[int]:

@@ -10,8 +10,8 @@ locations inside the kernel, locations, weights and sums in float32. Backward ad
 the value with float32 atomics, in no fixed order; under ``torch.use_deterministic_algorithms`` with
 64-bit fixed-point numbers, whose sum has no order. Nothing waits for the device.
 
-Not taken: float64, more than 16 levels, bfloat16 on GPUs older than compute capability 8.0, and
-sizes listed at :func:`takes`.
+:func:`maskdino.ops._triton.takes` tells what the kernels cannot do; float64 is the main case.
+
 With ``TRITON_INTERPRET=1`` in the environment before Triton is imported the operators run on a CPU,
 slowly; that is how they are tested without a GPU.
 
@@ -21,7 +21,6 @@ Importing this module imports Triton.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,48 +35,22 @@ from . import triton_kernels as kernels
 from .triton_backward import backward_kernel
 
 NAMESPACE = "maskdino_triton"
-_MOST_BLOCKS = 65535  # in the second and third direction of a grid
-_MOST_NUMBERS = 8192  # of P x D, padded: what one query and head keeps in registers
 _WARPS = 4
 _FEW_NUMBERS = 2**22  # of B x Q x M x P x D
 _INTERPRETED = not isinstance(kernels.forward_kernel, triton.JITFunction)
 
 
-def takes(value: Tensor, num_levels: int, num_points: int) -> bool:
-    """Tell whether the kernels can work on these tensors.
-
-    Args:
-        value: (B, S, M, D).
-        num_levels: L.
-        num_points: P.
-    """
-    images, _, heads, channels = value.shape
-    sizes = (
-        num_levels <= kernels.MAX_LEVELS
-        and images <= _MOST_BLOCKS
-        and heads <= _MOST_BLOCKS
-        and _padded(num_points) * _padded(channels) <= _MOST_NUMBERS
-    )
-    if value.dtype == torch.bfloat16 and value.is_cuda and torch.version.hip is None:
-        return sizes and torch.cuda.get_device_capability(value.device) >= (8, 0)
-    return sizes and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
-
-
-@functools.cache
 def why_not(device_type: str) -> str:
     """Say why the kernels cannot run on a type of device; empty where they can.
 
-    On a GPU an empty kernel is compiled and started, once: Triton needs a C compiler and the
-    headers of Python, and fails without them.
+    Raises:
+        Exception: Triton cannot compile or start an empty kernel; of whatever type, from Triton.
     """
     if _INTERPRETED:
-        return "" if device_type == "cpu" else "TRITON_INTERPRET is set: kernels run on a CPU only"
+        return "" if device_type == "cpu" else "TRITON_INTERPRET is set: its kernels run on a CPU"
     if device_type != "cuda":
-        return f"Triton's kernels do not run on {device_type} (TRITON_INTERPRET=1 runs them slowly)"
-    try:
-        kernels.empty_kernel[(1,)](0)
-    except Exception as error:  # noqa: BLE001 - whatever is missing, the PyTorch form will do
-        return f"Triton cannot start a kernel: {type(error).__name__}: {error}"
+        return f"Triton's kernels do not run on {device_type}, unless TRITON_INTERPRET=1 is set"
+    kernels.empty_kernel[(1,)](0)
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +14,9 @@ from unittest import mock
 import pytest
 import torch
 
+from maskdino.ops import _library, _triton
+from maskdino.ops import ms_deform_attn as module
+from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
 from tests.ops import triton_checks as checks
 from tests.ops.deform_attn_cases import Case
 from tests.ops.triton_checks import TEXTBOOK, Form
@@ -113,3 +117,117 @@ def test_registration(form: Form, run: Callable[..., Any]) -> None:
 
 def test_whole_graph(run: Callable[..., Any]) -> None:
     run(checks.check_whole_graph)
+
+
+def test_entry_points(run: Callable[..., Any]) -> None:
+    run(checks.check_entry_points)
+
+
+def test_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Compiled, then Triton, then PyTorch; each with the reason, once."""
+    monkeypatch.delenv("MASKDINO_OP", raising=False)
+    monkeypatch.setattr(module, "_logged_choices", set())
+    monkeypatch.setattr(_library, "serves", lambda _: False)
+    monkeypatch.setattr(_library, "_load", lambda: "no library here")
+    monkeypatch.setattr(_triton, "why_not", lambda _: "")
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        assert [module.choose_backend("cuda", "auto") for _ in range(3)] == ["triton"] * 3
+        assert caplog.messages == [
+            "deformable attention on cuda: triton operator (no library here)"
+        ]
+        assert module.choose_backend("cpu", "auto") == "reference"
+        assert module.choose_backend("cuda", "reference") == "reference"
+        caplog.clear()
+        monkeypatch.setattr(_triton, "why_not", lambda _: "no compiler")
+        monkeypatch.setattr(module, "_logged_choices", set())
+        assert module.choose_backend("cuda", "auto") == "reference"
+        assert "reference operator (no library here; no compiler)" in caplog.text
+    with pytest.raises(RuntimeError, match="backend asks for the Triton operator.*no compiler"):
+        module.choose_backend("cuda", "triton")
+    monkeypatch.setenv("MASKDINO_OP", "triton")
+    with pytest.raises(RuntimeError, match="MASKDINO_OP asks for the Triton.*no compiler"):
+        module.choose_backend("cuda", "auto")
+    monkeypatch.setattr(_library, "serves", lambda _: True)
+    monkeypatch.setattr(_triton, "why_not", lambda _: "")
+    assert module.choose_backend("cuda", "auto") == "triton"
+    monkeypatch.delenv("MASKDINO_OP")
+    assert module.choose_backend("cuda", "auto") == "compiled"
+    assert module.choose_backend("cuda", "triton") == "triton"
+
+
+def test_a_cpu_needs_the_interpreter() -> None:
+    with pytest.raises(RuntimeError, match="Triton operator, but.*TRITON_INTERPRET=1"):
+        module.choose_backend("cpu", "triton")
+
+
+def test_a_broken_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: str) -> None:
+        raise RuntimeError("Failed to find C compiler.\nSecond line")
+
+    monkeypatch.setattr(_triton.importlib, "import_module", fails)
+    reason = _triton.why_not.__wrapped__("cuda")
+    assert reason == "Triton does not work here (RuntimeError: Failed to find C compiler.)"
+
+
+@pytest.mark.gpu
+def test_gpu_chooses_triton_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASKDINO_OP", raising=False)
+    monkeypatch.setattr(_library, "serves", lambda _: False)
+    monkeypatch.setattr(_library, "_load", lambda: "no library here")
+    assert module.choose_backend("cuda", "auto") == "triton"
+
+
+@pytest.mark.gpu
+def test_gpu_waits_for_nothing() -> None:
+    case = Case(channels=32)
+    leaves = [t.cuda().requires_grad_() for t in checks.inputs_of(case, torch.bfloat16, 4)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = ms_deform_attn_fused(
+            leaves[0], case.shapes, leaves[1], leaves[2], case.points, "triton"
+        )
+        output.backward(torch.ones_like(output))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_graph_capture() -> None:
+    case = Case(channels=32)
+    tensors = [t.cuda() for t in checks.inputs_of(case, torch.bfloat16, None)]
+    expected = checks.call(case, None, tensors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = checks.call(case, None, tensors)
+    output.zero_()
+    graph.replay()
+    assert torch.equal(output, expected) and output.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_gpu_more_elements_than_32_bits_count() -> None:
+    """A map of 4 GiB, and queries that look at its last lines, against these lines alone."""
+    lines, height, width, heads, channels = 4, 2897, 2900, 8, 32
+    small = Case(((lines, width),), images=1, queries=3, heads=heads, channels=channels, points=2)
+    value, locations, weights = (
+        t.cuda() for t in checks.inputs_of(small, torch.bfloat16, TEXTBOOK)
+    )
+    locations = locations.clamp(0.2, 0.9)
+    large = torch.zeros(1, height * width, heads, channels, dtype=torch.bfloat16, device="cuda")
+    assert large.numel() > 2**31
+    large[:, -lines * width :] = value
+    x, y = locations.double().unbind(-1)
+    in_map = torch.stack((x, (y * lines + height - lines) / height), dim=-1).float()
+    operators = checks.operators()
+    grad = torch.randn(1, 3, heads * channels, device="cuda").bfloat16()
+    wide = (large, [height, width], in_map, weights)
+    narrow = (value, [lines, width], locations, weights)
+    checks.assert_close(
+        operators.ms_deform_attn(*wide), operators.ms_deform_attn(*narrow).cpu(), 2e-2
+    )
+    grads = operators.ms_deform_attn_backward(grad, *wide)
+    expected = operators.ms_deform_attn_backward(grad, *narrow)
+    assert not grads[0][:, : -lines * width].any() and grads[0].any()
+    checks.assert_close(grads[0][:, -lines * width :], expected[0].cpu(), 2e-2)
+    checks.assert_close(grads[2], expected[2].cpu(), 2e-2)

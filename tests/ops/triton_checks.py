@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskdino.ops.ms_deform_attn import ms_deform_attn_fused_reference, ms_deform_attn_reference
+from maskdino.ops.ms_deform_attn import (
+    ms_deform_attn,
+    ms_deform_attn_fused,
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+)
 from tests.ops.deform_attn_cases import Case, slow_locations, slow_ms_deform_attn
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -224,11 +229,45 @@ def check_whole_graph(device: str) -> None:
     """`torch.compile` takes the operator as one piece, with its gradient."""
     case = Case(shapes=((3, 4), (1, 2)), channels=8, heads=1, points=2, images=1)
     tensors = [t.to(device) for t in inputs_of(case, torch.float32, 4)]
-    function = torch.compile(
-        lambda *tensors: 2 * call(case, 4, list(tensors)), backend="aot_eager", fullgraph=True
-    )
+
+    def plain(value: Tensor, raw: Tensor, reference: Tensor) -> Tensor:
+        return 2 * ms_deform_attn_fused(value, case.shapes, raw, reference, case.points, "triton")
+
+    targets: list[object] = []
+
+    def record(module: torch.fx.GraphModule, _inputs: list[Tensor]) -> object:
+        targets.extend(node.target for node in module.graph.nodes)
+        return module
+
+    torch.compile(plain, backend=record, fullgraph=True)(*tensors)
+    assert sum("maskdino_triton" in str(target) for target in targets) == 1
     leaves = [t.clone().requires_grad_() for t in tensors]
-    output = function(*leaves)
+    output = torch.compile(plain, backend="aot_eager", fullgraph=True)(*leaves)
     torch.testing.assert_close(output, 2 * call(case, 4, tensors))
     output.sum().backward()
     assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
+
+
+def check_entry_points(device: str) -> None:
+    """Both functions call the operators where they can, and PyTorch where they cannot."""
+    case = Case(shapes=((3, 4), (1, 2)), channels=8, heads=1, points=2, images=1)
+    for dtype, form in ((torch.float32, TEXTBOOK), (torch.bfloat16, TEXTBOOK), (torch.bfloat16, 4)):
+        tensors = [t.to(device) for t in inputs_of(case, dtype, form)]
+        if form == TEXTBOOK:
+            tensors[2] = tensors[2].to(dtype)  # weights may have any dtype
+            output = ms_deform_attn(tensors[0], case.shapes, *tensors[1:], "triton")
+            tensors[2] = tensors[2].float()
+        else:
+            output = ms_deform_attn_fused(
+                tensors[0], case.shapes, *tensors[1:], case.points, "triton"
+            )
+        assert torch.equal(output, call(case, form, tensors))
+    doubles = [t.double().to(device) for t in inputs_of(case, torch.float32, TEXTBOOK)]
+    output = ms_deform_attn(doubles[0], case.shapes, *doubles[1:], "triton")
+    expected = ms_deform_attn_reference(doubles[0], case.shapes, *doubles[1:])
+    assert output.dtype == torch.float64 and torch.equal(output, expected)
+    many = Case(shapes=((1, 1),) * 17, channels=8, heads=1, points=1, images=1)
+    tensors = [t.to(device) for t in inputs_of(many, torch.float32, 2)]
+    output = ms_deform_attn_fused(tensors[0], many.shapes, *tensors[1:], 1, "triton")
+    expected = ms_deform_attn_fused_reference(tensors[0], many.shapes, *tensors[1:], 1)
+    assert torch.equal(output, expected)
