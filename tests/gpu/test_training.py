@@ -29,9 +29,9 @@ SPREAD = 0.05  # of the weights of the class head: the start of training
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def start_of_training(task: str) -> MaskDINO:
+def start_of_training(task: str, **overrides: object) -> MaskDINO:
     """A model on the CPU, in training mode."""
-    return make_model(make_cfg(task), class_spread=SPREAD).train()
+    return make_model(make_cfg(task, **overrides), class_spread=SPREAD).train()
 
 
 def losses_and_gradients(
@@ -75,6 +75,13 @@ def test_losses_and_gradients_equal_the_cpu(
 ) -> None:
     model, batch = start_of_training(task), make_batch(task, counts)
     found = losses_and_gradients(copy_to(model, device), batch)
+    assert_same_step(found, losses_and_gradients(model, batch))
+
+
+def test_layers_computed_twice_have_the_same_gradients(device: torch.device) -> None:
+    model, batch = start_of_training("instance"), make_batch("instance")
+    twice = start_of_training("instance", ENCODER__ACTIVATION_CHECKPOINT=True)
+    found = losses_and_gradients(twice.to(device), batch)
     assert_same_step(found, losses_and_gradients(model, batch))
 
 

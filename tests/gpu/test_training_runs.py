@@ -68,13 +68,18 @@ def train(cfg: CfgNode, *, resume: bool = False) -> Run:
 
 
 def train_twice(dataset: str, device: torch.device, folder: Path) -> tuple[Run, Run]:
-    """A run, and another that goes on from the first one's checkpoint in the middle."""
+    """A run, and another that goes on from the first one's checkpoint in the middle.
+
+    The second one reads its data in another process, which must not matter.
+    """
     whole = train(run_cfg(dataset, device, folder / "whole"))
     rest = folder / "rest"
     rest.mkdir()
     shutil.copy(whole.folder / MIDDLE, rest)
     (rest / "last_checkpoint").write_text(MIDDLE)
-    return whole, train(run_cfg(dataset, device, rest), resume=True)
+    cfg = run_cfg(dataset, device, rest)
+    cfg.DATALOADER.NUM_WORKERS = 1
+    return whole, train(cfg, resume=True)
 
 
 def test_a_resumed_run_goes_on(
