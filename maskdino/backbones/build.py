@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
+from .frozen_norm import keep_frozen_norms
 from .timm_backbone import TimmBackbone
 
 # Released Swin configurations give every dimension themselves; any Swin of timm can carry them.
@@ -32,7 +33,7 @@ def build_backbone(cfg: CfgNode) -> Backbone:
     name = cfg.MODEL.BACKBONE.NAME
     input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))
     if name in BACKBONE_REGISTRY:
-        return BACKBONE_REGISTRY.get(name)(cfg, input_shape)
+        return keep_frozen_norms(BACKBONE_REGISTRY.get(name)(cfg, input_shape))
     return _timm_backbone(cfg, name, input_shape)
 
 

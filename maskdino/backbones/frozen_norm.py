@@ -1,0 +1,58 @@
+"""Frozen batch norm as one operation in training."""
+
+import operator
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from torch import Tensor, nn
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """Detectron2's frozen batch norm, with the same buffers, whose scale and shift are kept.
+
+    They follow from buffers that change only when weights are loaded; made anew in every training
+    step, they are most of the kernels of a backbone.
+    """
+
+    @classmethod
+    def of(cls, norm: FrozenBatchNorm2d) -> "FrozenNorm":
+        """The same norm; the buffers are those of `norm`."""
+        ours = cls(norm.num_features, norm.eps)
+        for name, buffer in norm.named_buffers():
+            setattr(ours, name, buffer)
+        return ours.train(norm.training)
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__(num_features, eps)
+        self._made_of, self._versions, self._scale_and_shift = (), (), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape and dtype."""
+        if not x.requires_grad or torch.compiler.is_compiling():
+            return super().forward(x)
+        scale, shift = self._constants(x.dtype)
+        return torch.addcmul(shift, x, scale)
+
+    @torch.no_grad()
+    def _constants(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale and shift, each (1, C, 1, 1)."""
+        buffers = (self.weight, self.bias, self.running_mean, self.running_var)
+        versions = (dtype, *(buffer._version for buffer in buffers))
+        same = len(self._made_of) and all(map(operator.is_, buffers, self._made_of))
+        if not same or versions != self._versions:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            shift = self.bias - self.running_mean * scale
+            self._scale_and_shift = tuple(
+                constant.view(1, -1, 1, 1).to(dtype) for constant in (scale, shift)
+            )
+            self._made_of, self._versions = buffers, versions
+        return self._scale_and_shift
+
+
+def keep_frozen_norms(module: nn.Module) -> nn.Module:
+    """Puts `FrozenNorm` in the place of each of a module's frozen batch norms, and returns it."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if type(child) is FrozenBatchNorm2d:
+                setattr(parent, name, FrozenNorm.of(child))
+    return module
