@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gpu_checks.common import Run, relative_error, replayed_microseconds
 from maskdino.ops.ms_deform_attn import (
+    choose_backend,
     compiled_op_available,
     locations_and_weights,
     ms_deform_attn,
@@ -91,24 +92,32 @@ def is_right(run: Run) -> None:
     """Output and gradients on the device, in each type, against float64 on the CPU."""
     shapes = DRY_SHAPES if run.dry else [(32, 44), (16, 22), (8, 11), (4, 6)]
     cases = itertools.product((None, 40 if run.dry else 300), SPREADS, (16, CHANNELS), BOUNDS)
+    backends = _backends(run)
     for queries, spread, channels, dtype in cases:
         # What rounding the inputs costs is not the operator's error.
         rounded = Problem.draw(shapes, 2, queries, spread, channels).on("cpu", dtype)
         rounded = rounded.off_the_kinks()
         exact = _results(rounded.on("cpu", torch.float64), "reference")
-        for backend in _backends(run):
-            ours = _results(rounded.on(run.device, dtype), backend)
-            errors = [relative_error(a, b) for a, b in zip(ours, exact, strict=True)]
-            run.say(
-                "operator_is_right",
-                backend=backend,
-                dtype=str(dtype)[6:],
-                queries=queries or "tokens",
-                channels=channels,
-                spread=spread,
-                errors=[float(f"{error:.2g}") for error in errors],
-                ok=all(error < BOUNDS[dtype] for error in errors),
-            )
+        case = {
+            "dtype": str(dtype)[6:],
+            "queries": queries or "tokens",
+            "channels": channels,
+            "spread": spread,
+        }
+        for backend in backends:
+            _compare(run, {"backend": backend, **case}, rounded.on(run.device, dtype), exact)
+
+
+def _compare(run: Run, case: dict, problem: Problem, exact: list[Tensor]) -> None:
+    try:
+        found = _results(problem, case["backend"])
+        errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
+    except Exception as error:  # noqa: BLE001 - the next case is worth trying
+        run.say("operator_is_right", **case, FAILED=f"{type(error).__name__}: {error}"[:400])
+        return
+    bound = BOUNDS[problem.value.dtype]
+    rounded = [float(f"{error:.2g}") for error in errors]
+    run.say("operator_is_right", **case, errors=rounded, ok=all(e < bound for e in errors))
 
 
 def speed(run: Run) -> None:
@@ -116,23 +125,27 @@ def speed(run: Run) -> None:
     if not run.on_gpu:
         run.say("operator_speed", skipped="times are taken on a GPU alone")
         return
-    shapes = [(128, 128), (64, 64), (32, 32), (16, 16)]
+    shapes, backends = [(128, 128), (64, 64), (32, 32), (16, 16)], _backends(run)
     for dtype in (torch.bfloat16, torch.float32):
         for queries in (None, 300):
             for batch in (1, 2):
                 problem = Problem.draw(shapes, batch, queries).on("cuda", dtype)
-                for name, call in _contenders(run, problem).items():
+                for name, call in _contenders(problem, backends).items():
                     _time(run, name, call, problem)
 
 
 def _backends(run: Run) -> list[str]:
     """The forms that can run on the device."""
-    found = [b for b in ("compiled",) if compiled_op_available(run.device)]
-    try:
-        from maskdino.ops import ms_deform_attn_triton  # noqa: F401
-    except ImportError:
-        return [*found, "reference"]
-    return [*found, *(["triton"] if run.on_gpu else []), "reference"]
+    found = []
+    for backend in ("compiled", "triton", "reference"):
+        try:
+            choose_backend(run.device, backend)
+        except RuntimeError as error:
+            if run.on_gpu:
+                run.say("operator_is_right", backend=backend, skipped=str(error)[:300])
+        else:
+            found.append(backend)
+    return found
 
 
 def _results(problem: Problem, backend: str) -> list[Tensor]:
@@ -147,7 +160,7 @@ def _results(problem: Problem, backend: str) -> list[Tensor]:
 Contender = Callable[[Tensor, Tensor], Tensor]
 
 
-def _contenders(run: Run, problem: Problem) -> dict[str, Contender]:
+def _contenders(problem: Problem, backends: list[str]) -> dict[str, Contender]:
     """All take (value, offsets and logits); peers are given locations and weights made before."""
 
     def fused(backend: str) -> Contender:
@@ -155,7 +168,7 @@ def _contenders(run: Run, problem: Problem) -> dict[str, Contender]:
             value, problem.shapes, raw, problem.reference, POINTS, backend=backend
         )
 
-    found = {f"{backend}, fused": fused(backend) for backend in _backends(run)}
+    found = {f"{backend}, fused": fused(backend) for backend in backends}
     locations, weights = locations_and_weights(
         problem.value, problem.shapes, problem.raw, problem.reference, POINTS
     )
