@@ -146,14 +146,15 @@ PLAIN = (
 def single_process_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one process, without random numbers in the model."""
     folder = tmp_path_factory.mktemp("single")
-    train(tiny_config(folder, *PLAIN))
+    train(tiny_config(folder, *PLAIN, *EMA))
     return folder
 
 
 def assert_equal_runs(found: Path, expected: Path) -> None:
-    ours, theirs = read_checkpoint(found)["model"], read_checkpoint(expected)["model"]
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-5)
+    ours, theirs = read_checkpoint(found), read_checkpoint(expected)
+    for part in ("model", "ema"):
+        for name, value in theirs[part].items():
+            torch.testing.assert_close(ours[part][name], value, atol=1e-5, rtol=1e-5)
     results = [
         json.loads((f / "inference" / "results.json").read_text()) for f in (found, expected)
     ]
@@ -161,8 +162,12 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
     assert results[0]["segm"] == pytest.approx(results[1]["segm"], abs=0.05, nan_ok=True)
 
 
-def test_two_processes_train_as_one(single_process_run: Path, tmp_path: Path) -> None:
-    launch(train_in_process, tiny_config(tmp_path, *PLAIN), processes=2)
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_two_processes_train_as_one(
+    single_process_run: Path, tmp_path: Path, accumulation_steps: int
+) -> None:
+    cfg = tiny_config(tmp_path, *PLAIN, *EMA, "SOLVER.ACCUMULATION_STEPS", accumulation_steps)
+    launch(train_in_process, cfg, processes=2)
     assert_equal_runs(tmp_path, single_process_run)
 
 
@@ -175,7 +180,7 @@ def test_torchrun_trains_as_one_process(
         "from pathlib import Path\n"
         "from maskdino.trainer import launch\n"
         "from tests.stand_in import tiny_config, train_in_process\n"
-        f"cfg = tiny_config(Path({str(tmp_path)!r}), *{PLAIN!r})\n"
+        f"cfg = tiny_config(Path({str(tmp_path)!r}), *{PLAIN + EMA!r})\n"
         "launch(train_in_process, cfg, processes=1)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
