@@ -4,13 +4,15 @@ Environment variables:
     MASKDINO_BUILD_OPS=0   build no operators: a pure Python install that runs the PyTorch forms.
     FORCE_CUDA=1           build the CUDA part although this machine has no GPU.
     TORCH_CUDA_ARCH_LIST   GPU architectures, for example "8.0;9.0+PTX"; by default those of the
-                           GPUs of this machine, and without one "8.0;8.6;8.9;9.0+PTX".
+                           GPUs of this machine, and without one those of CUDA_ARCHITECTURES
+                           that nvcc knows, the last also as PTX for newer GPUs.
 
 The CPU part is built wherever torch and a C++ compiler (GCC or Clang) are found, the CUDA part too
 where nvcc, a CUDA build of torch and a GPU are found. What was chosen is printed.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0+PTX"
+CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 COMPILER_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
 
@@ -49,6 +51,34 @@ def locate_toolkit() -> None:
         os.environ["CUDA_HOME"] = os.path.realpath(tops[0])
 
 
+def known_architectures(nvcc: Path) -> list[str]:
+    """Return those of CUDA_ARCHITECTURES that this nvcc can compile for."""
+    command = [nvcc, "--list-gpu-arch"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    known = re.findall(r"compute_(\d+)", answer)
+    return [name for name in CUDA_ARCHITECTURES if name.replace(".", "") in known]
+
+
+def built_architectures() -> str:
+    """Return what torch will ask nvcc for, such as "sm_90,compute_90"; empty where unknown."""
+    from torch.utils import cpp_extension
+
+    flags = getattr(cpp_extension, "_get_cuda_arch_flags", list)()
+    return ",".join(flag.rpartition("code=")[2] for flag in flags)
+
+
+def choose_architectures(nvcc: Path) -> None:
+    """Set TORCH_CUDA_ARCH_LIST, where nobody did, to all that nvcc and torch know."""
+    names = known_architectures(nvcc)
+    while names and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names) + "+PTX"
+        try:
+            built_architectures()
+        except ValueError:  # an nvcc newer than torch
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
+            names.pop()
+
+
 def wants_cuda() -> bool:
     """Decide whether to build the CUDA part, and say why not.
 
@@ -72,7 +102,7 @@ def wants_cuda() -> bool:
         say(f"building operators for the CPU only: no {' and no '.join(missing)}")
         return False
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        choose_architectures(Path(CUDA_HOME) / "bin" / "nvcc")
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the GPUs found")
     say(f"building operators for the CPU and CUDA, architectures {architectures}")
     return True
@@ -113,6 +143,8 @@ def operators() -> dict:
         extension = CUDAExtension
         sources += sorted(relative("csrc/cuda", "*.cpp") + relative("csrc/cuda", "*.cu"))
         flags["nvcc"] = NVCC_FLAGS
+        # The library tells at run time which GPUs it serves.
+        flags["cxx"] = [*flags["cxx"], f"-DMASKDINO_CUDA_ARCHITECTURES={built_architectures()}"]
     headers = [path for pattern in ("*.h", "*.cuh") for path in relative("csrc", f"**/{pattern}")]
     built = extension(
         "maskdino._C",

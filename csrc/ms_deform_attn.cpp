@@ -3,6 +3,15 @@
 // autograd and shape inference.
 #include <torch/library.h>
 
+#include <string>
+
+// The GPUs that the library holds code for, such as sm_90,compute_90: what setup.py asked nvcc for.
+#ifndef MASKDINO_CUDA_ARCHITECTURES
+#define MASKDINO_CUDA_ARCHITECTURES
+#endif
+#define MASKDINO_TEXT(...) #__VA_ARGS__
+#define MASKDINO_EXPANDED_TEXT(...) MASKDINO_TEXT(__VA_ARGS__)
+
 TORCH_LIBRARY(maskdino, m) {
   m.def(
       "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, "
@@ -21,4 +30,7 @@ TORCH_LIBRARY(maskdino, m) {
       "-> (Tensor, Tensor, Tensor)");
   // Which kernels run on the CPU: "AVX-512", "AVX2" or "plain".
   m.def("cpu_instruction_set() -> str");
+  // Empty where no CUDA part was built or nobody knows.
+  m.def("cuda_architectures() -> str",
+        [] { return std::string(MASKDINO_EXPANDED_TEXT(MASKDINO_CUDA_ARCHITECTURES)); });
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from importlib import machinery
 from pathlib import Path
 from typing import Any
@@ -49,19 +50,74 @@ def is_loaded() -> bool:
     return not _load()
 
 
-def serves(device_type: str) -> bool:
-    """Tell whether the library has kernels for this type of device, such as ``"cuda"``."""
+def serves(device_type: str, index: int | None = None) -> bool:
+    """Tell whether the library has kernels for a device.
+
+    Args:
+        device_type: such as ``"cuda"``.
+        index: which of the GPUs; None is torch's current one.
+    """
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return (
         key is not None
         and is_loaded()
         and torch._C._dispatch_has_kernel_for_dispatch_key("maskdino::ms_deform_attn_fused", key)
+        and not (device_type == "cuda" and _lacks_code(index))
     )
 
 
-def why_not(device_type: str) -> str:
-    """Say why a type of device is not served, and what to do; only where it is not."""
-    return _load() or f"the compiled library was built without {device_type} kernels"
+def why_not(device_type: str, index: int | None = None) -> str:
+    """Say why a device is not served, and what to do; only where :func:`serves` is false."""
+    reason = _load() or (_lacks_code(index) if device_type == "cuda" else "")
+    return reason or f"the compiled library was built without {device_type} kernels"
+
+
+def cuda_architectures() -> list[str]:
+    """Return what the library holds code for, such as ``sm_90``; empty where it does not say."""
+    operator = getattr(torch.ops.maskdino, "cuda_architectures", None)
+    return operator().split(",") if operator is not None and operator() else []
+
+
+def _lacks_code(index: int | None) -> str:
+    """Say that the library holds no code for a GPU; empty where it does or nobody can tell.
+
+    Asked before the first launch: a launch without code fails, and a failure may surface anywhere.
+    """
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _lacks_code_for(index)
+
+
+@functools.cache
+def _lacks_code_for(index: int) -> str:
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    built = cuda_architectures()
+    if not built or any(_runs_on(name, major, minor) for name in built):
+        return ""
+    return (
+        f"the compiled library was built for {', '.join(built)}, not for GPU {index} of compute "
+        f"capability {major}.{minor}; set TORCH_CUDA_ARCH_LIST={major}.{minor} and {_HOW_TO_BUILD}"
+    )
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Tell whether code runs on a GPU: machine code within a generation, PTX on all later ones.
+
+    Args:
+        architecture: such as ``"sm_90"`` or, for PTX, ``"compute_90"``; with ``a`` it is for one
+            GPU alone, with ``f`` for its generation.
+        major, minor: the GPU's compute capability.
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if match is None:
+        return False
+    kind, code_major, code_minor, suffix = match.groups()
+    code = (int(code_major), int(code_minor))
+    if suffix == "a":
+        return code == (major, minor)
+    return code <= (major, minor) and (code[0] == major or (kind == "compute" and not suffix))
 
 
 def _fake_output(value: Tensor, num_queries: Any) -> Tensor:

@@ -1,0 +1,64 @@
+"""Which GPUs the compiled library serves, and what setup.py builds it for: no GPU is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from maskdino.ops import _library
+
+BUILT = ["sm_75", "sm_80", "sm_90a", "sm_100f", "sm_120", "compute_120"]
+SERVED = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)]
+NOT_SERVED = [(7, 0), (11, 0)]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Compute capabilities of the GPUs that torch believes in, to be filled by the test."""
+    capabilities: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(_library, "_load", lambda: "")
+    monkeypatch.setattr(_library, "cuda_architectures", lambda: BUILT)
+    _library._lacks_code_for.cache_clear()
+    yield capabilities
+    _library._lacks_code_for.cache_clear()
+
+
+def test_gpus_are_served_by_code_they_can_run(gpus: list[tuple[int, int]]) -> None:
+    gpus += SERVED + NOT_SERVED
+    served = [_library.serves("cuda", index) for index in range(len(gpus))]
+    assert served == [True] * len(SERVED) + [False] * len(NOT_SERVED)
+    assert _library.serves("cuda") and _library.serves("cpu")
+
+
+def test_code_for_one_gpu_alone_serves_no_other() -> None:
+    assert _library._runs_on("sm_90a", 9, 0) and not _library._runs_on("sm_100a", 10, 3)
+    assert not _library._runs_on("compute_90a", 10, 0) and _library._runs_on("compute_90", 10, 0)
+    assert not _library._runs_on("sm_86", 8, 0) and not _library._runs_on("lto_90", 9, 0)
+
+
+def test_what_a_gpu_lacks_is_told_with_the_remedy(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus += [(9, 0), (7, 0)]
+    reason = _library.why_not("cuda", 1)
+    assert "sm_75, sm_80" in reason and "GPU 1 of compute capability 7.0" in reason
+    assert "TORCH_CUDA_ARCH_LIST=7.0" in reason and "setup.py build_ext" in reason
+    monkeypatch.setattr(_library, "cuda_architectures", list)
+    _library._lacks_code_for.cache_clear()
+    assert _library.serves("cuda", 1)  # a library that does not say what it holds is tried
+
+
+@pytest.mark.usefixtures("compiled")
+def test_library_says_what_it_was_built_for() -> None:
+    built = _library.cuda_architectures()
+    has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(
+        "maskdino::ms_deform_attn_fused", "CUDA"
+    )
+    assert bool(built) == has_cuda
+    assert all(name.startswith(("sm_", "compute_")) for name in built)
