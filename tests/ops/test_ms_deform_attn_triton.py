@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -35,6 +34,18 @@ MOST_LEVELS = Case(
 )
 FORMS = [TEXTBOOK, None, 2, 4]
 DTYPES = list(checks.TOLERANCE)
+# On a GPU every combination is compiled, which takes seconds: each form, dtype and size once.
+GPU_CASES = [
+    *((BASE, torch.float32, form) for form in FORMS),
+    (BASE, torch.bfloat16, None),
+    (BASE, torch.bfloat16, 4),
+    (BASE, torch.float16, 2),
+    (CASES[0], torch.bfloat16, None),
+    (CASES[1], torch.float32, 4),
+    (CASES[2], torch.bfloat16, 2),
+    (CASES[3], torch.float16, TEXTBOOK),
+    (CASES[4], torch.float32, None),
+]
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -50,76 +61,89 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def interpret(interpreter: ProcessPoolExecutor) -> Run:
+    """Calls a check in the interpreter's process."""
+    return lambda check, *arguments: interpreter.submit(check, *arguments, "cpu").result()
+
+
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def run(request: pytest.FixtureRequest) -> Callable[..., Any]:
+def run(request: pytest.FixtureRequest) -> Run:
     """Calls a check: in the interpreter's process, or here on a GPU."""
     if request.param == "cuda":
         return lambda check, *arguments: check(*arguments, "cuda")
-    pool = request.getfixturevalue("interpreter")
-    return lambda check, *arguments: pool.submit(check, *arguments, "cpu").result()
+    return request.getfixturevalue("interpret")
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype(dtype: torch.dtype, form: Form, run: Callable[..., Any]) -> None:
-    run(checks.check_form, BASE, dtype, form)
+def test_every_dtype(dtype: torch.dtype, form: Form, interpret: Run) -> None:
+    interpret(checks.check_form, BASE, dtype, form)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_size(case: Case, form: Form, run: Callable[..., Any]) -> None:
-    run(checks.check_form, case, torch.float32, form)
+def test_every_size(case: Case, form: Form, interpret: Run) -> None:
+    interpret(checks.check_form, case, torch.float32, form)
 
 
 @pytest.mark.parametrize("form", [TEXTBOOK, 2])
-def test_sixteen_levels(form: Form, run: Callable[..., Any]) -> None:
-    run(checks.check_form, MOST_LEVELS, torch.float32, form)
+def test_sixteen_levels(form: Form, interpret: Run) -> None:
+    interpret(checks.check_form, MOST_LEVELS, torch.float32, form)
 
 
-def test_borders(run: Callable[..., Any]) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "dtype", "form"), GPU_CASES, ids=str)
+def test_gpu_computes_the_same(case: Case, dtype: torch.dtype, form: Form) -> None:
+    checks.check_form(case, dtype, form, "cuda")
+
+
+def test_borders(run: Run) -> None:
     run(checks.check_borders)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30, -3e9])
-def test_locations_without_meaning(bad: float, dtype: torch.dtype, run: Callable[..., Any]) -> None:
+def test_locations_without_meaning(bad: float, dtype: torch.dtype, run: Run) -> None:
     run(checks.check_locations_without_meaning, bad, dtype)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e38])
-def test_any_number_in_fused_forms(bad: float, run: Callable[..., Any]) -> None:
+def test_any_number_in_fused_forms(bad: float, run: Run) -> None:
     run(checks.check_any_number_in_fused_forms, bad)
 
 
-def test_nan_pixels(run: Callable[..., Any]) -> None:
+def test_nan_pixels(run: Run) -> None:
     run(checks.check_nan_pixels)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", [TEXTBOOK, None])
-def test_fixed_point_sums(form: Form, dtype: torch.dtype, run: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("form", "dtype"), [(TEXTBOOK, torch.bfloat16), (None, torch.float32)])
+def test_fixed_point_sums(form: Form, dtype: torch.dtype, run: Run) -> None:
     run(checks.check_fixed_point_sums, form, dtype)
 
 
 @pytest.mark.parametrize("name", ["images", "queries", "heads", "channels"])
-def test_empty(name: str, run: Callable[..., Any]) -> None:
+def test_empty(name: str, run: Run) -> None:
     run(checks.check_empty, name)
 
 
-def test_strides(run: Callable[..., Any]) -> None:
-    run(checks.check_strides)
+def test_strides(interpret: Run) -> None:
+    interpret(checks.check_strides)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_registration(form: Form, run: Callable[..., Any]) -> None:
-    run(checks.check_registration, form)
+def test_registration(form: Form, interpret: Run) -> None:
+    interpret(checks.check_registration, form)
 
 
-def test_whole_graph(run: Callable[..., Any]) -> None:
+def test_whole_graph(run: Run) -> None:
     run(checks.check_whole_graph)
 
 
-def test_entry_points(run: Callable[..., Any]) -> None:
+def test_entry_points(run: Run) -> None:
     run(checks.check_entry_points)
 
 
@@ -127,9 +151,9 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtur
     """Compiled, then Triton, then PyTorch; each with the reason, once."""
     monkeypatch.delenv("MASKDINO_OP", raising=False)
     monkeypatch.setattr(module, "_logged_choices", set())
-    monkeypatch.setattr(_library, "serves", lambda _: False)
+    monkeypatch.setattr(_library, "serves", lambda *_: False)
     monkeypatch.setattr(_library, "_load", lambda: "no library here")
-    monkeypatch.setattr(_triton, "why_not", lambda _: "")
+    monkeypatch.setattr(_triton, "why_not", lambda *_: "")
     with caplog.at_level(logging.INFO, logger=module.__name__):
         assert [module.choose_backend("cuda", "auto") for _ in range(3)] == ["triton"] * 3
         assert caplog.messages == [
@@ -138,7 +162,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtur
         assert module.choose_backend("cpu", "auto") == "reference"
         assert module.choose_backend("cuda", "reference") == "reference"
         caplog.clear()
-        monkeypatch.setattr(_triton, "why_not", lambda _: "no compiler")
+        monkeypatch.setattr(_triton, "why_not", lambda *_: "no compiler")
         monkeypatch.setattr(module, "_logged_choices", set())
         assert module.choose_backend("cuda", "auto") == "reference"
         assert "reference operator (no library here; no compiler)" in caplog.text
@@ -147,8 +171,8 @@ def test_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtur
     monkeypatch.setenv("MASKDINO_OP", "triton")
     with pytest.raises(RuntimeError, match="MASKDINO_OP asks for the Triton.*no compiler"):
         module.choose_backend("cuda", "auto")
-    monkeypatch.setattr(_library, "serves", lambda _: True)
-    monkeypatch.setattr(_triton, "why_not", lambda _: "")
+    monkeypatch.setattr(_library, "serves", lambda *_: True)
+    monkeypatch.setattr(_triton, "why_not", lambda *_: "")
     assert module.choose_backend("cuda", "auto") == "triton"
     monkeypatch.delenv("MASKDINO_OP")
     assert module.choose_backend("cuda", "auto") == "compiled"
@@ -172,7 +196,7 @@ def test_a_broken_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_gpu_chooses_triton_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASKDINO_OP", raising=False)
-    monkeypatch.setattr(_library, "serves", lambda _: False)
+    monkeypatch.setattr(_library, "serves", lambda *_: False)
     monkeypatch.setattr(_library, "_load", lambda: "no library here")
     assert module.choose_backend("cuda", "auto") == "triton"
 
