@@ -236,12 +236,13 @@ def token_centres(
 
 
 @torch.compiler.assume_constant_result
-def choose_backend(device_type: str, backend: str) -> str:
+def choose_backend(device_type: str, backend: str, index: int | None = None) -> str:
     """Decide between the compiled, the Triton and the reference form, and log each choice once.
 
     Args:
         device_type: such as ``"cpu"`` or ``"cuda"``.
         backend: one of ``BACKENDS``.
+        index: which of the GPUs; None is torch's current one.
 
     Raises:
         ValueError: unknown backend name.
@@ -253,8 +254,8 @@ def choose_backend(device_type: str, backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{origin} must be one of {BACKENDS}, got {backend!r}")
     choice, reason = backend, ""
-    if backend in ("auto", "compiled") and not _library.serves(device_type):
-        reason = _library.why_not(device_type)
+    if backend in ("auto", "compiled") and not _library.serves(device_type, index):
+        reason = _library.why_not(device_type, index)
         choice = "triton" if device_type == "cuda" else "reference"
         if backend == "compiled":
             raise RuntimeError(f"{origin} asks for the compiled operator, but {reason}")
@@ -275,7 +276,7 @@ def _operators(
     value: Tensor, dtype: torch.dtype, num_levels: int, num_points: int, backend: str
 ) -> Any:
     """Return the operators to call, in the same form for all backends; None: call PyTorch's."""
-    choice = choose_backend(value.device.type, backend)
+    choice = choose_backend(value.device.type, backend, value.device.index)
     if choice == "compiled":
         return torch.ops.maskdino
     channels = value.shape[3]

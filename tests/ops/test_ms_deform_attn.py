@@ -363,7 +363,7 @@ def test_backend_is_chosen_explicitly_and_logged_once(
         module.choose_backend("cpu", "auto")
     with pytest.raises(ValueError, match="backend must be one of.*'fast'"):
         module.choose_backend("cpu", "fast")
-    monkeypatch.setattr(_library, "serves", lambda _: False)
+    monkeypatch.setattr(_library, "serves", lambda *_: False)
     monkeypatch.setattr(_library, "_load", lambda: "no library here")
     monkeypatch.delenv("MASKDINO_OP")
     assert module.choose_backend("cpu", "auto") == "reference"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from maskdino.ops import _library
+from maskdino.ops import _library, _triton
+from maskdino.ops import ms_deform_attn as module
 
 BUILT = ["sm_75", "sm_80", "sm_90a", "sm_100f", "sm_120", "compute_120"]
 SERVED = [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)]
@@ -34,6 +36,21 @@ def test_gpus_are_served_by_code_they_can_run(gpus: list[tuple[int, int]]) -> No
     served = [_library.serves("cuda", index) for index in range(len(gpus))]
     assert served == [True] * len(SERVED) + [False] * len(NOT_SERVED)
     assert _library.serves("cuda") and _library.serves("cpu")
+
+
+def test_the_operator_is_chosen_for_each_gpu_by_itself(
+    gpus: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpus += [(9, 0), (7, 0)]
+    monkeypatch.delenv("MASKDINO_OP", raising=False)
+    monkeypatch.setattr(module, "_logged_choices", set())
+    monkeypatch.setattr(_triton, "why_not", lambda _: "Triton is not installed")
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        choices = [module.choose_backend("cuda", "auto", index) for index in (0, 1, 0, 1)]
+    assert choices == ["compiled", "reference"] * 2
+    assert len(caplog.records) == 2 and "not for GPU 1" in caplog.records[1].message
+    with pytest.raises(RuntimeError, match="asks for the compiled.*not for GPU 1"):
+        module.choose_backend("cuda", "compiled", 1)
 
 
 def test_code_for_one_gpu_alone_serves_no_other() -> None:
