@@ -11,6 +11,7 @@ import logging
 import os
 
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -77,7 +78,7 @@ class SemanticEvaluator(DatasetEvaluator):
                     f"label map {name} has (height, width) {labels.shape}, but its image "
                     f"{image['file_name']} {tuple(scores.shape[1:])}"
                 )
-            predicted = scores.argmax(0).cpu().numpy()
+            predicted = scores.argmax(0).to(torch.int32).cpu().numpy()
             self._counts += count_pixels(labels, predicted, number)
             if self._output_folder:
                 self._write(image["file_name"], predicted)

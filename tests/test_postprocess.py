@@ -306,6 +306,19 @@ def test_the_host_asks_twice_whatever_the_tasks() -> None:
     assert rounds(drawn_instances(frame), drawn_segments(frame)) == 2
 
 
+@pytest.mark.parametrize("index", [[], [0], [3, 4, 8], [1, 2, 3, 5, 6, 7, 8]])
+@pytest.mark.parametrize("masks_at_once", [1, 2, 100])
+def test_masks_that_are_left_move_up(
+    index: list[int], masks_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postprocess, "ELEMENTS_AT_ONCE", masks_at_once * 20)
+    masks, index = torch.rand(9, 4, 5) > 0.5, torch.tensor(index, dtype=torch.int64)
+    expected = masks[index]
+    found = postprocess._moved_up(masks, index)
+    assert torch.equal(found, expected)
+    assert found.untyped_storage().data_ptr() == masks.untyped_storage().data_ptr()
+
+
 class Memory(TorchDispatchMode):
     """Bytes of the tensors that operations make, at most at one time."""
 

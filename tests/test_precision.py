@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskdino import precision as precision_module
+from maskdino.export import ExportableNetwork, ExportOptions
 from maskdino.model import MaskDINO
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.precision import (
@@ -193,6 +194,17 @@ def test_predictions_of_a_model_in_bfloat16() -> None:
     assert exact.mask_embeddings.dtype == torch.float32
     found = model(drawn_batch([SIZE], [0]))[0]["instances"]
     assert found.scores.isfinite().all() and len(found) > 0
+
+
+def test_exported_programs_stay_float32() -> None:
+    model = tiny_model(TEST__PRECISION="bfloat16").eval()
+    images = torch.rand(1, 3, *SIZE) * 255
+    with torch.no_grad():
+        found = ExportableNetwork(model, ExportOptions())(images)
+        exact, pixels = model.predict((images - model.pixel_mean) / model.pixel_std)
+    assert all(output.dtype == torch.float32 for output in found.values())
+    torch.testing.assert_close(found["pixel_embedding"], pixels, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["class_logits"], exact.class_logits, atol=1e-3, rtol=1e-3)
 
 
 def test_heads_of_other_types_are_left_alone() -> None:
