@@ -25,6 +25,7 @@ OUTER = (
     "hooks",
     "launch",
     "data_stream",
+    "devices",
     "solver",
     "evaluation",
     "coco_evaluation",
