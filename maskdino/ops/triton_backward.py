@@ -21,7 +21,7 @@ from .triton_kernels import (
     _largest_logit,
     _locate,
     _place,
-    _size,
+    _size_at,
     _weights,
 )
 
@@ -186,7 +186,8 @@ def backward_kernel(  # noqa: PLR0915 - one loop; its parts are above
     point = tl.arange(0, BLOCK_P)[None, :]
     valid = active[:, None] & (point < NUM_POINTS)
     # As many channels per thread as one atomic adds, so that all blocks are laid out alike.
-    channel = tl.max_contiguous(tl.arange(0, BLOCK_D), 4)[None, None, :]
+    VECTOR: tl.constexpr = 4 if BLOCK_D >= 4 else BLOCK_D
+    channel = tl.max_contiguous(tl.arange(0, BLOCK_D), VECTOR)[None, None, :]
     covers = channel < CHANNELS
     head_at = tl.program_id(1) * CHANNELS + channel
     image_at = tl.program_id(2).to(tl.int64) * tokens * STRIDE
@@ -200,9 +201,9 @@ def backward_kernel(  # noqa: PLR0915 - one loop; its parts are above
     sum_h = tl.zeros([BLOCK_Q, BLOCK_P], dtype=tl.float32)
     of_weights = tl.zeros([BLOCK_Q, BLOCK_P, BLOCK_L], dtype=tl.float32)
     first_token = 0
-    for level in tl.static_range(LEVELS):
-        height, width = _size(
-            level, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15
+    for level in range(LEVELS):
+        height, width = _size_at(
+            level, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, LEVELS
         )
         sample = level * NUM_POINTS + point
         x, y, offset_x, offset_y = _locate(

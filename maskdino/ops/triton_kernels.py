@@ -5,9 +5,9 @@ P points per level and head; a program works on BLOCK_Q queries of one head and 
 padded to the powers of two BLOCK_P and BLOCK_D.
 
 All points of a level are taken at once: blocks are (BLOCK_Q, BLOCK_P, BLOCK_D), so that many reads
-are on their way together, and sums over points are kept apart until all levels are done. Levels are
-unrolled. The sizes of a level come as one integer, height * 2^32 + width, a kernel argument of its
-own: no tensor is made for them, and no size of an image compiles anything anew.
+are on their way together, and sums over points are kept apart until all levels are done. The sizes
+of a level come as one integer, height * 2^32 + width, a kernel argument of its own: no tensor is
+made for them, and no size of an image compiles anything anew.
 
 The forms say where samples lie: TEXTBOOK reads float32 locations and weights; the others read
 offsets and logits of one linear layer and start at a token's own cell centre (TOKENS), a point
@@ -66,6 +66,20 @@ def _size(  # noqa: C901, PLR0912 - kernels of older Tritons know no tuples
     else:
         size = s15
     return (size >> 32).to(tl.int32), size.to(tl.int32)
+
+
+@triton.jit
+def _size_at(
+    level, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
+    LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Height and width of a level that is known at run time only."""
+    height, width = _size(0, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)
+    for other in tl.static_range(1, LEVELS):
+        h, w = _size(other, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15)
+        height = tl.where(level == other, h, height)
+        width = tl.where(level == other, w, width)
+    return height, width
 
 
 @triton.jit
@@ -254,9 +268,9 @@ def forward_kernel(
     sums = tl.zeros([TILE_H * TILE_W, BLOCK_P, BLOCK_D], dtype=tl.float32)
     total = tl.zeros([TILE_H * TILE_W, BLOCK_P], dtype=tl.float32)
     first_token = 0
-    for level in tl.static_range(LEVELS):
-        height, width = _size(
-            level, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15
+    for level in range(LEVELS):
+        height, width = _size_at(
+            level, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15, LEVELS
         )
         sample = level * NUM_POINTS + point
         x, y, _, _ = _locate(
