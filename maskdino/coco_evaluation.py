@@ -33,7 +33,7 @@ except ImportError:  # optional: pycocotools computes the same numbers
 
 logger = logging.getLogger(__name__)
 
-MASK_BYTES_AT_ONCE = 1 << 28  # packed masks of one image that are on their way at one time
+MASK_BYTES_AT_ONCE = 1 << 27  # packed masks of one image that are on their way at one time
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 

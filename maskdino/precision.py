@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -132,25 +135,60 @@ def _described(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device}"
 
 
+@dataclass(frozen=True)
+class _Switch:
+    """One of PyTorch's switches for TensorFloat-32."""
+
+    read: Callable[[], object]
+    write: Callable[[object], None]
+    on: object
+    off: object
+
+    @staticmethod
+    def of(owner: object, name: str, on: object, off: object) -> _Switch:
+        return _Switch(partial(getattr, owner, name), partial(setattr, owner, name), on, off)
+
+
+def _switches() -> tuple[_Switch, ...]:
+    """Those of matrix products and convolutions.
+
+    The older ones, which keep the newer ones in step: where the two differ, PyTorch raises as soon
+    as anybody, its profiler for one, reads an older one. Where they differ already, the process
+    uses the newer ones.
+    """
+    _use_up_warnings()
+    cudnn, name = torch.backends.cudnn, "fp32_precision"
+    matmul = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
+    older = (_Switch(*matmul, "high", "highest"), _Switch.of(cudnn, "allow_tf32", True, False))
+    try:
+        for switch in older:
+            switch.read()
+    except RuntimeError:
+        owners = (torch.backends.cuda.matmul, cudnn.conv)
+        return tuple(_Switch.of(owner, name, "tf32", "ieee") for owner in owners)
+    return older
+
+
 @contextlib.contextmanager
 def _tensor_float_32(enabled: bool) -> Iterator[None]:
-    """Switches TensorFloat-32 on or off; what already is as wanted is not touched."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    name, on, off = "allow_tf32", True, False
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # newer releases warn of the former
-        switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-        name, on, off = "fp32_precision", "tf32", "ieee"
-    before = [getattr(switch, name) for switch in switches]
-    changed = [
-        (s, value) for s, value in zip(switches, before, strict=True) if (value == on) != enabled
-    ]
+    """Switches TensorFloat-32 on or off."""
+    switches = _switches()
+    before = [switch.read() for switch in switches]
     try:
-        for switch, _ in changed:
-            setattr(switch, name, on if enabled else off)
+        for switch in switches:
+            switch.write(switch.on if enabled else switch.off)
         yield
     finally:
-        for switch, value in changed:
-            setattr(switch, name, value)
+        for switch, value in zip(switches, before, strict=True):
+            switch.write(value)
+
+
+@functools.cache
+def _use_up_warnings() -> None:
+    """Some releases warn of the older switches, once in a process."""
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+        warnings.simplefilter("ignore")
+        torch.set_float32_matmul_precision(torch.get_float32_matmul_precision())
 
 
 @functools.cache

@@ -41,7 +41,7 @@ from maskdino.predictor_options import PredictorOptions
 from maskdino.results import Categories, ImageResult, encode_mask
 from maskdino.structures import Predictions
 
-MASK_BYTES_AT_ONCE = 1 << 28  # packed masks of one picture that exist on the device at one time
+MASK_BYTES_AT_ONCE = 1 << 27  # packed masks of one picture that exist on the device at one time
 MAP_VALUES_AT_ONCE = 1 << 28  # values of class maps; label maps of larger pictures are enlarged
 WINDOW = 4  # batches of pictures that are read ahead, so that those of one size meet
 

@@ -104,34 +104,55 @@ def test_evaluation_and_predictor_compute_in_the_precision_of_the_key() -> None:
                 assert found == {dtype}
 
 
-def test_tensor_float_32_is_on_inside_and_as_before_outside(gpu: str) -> None:
-    switches = (
-        (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision")
-        else (torch.backends.cuda.matmul, torch.backends.cudnn)
-    )
-    name = "fp32_precision" if hasattr(switches[0], "fp32_precision") else "allow_tf32"
+def tensor_float_32() -> list[object]:
+    """What PyTorch's switches say; where the older and the newer ones differ, it raises."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    older = [matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision()]
+    newer = [getattr(x, "fp32_precision", None) for x in (matmul, getattr(cudnn, "conv", None))]
+    return older + newer
 
-    def state() -> list[object]:
-        return [getattr(switch, name) for switch in switches]
 
-    def is_on() -> list[bool]:
-        return [value in (True, "tf32") for value in state()]
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_tensor_float_32_is_on_inside_and_as_before_outside(
+    gpu: str, before: str, convolutions: bool
+) -> None:
+    default = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        outside = tensor_float_32()
+        with network_precision("float32", CUDA):
+            assert tensor_float_32()[:3] == [False, False, "highest"]
+        assert tensor_float_32() == outside
+        if gpu == "Ampere":
+            with pytest.raises(KeyError), network_precision("tf32", CUDA):
+                assert tensor_float_32()[:3] == [True, True, "high"]
+                raise KeyError
+        with network_precision("auto", CUDA):
+            assert tensor_float_32() == outside
+        assert tensor_float_32() == outside
+    finally:
+        torch.set_float32_matmul_precision(default[0])
+        torch.backends.cudnn.allow_tf32 = default[1]
 
-    before = state()
-    with network_precision("float32", CUDA):
-        assert is_on() == [False, False]
-    assert state() == before
-    if gpu == "Ampere":
-        with pytest.raises(KeyError), network_precision("tf32", CUDA):
-            assert is_on() == [True, True]
-            raise KeyError
-    with network_precision("auto", CUDA):
-        assert state() == before
-    assert state() == before
-    # PyTorch raises here where the older and the newer switches disagree.
-    assert torch.backends.cuda.matmul.allow_tf32 in (True, False)
-    assert torch.backends.cudnn.allow_tf32 in (True, False)
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="older switches alone"
+)
+def test_tensor_float_32_where_the_process_uses_the_newer_switches(gpu: str) -> None:
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, convolution.fp32_precision
+    try:
+        matmul.fp32_precision, convolution.fp32_precision = "tf32", "ieee"
+        with network_precision("float32", CUDA):
+            assert [matmul.fp32_precision, convolution.fp32_precision] == ["ieee", "ieee"]
+        if gpu == "Ampere":
+            with network_precision("tf32", CUDA):
+                assert [matmul.fp32_precision, convolution.fp32_precision] == ["tf32", "tf32"]
+        assert [matmul.fp32_precision, convolution.fp32_precision] == ["tf32", "ieee"]
+    finally:
+        matmul.fp32_precision, convolution.fp32_precision = before
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
