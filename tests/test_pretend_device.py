@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +77,14 @@ INFERENCE = {
     "detection": {POSTPROCESSING: 1},
     "bitmask": {POSTPROCESSING: 2},
 }
-PREDICTOR = {task: {PREDICTING: 1 if task == "semantic" else 2} for task in INFERENCE}
+# The predictor brings the maps of segments and classes to the host as well.
+PREDICTOR = {
+    "instance": {PREDICTING: 2},
+    "panoptic": {PREDICTING: 3},
+    "semantic": {PREDICTING: 1},
+    "detection": {PREDICTING: 2},
+    "bitmask": {PREDICTING: 2},
+}
 # Evaluators, for one image.
 EVALUATION = {
     "instances": {(COPY, "coco_evaluation.py:instances_to_records"): 1},
@@ -85,31 +94,38 @@ EVALUATION = {
 # Launches of training on two images, and of inference of one: the most that were counted, and a few
 # percent.
 LAUNCHES = {
-    "instance": (1670, 710),
-    "panoptic": (1670, 720),
-    "semantic": (1570, 560),
-    "detection": (1250, 590),
-    "bitmask": (1570, 700),
+    "instance": (1540, 630),
+    "panoptic": (1540, 690),
+    "semantic": (1430, 480),
+    "detection": (1110, 510),
+    "bitmask": (1430, 630),
 }
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendDevice]:
-    """The device, with the compiled operator where that is built."""
-    serves = _library.serves
-    monkeypatch.setattr(_library, "serves", lambda kind: serves("cpu" if kind == "cuda" else kind))
-    with PretendDevice() as entered:
-        yield entered
+@contextlib.contextmanager
+def entered() -> Iterator[PretendDevice]:
+    """The device, with the compiled operator where that is built, else PyTorch's form."""
+    compiled = _library.is_loaded()
+    with pytest.MonkeyPatch.context() as patch, PretendDevice() as device:
+        patch.setattr(_library, "serves", lambda *_: compiled)
+        patch.setenv("MASKDINO_OP", "compiled" if compiled else "reference")
+        yield device
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _cached() -> None:
     """Constants by shape are computed and kept, whichever test comes first."""
-    with PretendDevice() as entered:
+    with entered() as device:
         for task in TASKS:
-            _, model = on_device(entered, task)
+            _, model = on_device(device, task)
             for number in (1, 2):
                 model(drawn_batch(SIZES[-number:], (0,) * number))
+
+
+@pytest.fixture
+def device() -> Iterator[PretendDevice]:
+    with entered() as device:
+        yield device
 
 
 def on_device(
@@ -117,9 +133,12 @@ def on_device(
 ) -> tuple[CfgNode, MaskDINO]:
     """A narrow model, not training, whose last two classes are stuff."""
     cfg = tiny_cfg(**TASKS[task], TEST__PRECISION=precision)
-    model = device.put(MaskDINO(cfg).eval())
-    model.is_thing = device.put(torch.arange(NUM_CLASSES) < NUM_CLASSES - 2)
-    return cfg, model
+    model = MaskDINO(cfg).eval()
+    # Some objects, not all: scores like those of a trained model.
+    torch.nn.init.normal_(model.heads.class_head.weight, std=0.5)
+    torch.nn.init.constant_(model.heads.class_head.bias, -1.0)
+    model.is_thing = torch.arange(NUM_CLASSES) < NUM_CLASSES - 2
+    return cfg, device.put(model)
 
 
 def autocast(dtype: torch.dtype) -> torch.autocast:
@@ -204,46 +223,56 @@ def evaluate(dataset: str, image: dict, result: dict, key: str) -> None:
     evaluator.process([image], [result])
 
 
+@pytest.mark.parametrize("found", [True, False])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("task", TASKS)
 def test_inference_and_evaluation(
-    device: PretendDevice, dataset: str, task: str, precision: str
+    device: PretendDevice, dataset: str, task: str, precision: str, found: bool
 ) -> None:
     _, model = on_device(device, task, precision)
-    image = drawn_batch(SIZES[1:], (0,))[0] | {
-        "image_id": 1,
-        "height": OUTPUT[0],
-        "width": OUTPUT[1],
-    }
+    least = 0.1 if found else 1.1
+    thresholds = {"score_threshold": least, "panoptic_score_threshold": least}
+    thresholds["panoptic_overlap_threshold"] = 0.02
+    model.inference = replace(model.inference, **thresholds)
+    image = drawn_batch(SIZES[1:], (0,))[0] | {"height": OUTPUT[0], "width": OUTPUT[1]}
     device.clear()
     (result,) = model([image])
-    assert device.waits == INFERENCE[task], device.lines
+    # Where nothing is found, there may be less to wait for.
+    allowed = Counter(INFERENCE[task])
+    assert device.waits == allowed if found else device.waits <= allowed, device.lines
     check_launches(device, LAUNCHES[task][1])
+    assert bool(len(result.get("instances", [0] * found))) == found
+    assert bool(result.get("panoptic_seg", (None, found))[1]) == found
     for key in result:
         device.clear()
-        evaluate(dataset, image, result, key)
-        assert device.waits == EVALUATION[key], device.lines
+        evaluate(dataset, image | {"image_id": 1}, result, key)
+        allowed = Counter(EVALUATION[key])
+        assert device.waits == allowed if found else device.waits <= allowed, device.lines
 
 
+@pytest.mark.parametrize("least", [0.1, 1.0])
 @pytest.mark.parametrize("task", TASKS)
-def test_predictor(device: PretendDevice, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictor(
+    device: PretendDevice, task: str, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Tensors like these cannot be made in inference mode.
     method = torch.no_grad()(MaskDINOPredictor._predict.__wrapped__)
     monkeypatch.setattr(MaskDINOPredictor, "_predict", method)
     cfg, model = on_device(device, task, "auto")
-    predictor = MaskDINOPredictor.from_model(model, cfg, confidence_threshold=0.0)
+    predictor = MaskDINOPredictor.from_model(model, cfg, confidence_threshold=least)
     picture = np.zeros((*OUTPUT, 3), np.uint8)
     predictor(picture)
     device.clear()
     predictor(picture)
-    assert device.waits == PREDICTOR[task], device.lines
+    allowed = Counter(PREDICTOR[task])
+    assert device.waits == allowed if least < 1 else device.waits <= allowed, device.lines
 
 
 def test_matching_costs_in_bfloat16(
     device: PretendDevice,
     circle_queries: tuple[Predictions, Tensor, Targets],  # noqa: F811 - the fixture
 ) -> None:
-    """The costs of right pairs under CUDA's rules of autocast; rounded points are 0.07 off."""
+    """Under CUDA's rules of autocast: points are not rounded, sums over points are float32."""
     predictions, pixels, targets = circle_queries
     points = FixedPoints(6000)
     exact = costs_of(predictions, pixels, targets, points)
