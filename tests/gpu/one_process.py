@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from maskdino.launch import launch
 from maskdino.solver import build_gradient_clipper, build_optimizer
 from maskdino.train_step import TrainStep
+from maskdino.trainer import _distribute
 from tests.gpu.cases import make_batch, make_cfg, make_model, same_draws
 
 BATCHES = ((5, 3), (0, 2), (2, 2), (0, 0))  # objects of the images: two steps of two micro-batches
@@ -60,16 +61,16 @@ def main(device: torch.device, output: Path) -> None:
     start, alone, grouped, two = (
         make_model(make_cfg("instance"), class_spread=0.05).to(device) for _ in range(4)
     )
-    on_gpu = device.type == "cuda"
-    wrapped = DistributedDataParallel(
-        grouped, device_ids=[0] if on_gpu else None, broadcast_buffers=False
-    )
+    as_two = mock.patch.object(comm, "get_world_size", lambda: 2)
+    with as_two:  # one process alone is not wrapped
+        wrapped = _distribute(grouped)
+    assert isinstance(wrapped, DistributedDataParallel)
     losses = {"alone": run(make_step(alone)), "grouped": run(make_step(wrapped))}
     losses["difference"] = distance(alone, grouped) / distance(alone, start)
     losses["backend"] = torch.distributed.get_backend()
     # As if there were a second process, without objects and without losses: half the objects
     # double the losses, and half the losses are their mean.
-    with mock.patch.object(comm, "get_world_size", lambda: 2):
+    with as_two:
         losses["counted as two"] = run(make_step(two))[0]
     output.write_text(json.dumps(losses))
 
