@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 KEY = "MODEL.MASK_DINO.TEST.PRECISION"
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "auto")
+EVERYWHERE = ("auto", "float32")  # what every device knows, which need not be asked
 FIRST_WITH_TF32 = (8, 0)  # compute capability
 
 
@@ -38,7 +39,7 @@ def check_precision(name: str, device: torch.device) -> None:
     """
     if name not in PRECISIONS:
         raise ValueError(f"{KEY} is {name!r}; it must be one of {', '.join(PRECISIONS)}")
-    if device.type != "cuda" or torch.cuda.is_available():
+    if name not in EVERYWHERE and (device.type != "cuda" or torch.cuda.is_available()):
         inference_precision(name, device)
 
 

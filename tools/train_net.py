@@ -23,6 +23,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from maskdino.devices import configured_device, settle_device
+from maskdino.precision import check_precision
 from maskdino.report import report_paths, write_report
 from maskdino.trainer import MaskDINOTrainer, evaluate_weights, launch, load_config
 
@@ -58,7 +59,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
-    """Reads the configuration, and checks that the weights and the device exist.
+    """Reads the configuration, and checks that the weights exist, and what the device must do.
 
     Raises:
         FileNotFoundError: if the configuration or ``MODEL.WEIGHTS`` does not exist.
@@ -76,7 +77,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         )
     if args.report and not cfg.DATASETS.TEST:
         raise ValueError("--report needs a dataset to evaluate, but DATASETS.TEST is empty")
-    configured_device(cfg.MODEL.DEVICE, args.num_gpus)
+    device = configured_device(cfg.MODEL.DEVICE, args.num_gpus)
+    check_precision(cfg.MODEL.MASK_DINO.TEST.PRECISION, device)
     cfg.freeze()
     return cfg
 

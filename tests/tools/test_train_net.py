@@ -27,6 +27,11 @@ def tool(repository: Path) -> ModuleType:
         (["SOLVER.MAX_ITER", "many"], "Type mismatch.*SOLVER.MAX_ITER"),
         (["MODEL.WEIGHTS", "lost.pth"], "MODEL.WEIGHTS names the file lost.pth"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which is no device"),
+        (["MODEL.MASK_DINO.TEST.PRECISION", "half"], "TEST.PRECISION is 'half'; it must be one of"),
+        (
+            ["MODEL.DEVICE", "cpu", "MODEL.MASK_DINO.TEST.PRECISION", "tf32"],
+            "TEST.PRECISION is tf32, which the device cpu does not compute in; use auto or one of",
+        ),
         (["--eval-only"], "--eval-only needs MODEL.WEIGHTS"),
         (["--report", "DATASETS.TEST", "()"], "--report needs a dataset.* DATASETS.TEST is empty"),
     ],
