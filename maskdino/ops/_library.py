@@ -50,6 +50,11 @@ def is_loaded() -> bool:
     return not _load()
 
 
+def has(operator: str) -> bool:
+    """Tell whether the loaded library has an operator; one that was built earlier may lack some."""
+    return is_loaded() and hasattr(torch.ops.maskdino, operator)
+
+
 def serves(device_type: str, index: int | None = None) -> bool:
     """Tell whether the library has kernels for a device.
 
@@ -154,6 +159,10 @@ def _fake_fused_backward(
     return _dense(value), _dense(offsets_and_logits), grad_reference
 
 
+def _fake_samples(_bits: Tensor, _width: int, index: Tensor, points: Tensor) -> Tensor:
+    return points.new_empty(index.shape[0], points.shape[1])
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """Gradients are dense whatever the strides of what they belong to."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -196,6 +205,8 @@ def _register() -> None:
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"maskdino::{name}", fake)
+    if hasattr(torch.ops.maskdino, "sample_packed_masks"):
+        torch.library.register_fake("maskdino::sample_packed_masks", _fake_samples)
     torch.library.register_autograd("maskdino::ms_deform_attn", _backward, setup_context=_save)
     torch.library.register_autograd(
         "maskdino::ms_deform_attn_fused", _backward_fused, setup_context=_save_fused

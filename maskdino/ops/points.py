@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskdino.ops import _library
+from maskdino.ops.ms_deform_attn import choose_backend
 from maskdino.structures import PackedMasks
 
 MAP_ELEMENTS_AT_ONCE = 1 << 24  # mask logits that exist at one time (64 MiB of float32)
@@ -52,6 +54,8 @@ def sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Te
     Returns:
         (M, P) in [0, 1], in the points' dtype.
     """
+    if points.dtype == torch.float32 and _is_compiled(points.device):
+        return torch.ops.maskdino.sample_packed_masks(masks.bits, masks.size[1], index, points)
     at_once = max(1, LABELS_AT_ONCE // max(1, points.shape[1]))
     indices = index.split(at_once)
     places = [points] * len(indices) if points.shape[0] == 1 else points.split(at_once)
@@ -60,6 +64,12 @@ def sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Te
             _sample_packed_masks(masks, part, of_part)
             for part, of_part in zip(indices, places, strict=True)
         ]
+    )
+
+
+def _is_compiled(device: torch.device) -> bool:
+    return choose_backend(device.type, "auto", device.index) == "compiled" and _library.has(
+        "sample_packed_masks"
     )
 
 

@@ -17,7 +17,9 @@ ARCHITECTURES = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["forward.cu", "backward.cu", "value_gradient.cu"])
+@pytest.mark.parametrize(
+    "source", ["forward.cu", "backward.cu", "value_gradient.cu", "packed_masks.cu"]
+)
 def test_kernels_compile(source: str, repository: Path, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:

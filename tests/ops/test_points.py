@@ -74,8 +74,12 @@ def test_points_are_not_rounded_to_the_type_of_the_maps() -> None:
     assert torch.equal(found, sample_maps(maps.float(), points))
 
 
+@pytest.mark.parametrize("form", ["auto", "reference"])
 @pytest.mark.parametrize("size", [(1, 1), (5, 8), (7, 13), (3, 17)])
-def test_packed_masks_are_sampled_as_float_masks(size: tuple[int, int]) -> None:
+def test_packed_masks_are_sampled_as_float_masks(
+    size: tuple[int, int], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASKDINO_OP", form)
     masks = torch.rand(4, *size) < 0.5
     index = torch.tensor([2, 0, 0, 3, 1])
     points = torch.stack([border_points(20) for _ in index])
@@ -103,6 +107,7 @@ def test_packed_masks_share_points_or_are_none() -> None:
 def test_packed_masks_are_sampled_a_few_at_a_time(
     shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("MASKDINO_OP", "reference")
     masks = PackedMasks.from_bool(torch.rand(3, 6, 10) < 0.5)
     index, points = torch.tensor([2, 0, 1, 1, 2]), torch.rand(1 if shared else 5, 7, 2)
     at_once = sample_packed_masks(masks, index, points)

@@ -32,6 +32,8 @@ SampleLevel levels[emulation::kSharedPerBlock / sizeof(SampleLevel)];  // the ke
 #include "cuda/backward.cu"
 #include "cuda/forward.cu"
 #include "cuda/ms_deform_attn_cuda.cpp"
+#include "cuda/packed_masks.cu"
+#include "cuda/packed_masks_cuda.cpp"
 #include "cuda/value_gradient.cu"
 #include "ms_deform_attn.cpp"
 
