@@ -13,6 +13,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from maskdino.backbones import build_backbone
+from maskdino.cuda_graphs import CudaGraphs
 from maskdino.losses.criterion import BOX_TERMS, MASK_TERMS, Criterion
 from maskdino.modeling.decoder import Decoder, DecoderState
 from maskdino.modeling.denoising import DenoisingQueries, attention_mask, build_denoising
@@ -45,6 +46,7 @@ class InferenceOptions:
     resize_before_sum: bool
     cross_entropy: bool
     precision: str
+    cuda_graphs: bool
 
     def class_scores(self, class_logits: Tensor) -> Tensor:
         """(..., K) logits to scores of the real classes."""
@@ -103,6 +105,7 @@ class MaskDINO(nn.Module):
         )
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
+        self._graphs = CudaGraphs()
         self._freeze_heads_without_loss()
 
     def _freeze_heads_without_loss(self) -> None:
@@ -245,8 +248,10 @@ class MaskDINO(nn.Module):
         return Predictions(classes, torch.stack([state.boxes for state in states]), masks)
 
     def predict_precisely(self, images: Tensor) -> tuple[Predictions, Tensor | None]:
-        """`predict` in the precision of TEST.PRECISION."""
+        """`predict` in the precision of TEST.PRECISION, on a GPU as a CUDA graph of its shape."""
         with network_precision(self.inference.precision, self.device):
+            if self.inference.cuda_graphs and images.is_cuda:
+                return self._graphs(self, self.predict, images, self.inference)
             return self.predict(images)
 
     @torch.no_grad()
@@ -342,4 +347,5 @@ def inference_options(cfg: CfgNode) -> InferenceOptions:
         resize_before_sum=node.RESIZE_BEFORE_SUM,
         cross_entropy=cfg.MODEL.MASK_DINO.LOSS.CLASSIFICATION == "cross_entropy",
         precision=node.PRECISION,
+        cuda_graphs=node.CUDA_GRAPHS,
     )

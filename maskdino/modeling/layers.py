@@ -2,13 +2,31 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 TEMPERATURE = 10000.0  # of the sine embeddings
+
+
+_holders: list[list[Tensor]] = []
+
+
+@contextmanager
+def holding_constants() -> Iterator[list[Tensor]]:
+    """Collects the constants used inside: whoever keeps the list keeps them in memory.
+
+    A CUDA graph reads them where they were, whatever the caches have dropped since.
+    """
+    held: list[Tensor] = []
+    _holders.append(held)
+    try:
+        yield held
+    finally:
+        _holders.remove(held)
 
 
 def constant_of_shape(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -21,7 +39,10 @@ def constant_of_shape(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return function(*args)
         # Whoever asks first, the tensor must be of use in training too.
         with torch.inference_mode(False), torch.no_grad():
-            return cached(*args)
+            value = cached(*args)
+        for held in _holders:
+            held.append(value)
+        return value
 
     return constant
 

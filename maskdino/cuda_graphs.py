@@ -1,0 +1,151 @@
+"""A network replayed as one CUDA graph for each shape of its input.
+
+A small batch keeps a GPU busy for less time than the host needs to ask for a thousand kernels; a
+graph is asked for once. The weights that it reads are the model's own, where they are: an optimizer
+or a checkpoint that changes them in place changes what the graph computes.
+
+Shape key: B images, H, W pixels of the padded canvas.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor, nn
+
+from maskdino.modeling.layers import holding_constants
+from maskdino.structures import Predictions
+
+logger = logging.getLogger(__name__)
+
+# The first calls with a shape run as they are: a shape that does not come again is worth no graph.
+CALLS_BEFORE = 2
+MOST_GRAPHS = 24  # each keeps its results: the R50 model some 30 MiB in bfloat16
+
+Results = tuple[Predictions, Tensor | None]  # and the pixel embedding
+Network = Callable[[Tensor], Results]
+
+
+class CudaGraphs:
+    """Graphs of one network; the least recently used are forgotten.
+
+    Copies of this object, and so of a model that holds it, begin without graphs.
+    """
+
+    def __init__(self, most: int = MOST_GRAPHS) -> None:
+        self._most = most
+        self._graphs: OrderedDict[Hashable, Network] = OrderedDict()
+        self._calls: Counter[Hashable] = Counter()
+        self._modules: tuple[nn.Module, ...] = ()
+        self._pool: object = None
+        self._works = True
+
+    def __call__(
+        self, model: nn.Module, network: Network, images: Tensor, key: Hashable
+    ) -> Results:
+        """Computes `network(images)`.
+
+        Args:
+            model: whose modules the network runs. Where one has a hook, there is no replay, which
+                would pass it over.
+            network: a function of the images that asks nothing of the host.
+            images: (B, 3, H, W) on a GPU.
+            key: what else the results depend on and a capture fixes, such as the precision.
+
+        Returns:
+            The network's results, copied: the next replay does not touch them.
+        """
+        self._modules = self._modules or tuple(model.modules())
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
+        if hooked or not self._works or torch.is_grad_enabled() or torch.jit.is_tracing():
+            return network(images)
+        weights = next(model.parameters()).data_ptr()
+        full_key = (tuple(images.shape), images.dtype, images.device, weights, key)
+        if full_key not in self._graphs:
+            self._calls[full_key] += 1
+            if self._calls[full_key] <= CALLS_BEFORE or not self._add(full_key, network, images):
+                return network(images)
+        self._graphs.move_to_end(full_key)
+        return self._graphs[full_key](images)
+
+    def __deepcopy__(self, memo: dict) -> CudaGraphs:
+        return CudaGraphs(self._most)
+
+    def __reduce__(self) -> tuple:
+        return CudaGraphs, (self._most,)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def _add(self, key: Hashable, network: Network, images: Tensor) -> bool:
+        """Captures; a network that cannot be captured runs without from then on."""
+        try:
+            if self._pool is None:
+                self._pool = new_pool()
+            self._graphs[key] = capture(network, images, self._pool)
+        except RuntimeError as error:
+            self._works = False
+            self._graphs.clear()
+            logger.warning(
+                "The network cannot be a CUDA graph (%s) and runs kernel by kernel, slower; "
+                "MODEL.MASK_DINO.TEST.CUDA_GRAPHS False leaves out the attempt.",
+                str(error).partition("\n")[0],
+            )
+            return False
+        while len(self._graphs) > self._most:
+            self._graphs.popitem(last=False)
+        return True
+
+
+def new_pool() -> object:
+    """Memory that graphs share: they run one after the other."""
+    return torch.cuda.graph_pool_handle()
+
+
+def capture(network: Network, images: Tensor, pool: object) -> Network:
+    """Captures a network as a CUDA graph.
+
+    Args:
+        network: see `CudaGraphs.__call__`.
+        images: an input of the shape to capture.
+        pool: see `new_pool`.
+
+    Returns:
+        A function that replays the graph on other images of this shape, and copies the results.
+
+    Raises:
+        RuntimeError: something in the network waits for the GPU, or cannot be captured.
+    """
+    # What a graph keeps is of use outside of inference mode too.
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.cuda.device(images.device),
+        holding_constants() as constants,
+    ):
+        held = images.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            network(held)  # libraries set themselves up outside of the capture
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Weights that autocast converted before are not the graph's own, nor its own others'.
+        torch.clear_autocast_cache()
+        try:
+            # Other threads, such as those that load images, may go on meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+                predictions, pixels = network(held)
+        finally:
+            torch.clear_autocast_cache()
+
+    def replay(images: Tensor, _kept: object = constants) -> Results:
+        held.copy_(images)
+        graph.replay()
+        return predictions.map(torch.clone), None if pixels is None else pixels.clone()
+
+    return replay

@@ -1,0 +1,146 @@
+"""Graphs by shape: when they are made, kept, replayed and left out; without a GPU."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskdino import cuda_graphs
+from maskdino.cuda_graphs import CALLS_BEFORE, CudaGraphs
+from maskdino.modeling.layers import cell_centers, holding_constants
+from maskdino.structures import Predictions
+
+
+class Network(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.calls = 0
+
+    def predict(self, images: Tensor) -> tuple[Predictions, None]:
+        self.calls += 1
+        total = self.layer(images.sum().view(1, 1))
+        return Predictions(total, total, None), None
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes in the order in which they are captured; replays do not call the network."""
+    shapes: list[tuple[int, ...]] = []
+
+    def capture(network: Callable, images: Tensor, _pool: object) -> Callable:
+        shapes.append(tuple(images.shape))
+        model = network.__self__
+
+        def replay(images: Tensor) -> tuple[Predictions, None]:
+            calls = model.calls
+            results = network(images)
+            model.calls = calls
+            return results
+
+        return replay
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "new_pool", lambda: "pool")
+    return shapes
+
+
+def call(graphs: CudaGraphs, model: Network, size: int, key: object = None) -> float:
+    images = torch.ones(1, 3, 2, size)
+    with torch.no_grad():
+        return graphs(model, model.predict, images, key)[0].boxes.item()
+
+
+def test_a_shape_that_comes_again_is_captured_once(captured: list) -> None:
+    model, graphs = Network(), CudaGraphs()
+    found = [call(graphs, model, 5) for _ in range(CALLS_BEFORE + 3)]
+    assert captured == [(1, 3, 2, 5)]
+    assert model.calls == CALLS_BEFORE
+    assert len(set(found)) == 1
+    assert call(graphs, model, 6) != found[0] and len(graphs) == 1
+
+
+def test_the_least_recently_used_is_forgotten(captured: list) -> None:
+    model, graphs = Network(), CudaGraphs(most=2)
+    for size in (5, 6, 5, 7, 5, 6):
+        for _ in range(CALLS_BEFORE + 1):
+            call(graphs, model, size)
+    assert [shape[-1] for shape in captured] == [5, 6, 7, 6]
+    assert len(graphs) == 2
+
+
+def test_what_a_capture_fixes_makes_another_graph(captured: list) -> None:
+    model, graphs = Network(), CudaGraphs()
+    for key in ("float32", "bfloat16"):
+        for _ in range(CALLS_BEFORE + 2):
+            call(graphs, model, 5, key)
+    assert len(captured) == 2
+    before = call(graphs, model, 5, "float32")
+    with torch.no_grad():
+        model.layer.weight.add_(1)  # in place: the graph reads it where it is
+    assert call(graphs, model, 5, "float32") != before
+    assert len(captured) == 2
+    model.layer.weight = nn.Parameter(model.layer.weight.clone())
+    for _ in range(CALLS_BEFORE + 1):
+        call(graphs, model, 5, "float32")
+    assert len(captured) == 3
+
+
+@pytest.mark.usefixtures("captured")
+def test_hooks_and_gradients_are_not_passed_over() -> None:
+    model, graphs = Network(), CudaGraphs()
+    for _ in range(CALLS_BEFORE + 1):
+        call(graphs, model, 5)
+    seen = []
+    handle = model.layer.register_forward_hook(lambda *_: seen.append(1))
+    call(graphs, model, 5)
+    assert len(seen) == 1
+    handle.remove()
+    calls = model.calls
+    call(graphs, model, 5)
+    assert model.calls == calls
+    results, _ = graphs(model, model.predict, torch.ones(1, 3, 2, 5), None)
+    assert results.boxes.requires_grad
+
+
+def test_a_network_that_cannot_be_captured_runs_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def capture(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "new_pool", lambda: "pool")
+    model, graphs = Network(), CudaGraphs()
+    with caplog.at_level(logging.WARNING):
+        found = {call(graphs, model, size) for size in (5, 5, 5, 5, 5)}
+    assert len(found) == 1 and model.calls == 5 and len(graphs) == 0
+    (record,) = caplog.records
+    assert "operation not permitted" in record.getMessage() and "more" not in record.getMessage()
+
+
+@pytest.mark.usefixtures("captured")
+def test_copies_begin_without_graphs() -> None:
+    model, graphs = Network(), CudaGraphs(most=3)
+    for _ in range(CALLS_BEFORE + 1):
+        call(graphs, model, 5)
+    for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
+        assert len(other) == 0
+        assert len(graphs) == 1
+
+
+def test_constants_are_held() -> None:
+    before = cell_centers(3, 4, torch.device("cpu"))
+    with holding_constants() as held:
+        again = cell_centers(3, 4, torch.device("cpu"))
+    assert len(held) == 1 and held[0] is again is before
+    cell_centers(3, 4, torch.device("cpu"))
+    assert len(held) == 1
