@@ -21,6 +21,7 @@ Importing this module imports Triton.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,57 @@ def why_not(device_type: str) -> str:
         return f"Triton's kernels do not run on {device_type}, unless TRITON_INTERPRET=1 is set"
     kernels.empty_kernel[(1,)](0)
     return ""
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What a start of a kernel needs beside tensors; the same for all calls of the same sizes."""
+
+    grid: tuple[int, int, int]  # blocks of queries, heads, images
+    sizes: list[int]  # tokens, queries, and one integer for each of MAX_LEVELS levels
+    constants: dict[str, int]  # of compilation; and the number of warps
+
+    @classmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(
+        cls,
+        form: int,
+        images: int,
+        tokens: int,
+        queries: int,
+        heads: int,
+        channels: int,
+        num_points: int,
+        shapes: tuple[int, ...],
+    ) -> _Launch:
+        """Chooses a tile of queries; shapes are (H0, W0, H1, W1, ...)."""
+        levels = list(zip(shapes[::2], shapes[1::2], strict=True))
+        block_p, block_d = _padded(num_points), _padded(channels)
+        # A program keeps 16 numbers of each corner per thread. A decoder's few queries are spread
+        # thinner, so that all processors get some.
+        few = images * queries * heads * block_p * block_d < _FEW_NUMBERS
+        numbers = 32 * _WARPS * (8 if few else 16)
+        bits = min(max(numbers // (block_p * block_d), 1), 64).bit_length() - 1
+        tile_h, tile_w = 2 ** (bits // 2), 2 ** (bits - bits // 2)
+        if form == kernels.TOKENS:
+            blocks = sum(-(-height // tile_h) * -(-width // tile_w) for height, width in levels)
+        else:
+            blocks = -(-queries // (tile_h * tile_w))
+        packed = [(height << 32) + width for height, width in levels]
+        packed += [0] * (kernels.MAX_LEVELS - len(levels))
+        constants = {
+            "FORM": form,
+            "HEADS": heads,
+            "CHANNELS": channels,
+            "LEVELS": len(levels),
+            "NUM_POINTS": num_points,
+            "TILE_H": tile_h,
+            "TILE_W": tile_w,
+            "BLOCK_P": block_p,
+            "BLOCK_D": block_d,
+            "num_warps": _WARPS,
+        }
+        return cls((blocks, heads, images), [tokens, queries, *packed], constants)
 
 
 @dataclass(frozen=True)
@@ -94,52 +146,15 @@ class _Call:
         return cls(form, value.contiguous(), shapes, raw, raw, reference, num_points)
 
     @property
-    def levels(self) -> int:
-        """L."""
-        return len(self.shapes) // 2
-
-    @property
     def queries(self) -> int:
         """Q."""
         return self.points.shape[1]
 
-    def constants(self) -> dict[str, int]:
-        """Compile-time constants, and the number of warps."""
-        images, _, heads, channels = self.value.shape
-        block_p, block_d = _padded(self.num_points), _padded(channels)
-        # A program keeps 16 numbers of each corner per thread. A decoder's few queries are spread
-        # thinner, so that all processors get some.
-        few = images * self.queries * heads * block_p * block_d < _FEW_NUMBERS
-        numbers = 32 * _WARPS * (8 if few else 16)
-        bits = min(max(numbers // (block_p * block_d), 1), 64).bit_length() - 1
-        return {
-            "FORM": self.form,
-            "HEADS": heads,
-            "CHANNELS": channels,
-            "LEVELS": self.levels,
-            "NUM_POINTS": self.num_points,
-            "TILE_H": 2 ** (bits // 2),
-            "TILE_W": 2 ** (bits - bits // 2),
-            "BLOCK_P": block_p,
-            "BLOCK_D": block_d,
-            "num_warps": _WARPS,
-        }
-
-    def grid(self, constants: dict[str, int]) -> tuple[int, int, int]:
-        """Blocks of queries, heads, images."""
-        height, width = constants["TILE_H"], constants["TILE_W"]
-        if self.form == kernels.TOKENS:
-            sizes = zip(self.shapes[::2], self.shapes[1::2], strict=True)
-            blocks = sum(-(-h // height) * -(-w // width) for h, w in sizes)
-        else:
-            blocks = -(-self.queries // (height * width))
-        return blocks, self.value.shape[2], self.value.shape[0]
-
-    def sizes(self) -> list[int]:
-        """Tokens, queries, and one integer for each of MAX_LEVELS levels (0: there is none)."""
-        packed = [(h << 32) + w for h, w in zip(self.shapes[::2], self.shapes[1::2], strict=True)]
-        packed += [0] * (kernels.MAX_LEVELS - self.levels)
-        return [self.value.shape[1], self.queries, *packed]
+    def launch(self) -> _Launch:
+        """How to start a kernel for this call."""
+        images, tokens, heads, channels = self.value.shape
+        sizes = (images, tokens, self.queries, heads, channels)
+        return _Launch.of(self.form, *sizes, self.num_points, tuple(self.shapes))
 
     def device(self) -> contextlib.AbstractContextManager[Any]:
         """Triton starts kernels on the current device."""
@@ -158,11 +173,11 @@ def _forward(call: _Call) -> Tensor:
     output = call.value.new_empty(images, call.queries, heads * channels)
     if output.numel() == 0:
         return output
-    constants = call.constants()
+    launch = call.launch()
     reference = call.points if call.reference is None else call.reference  # any will do
     tensors = (call.value, call.points, call.scores, reference, output)
     with call.device():
-        kernels.forward_kernel[call.grid(constants)](*tensors, *call.sizes(), **constants)
+        kernels.forward_kernel[launch.grid](*tensors, *launch.sizes, **launch.constants)
     return output
 
 
@@ -181,7 +196,7 @@ def _backward(
     if reference_gradient:
         size = (images, heads, call.queries, call.reference.shape[2])
     grad_reference = call.value.new_zeros(size, dtype=torch.float32)
-    textbook = call.scores is not call.points
+    textbook = call.form == kernels.TEXTBOOK
     if grad_output.numel() == 0:
         grad_points = torch.zeros_like(call.points)
         grad_scores = torch.zeros_like(call.scores) if textbook else grad_points
@@ -189,19 +204,19 @@ def _backward(
         grad_points = torch.empty_like(call.points)
         grad_scores = torch.empty_like(call.scores) if textbook else grad_points
         scale = _fixed_point_scale(call, grad_output) if fixed else grad_reference
-        constants = call.constants()
+        launch = call.launch()
         reference = call.points if call.reference is None else call.reference
         tensors = (grad_output.contiguous(), call.value, call.points, call.scores, reference)
         gradients = (grad_value, grad_points, grad_scores, grad_reference, scale)
         with call.device():
-            backward_kernel[call.grid(constants)](
+            backward_kernel[launch.grid](
                 *tensors,
                 *gradients,
-                *call.sizes(),
-                BLOCK_L=_padded(call.levels),
+                *launch.sizes,
+                BLOCK_L=_padded(len(call.shapes) // 2),
                 REFERENCE_GRADIENT=reference_gradient,
                 DETERMINISTIC=fixed,
-                **constants,
+                **launch.constants,
             )
         if fixed:
             grad_value = grad_value.double() / scale
@@ -217,7 +232,7 @@ def _fixed_point_scale(call: _Call, grad_output: Tensor) -> Tensor:
     bound = grad_output.abs().amax().double()
     if call.form == kernels.TEXTBOOK:
         bound = bound * call.scores.abs().amax().double()
-    contributions = 4 * call.queries * call.levels * call.num_points
+    contributions = 4 * call.queries * len(call.shapes) // 2 * call.num_points
     bits = 60 - math.ceil(math.log2(contributions))
     return torch.exp2(bits - torch.log2(bound.clamp(min=1e-200)).ceil())
 

@@ -120,7 +120,9 @@ def test_nan_pixels(run: Run) -> None:
     run(checks.check_nan_pixels)
 
 
-@pytest.mark.parametrize(("form", "dtype"), [(TEXTBOOK, torch.bfloat16), (None, torch.float32)])
+@pytest.mark.parametrize(
+    ("form", "dtype"), [(TEXTBOOK, torch.bfloat16), (None, torch.float32)], ids=str
+)
 def test_fixed_point_sums(form: Form, dtype: torch.dtype, run: Run) -> None:
     run(checks.check_fixed_point_sums, form, dtype)
 

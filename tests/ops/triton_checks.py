@@ -116,9 +116,12 @@ def check_locations_without_meaning(bad: float, dtype: torch.dtype, device: str)
     leaves = [t.to(device).requires_grad_() for t in tensors]
     output = call(case, TEXTBOOK, leaves)
     assert_close(output.detach(), expected_output(case, TEXTBOOK, tensors), TOLERANCE[dtype])
-    output.sum().backward()
+    output.sum().backward(retain_graph=True)
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
     assert not leaves[1].grad[:, 1, :, 1].any() and leaves[1].grad.any()
+    infinite = torch.full_like(output, float("inf"))
+    grad = torch.autograd.grad(output, leaves[1], infinite)[0]
+    assert not grad[:, 1, :, 1].any() and not grad[:, 1, :, 0].isfinite().all()
 
 
 def check_any_number_in_fused_forms(bad: float, device: str) -> None:
@@ -139,6 +142,7 @@ def check_any_number_in_fused_forms(bad: float, device: str) -> None:
         assert raw_gradient[untouched].isfinite().all() and raw_gradient[untouched].any()
         if at == 0:  # a sample without a meaning has no gradient
             assert not raw_gradient[0, 1, at].any() and not raw_gradient[1, 2, :8].any()
+            assert leaves[2].grad.isfinite().all() and not leaves[2].grad[1, 2].any()
 
 
 def check_nan_pixels(device: str) -> None:
