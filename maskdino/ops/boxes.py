@@ -50,7 +50,8 @@ def _area(low: Tensor, high: Tensor) -> Tensor:
 
 def inverse_sigmoid(probabilities: Tensor, eps: float = 1e-5) -> Tensor:
     """Logits of values, clamped to [0, 1] first; both x and 1 - x count as at least `eps`."""
-    return torch.log(probabilities.clamp(eps, 1) / (1 - probabilities).clamp(eps, 1))
+    # 1.0: of a whole number the ONNX exporter would make a tensor, which it then cannot clamp with.
+    return torch.log(probabilities.clamp(eps, 1.0) / (1 - probabilities).clamp(eps, 1.0))
 
 
 def masks_to_boxes(masks: Tensor, inclusive: bool) -> Tensor:
