@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # in a process of the released code, `maskdino` is its packag
 ROOT = Path(__file__).resolve().parents[2]
 LINES = "results.jsonl"
 TOP_KERNELS = 20
+REPLAY_MS = 50.0  # that a timed series of replays takes, roughly
 R50 = "coco/instance/maskdino_R50.yaml"
 TINY = "coco/instance/maskdino_tiny.yaml"
 PRECISION_KEY = "MODEL.MASK_DINO.TEST.PRECISION"
@@ -93,7 +94,7 @@ def milliseconds(run: Run, call: Callable[[], object], repeats: int = 10, warm: 
     return round(statistics.median(times), 3)
 
 
-def replayed_microseconds(call: Callable[[], object], calls: int = 10, replays: int = 20) -> float:
+def replayed_microseconds(call: Callable[[], object], calls: int = 10) -> float:
     """Time of a call on the GPU alone: a captured graph of several calls, replayed."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -106,16 +107,19 @@ def replayed_microseconds(call: Callable[[], object], calls: int = 10, replays: 
         for _ in range(calls):
             call()
     graph.replay()
-    times = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end) / (calls * replays))
-    return round(statistics.median(times), 2)
+    replays = max(1, min(20, int(REPLAY_MS / _replay_ms(graph, 1))))
+    times = [_replay_ms(graph, replays) / (calls * replays) for _ in range(5)]
+    return round(1e3 * statistics.median(times), 2)
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph, times: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def peak_mebibytes(run: Run, call: Callable[[], object]) -> int:
@@ -161,7 +165,7 @@ def host_waits(run: Run) -> Iterator[Counter]:
     def record(
         message: object, _category: type, filename: str, lineno: int, *_rest: object
     ) -> None:
-        if "synchroniz" not in str(message).lower():
+        if "called a synchronizing" not in str(message):
             return
         package = str(ROOT / "maskdino")
         inside = [f for f in traceback.extract_stack() if f.filename.startswith(package)]

@@ -26,8 +26,8 @@ HEADS, CHANNELS, POINTS = 8, 32, 4
 DRY_SHAPES = [(9, 7), (5, 4), (3, 2), (1, 1)]
 # Bounds of the relative error of outputs and gradients, by the type of features.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-# Spread of the offsets in cells: as a model begins, and far.
-SPREADS = (2.0, 12.0)
+# Channels of a head, and spread of the offsets in cells: as a model begins, and far.
+CASES = ((CHANNELS, 2.0), (CHANNELS, 12.0), (16, 2.0))
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class Problem:
 def is_right(run: Run) -> None:
     """Output and gradients on the device, in each type, against float64 on the CPU."""
     shapes = DRY_SHAPES if run.dry else [(32, 44), (16, 22), (8, 11), (4, 6)]
-    cases = itertools.product((None, 40 if run.dry else 300), SPREADS, (16, CHANNELS), BOUNDS)
+    cases = itertools.product((None, 40 if run.dry else 300), CASES, BOUNDS)
     backends = _backends(run)
-    for queries, spread, channels, dtype in cases:
+    for queries, (channels, spread), dtype in cases:
         # What rounding the inputs costs is not the operator's error.
         rounded = Problem.draw(shapes, 2, queries, spread, channels).on("cpu", dtype)
         rounded = rounded.off_the_kinks()
