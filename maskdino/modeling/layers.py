@@ -118,8 +118,11 @@ def map_sine_embedding(height: int, width: int, channels: int, device: torch.dev
 @constant_of_shape
 def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
     """Centres of the cells of a map, row by row: (height * width, 2) as (x, y) in [0, 1]."""
+    # On a GPU, a number is divided by through its reciprocal, whose rounding lets the last of 50
+    # rows be nearer than 0.99; a tensor is divided by as on a CPU.
     y, x = (
-        (torch.arange(size, dtype=torch.float32, device=device) + 0.5) / size
+        (torch.arange(size, dtype=torch.float32, device=device) + 0.5)
+        / torch.full((1,), size, dtype=torch.float32, device=device)
         for size in (height, width)
     )
     return torch.stack([x[None].expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(
