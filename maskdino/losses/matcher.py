@@ -29,7 +29,7 @@ from maskdino.structures import Matches, PackedMasks, Predictions, Targets
 logger = logging.getLogger(__name__)
 
 IMPOSSIBLE = 1e6  # stands for a cost that is not finite
-ELEMENTS_AT_ONCE = 25 << 20  # features and mask logits at points (100 MiB of float32)
+ELEMENTS_AT_ONCE = 1 << 25  # features and mask logits at points (128 MiB of float32)
 _waiters = ThreadPoolExecutor(max_workers=1, thread_name_prefix="matching")
 # SciPy's solver releases the interpreter lock.
 _solvers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="assignment")
