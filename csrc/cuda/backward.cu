@@ -11,17 +11,12 @@ namespace {
 // launch_value_gradient().
 enum class Adds { numbers, integers, nothing };
 
-template <int Group, typename A>
-__device__ __forceinline__ Sample<A> from_lane(const Sample<A>& own, int lane) {
-  return {__shfl_sync(kWholeWarp, own.token, lane, Group),
-          __shfl_sync(kWholeWarp, own.right_step, lane, Group),
-          __shfl_sync(kWholeWarp, own.down_step, lane, Group),
-          __shfl_sync(kWholeWarp, own.inside, lane, Group),
-          __shfl_sync(kWholeWarp, own.left, lane, Group),
-          __shfl_sync(kWholeWarp, own.right, lane, Group),
-          __shfl_sync(kWholeWarp, own.top, lane, Group),
-          __shfl_sync(kWholeWarp, own.bottom, lane, Group)};
-}
+// Products of the features at a sample's corners with the gradient of the output, summed over
+// channels. Those of corners outside the map mean nothing.
+template <typename A>
+struct Dots {
+  A corner[4];
+};
 
 // Gradients of one sample: of its attention weight, and of its pixel coordinates before the
 // attention weight is multiplied in.
@@ -44,47 +39,49 @@ struct HeadView {
   double scale;  // of fixed-point numbers
 };
 
-// One lane's part of a sample's gradient, from the channels that begin `channel` after the lane's
+// One lane's part of a sample's products, from the channels that begin `channel` after the lane's
 // first; also adds to the value's gradient.
 template <int Vector, Adds kAdds, typename T, typename A>
 __device__ __forceinline__ void visit_corners(const HeadView<T, kAdds>& head, int channel,
-                                              const Sample<A>& s, A weight,
-                                              const A (&grad)[Vector], SampleGradient<A>& sum) {
-  const int tokens[4] = {s.token, s.token + s.right_step, s.token + s.down_step,
-                         s.token + s.down_step + s.right_step};
-  const A shares[4] = {s.top * s.left, s.top * s.right, s.bottom * s.left, s.bottom * s.right};
+                                              const Corners<A>& c, int inside,
+                                              const A (&grad)[Vector], Dots<A>& dots) {
+  const int tokens[4] = {c.token, c.token + c.right_step, c.token + c.down_step,
+                         c.token + c.down_step + c.right_step};
   Pack<T, Vector> rows[4];
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
     rows[corner] = load_pack<Vector>(step(head.features + channel, tokens[corner], head.token_bytes));
   }
-  A dots[4];
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
-    A numbers[Vector], addends[Vector];
+    A numbers[Vector];
     unpack(rows[corner], numbers);
-    dots[corner] = 0;
 #pragma unroll
-    for (int k = 0; k < Vector; ++k) {
-      dots[corner] += grad[k] * numbers[k];
-      addends[k] = weight * shares[corner] * grad[k];
-    }
-    if (!(s.inside >> corner & 1)) {
-      dots[corner] = 0;
-      continue;
-    }
-    constexpr int kRatio = sizeof(*head.grad_value) / sizeof(T);
-    auto* target = step(head.grad_value + channel, tokens[corner], kRatio * head.token_bytes);
-    if constexpr (kAdds == Adds::integers) {
-      atomic_add_fixed(target, head.scale, addends);
-    } else if constexpr (kAdds == Adds::numbers) {
-      atomic_add(target, addends);
+    for (int k = 0; k < Vector; ++k) dots.corner[corner] += grad[k] * numbers[k];
+    if constexpr (kAdds != Adds::nothing) {
+      if (!(inside >> corner & 1)) continue;
+      A addends[Vector];
+#pragma unroll
+      for (int k = 0; k < Vector; ++k) addends[k] = c.weight[corner] * grad[k];
+      constexpr int kRatio = sizeof(*head.grad_value) / sizeof(T);
+      auto* target = step(head.grad_value + channel, tokens[corner], kRatio * head.token_bytes);
+      if constexpr (kAdds == Adds::integers) {
+        atomic_add_fixed(target, head.scale, addends);
+      } else {
+        atomic_add(target, addends);
+      }
     }
   }
-  const A top = s.left * dots[0] + s.right * dots[1], bottom = s.left * dots[2] + s.right * dots[3];
-  sum.weight += s.top * top + s.bottom * bottom;
-  sum.x += s.top * (dots[1] - dots[0]) + s.bottom * (dots[3] - dots[2]);
-  sum.y += bottom - top;
+}
+
+template <typename A>
+__device__ __forceinline__ SampleGradient<A> combine(const Sample<A>& s, const Dots<A>& dots) {
+  A d[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) d[k] = s.inside >> k & 1 ? dots.corner[k] : A(0);
+  const A top = s.left * d[0] + s.right * d[1], bottom = s.left * d[2] + s.right * d[3];
+  return {s.top * top + s.bottom * bottom, s.top * (d[1] - d[0]) + s.bottom * (d[3] - d[2]),
+          bottom - top};
 }
 
 template <int Vector, typename T, typename A>
@@ -92,24 +89,59 @@ __device__ __forceinline__ void load_grad(A (&grad)[Vector], const T* source) {
   unpack(load_pack<Vector>(source), grad);
 }
 
-// Gradient of one sample, the same on all lanes of the group. `grad` holds the lane's channels of
-// grad_output where the group's vectors cover the head, else it is filled step by step.
+// One lane's part of a sample's products. `grad` holds the lane's channels of grad_output where the
+// group's vectors cover the head, else it is filled step by step. Bit k of `inside`: see Sample.
 template <int Vector, int Group, Adds kAdds, typename T, typename A>
-__device__ __forceinline__ SampleGradient<A> visit_sample(const HeadView<T, kAdds>& head,
-                                                          const Sample<A>& s, A weight, int lane,
-                                                          A (&grad)[Vector]) {
-  SampleGradient<A> sum{};
-  if (s.token >= 0) {
-    if constexpr (Vector > 1) {
-      visit_corners(head, 0, s, weight, grad, sum);
-    } else {
-      for (int channel = 0; lane + channel < head.channels; channel += Group) {
-        load_grad(grad, head.grad_output + channel);
-        visit_corners(head, channel, s, weight, grad, sum);
-      }
+__device__ __forceinline__ Dots<A> visit_sample(const HeadView<T, kAdds>& head, const Corners<A>& c,
+                                                int inside, int lane, A (&grad)[Vector]) {
+  Dots<A> dots{};
+  if (c.token < 0) return dots;
+  if constexpr (Vector > 1) {
+    visit_corners(head, 0, c, inside, grad, dots);
+  } else {
+    for (int channel = 0; lane + channel < head.channels; channel += Group) {
+      load_grad(grad, head.grad_output + channel);
+      visit_corners(head, channel, c, inside, grad, dots);
     }
   }
-  return {group_sum<Group>(sum.weight), group_sum<Group>(sum.x), group_sum<Group>(sum.y)};
+  return dots;
+}
+
+// The sum of a number over two lanes `distance` apart: of `low` for the lane whose own number lacks
+// the bit `distance`, of `high` for the other.
+template <int Group, typename A>
+__device__ __forceinline__ A exchange(A low, A high, int distance, int lane) {
+  const bool upper = lane & distance;
+  return (upper ? high : low) + __shfl_xor_sync(kWholeWarp, upper ? low : high, distance, Group);
+}
+
+// Products of `Count` samples: lane k of each `Count` lanes gets what these lanes have of sample
+// `first` + k. One shuffle serves several samples, where a sum of each by itself needs log2(Count).
+template <int Count, int Group, typename A, typename Visit>
+__device__ __forceinline__ Dots<A> visit_samples(int first, int lane, const Visit& visit) {
+  if constexpr (Count == 1) {
+    return visit(first);
+  } else {
+    constexpr int kHalf = Count / 2;
+    const auto low = visit_samples<kHalf, Group, A>(first, lane, visit);
+    const auto high = visit_samples<kHalf, Group, A>(first + kHalf, lane, visit);
+    Dots<A> dots;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      dots.corner[k] = exchange<Group>(low.corner[k], high.corner[k], kHalf, lane);
+    }
+    return dots;
+  }
+}
+
+// Sum over the lanes of a group whose numbers differ by multiples of `Count`.
+template <int Count, int Group, typename A>
+__device__ __forceinline__ A sum_across(A number) {
+#pragma unroll
+  for (int distance = Count; distance < Group; distance *= 2) {
+    number += __shfl_xor_sync(kWholeWarp, number, distance, Group);
+  }
+  return number;
 }
 
 // Writes the gradients of the logits, and of the reference where somebody wants it.
@@ -169,8 +201,12 @@ __device__ __forceinline__ void finish_sample(const Inputs<T, kForm>& in,
   }
 }
 
+// Blocks of a processor that registers are spared for. A decoder has too few queries to fill it.
+template <Form kForm, int Vector>
+constexpr int kBlocks = Vector > 1 && kForm != Form::references ? 2 : 1;
+
 template <typename T, Form kForm, int Vector, int Group, Adds kAdds>
-__global__ void __launch_bounds__(kMaxThreads, Vector > 1 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<kForm, Vector>)
     backward_kernel(const Inputs<T, kForm> in, const Gradients<T, kForm> gradients) {
   using A = Arithmetic<T>;
   using Raw = typename Inputs<T, kForm>::Raw;
@@ -212,16 +248,24 @@ __global__ void __launch_bounds__(kMaxThreads, Vector > 1 ? 2 : 1)
       own = place_sample(x, y, level);
       own_weight = scale * sampler.weight(own_index);
     }
-    SampleGradient<A> own_gradient{};
+    const Corners<A> own_corners = weigh_corners(own, own_weight);
+    Dots<A> own_dots{};
     const int count = Group < 32 ? Group : min(Group, g.samples - base);
-#pragma unroll 4
-    for (int j = 0; j < count; ++j) {
-      const A weight = __shfl_sync(kWholeWarp, own_weight, j, Group);
-      const auto gradient =
-          visit_sample<Vector, Group, kAdds>(head, from_lane<Group>(own, j), weight, lane, grad);
-      if (lane == j) own_gradient = gradient;
+    constexpr int kTogether = Group < 4 ? Group : 4;
+#pragma unroll 1
+    for (int j = 0; j < count; j += kTogether) {
+      auto dots = visit_samples<kTogether, Group, A>(j, lane, [&](int k) {
+        constexpr bool kWeights = kAdds != Adds::nothing;
+        const auto corners = from_lane<Group, kWeights>(own_corners, k);
+        const int inside = kWeights ? __shfl_sync(kWholeWarp, own.inside, k, Group) : 0;
+        return visit_sample<Vector, Group, kAdds>(head, corners, inside, lane, grad);
+      });
+#pragma unroll
+      for (int k = 0; k < 4; ++k) dots.corner[k] = sum_across<kTogether, Group>(dots.corner[k]);
+      if (lane / kTogether == j / kTogether) own_dots = dots;
     }
     if (!owns) continue;
+    const SampleGradient<A> own_gradient = combine(own, own_dots);
     finish_sample(in, gradients, sampler, own_index, levels[own_index], own_weight * own_gradient.x,
                   own_weight * own_gradient.y, grad_reference);
     if constexpr (sampler.kFused) {
@@ -250,10 +294,12 @@ void launch_backward(const Inputs<T, kForm>& in, const Gradients<T, kForm>& grad
     const int threads = threads_per_block<kGroup>(g);
     const size_t shared =
         (sizeof(SampleLevel) + threads / kGroup * sizeof(Arithmetic<T>)) * g.samples;
-    auto kernel = gradients.scale != nullptr
-                      ? backward_kernel<T, kForm, kVector, kGroup, Adds::integers>
-                      : backward_kernel<T, kForm, kVector, kGroup, Adds::numbers>;
-    if constexpr (kForm == Form::tokens && kVector > 1) {
+    auto kernel = backward_kernel<T, kForm, kVector, kGroup, Adds::numbers>;
+    if constexpr (kVector == 1) {
+      if (gradients.scale != nullptr) {
+        kernel = backward_kernel<T, kForm, kVector, kGroup, Adds::integers>;
+      }
+    } else if constexpr (kForm == Form::tokens) {
       if (gradients.value == nullptr) {
         kernel = backward_kernel<T, kForm, kVector, kGroup, Adds::nothing>;
       }

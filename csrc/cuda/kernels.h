@@ -72,8 +72,9 @@ struct Inputs {
 };
 
 // Where gradients go. Those of the value are added to `value`, which starts as zeros: numbers of
-// type A, or where `scale` is set 64-bit integers, gradient x scale, whose sum has no order. `value`
-// is null where launch_value_gradient() sees to it; only where every token is a query, with vectors.
+// type A, or where `scale` is set 64-bit integers, gradient x scale, whose sum has no order; that
+// without vectors. `value` is null where launch_value_gradient() sees to it: with vectors, and where
+// every token is a query.
 template <typename T, Form kForm>
 struct Gradients {
   const T* output;  // (B, Q, M x D), read

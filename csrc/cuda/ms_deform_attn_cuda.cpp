@@ -26,6 +26,19 @@ bool is_aligned(const at::Tensor& tensor, size_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
+// Queries of a block that takes no tile, at most `most`: few, because a decoder has few queries and
+// every processor should get some.
+int queries_without_tiles(const Sizes& sizes, int most, int heads_per_block, int lanes) {
+  constexpr int64_t kBlocks = 512, kWarp = 32;
+  int64_t queries = std::min(most, 16);
+  while (queries * heads_per_block * lanes > kWarp &&
+         (sizes.queries + queries - 1) / queries * sizes.heads / heads_per_block * sizes.images <
+             kBlocks) {
+    queries /= 2;
+  }
+  return static_cast<int>(queries);
+}
+
 // `lanes` work on one head of one query; `number_size` is that of an arithmetic number.
 Geometry make_geometry(const Sizes& sizes, at::IntArrayRef shapes, bool tokens_are_queries,
                        int lanes, int heads_per_block, int64_t number_size) {
@@ -50,8 +63,9 @@ Geometry make_geometry(const Sizes& sizes, at::IntArrayRef shapes, bool tokens_a
   int bits = 3;
   while ((heads_per_block << 2 * bits) > most) --bits;
   const int side = 1 << bits;
-  // Without tiles, small blocks: a decoder has few queries, and every processor should get some.
-  g.queries_per_block = tokens_are_queries ? side * side : std::min<int>(side * side, 16);
+  g.queries_per_block =
+      tokens_are_queries ? side * side
+                         : queries_without_tiles(sizes, side * side, heads_per_block, lanes);
   g.heads_per_block = heads_per_block;
   g.tile_bits = bits;
   int64_t tiles = 0, tokens = 0;
@@ -148,8 +162,10 @@ at::Tensor forward(const Prepared& in) {
   const bool vectors = can_use_vectors(in) && is_aligned(output);
   dispatch(in, [&](auto number, auto form) {
     using T = decltype(number);
-    // Two heads of one cache line of 128 bytes go together: lanes read from different banks.
-    const bool half_lines = vectors && z.channels * sizeof(T) <= 64 && z.heads % 2 == 0;
+    // Two heads of one cache line of 128 bytes go together: lanes read from different banks. The few
+    // queries of a decoder are better spread over the processors.
+    const bool half_lines = vectors && z.channels * sizeof(T) <= 64 && z.heads % 2 == 0 &&
+                            z.images * z.queries >= 4096;
     const int vector = vectors ? forward_vector(sizeof(T)) : 1;
     const auto inputs = make_inputs<T, decltype(form)::value>(in, vector, half_lines ? 2 : 1);
     launch_forward(inputs, output.data_ptr<T>(), vectors,
@@ -174,10 +190,10 @@ at::Tensor fixed_point_scale(const Prepared& in, const at::Tensor& grad_output) 
   return at::exp2(bits - at::ceil(at::log2(bound.clamp_min(1e-200))));
 }
 
-// For a comparison on a card: MASKDINO_CUDA_BACKWARD=atomics adds to global memory sample by sample.
+// For a comparison on a card: MASKDINO_CUDA_BACKWARD=merged sums by regions before it adds.
 bool merges() {
   const char* choice = std::getenv("MASKDINO_CUDA_BACKWARD");
-  return choice == nullptr || std::strcmp(choice, "atomics") != 0;
+  return choice != nullptr && std::strcmp(choice, "merged") == 0;
 }
 
 Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradient) {
@@ -201,8 +217,9 @@ Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradi
     return result;
   }
   const at::Tensor scale = deterministic ? fixed_point_scale(in, grad_output) : at::Tensor();
-  const bool vectors =
-      can_use_vectors(in) && is_aligned(grad_output) && is_aligned(result.value);
+  // Integers are added one by one, so that vectors gain little and would double what is compiled.
+  const bool vectors = !deterministic && can_use_vectors(in) && is_aligned(grad_output) &&
+                       is_aligned(result.value);
   dispatch(in, [&](auto number, auto form) {
     using T = decltype(number);
     constexpr Form kForm = decltype(form)::value;
@@ -218,7 +235,7 @@ Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradi
     const auto stream = c10::cuda::getCurrentCUDAStream().stream();
     if constexpr (kForm == Form::tokens && !std::is_same<T, double>::value) {
       Merging merging;
-      if (vectors && !deterministic && merges() && plan_merging(inputs.geometry, merging)) {
+      if (vectors && merges() && plan_merging(inputs.geometry, merging)) {
         launch_value_gradient(inputs, merging, gradients.output, result.value.data_ptr<float>(),
                               stream);
         gradients.value = nullptr;

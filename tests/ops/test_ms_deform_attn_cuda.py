@@ -6,6 +6,7 @@ CUDA thread as a coroutine. It shows that arithmetic, indexing and barriers are 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -102,6 +103,7 @@ def gradient_of_value(
     raw[..., : 2 * samples] = offsets.to(dtype)
     grad = torch.randn(case.images, case.tokens, case.heads * case.channels).to(dtype)
     fused = (value.to(device), case.flat_shapes, raw.to(device), None, case.points)
+    os.environ["MASKDINO_CUDA_BACKWARD"] = "merged"
     return [operators.ms_deform_attn_fused_backward(grad.to(device), *fused, False)[0].cpu()]
 
 
