@@ -94,7 +94,7 @@ class HybridMatcher:
         """
         image = torch.cat(
             [targets.labels.new_full((count,), i) for i, count in enumerate(targets.counts)]
-        )
+        )  # (N,) of each object
         costs = self.weights.class_weight * self._class_cost(predictions, targets, image)
         if self.weights.boxes:
             costs = costs + self._box_cost(predictions, targets, image)
@@ -103,6 +103,7 @@ class HybridMatcher:
         return PendingMatches(costs, targets)
 
     def _class_cost(self, predictions: Predictions, targets: Targets, image: Tensor) -> Tensor:
+        """(O, Q, N): of giving an object to a query of its image, as all costs here."""
         logits = predictions.class_logits[:, image, :, targets.labels]  # (N, O, Q)
         return focal_cost(logits.float()).permute(1, 2, 0)
 

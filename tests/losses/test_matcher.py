@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from maskdino.losses import functional as losses
+from maskdino.losses import matcher as matcher_module
 from maskdino.losses.matcher import CostWeights, HybridMatcher
 from maskdino.ops.points import sample_maps
 from maskdino.structures import Matches, Predictions, Targets
@@ -57,6 +58,41 @@ def slow_costs(
         mean = boxes_cost[:, things].mean() if things.any() else 0.0
         boxes_cost[:, ~things] = mean
     return cost + boxes_cost
+
+
+class DrawnPoints(FixedPoints):
+    """Draws points anew and keeps what it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = []
+
+    def uniform(self, number: int, device: torch.device) -> Tensor:
+        self.given.append(torch.rand(number, len(self.points), 2, device=device))
+        return self.given[-1]
+
+
+@pytest.mark.parametrize("at_once", [1, matcher_module.ELEMENTS_AT_ONCE])
+def test_every_output_and_image_has_points_of_its_own(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The costs of each are those at its points, whichever outputs are computed together."""
+    monkeypatch.setattr(matcher_module, "ELEMENTS_AT_ONCE", at_once)
+    targets, points = drawn_targets((3, 0, 2), stuff=(0, 1)), DrawnPoints()
+    predictions, pixels = drawn_predictions(4, 3, 5)
+    matcher = HybridMatcher(weights=WEIGHTS, decouple_stuff_boxes=True)
+    costs = matcher.start(predictions, pixels, targets, points)._costs
+    places = torch.cat(points.given)  # of the first image's outputs, then of the last one's
+    assert len(places) == 8 and len(places.flatten(1).unique(dim=0)) == 8
+    for i, (image, output) in enumerate(itertools.product((0, 2), range(4))):
+        first, count = targets.offsets[image], targets.counts[image]
+        with torch.no_grad():
+            expected = slow_costs(
+                WEIGHTS, True, predictions, pixels, targets, places[i], (output, image)
+            )
+        torch.testing.assert_close(
+            costs[output, :, first : first + count], expected, atol=1e-4, rtol=1e-4
+        )
 
 
 def least_cost(costs: Tensor) -> float:
