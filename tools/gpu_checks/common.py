@@ -141,7 +141,13 @@ def launches(run: Run, call: Callable[[], object]) -> dict[str, object]:
         call()
         wait(run)
     events = recorded.key_averages()
-    kernels = [e for e in events if e.self_device_time_total > 0 and "CUDA" in str(e.device_type)]
+    kernels = [
+        e
+        for e in events
+        if e.self_device_time_total > 0
+        and "CUDA" in str(e.device_type)
+        and not e.is_user_annotation  # an optimizer's step, which is kernels counted already
+    ]
     kernels.sort(key=lambda e: -e.self_device_time_total)
     return {
         "launches": sum(e.count for e in events if "LaunchKernel" in e.key),

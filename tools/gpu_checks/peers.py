@@ -332,10 +332,10 @@ def _measure(run: Run, side: Side, case: dict, call: Callable[[], object]) -> No
 
 @contextmanager
 def arithmetic(run: Run, precision: str) -> Iterator[None]:
-    """`DEFAULTS`, float32, tf32, or autocast to a half type; the flags are put back."""
+    """float32, tf32, or, with PyTorch's own flags, `DEFAULTS` or autocast to a half type."""
     flags = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [flag.allow_tf32 for flag in flags]
-    if precision != DEFAULTS:
+    if precision in ("float32", "tf32"):
         for flag in flags:
             flag.allow_tf32 = precision == "tf32"
     half = HALVES.get(precision)
