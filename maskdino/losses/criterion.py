@@ -201,17 +201,17 @@ class Criterion(nn.Module):
     ) -> dict[str, Tensor]:
         """Mask losses at points (`ops.points` makes the masks of an image a few at a time)."""
         matched = embeddings[matches.output, matches.image, matches.query]  # (M, C), image by image
-        logits, points = zip(
-            *(
-                mask_logits_at_points(of_image, pixels, self.points.uncertain)
-                for of_image, pixels in zip(
-                    matched.split(matches.pairs_per_image), pixel_embedding, strict=True
-                )
-            ),
+        logits, labels = [], []
+        for of_image, pixels, target in zip(
+            matched.split(matches.pairs_per_image),
+            pixel_embedding,
+            matches.target.split(matches.pairs_per_image),
             strict=True,
-        )
-        logits = torch.cat(logits)  # (M, P)
-        labels = sample_packed_masks(targets.masks, matches.target, torch.cat(points))
+        ):
+            found, points = mask_logits_at_points(of_image, pixels, self.points.uncertain)
+            logits.append(found)
+            labels.append(sample_packed_masks(targets.masks, target, points))
+        logits, labels = torch.cat(logits), torch.cat(labels)  # (M, P)
         counts = targets.has_mask[matches.target]
         losses = {
             "loss_mask_bce": mask_bce_loss(logits, labels),

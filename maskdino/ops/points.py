@@ -123,8 +123,8 @@ class PointSampler:
         """
         number, device = maps.shape[0], maps.device
         candidates = torch.rand(number, self.num_candidates, 2, device=device)
-        doubt = -sample_maps(maps.unsqueeze(1), candidates).squeeze(1).abs()  # (M, candidates)
-        chosen = doubt.topk(self.num_uncertain, dim=1, sorted=False).indices
+        certainty = sample_maps(maps.unsqueeze(1), candidates).squeeze(1).abs()  # (M, candidates)
+        chosen = certainty.topk(self.num_uncertain, dim=1, largest=False, sorted=False).indices
         points = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
         rest = torch.rand(number, self.num_points - self.num_uncertain, 2, device=device)
         return torch.cat([points, rest], dim=1)
