@@ -46,12 +46,16 @@ def resize_to_output(maps: Tensor, frame: Frame) -> Tensor:
 
 
 def output_masks(embeddings: Tensor, pixel_embedding: Tensor, frame: Frame) -> Iterator[Tensor]:
-    """Mask logits of queries in the output frame, a few queries at a time: (r, OH, OW) float32."""
+    """Mask logits of queries in the output frame, a few queries at a time: (r, OH, OW).
+
+    They are float32, and not rounded to the type of the embeddings on the way.
+    """
     pixels = max(frame.canvas[0] * frame.canvas[1], frame.output[0] * frame.output[1])
     at_once = max(1, ELEMENTS_AT_ONCE // pixels)
+    embeddings, features = embeddings.float(), pixel_embedding.flatten(1).float()
     for begin in range(0, len(embeddings), at_once):  # nothing at all where there are no queries
-        part = embeddings[begin : begin + at_once]
-        maps = torch.mm(part, pixel_embedding.flatten(1)).float()
+        with torch.autocast(features.device.type, enabled=False):
+            maps = torch.mm(embeddings[begin : begin + at_once], features)
         maps = maps.unflatten(1, pixel_embedding.shape[1:])
         yield resize_to_output(resize_to_canvas(maps, frame), frame)
 

@@ -18,6 +18,7 @@ from maskdino.postprocess import (
     Frame,
     instance_inference,
     output_boxes,
+    output_masks,
     panoptic_inference,
     semantic_inference,
 )
@@ -60,6 +61,14 @@ def test_boxes_in_the_output_frame() -> None:
     found = output_boxes(torch.tensor([[0.5, 0.5, 0.25, 0.5]]), frame)
     # In the canvas: x 48..80, y 16..48; the output is half as wide and twice as high.
     torch.testing.assert_close(found, torch.tensor([[24.0, 32.0, 40.0, 96.0]]))
+
+
+@pytest.mark.usefixtures("chunks")
+def test_masks_are_not_rounded_to_the_type_of_the_network() -> None:
+    embeddings, pixels = (x.bfloat16() for x in drawn(FRAMES[1]))
+    exact = plain_masks(embeddings.float(), pixels.float(), FRAMES[1])
+    found = torch.cat(list(output_masks(embeddings, pixels, FRAMES[1])))
+    torch.testing.assert_close(found, exact, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("chunks")

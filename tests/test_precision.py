@@ -137,6 +137,21 @@ def test_tensor_float_32_is_on_inside_and_as_before_outside(
         torch.backends.cudnn.allow_tf32 = default[1]
 
 
+def test_autocast_outside_changes_no_result() -> None:
+    torch.manual_seed(0)
+    tasks = {"TEST__PANOPTIC_ON": True, "TEST__SEMANTIC_ON": True}
+    model = tiny_model(TEST__PANOPTIC_SCORE_THRESHOLD=0.0, **tasks).eval()
+    batch = drawn_batch([SIZE], [0])
+    (expected,) = model(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = model(batch)
+    a, b = expected["instances"], found["instances"]
+    assert torch.equal(a.scores, b.scores) and torch.equal(a.pred_masks, b.pred_masks)
+    assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+    assert torch.equal(expected["panoptic_seg"][0], found["panoptic_seg"][0])
+    assert torch.equal(expected["sem_seg"], found["sem_seg"])
+
+
 @pytest.mark.skipif(
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="older switches alone"
 )
