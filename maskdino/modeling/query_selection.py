@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from maskdino.modeling.heads import PredictionHeads
 
 SMALLEST_PROPOSAL = 0.05  # width and height, as a part of the canvas; each further level doubles it
-BORDER = 0.01  # proposals with a coordinate closer to 0 or 1 are invalid
+BORDER = 0.01  # proposals with a coordinate this close to 0 or 1 are invalid
+ROUNDING = 1e-6  # of coordinates that lie at the border, as in 50 rows: compiled code divides so
 
 
 class UnifiedQuerySelection(nn.Module):
@@ -180,7 +181,8 @@ def _proposal_logits(
             torch.cat([centers, torch.full_like(centers, SMALLEST_PROPOSAL * 2.0**step)], dim=-1)
         )
     anchors = torch.cat(anchors)
-    valid = ((anchors > BORDER) & (anchors < 1 - BORDER)).all(-1, keepdim=True)
+    border = BORDER + ROUNDING
+    valid = ((anchors > border) & (anchors < 1 - border)).all(-1, keepdim=True)
     return torch.where(valid, torch.log(anchors / (1 - anchors)), float("inf"))
 
 

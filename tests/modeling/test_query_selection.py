@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskdino.modeling import query_selection
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.query_selection import (
     LearnedQueries,
@@ -35,6 +36,25 @@ def test_proposals(coarsest_largest: bool) -> None:
                 expected.append([math.log(v / (1 - v)) if valid else math.inf for v in box])
     torch.testing.assert_close(found, torch.tensor(expected))
     assert found.isinf().all(1).sum() == 2  # first and last of the 60 cells in a row
+
+
+@pytest.mark.parametrize("towards", [0.0, 1.0])
+def test_rounding_makes_no_proposal_at_the_border_valid(
+    towards: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first and last of 50 rows lie at the border: an image of 800 pixels has them."""
+    centers = query_selection.cell_centers
+
+    def rounded(*args: object) -> Tensor:
+        found = centers(*args)
+        return found.nextafter(torch.full_like(found, towards))
+
+    compute = query_selection._proposal_logits.__wrapped__  # not kept
+    expected = compute(((50, 68),), True, CPU).isfinite().all(-1).view(50, 68)
+    assert expected.any(1).tolist() == [False, *[True] * 48, False]
+    monkeypatch.setattr(query_selection, "cell_centers", rounded)
+    found = compute(((50, 68),), True, CPU).isfinite().all(-1).view(50, 68)
+    assert torch.equal(found, expected)
 
 
 def test_proposals_larger_than_the_canvas_are_invalid() -> None:
