@@ -1,9 +1,11 @@
-"""Training on a GPU: losses and gradients of the CPU, mixed precision, no waiting, other GPUs."""
+"""Steps on a GPU: those of the CPU, mixed precision, no waiting, other GPUs, a group on NCCL."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskdino.launch import free_port
 from maskdino.model import MaskDINO
 from maskdino.solver import build_gradient_clipper, build_optimizer
 from maskdino.train_step import TrainStep
@@ -143,7 +146,7 @@ def test_steps_in_each_precision(task: str, precision: str, device: torch.device
     with same_draws():
         expected = sum(reference(batch).values()).item()
     bound = LOSS_BOUND if precision == "float32" else HALF_LOSS_BOUND
-    losses = losses_of_accepted_steps(step, batch, 4)
+    losses = losses_of_accepted_steps(step, batch, 3)
     assert losses[0] == pytest.approx(expected, rel=bound)
     assert losses[-1] < 0.95 * losses[0]
     for counts in COUNTS[1:]:
@@ -207,3 +210,47 @@ def test_other_gpus_are_not_touched(repository: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", OTHER_GPU]
     found = subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True)
     assert found.stdout.splitlines()[-1] == "[False, True]"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(
+    device: torch.device, tmp_path_factory: pytest.TempPathFactory, repository: Path
+) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A process that trains in a group of one, and its results: it runs beside the other tests."""
+    folder = tmp_path_factory.mktemp("group")
+    environment = os.environ | {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "NCCL_SOCKET_IFNAME": "lo",  # there may be no other network
+        "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]),
+    }
+    output = folder / "losses.json"
+    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.one_process", device, output]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=repository,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    yield process, output
+    process.kill()
+    process.wait()
+
+
+def test_a_group_of_one_process_trains_as_no_group(
+    device: torch.device, group: tuple[subprocess.Popen, Path]
+) -> None:
+    """As torchrun starts it: on NCCL with a GPU, on gloo without."""
+    process, output = group
+    assert process.wait(timeout=120) == 0, (output.parent / "log").read_text()[-4000:]
+    found = json.loads(output.read_text())
+    assert found["backend"] == ("nccl" if device.type == "cuda" else "gloo")
+    assert found["grouped"] == pytest.approx(found["alone"], rel=1e-3)
+    assert found["counted as two"] == pytest.approx(found["alone"][0], rel=1e-3)
+    assert found["difference"] < 0.01

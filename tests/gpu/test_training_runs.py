@@ -1,12 +1,8 @@
-"""Whole trainings on a GPU: interrupted and resumed, bit by bit if asked, in a group on NCCL."""
+"""Whole trainings on a GPU: interrupted and resumed, to rounding, and to the bit if asked."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +12,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine.hooks import CallbackHook
 
-from maskdino.launch import free_port
 from maskdino.trainer import MaskDINOTrainer
 from tests.gpu.cases import make_cfg
 from tests.gpu.drawn import drawn_dataset  # noqa: F401 (a fixture)
@@ -115,47 +110,3 @@ def test_a_resumed_run_ends_with_the_same_bits_if_asked(
     whole, rest = train_twice(drawn_dataset, device, tmp_path)
     assert rest.losses == whole.losses[2:]
     assert_same(read_checkpoint(rest.folder), read_checkpoint(whole.folder))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(
-    device: torch.device, tmp_path_factory: pytest.TempPathFactory, repository: Path
-) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """A process that trains in a group of one, and its results: it runs beside the other tests."""
-    folder = tmp_path_factory.mktemp("group")
-    environment = os.environ | {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "NCCL_SOCKET_IFNAME": "lo",  # there may be no other network
-        "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]),
-    }
-    output = folder / "losses.json"
-    command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.one_process", device, output]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=repository,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    yield process, output
-    process.kill()
-    process.wait()
-
-
-def test_a_group_of_one_process_trains_as_no_group(
-    device: torch.device, group: tuple[subprocess.Popen, Path]
-) -> None:
-    """As torchrun starts it: on NCCL with a GPU, on gloo without."""
-    process, output = group
-    assert process.wait(timeout=120) == 0, (output.parent / "log").read_text()[-4000:]
-    found = json.loads(output.read_text())
-    assert found["backend"] == ("nccl" if device.type == "cuda" else "gloo")
-    assert found["grouped"] == pytest.approx(found["alone"], rel=1e-3)
-    assert found["counted as two"] == pytest.approx(found["alone"][0], rel=1e-3)
-    assert found["difference"] < 0.01
