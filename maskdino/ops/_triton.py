@@ -56,20 +56,24 @@ def takes(
     return True
 
 
+# torch.compile takes what these return, and looks into none of them; into cached ones it would.
 @torch.compiler.assume_constant_result
-@functools.cache
 def _rounds_to_bfloat16(index: int | None) -> bool:
     """Tell whether a GPU has the instructions: NVIDIA's from compute capability 8.0 on."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _refuse(dtype: torch.dtype, channels: int, num_levels: int, num_points: int) -> bool:
-    """Say once that PyTorch computes these; always False."""
+    """Say that PyTorch computes these; always False."""
+    _log_refusal(dtype, channels, num_levels, num_points)
+    return False
+
+
+@functools.cache
+def _log_refusal(dtype: torch.dtype, channels: int, num_levels: int, num_points: int) -> None:
     _logger.info(
         "deformable attention: no Triton kernel for %s, heads of %d channels, %d levels and %d "
         "points on this device: reference operator",
         *(dtype, channels, num_levels, num_points),
     )
-    return False

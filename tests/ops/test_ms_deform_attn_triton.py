@@ -186,6 +186,19 @@ def test_a_cpu_needs_the_interpreter() -> None:
         module.choose_backend("cpu", "triton")
 
 
+def test_old_gpus_have_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    monkeypatch.setattr(torch.version, "hip", None)
+    old = torch.device("cuda", 0)
+
+    def choose(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return x + 1 if _triton.takes(dtype, old, 32, 4, 4) else x - 1
+
+    for function in (choose, torch.compile(choose, backend="eager", fullgraph=True)):
+        assert function(torch.zeros(1), torch.bfloat16).item() == -1
+        assert function(torch.zeros(1), torch.float16).item() == 1
+
+
 def test_a_broken_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: str) -> None:
         raise RuntimeError("Failed to find C compiler.\nSecond line")

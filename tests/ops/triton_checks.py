@@ -232,7 +232,7 @@ def check_registration(form: Form, device: str) -> None:
 def check_whole_graph(device: str) -> None:
     """`torch.compile` takes the operator as one piece, with its gradient."""
     case = Case(shapes=((3, 4), (1, 2)), channels=8, heads=1, points=2, images=1)
-    tensors = [t.to(device) for t in inputs_of(case, torch.float32, 4)]
+    tensors = [t.to(device) for t in inputs_of(case, torch.bfloat16, 4)]
 
     def plain(value: Tensor, raw: Tensor, reference: Tensor) -> Tensor:
         return 2 * ms_deform_attn_fused(value, case.shapes, raw, reference, case.points, "triton")
@@ -250,6 +250,9 @@ def check_whole_graph(device: str) -> None:
     torch.testing.assert_close(output, 2 * call(case, 4, tensors))
     output.sum().backward()
     assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
+    doubles = [t.double() for t in tensors]  # there is no kernel for these
+    output = torch.compile(plain, backend="eager", fullgraph=True)(*doubles)
+    torch.testing.assert_close(output, plain(*doubles))
 
 
 def check_entry_points(device: str) -> None:
