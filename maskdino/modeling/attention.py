@@ -46,11 +46,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, content: Tensor, position: Tensor, may_attend: Tensor | None) -> Tensor:
         """Content, position (B, Q, C) and `may_attend` (Q, Q) bool (None: all) to (B, Q, C)."""
-        split = 2 * content.shape[-1]
-        query_key = F.linear(
-            content + position, self.in_proj_weight[:split], self.in_proj_bias[:split]
-        )
-        value = F.linear(content, self.in_proj_weight[split:], self.in_proj_bias[split:])
+        parts = (2 * content.shape[-1], content.shape[-1])
+        query_key_weight, value_weight = self.in_proj_weight.split(parts)
+        query_key_bias, value_bias = self.in_proj_bias.split(parts)
+        query_key = F.linear(content + position, query_key_weight, query_key_bias)
+        value = F.linear(content, value_weight, value_bias)
         query, key, value = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x in (*query_key.chunk(2, dim=-1), value)

@@ -10,13 +10,14 @@ EMPTY_MASK_COORDINATE = 1e8  # upper left corner that "mask2box" gives an empty 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centre and size to corners."""
-    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    center, size = boxes.chunk(2, dim=-1)
+    half = size / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     """(..., 4) corners to centre and size."""
-    low, high = boxes[..., :2], boxes[..., 2:]
+    low, high = boxes.chunk(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
@@ -30,16 +31,12 @@ def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     Returns:
         (...) in [-1, 1].
     """
-    area_a, area_b = (_area(boxes[..., :2], boxes[..., 2:]) for boxes in (boxes_a, boxes_b))
-    intersection = _area(
-        torch.maximum(boxes_a[..., :2], boxes_b[..., :2]),
-        torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:]),
-    )
-    hull = _area(
-        torch.minimum(boxes_a[..., :2], boxes_b[..., :2]),
-        torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:]),
-    )
-    union = area_a + area_b - intersection
+    # In two views each: a gradient is then joined once, not filled up with zeros for every use.
+    low_a, high_a = boxes_a.chunk(2, dim=-1)
+    low_b, high_b = boxes_b.chunk(2, dim=-1)
+    intersection = _area(torch.maximum(low_a, low_b), torch.minimum(high_a, high_b))
+    hull = _area(torch.minimum(low_a, low_b), torch.maximum(high_a, high_b))
+    union = _area(low_a, high_a) + _area(low_b, high_b) - intersection
     return intersection / (union + AREA_EPS) - (hull - union) / (hull + AREA_EPS)
 
 
