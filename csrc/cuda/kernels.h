@@ -89,11 +89,15 @@ struct Gradients {
 // Regions are squares of `side` cells of the base level. Windows have `width` x `height` cells, and
 // reach `margin` cells beyond what a region covers; those of a level begin at first_cell[level].
 struct Merging {
-  static constexpr int kLanes = 16;                         // that prepare one query
+  static constexpr int kLanes = 16;      // that prepare one query
+  static constexpr int kQueries = 16;    // of one product of matrices
+  static constexpr int kMostCells = 768;  // of all windows
+  static constexpr int kMostChannels = 32;  // of one block
   static constexpr int kRegionBytes = 32, kCornerBytes = 8;  // of shared memory
-  Grid grid;                         // regions, heads, images
+  Grid grid;  // regions, heads x parts of their channels, images
   int side, base_level, regions_in_line;
-  int queries, points;  // at a time; of a level and head, rounded up to fours
+  int queries;  // prepared at a time, a multiple of kQueries
+  int stride;   // numbers from a query's weights of all cells to the next one's
   int margin[kMaxLevels], width[kMaxLevels], height[kMaxLevels], first_cell[kMaxLevels + 1];
   int64_t shared_bytes;
 };
@@ -126,7 +130,7 @@ template <typename T, Form kForm>
 void launch_backward(const Inputs<T, kForm>& inputs, const Gradients<T, kForm>& gradients,
                      bool vectors, cudaStream_t stream);
 
-// Adds to the value's gradient, with vectors and T other than double.
+// Adds to the value's gradient, for heads of 16 channels or a multiple of 32.
 template <typename T>
 void launch_value_gradient(const Inputs<T, Form::tokens>& inputs, const Merging& merging,
                            const T* grad_output, float* grad_value, cudaStream_t stream);

@@ -8,19 +8,6 @@
 namespace maskdino {
 namespace cuda {
 
-// Shared memory of one multiprocessor of the current device, and the most that a block may have.
-struct SharedMemory {
-  int64_t processor = 0, block = 0;
-};
-
-inline SharedMemory shared_memory() {
-  int device = 0, processor = 0, block = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return {processor, block};
-}
-
 // Sizes of the windows that go with the margins, and the shared memory they need.
 inline void size_windows(const Geometry& g, Merging& m) {
   const auto extent = [&m](int64_t side, int64_t base, int margin) {
@@ -35,10 +22,13 @@ inline void size_windows(const Geometry& g, Merging& m) {
     cells = std::min<int64_t>(cells + int64_t{m.width[level]} * m.height[level], 1 << 24);
   }
   m.first_cell[g.levels] = static_cast<int>(cells);
-  const int64_t corners = int64_t{4} * g.levels * m.queries * m.points;
+  m.stride = static_cast<int>((cells + 31) / 32 * 32 + 8);  // lanes then read from different banks
+  const int64_t channels = std::min(g.channels, Merging::kMostChannels);
+  const int64_t query_bytes =
+      Merging::kCornerBytes * 4 * g.samples + sizeof(float) * (channels + 8);
   m.shared_bytes = sizeof(SampleLevel) * g.samples + Merging::kRegionBytes * (g.levels + 1) +
-                   Merging::kCornerBytes * corners +
-                   sizeof(float) * g.channels * (m.queries + cells);
+                   query_bytes * m.queries +
+                   int64_t{2 * Merging::kQueries * sizeof(float)} * m.stride;
 }
 
 // Widens the windows, those of small levels first, as far as `limit` bytes allow. False where even
@@ -51,38 +41,47 @@ inline bool widen_windows(const Geometry& g, int64_t limit, Merging& m) {
     m.margin[level] = kLeast;
   }
   const auto tokens = [&g](int level) { return int64_t{g.width[level]} * g.height[level]; };
+  const auto fits = [&](const Merging& plan) {
+    return plan.first_cell[g.levels] <= Merging::kMostCells && plan.shared_bytes <= limit;
+  };
   std::sort(order, order + g.levels, [&](int a, int b) { return tokens(a) < tokens(b); });
   size_windows(g, m);
-  if (m.shared_bytes > limit) return false;
+  if (!fits(m)) return false;
   for (int margin = kLeast + 1; margin <= kMost; ++margin) {
     for (int k = 0; k < g.levels; ++k) {
       Merging wider = m;
       wider.margin[order[k]] = margin;
       size_windows(g, wider);
-      if (wider.shared_bytes <= limit) m = wider;
+      if (fits(wider)) m = wider;
     }
   }
   return true;
 }
 
-// False where the windows do not fit into shared memory.
+// False where the GPU or the sizes do not allow it.
 inline bool plan_merging(const Geometry& g, Merging& m) {
+  int device = 0, generation = 0, shared = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const bool whole = g.channels == 16 || g.channels % Merging::kMostChannels == 0;
+  if (generation < 8 || !whole) return false;
   m = {};
   m.side = 8;
-  m.queries = kMaxThreads / Merging::kLanes;
-  m.points = (g.points + 3) / 4 * 4;
   for (int level = 1; level < g.levels; ++level) {
     const int64_t largest = int64_t{g.width[m.base_level]} * g.height[m.base_level];
     if (int64_t{g.width[level]} * g.height[level] > largest) m.base_level = level;
   }
   m.regions_in_line = (g.width[m.base_level] + m.side - 1) / m.side;
   const int64_t lines = (g.height[m.base_level] + m.side - 1) / m.side;
-  m.grid = {static_cast<unsigned>(m.regions_in_line * lines), static_cast<unsigned>(g.heads),
-            static_cast<unsigned>(g.images)};
-  constexpr int64_t kReserved = 1024;  // of every block
-  const SharedMemory has = shared_memory();
-  const int64_t half = std::min(has.processor / 2 - kReserved, has.block);  // two blocks at a time
-  return widen_windows(g, half, m) || widen_windows(g, has.block, m);
+  const int parts = std::max(1, g.channels / Merging::kMostChannels);
+  m.grid = {static_cast<unsigned>(m.regions_in_line * lines),
+            static_cast<unsigned>(g.heads * parts), static_cast<unsigned>(g.images)};
+  // A region has 64 + 16 + 4 + 1 queries where sides halve from level to level.
+  for (m.queries = 96; m.queries > 0; m.queries -= Merging::kQueries) {
+    if (widen_windows(g, shared, m)) return true;
+  }
+  return false;
 }
 
 }  // namespace cuda

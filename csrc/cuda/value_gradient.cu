@@ -1,31 +1,35 @@
-// The value's gradient where every token is a query: summed in shared memory over the queries of a
-// region of the image before it is added to global memory.
+// The value's gradient where every token is a query: summed over the queries of a region of the
+// image before it is added to global memory.
 //
-// A block takes one head and one region: a square of cells of the largest level, and with it the
-// queries of all levels whose centres lie there. Their samples mostly touch pixels nearby, so each
-// level has a window around the region in shared memory. A corner outside it is added to global
-// memory at once; any offset is right, only slower.
+// A block takes one head (or 32 channels of it) and one region: a square of cells of the largest
+// level, and with it the queries of all levels whose centres lie there. Their samples mostly touch
+// pixels nearby, so each level has a window around the region. A corner outside it is added to
+// global memory at once; any offset is right, only slower.
 //
-// No atomics in shared memory, where additions of floats are loops: the four corners of a sample
-// differ in the parity of column and line, so each level has four classes of cells of which a sample
-// touches one each. A unit of lanes, one a channel, owns one class of one level and walks through
-// all samples of that level; nobody else writes its cells. Queries are taken a few at a time: first
-// all lanes compute where the corners are and what they weigh, then the units add.
+// In the windows the gradient is a product of matrices: (cells x queries), the weight that each
+// query gives each cell, times (queries x channels), the gradient of the output. The first is laid
+// out in shared memory for 16 queries at a time, with one addition for a corner instead of one for
+// each of its channels; the product runs on tensor cores, and its sums stay in registers until all
+// queries are through. Tensor cores cut factors off after 11 bits, so a weight is split in two that
+// together have 22, and so is a float32 gradient.
 #include "atomics.cuh"
+#include "matrix.cuh"
 #include "sampling.cuh"
 
 namespace maskdino {
 namespace cuda {
 namespace {
 
-constexpr int kClasses = 4;  // of cells of a level, by parity
-constexpr int kLanes = Merging::kLanes;
-constexpr int kNothing = INT32_MIN;
+constexpr int kLanes = Merging::kLanes, kQueries = Merging::kQueries;
+constexpr int kGroups = kMaxThreads / kLanes;
+constexpr int kWarps = kMaxThreads / 32;
+constexpr int kCellTiles = Merging::kMostCells / 16 / kWarps;  // of 16 cells, for each warp
+static_assert(kGroups == 2 * kQueries, "half of the groups lay out weights while all multiply");
 
-// One corner of a sample: the bytes from the window's first cell to its cell, or ~token where that
-// is not in the window, or kNothing; and the corner's part of the attention weight.
+// One corner of a sample: the number of its cell in the windows, or -1 where there is nothing to
+// add; and the corner's part of the attention weight.
 struct alignas(8) Corner {
-  int place;
+  int cell;
   float weight;
 };
 
@@ -35,7 +39,8 @@ struct alignas(16) RegionLevel {
   int first_column, columns, first_line, lines;
   int first_query, unused;  // number of queries of the levels before
 };
-static_assert(sizeof(Corner) == Merging::kCornerBytes && sizeof(RegionLevel) == Merging::kRegionBytes);
+static_assert(sizeof(Corner) == Merging::kCornerBytes);
+static_assert(sizeof(RegionLevel) == Merging::kRegionBytes);
 
 // Number of pixel centres of a level left of where region `region` begins, for sides of the level
 // and of the base level that the regions are cut from.
@@ -83,10 +88,10 @@ __device__ __forceinline__ void fill_region(const Geometry& g, const Merging& m,
 
 // The place of one of the region's queries.
 __device__ __forceinline__ Place<float> find_query(const Geometry& g, const RegionLevel* region,
-                                                   int index) {
+                                                   int head, int index) {
   Place<float> place{};
   place.image = blockIdx.z;
-  place.head = blockIdx.y;
+  place.head = head;
   place.active = index < region[g.levels].first_query;
   if (!place.active) return place;
   int level = 0;
@@ -101,147 +106,192 @@ __device__ __forceinline__ Place<float> find_query(const Geometry& g, const Regi
   return place;
 }
 
-// Where the block's shared memory is what. `corners` is (level, class, query, point), `grads`
-// (query, channel), `window` (cell, channel).
+// Where the block's shared memory is what: `corners` (query, point, level, corner), `grads` (query,
+// channel), `weights` (2, kQueries, cell), which at the end becomes `window` (cell, channel).
 struct Shared {
   SampleLevel* levels;
   RegionLevel* region;
   Corner* corners;
   float* grads;
-  float* window;
+  float* weights;
 };
 
+template <int kChannels>
 __device__ __forceinline__ Shared divide(SampleLevel* memory, const Geometry& g, const Merging& m) {
   Shared s;
   s.levels = memory;
   s.region = reinterpret_cast<RegionLevel*>(s.levels + g.samples);
   s.corners = reinterpret_cast<Corner*>(s.region + g.levels + 1);
-  s.grads = reinterpret_cast<float*>(s.corners + g.levels * kClasses * m.queries * m.points);
-  s.window = s.grads + m.queries * g.channels;
+  s.grads = reinterpret_cast<float*>(s.corners + 4 * g.samples * m.queries);
+  s.weights = s.grads + (kChannels + 8) * m.queries;
   return s;
 }
 
-// Writes the four corners of sample `i` of the query in `slot` for the units that own them.
-__device__ __forceinline__ void write_corners(const Geometry& g, const Merging& m, const Shared& s,
-                                              int slot, int i, float x, float y, float weight) {
-  const int level = i / g.points, point = i - level * g.points;
-  const SampleLevel map = s.levels[i];
-  const Sample<float> sample = place_sample(x, y, map);
-  const bool touches = sample.token >= 0;
-  const int column = touches ? static_cast<int>(floor(x)) : 0;
-  const int line = touches ? static_cast<int>(floor(y)) : 0;
-  const RegionLevel r = s.region[level];
-  const float sides[2] = {sample.left, sample.right}, heights[2] = {sample.top, sample.bottom};
+// Adds a query's gradient of the output, times a weight, to one token in global memory.
+template <int kChannels, typename T>
+__device__ void add_outside(const T* grad, float weight, float* target) {
+#pragma unroll 1
+  for (int channel = 0; channel < kChannels; channel += 4) {
+    float numbers[4];
+    unpack(load_pack<4>(grad + channel), numbers);
 #pragma unroll
-  for (int k = 0; k < kClasses; ++k) {
-    const int u = column + (k & 1), v = line + (k >> 1);
-    const int in_x = u - r.left, in_y = v - r.top;
-    Corner corner{kNothing, weight * (heights[k >> 1] * sides[k & 1])};
-    if (sample.inside >> k & 1) {
-      const bool in_window =
-          in_x >= 0 && in_x < m.width[level] && in_y >= 0 && in_y < m.height[level];
-      const int cell = m.first_cell[level] + in_y * m.width[level] + in_x;
-      corner.place = in_window ? cell * g.channels * static_cast<int>(sizeof(float))
-                               : ~(map.first_token + v * map.width + u);
-    }
-    const int owner = level * kClasses + ((u & 1) | (v & 1) << 1);
-    s.corners[(owner * m.queries + slot) * m.points + point] = corner;
+    for (int k = 0; k < 4; ++k) numbers[k] *= weight;
+    atomic_add(target + channel, numbers);
   }
 }
 
-// Corners and the gradient of the output of the query that a group of lanes takes.
-template <typename T>
+// Writes the four corners of sample `i` of a query to `corners`; adds those that are not in the
+// windows to `target`, the channels of token 0.
+template <int kChannels, typename T>
+__device__ __forceinline__ void write_corners(const Geometry& g, const Merging& m, const Shared& s,
+                                              int i, const Sample<float>& sample, float x, float y,
+                                              float weight, bool merges, const T* grad,
+                                              float* target, Corner* corners) {
+  const int level = i / g.points, point = i - level * g.points;
+  const RegionLevel r = s.region[level];
+  const SampleLevel map = s.levels[i];
+  const float sides[2] = {sample.left, sample.right}, heights[2] = {sample.top, sample.bottom};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    Corner corner{-1, weight * (heights[k >> 1] * sides[k & 1])};
+    if (sample.inside >> k & 1) {
+      const int column = static_cast<int>(floor(x)) + (k & 1);
+      const int line = static_cast<int>(floor(y)) + (k >> 1);
+      const int in_x = column - r.left, in_y = line - r.top;
+      if (merges && in_x >= 0 && in_x < m.width[level] && in_y >= 0 && in_y < m.height[level]) {
+        corner.cell = m.first_cell[level] + in_y * m.width[level] + in_x;
+      } else {
+        const int64_t token = map.first_token + line * map.width + column;
+        add_outside<kChannels>(grad, corner.weight, target + token * g.heads * g.channels);
+      }
+    }
+    corners[(point * g.levels + level) * 4 + k] = corner;
+  }
+}
+
+// Corners, and gradient of the output, of query `index` of the region; a group of lanes takes it.
+// Zero times infinity is not zero, so a query whose gradient is not finite is not part of the
+// product.
+template <int kChannels, typename T>
 __device__ __forceinline__ void prepare_query(const Inputs<T, Form::tokens>& in, const Merging& m,
-                                              const T* grad_output, const Shared& s, int index) {
+                                              const Shared& s, const Place<float>& place,
+                                              const T* grad_output, float* target, int slot) {
   const Geometry& g = in.geometry;
-  const int lane = threadIdx.x % kLanes, slot = threadIdx.x / kLanes;
-  const Place<float> place = find_query(g, s.region, index);
+  const int lane = threadIdx.x % kLanes;
   const Sampler<T, Form::tokens, kLanes, true> sampler(in, place, lane);
   const float scale = sampler.inverse_sum(g.samples, lane);
-  if (!place.active) return;
-  const int64_t row = (place.image * g.queries + place.query) * g.heads + place.head;
-  for (int channel = 4 * lane; channel < g.channels; channel += 4 * kLanes) {
-    Pack<float, 4> numbers;
-    unpack(load_pack<4>(grad_output + row * g.channels + channel), numbers.element);
-    *reinterpret_cast<Pack<float, 4>*>(s.grads + slot * g.channels + channel) = numbers;
+  const int64_t row = place.image * g.queries + place.query;
+  const T* grad = grad_output + row * g.heads * g.channels;
+  float nothing = 0;
+  for (int channel = lane; channel < kChannels; channel += kLanes) {
+    nothing += 0 * static_cast<float>(grad[channel]);
   }
+  const bool merges = group_sum<kLanes>(nothing) == 0;
+  for (int channel = lane; channel < kChannels; channel += kLanes) {
+    s.grads[slot * (kChannels + 8) + channel] =
+        place.active && merges ? static_cast<float>(grad[channel]) : 0.0f;
+  }
+  Corner* const corners = s.corners + 4 * g.samples * slot;
   for (int i = lane; i < g.samples; i += kLanes) {
     float x, y;
     sampler.locate(i, s.levels[i], x, y);
-    write_corners(g, m, s, slot, i, x, y, scale * sampler.weight(i));
+    Sample<float> sample = place_sample(x, y, s.levels[i]);
+    if (!place.active) sample.inside = 0;
+    write_corners<kChannels>(g, m, s, i, sample, x, y, scale * sampler.weight(i), merges, grad,
+                             target, corners);
   }
 }
 
-__device__ __forceinline__ float& cell_at(char* column, int place) {
-  return *reinterpret_cast<float*>(column + place);
-}
-
-// Adds four corners of one query to a lane's channel. All four cells are read before the first is
-// written; where a cell comes twice, its sum is handed on.
-__device__ __forceinline__ void add_four(char* column, const Corner (&c)[4], float grad) {
-  float sums[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) sums[k] = cell_at(column, c[k].place);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-#pragma unroll
-    for (int earlier = 0; earlier < k; ++earlier) {
-      if (c[earlier].place == c[k].place) sums[k] = sums[earlier];
+// Lays out the weights of the queries of product `product`, or clears them. The corners of one
+// point lie in different cells; those of the next point wait for them.
+template <bool kClear>
+__device__ __forceinline__ void lay_out(const Geometry& g, const Merging& m, const Shared& s,
+                                        int product) {
+  const int lane = threadIdx.x % kLanes, query = threadIdx.x / kLanes % kQueries;
+  float* const row = s.weights + ((product & 1) * kQueries + query) * m.stride;
+  const Corner* corners = s.corners + 4 * g.samples * (product * kQueries + query);
+  for (int point = 0; point < g.points; ++point, corners += 4 * g.levels) {
+    for (int k = lane; k < 4 * g.levels; k += kLanes) {
+      const Corner corner = corners[k];
+      if (corner.cell >= 0) row[corner.cell] = kClear ? 0.0f : row[corner.cell] + corner.weight;
     }
-    sums[k] += c[k].weight * grad;
+    __syncwarp();
   }
-#pragma unroll
-  for (int k = 0; k < 4; ++k) cell_at(column, c[k].place) = sums[k];
 }
 
-// The same where some corners are not in the window. `target` is the lane's channel of token 0.
-__device__ __forceinline__ void add_four_anywhere(char* column, float* target, int stride,
-                                                  const Corner (&c)[4], float grad) {
+// What tensor cores keep of a number, and the rest.
+__device__ __forceinline__ void split(float number, float& upper, float& lower) {
+  uint32_t bits;
+  memcpy(&bits, &number, sizeof(bits));
+  bits &= 0xffffe000u;
+  memcpy(&upper, &bits, sizeof(bits));
+  lower = number - upper;
+}
+
+// Adds the product of eight queries' weights and gradients; a warp has every kWarps-th tile of
+// cells.
+template <int kChannels, bool kSplit>
+__device__ __forceinline__ void multiply(const Merging& m, int cells, const float* weights,
+                                         const float* grads,
+                                         float (&sums)[kCellTiles][kChannels / 8][4]) {
+  const int warp = threadIdx.x / 32, i = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+  constexpr int kStride = kChannels + 8;
+  float upper_grads[kChannels / 8][2], lower_grads[kChannels / 8][2];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (c[k].place >= 0) {
-      cell_at(column, c[k].place) += c[k].weight * grad;
-    } else if (c[k].place != kNothing) {
-      atomicAdd(target + static_cast<int64_t>(~c[k].place) * stride, c[k].weight * grad);
+  for (int tile = 0; tile < kChannels / 8; ++tile) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float number = grads[(j + 4 * k) * kStride + 8 * tile + i];
+      upper_grads[tile][k] = number;
+      if constexpr (kSplit) split(number, upper_grads[tile][k], lower_grads[tile][k]);
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kCellTiles; ++t) {
+    const int cell = 16 * (warp + t * kWarps);
+    if (cell >= cells) break;
+    float upper[4], lower[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      split(weights[(j + 4 * (k >> 1)) * m.stride + cell + i + 8 * (k & 1)], upper[k], lower[k]);
+    }
+#pragma unroll
+    for (int tile = 0; tile < kChannels / 8; ++tile) {
+      add_product(sums[t][tile], lower, upper_grads[tile]);
+      if constexpr (kSplit) add_product(sums[t][tile], upper, lower_grads[tile]);
+      add_product(sums[t][tile], upper, upper_grads[tile]);
     }
   }
 }
 
-// Every unit adds what the first `count` queries bring to its cells.
-__device__ __forceinline__ void add_queries(const Geometry& g, const Merging& m, const Shared& s,
-                                            float* grad_value, int count) {
-  const int stride = g.heads * g.channels;
-  const int lanes = min(32, g.channels), slices = g.channels / lanes;
-  const int units = g.levels * kClasses * slices;
-  for (int unit = threadIdx.x / lanes; unit < units; unit += blockDim.x / lanes) {
-    const int owner = unit / slices;
-    const int channel = (unit - owner * slices) * lanes + threadIdx.x % lanes;
-    char* const column = reinterpret_cast<char*>(s.window + channel);
-    float* const target = grad_value + channel;
-    const Corner* corners = s.corners + owner * m.queries * m.points;
-    for (int query = 0; query < count; ++query) {
-      const float grad = s.grads[query * g.channels + channel];
-      for (int point = 0; point < m.points; point += 4, corners += 4) {
-        const auto first = load_pack<2>(corners), second = load_pack<2>(corners + 2);
-        const Corner four[4] = {first.element[0], first.element[1], second.element[0],
-                                second.element[1]};
-        if ((four[0].place | four[1].place | four[2].place | four[3].place) >= 0) {
-          add_four(column, four, grad);
-        } else {
-          add_four_anywhere(column, target, stride, four, grad);
-        }
+template <int kChannels>
+__device__ __forceinline__ void store(int cells, float* window,
+                                      const float (&sums)[kCellTiles][kChannels / 8][4]) {
+  const int warp = threadIdx.x / 32, i = threadIdx.x % 32 / 4, j = threadIdx.x % 4;
+#pragma unroll
+  for (int t = 0; t < kCellTiles; ++t) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int cell = 16 * (warp + t * kWarps) + i + 8 * half;
+      if (cell >= cells) continue;
+#pragma unroll
+      for (int tile = 0; tile < kChannels / 8; ++tile) {
+        float* target = window + cell * kChannels + 8 * tile + 2 * j;
+        target[0] = sums[t][tile][2 * half];
+        target[1] = sums[t][tile][2 * half + 1];
       }
     }
   }
 }
 
 // Adds the windows to global memory, but for cells that nobody touched.
+template <int kChannels>
 __device__ __forceinline__ void flush(const Geometry& g, const Merging& m, const Shared& s,
-                                      float* grad_value) {
-  const int stride = g.heads * g.channels, fours = g.channels / 4;
-  for (int k = threadIdx.x; k < m.first_cell[g.levels] * fours; k += blockDim.x) {
-    const int cell = k / fours, channel = 4 * (k - cell * fours);
-    const auto sums = load_pack<4>(s.window + 4 * k);
+                                      float* target) {
+  constexpr int kFours = kChannels / 4;
+  for (int k = threadIdx.x; k < m.first_cell[g.levels] * kFours; k += blockDim.x) {
+    const int cell = k / kFours, channel = 4 * (k % kFours);
+    const auto sums = load_pack<4>(s.weights + 4 * k);
     const float(&n)[4] = sums.element;
     if (n[0] == 0 && n[1] == 0 && n[2] == 0 && n[3] == 0) continue;
     int level = 0;
@@ -249,38 +299,60 @@ __device__ __forceinline__ void flush(const Geometry& g, const Merging& m, const
     const int within = cell - m.first_cell[level];
     const int line = within / m.width[level], column = within - line * m.width[level];
     const RegionLevel r = s.region[level];
-    const int token = g.first_token[level] + (r.top + line) * g.width[level] + r.left + column;
-    atomic_add(grad_value + static_cast<int64_t>(token) * stride + channel, n);
+    const int64_t token =
+        g.first_token[level] + (r.top + line) * g.width[level] + r.left + column;
+    atomic_add(target + token * g.heads * g.channels + channel, n);
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+template <typename T, int kChannels>
+__global__ void __launch_bounds__(kMaxThreads, 1)
     value_gradient_kernel(const Inputs<T, Form::tokens> in, const Merging merging,
                           const T* grad_output, float* grad_value) {
   extern __shared__ SampleLevel levels[];
   const Geometry& g = in.geometry;
-  const Shared shared = divide(levels, g, merging);
-  for (int k = threadIdx.x; k < merging.first_cell[g.levels] * g.channels / 4; k += blockDim.x) {
-    reinterpret_cast<Pack<float, 4>*>(shared.window)[k] = {};
-  }
-  // Points are padded to fours with corners that add nothing.
-  for (int k = threadIdx.x; k < g.levels * kClasses * merging.queries * merging.points;
-       k += blockDim.x) {
-    shared.corners[k] = {kNothing, 0.0f};
+  const Shared shared = divide<kChannels>(levels, g, merging);
+  for (int k = threadIdx.x; k < 2 * kQueries * merging.stride / 4; k += blockDim.x) {
+    reinterpret_cast<Pack<float, 4>*>(shared.weights)[k] = {};
   }
   fill_levels(g, shared.levels);
   fill_region(g, merging, shared.region);
-  float* const head = grad_value + static_cast<int64_t>(blockIdx.z) * g.tokens * g.heads * g.channels +
-                      blockIdx.y * g.channels;
-  const int queries = shared.region[g.levels].first_query;
+  const int first_channel = blockIdx.y * kChannels, head = first_channel / g.channels;
+  const int64_t stride = static_cast<int64_t>(g.heads) * g.channels;
+  float* const target = grad_value + blockIdx.z * g.tokens * stride + first_channel;
+  const int cells = merging.first_cell[g.levels], queries = shared.region[g.levels].first_query;
+  const int group = threadIdx.x / kLanes;
+  float sums[kCellTiles][kChannels / 8][4] = {};
   for (int first = 0; first < queries; first += merging.queries) {
-    prepare_query(in, merging, grad_output, shared, first + static_cast<int>(threadIdx.x) / kLanes);
+    const int products = (min(merging.queries, queries - first) + kQueries - 1) / kQueries;
+    for (int slot = group; slot < products * kQueries; slot += kGroups) {
+      const Place<float> place = find_query(g, shared.region, head, first + slot);
+      prepare_query<kChannels>(in, merging, shared, place, grad_output + first_channel, target,
+                               slot);
+    }
     __syncthreads();
-    add_queries(g, merging, shared, head, min(merging.queries, queries - first));
-    __syncthreads();
+    // While one product is computed, half of the lanes lay out the next. The last need not be
+    // cleared.
+    const bool last = queries - first <= merging.queries;
+    for (int k = 0; k <= products + (last ? 0 : 1); ++k) {
+      if (group / kQueries == (k & 1)) {
+        if (k >= 2) lay_out<true>(g, merging, shared, k - 2);
+        if (k < products) lay_out<false>(g, merging, shared, k);
+      }
+      if (k > 0 && k <= products) {
+        for (int half = 0; half < kQueries; half += 8) {
+          multiply<kChannels, std::is_same<T, float>::value>(
+              merging, cells,
+              shared.weights + (((k - 1) & 1) * kQueries + half) * merging.stride,
+              shared.grads + ((k - 1) * kQueries + half) * (kChannels + 8), sums);
+        }
+      }
+      __syncthreads();
+    }
   }
-  flush(g, merging, shared, head);
+  store<kChannels>(cells, shared.weights, sums);
+  __syncthreads();
+  flush<kChannels>(g, merging, shared, target);
 }
 
 }  // namespace
@@ -288,11 +360,13 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 template <typename T>
 void launch_value_gradient(const Inputs<T, Form::tokens>& in, const Merging& merging,
                            const T* grad_output, float* grad_value, cudaStream_t stream) {
-  launch(value_gradient_kernel<T>, merging.grid, merging.queries * kLanes, merging.shared_bytes,
-         stream, in, merging, grad_output, grad_value);
+  const auto kernel = in.geometry.channels == 16 ? value_gradient_kernel<T, 16>
+                                                 : value_gradient_kernel<T, 32>;
+  launch(kernel, merging.grid, kMaxThreads, merging.shared_bytes, stream, in, merging, grad_output,
+         grad_value);
 }
 
-#define MASKDINO_INSTANTIATE(T)                                                                 \
+#define MASKDINO_INSTANTIATE(T)                                                                    \
   template void launch_value_gradient<T>(const Inputs<T, Form::tokens>&, const Merging&, const T*, \
                                          float*, cudaStream_t);
 MASKDINO_INSTANTIATE(float)

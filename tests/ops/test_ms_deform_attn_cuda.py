@@ -92,9 +92,17 @@ def test_emulated_kernels_compute_what_the_cpu_does(
 
 
 def gradient_of_value(
-    operators: object, case: Case, dtype: torch.dtype, spread: float, device: str = "cpu"
+    operators: object,
+    case: Case,
+    dtype: torch.dtype,
+    spread: float,
+    device: str = "cpu",
+    bad: float = 0.0,
 ) -> Results:
-    """The encoder's form, with usual offsets of `spread` cells and some far outside."""
+    """The encoder's form, with usual offsets of `spread` cells and some far outside.
+
+    One number of the output's gradient is `bad`.
+    """
     torch.manual_seed(0)
     value, raw = case.value(dtype), case.offsets_and_logits(dtype, per_token=True)
     samples = case.heads * len(case.shapes) * case.points
@@ -102,6 +110,7 @@ def gradient_of_value(
     offsets[torch.rand_like(offsets) < 0.1] *= 8
     raw[..., : 2 * samples] = offsets.to(dtype)
     grad = torch.randn(case.images, case.tokens, case.heads * case.channels).to(dtype)
+    grad[0, case.tokens // 3, 1] = bad
     fused = (value.to(device), case.flat_shapes, raw.to(device), None, case.points)
     os.environ["MASKDINO_CUDA_BACKWARD"] = "merged"
     return [operators.ms_deform_attn_fused_backward(grad.to(device), *fused, False)[0].cpu()]
@@ -118,6 +127,21 @@ def test_emulated_sums_of_regions(
     results = gradient_of_value(emulated, case, dtype, spread)
     assert emulated.atomic_additions() > before
     assert_same(results, gradient_of_value(torch.ops.maskdino, case, dtype, spread), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_emulated_regions_keep_bad_gradients_where_they_belong(
+    bad: float, emulated: object
+) -> None:
+    (actual,), (expected,) = (
+        gradient_of_value(operators, REGIONS[0], torch.float32, 1, bad=bad)
+        for operators in (emulated, torch.ops.maskdino)
+    )
+    assert torch.equal(actual.isfinite(), expected.isfinite())
+    assert 0 < (~expected.isfinite()).sum() < expected.numel() / 10
+    finite = expected.isfinite()
+    assert_same([actual[finite]], [expected[finite]], torch.float32)
 
 
 @pytest.mark.slow

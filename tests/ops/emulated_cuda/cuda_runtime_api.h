@@ -23,18 +23,13 @@
 using cudaStream_t = void*;
 
 namespace emulation {
-// Of compute capability 9.0; what a block gets needs to be asked for above 48 KB.
-constexpr int kSharedPerProcessor = 228 * 1024, kSharedPerBlock = 227 * 1024;
+constexpr int kSharedPerBlock = 227 * 1024;  // of compute capability 9.0
 }  // namespace emulation
 
-enum cudaDeviceAttr {
-  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin
-};
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline void cudaGetDevice(int*) {}
 inline void cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const bool block = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin;
-  *value = block ? emulation::kSharedPerBlock : emulation::kSharedPerProcessor;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : emulation::kSharedPerBlock;
 }
 
 struct float4 {
@@ -50,6 +45,7 @@ struct Index {
 
 struct Warp {
   uint64_t slots[32] = {};
+  float factors[32][6] = {};
   int64_t arrived = 0;
 };
 
@@ -107,6 +103,32 @@ T exchange(T value, int source_lane) {
   return received;
 }
 
+// What a tensor core keeps of a factor.
+inline float cut_off(float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  bits &= 0xffffe000u;
+  std::memcpy(&number, &bits, sizeof(bits));
+  return number;
+}
+
+// See add_product() in csrc/cuda/matrix.cuh.
+inline void add_product(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
+  Warp& warp = block->warps[block->current / 32];
+  const int own = block->current % 32, i = own / 4, j = own % 4;
+  for (int k = 0; k < 6; ++k) warp.factors[own][k] = cut_off(k < 4 ? a[k] : b[k - 4]);
+  warp_barrier();
+  for (int k = 0; k < 8; ++k) {
+    const float* left = warp.factors[4 * i + k % 4] + k / 4 * 2;
+    for (int n = 0; n < 2; ++n) {
+      const float right = warp.factors[4 * (2 * j + n) + k % 4][4 + k / 4];
+      sums[n] += left[0] * right;
+      sums[2 + n] += left[1] * right;
+    }
+  }
+  warp_barrier();
+}
+
 inline void run_thread() {
   block->body();
   self().finished = true;
@@ -151,6 +173,8 @@ inline void __syncthreads() {
   emulation::wait_for(emulation::block->arrived, emulation::self().block_barriers,
                       static_cast<int64_t>(emulation::block->threads.size()));
 }
+
+inline void __syncwarp() { emulation::warp_barrier(); }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane, int width) {

@@ -1,4 +1,5 @@
-// Stands in for csrc/cuda/launch.cuh: runs all blocks of a kernel, one after another.
+// Stands in for csrc/cuda/launch.cuh and matrix.cuh: runs all blocks of a kernel, one after
+// another.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -6,6 +7,8 @@
 
 namespace maskdino {
 namespace cuda {
+
+using emulation::add_product;
 
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, const Grid& grid, int threads, size_t shared_bytes, cudaStream_t,
