@@ -105,6 +105,8 @@ def is_right(run: Run) -> None:
             "spread": spread,
         }
         for backend in backends:
+            if backend == "triton" and (channels, spread) != CASES[0]:
+                continue  # seconds of compilation each; its tests have all of them
             _compare(run, {"backend": backend, **case}, rounded.on(run.device, dtype), exact)
 
 
