@@ -197,7 +197,7 @@ def _spread(values: Tensor, points: Tensor, size: torch.Size) -> Tensor:
     if torch.are_deterministic_algorithms_enabled():
         return _spread_in_order(values, points, size)
     grid = (2 * points - 1).to(values.dtype).unsqueeze(1)
-    maps = values.new_zeros(values.shape[0], 1, *size)  # only its shape matters
+    maps = values.new_zeros(()).expand(values.shape[0], 1, *size)  # only its shape matters
     grad_maps, _ = torch.ops.aten.grid_sampler_2d_backward(
         values[:, None, None], maps, grid, 0, 0, False, [True, False]
     )
