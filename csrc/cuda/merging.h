@@ -27,7 +27,7 @@ inline void size_windows(const Geometry& g, Merging& m) {
   const int64_t query_bytes =
       Merging::kCornerBytes * 4 * g.samples + sizeof(float) * (channels + 8);
   m.shared_bytes = sizeof(SampleLevel) * g.samples + Merging::kRegionBytes * (g.levels + 1) +
-                   query_bytes * m.queries +
+                   Merging::kOutsideBytes * Merging::kMostOutside + query_bytes * m.queries +
                    int64_t{2 * Merging::kQueries * sizeof(float)} * m.stride;
 }
 

@@ -14,7 +14,7 @@
 // together have 22, and so is a float32 gradient.
 #include "atomics.cuh"
 #include "matrix.cuh"
-#include "sampling.cuh"
+#include "regions.cuh"
 
 namespace maskdino {
 namespace cuda {
@@ -33,84 +33,20 @@ struct alignas(8) Corner {
   float weight;
 };
 
-// What a block handles of a level: the pixel at the window's top left, and the queries.
-struct alignas(16) RegionLevel {
-  int left, top;
-  int first_column, columns, first_line, lines;
-  int first_query, unused;  // number of queries of the levels before
+// A corner that is not in the windows.
+struct alignas(16) Outside {
+  int token, query;
+  float weight;
 };
 static_assert(sizeof(Corner) == Merging::kCornerBytes);
-static_assert(sizeof(RegionLevel) == Merging::kRegionBytes);
-
-// Number of pixel centres of a level left of where region `region` begins, for sides of the level
-// and of the base level that the regions are cut from.
-__device__ __forceinline__ int centres_before(const Merging& m, int region, int side, int base) {
-  const int64_t twice = 2 * static_cast<int64_t>(base);
-  const int64_t begin = 2 * static_cast<int64_t>(m.side) * region * side - base;
-  return static_cast<int>(min((begin + twice - 1) / twice, static_cast<int64_t>(side)));
-}
-
-// First pixel of a window `extent` wide, inside the map.
-__device__ __forceinline__ int window_begin(const Merging& m, int region, int side, int base,
-                                            int margin, int extent) {
-  const int64_t twice = 2 * static_cast<int64_t>(base);
-  const int64_t begin = 2 * static_cast<int64_t>(m.side) * region * side - base;
-  const int first = static_cast<int>((begin + twice) / twice) - 1 - margin;
-  return max(0, min(first, side - extent));
-}
-
-// Lays out the levels of this block's region; entry `levels` counts all queries.
-__device__ __forceinline__ void fill_region(const Geometry& g, const Merging& m,
-                                            RegionLevel* region) {
-  const int column = blockIdx.x % m.regions_in_line, line = blockIdx.x / m.regions_in_line;
-  const int width = g.width[m.base_level], height = g.height[m.base_level];
-  for (int level = threadIdx.x; level < g.levels; level += blockDim.x) {
-    RegionLevel r{};
-    r.left = window_begin(m, column, g.width[level], width, m.margin[level], m.width[level]);
-    r.top = window_begin(m, line, g.height[level], height, m.margin[level], m.height[level]);
-    r.first_column = centres_before(m, column, g.width[level], width);
-    r.columns = centres_before(m, column + 1, g.width[level], width) - r.first_column;
-    r.first_line = centres_before(m, line, g.height[level], height);
-    r.lines = centres_before(m, line + 1, g.height[level], height) - r.first_line;
-    region[level] = r;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int queries = 0;
-    for (int level = 0; level < g.levels; ++level) {
-      region[level].first_query = queries;
-      queries += region[level].columns * region[level].lines;
-    }
-    region[g.levels].first_query = queries;
-  }
-  __syncthreads();
-}
-
-// The place of one of the region's queries.
-__device__ __forceinline__ Place<float> find_query(const Geometry& g, const RegionLevel* region,
-                                                   int head, int index) {
-  Place<float> place{};
-  place.image = blockIdx.z;
-  place.head = head;
-  place.active = index < region[g.levels].first_query;
-  if (!place.active) return place;
-  int level = 0;
-  while (index >= region[level + 1].first_query) ++level;
-  const RegionLevel r = region[level];
-  const int within = index - r.first_query;
-  const int line = r.first_line + within / r.columns;
-  const int column = r.first_column + within % r.columns;
-  place.query = g.first_token[level] + line * g.width[level] + column;
-  place.centre_x = (static_cast<float>(column) + 0.5f) / static_cast<float>(g.width[level]);
-  place.centre_y = (static_cast<float>(line) + 0.5f) / static_cast<float>(g.height[level]);
-  return place;
-}
+static_assert(sizeof(Outside) == Merging::kOutsideBytes);
 
 // Where the block's shared memory is what: `corners` (query, point, level, corner), `grads` (query,
 // channel), `weights` (2, kQueries, cell), which at the end becomes `window` (cell, channel).
 struct Shared {
   SampleLevel* levels;
   RegionLevel* region;
+  Outside* outside;
   Corner* corners;
   float* grads;
   float* weights;
@@ -121,31 +57,61 @@ __device__ __forceinline__ Shared divide(SampleLevel* memory, const Geometry& g,
   Shared s;
   s.levels = memory;
   s.region = reinterpret_cast<RegionLevel*>(s.levels + g.samples);
-  s.corners = reinterpret_cast<Corner*>(s.region + g.levels + 1);
+  s.outside = reinterpret_cast<Outside*>(s.region + g.levels + 1);
+  s.corners = reinterpret_cast<Corner*>(s.outside + Merging::kMostOutside);
   s.grads = reinterpret_cast<float*>(s.corners + 4 * g.samples * m.queries);
   s.weights = s.grads + (kChannels + 8) * m.queries;
   return s;
 }
 
-// Adds a query's gradient of the output, times a weight, to one token in global memory.
+// Adds four channels of a query's gradient of the output, times a weight, to global memory.
+template <typename T>
+__device__ __forceinline__ void add_outside(const T* grad, float weight, float* target) {
+  float numbers[4];
+  unpack(load_pack<4>(grad), numbers);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) numbers[k] *= weight;
+  atomic_add(target, numbers);
+}
+
+// Notes a corner that is not in the windows, or adds it where the list is full. `grad` and `target`:
+// the block's channels of the query and of token 0.
 template <int kChannels, typename T>
-__device__ void add_outside(const T* grad, float weight, float* target) {
+__device__ __forceinline__ void note_outside(const Shared& s, const Geometry& g,
+                                             const Outside& corner, const T* grad, float* target) {
+  const int at = atomicAdd(&s.region[g.levels].outside, 1);
+  if (at < Merging::kMostOutside) {
+    s.outside[at] = corner;
+    return;
+  }
+  target += static_cast<int64_t>(corner.token) * g.heads * g.channels;
 #pragma unroll 1
   for (int channel = 0; channel < kChannels; channel += 4) {
-    float numbers[4];
-    unpack(load_pack<4>(grad + channel), numbers);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) numbers[k] *= weight;
-    atomic_add(target + channel, numbers);
+    add_outside(grad + channel, corner.weight, target + channel);
   }
 }
 
-// Writes the four corners of sample `i` of a query to `corners`; adds those that are not in the
-// windows to `target`, the channels of token 0.
+// Adds the noted corners, four channels a lane. `grad`: the block's channels of the image's query 0.
+template <int kChannels, typename T>
+__device__ __forceinline__ void add_noted(const Shared& s, const Geometry& g, const T* grad,
+                                          float* target) {
+  constexpr int kFours = kChannels / 4;
+  const int count = min(s.region[g.levels].outside, Merging::kMostOutside);
+  const int64_t stride = static_cast<int64_t>(g.heads) * g.channels;
+  const int channel = 4 * (threadIdx.x % kFours);
+  for (int at = threadIdx.x / kFours; at < count; at += blockDim.x / kFours) {
+    const Outside corner = s.outside[at];
+    add_outside(grad + corner.query * stride + channel, corner.weight,
+                target + corner.token * stride + channel);
+  }
+}
+
+// Writes the four corners of sample `i` of a query to `corners`; notes those that are not in the
+// windows.
 template <int kChannels, typename T>
 __device__ __forceinline__ void write_corners(const Geometry& g, const Merging& m, const Shared& s,
                                               int i, const Sample<float>& sample, float x, float y,
-                                              float weight, bool merges, const T* grad,
+                                              float weight, bool merges, int query, const T* grad,
                                               float* target, Corner* corners) {
   const int level = i / g.points, point = i - level * g.points;
   const RegionLevel r = s.region[level];
@@ -161,8 +127,8 @@ __device__ __forceinline__ void write_corners(const Geometry& g, const Merging& 
       if (merges && in_x >= 0 && in_x < m.width[level] && in_y >= 0 && in_y < m.height[level]) {
         corner.cell = m.first_cell[level] + in_y * m.width[level] + in_x;
       } else {
-        const int64_t token = map.first_token + line * map.width + column;
-        add_outside<kChannels>(grad, corner.weight, target + token * g.heads * g.channels);
+        const int token = map.first_token + line * map.width + column;
+        note_outside<kChannels>(s, g, {token, query, corner.weight}, grad, target);
       }
     }
     corners[(point * g.levels + level) * 4 + k] = corner;
@@ -197,8 +163,8 @@ __device__ __forceinline__ void prepare_query(const Inputs<T, Form::tokens>& in,
     sampler.locate(i, s.levels[i], x, y);
     Sample<float> sample = place_sample(x, y, s.levels[i]);
     if (!place.active) sample.inside = 0;
-    write_corners<kChannels>(g, m, s, i, sample, x, y, scale * sampler.weight(i), merges, grad,
-                             target, corners);
+    write_corners<kChannels>(g, m, s, i, sample, x, y, scale * sampler.weight(i), merges,
+                             place.query, grad, target, corners);
   }
 }
 
@@ -321,6 +287,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int64_t stride = static_cast<int64_t>(g.heads) * g.channels;
   float* const target = grad_value + blockIdx.z * g.tokens * stride + first_channel;
   const int cells = merging.first_cell[g.levels], queries = shared.region[g.levels].first_query;
+  const T* const image_grad = grad_output + blockIdx.z * g.queries * stride + first_channel;
   const int group = threadIdx.x / kLanes;
   float sums[kCellTiles][kChannels / 8][4] = {};
   for (int first = 0; first < queries; first += merging.queries) {
@@ -331,6 +298,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                                slot);
     }
     __syncthreads();
+    add_noted<kChannels>(shared, g, image_grad, target);
     // While one product is computed, half of the lanes lay out the next. The last need not be
     // cleared.
     const bool last = queries - first <= merging.queries;
@@ -339,6 +307,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         if (k >= 2) lay_out<true>(g, merging, shared, k - 2);
         if (k < products) lay_out<false>(g, merging, shared, k);
       }
+      // By now all have read it, and the next corners are noted after more barriers.
+      if (k == 1 && threadIdx.x == 0) shared.region[g.levels].outside = 0;
       if (k > 0 && k <= products) {
         for (int half = 0; half < kQueries; half += 8) {
           multiply<kChannels, std::is_same<T, float>::value>(
