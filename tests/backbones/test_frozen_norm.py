@@ -78,8 +78,12 @@ def test_constants_follow_the_weights() -> None:
     torch.testing.assert_close(copied(x), other(x) + 3)
     norm.bias.add_(1)
     torch.testing.assert_close(norm(x), other(x) + 1)
+    for value in (2.0, 3.0):  # another tensor, as after a move to another device
+        norm.bias = other.bias.new_full((5,), value)
+        torch.testing.assert_close(norm(x), other(x) - other.bias.view(-1, 1, 1) + value)
     norm.double()
-    torch.testing.assert_close(norm(x.double()), (other(x) + 1).double(), atol=1e-5, rtol=0)
+    expected = (other(x) - other.bias.view(-1, 1, 1) + 3).double()
+    torch.testing.assert_close(norm(x.double()), expected, atol=1e-5, rtol=0)
 
 
 def test_nothing_else_is_replaced() -> None:
