@@ -74,8 +74,8 @@ __device__ __forceinline__ void add_outside(const T* grad, float weight, float* 
   atomic_add(target, numbers);
 }
 
-// Notes a corner that is not in the windows, or adds it where the list is full. `grad` and `target`:
-// the block's channels of the query and of token 0.
+// Notes a corner that is not in the windows, or adds it where the list is full. `grad` and
+// `target`: the block's channels of the query and of token 0.
 template <int kChannels, typename T>
 __device__ __forceinline__ void note_outside(const Shared& s, const Geometry& g,
                                              const Outside& corner, const T* grad, float* target) {
@@ -91,7 +91,8 @@ __device__ __forceinline__ void note_outside(const Shared& s, const Geometry& g,
   }
 }
 
-// Adds the noted corners, four channels a lane. `grad`: the block's channels of the image's query 0.
+// Adds the noted corners, four channels a lane. `grad`: the block's channels of the image's query
+// 0.
 template <int kChannels, typename T>
 __device__ __forceinline__ void add_noted(const Shared& s, const Geometry& g, const T* grad,
                                           float* target) {

@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 from torch.utils import cpp_extension
 
-ARCHITECTURES = (
-    "arch=compute_80,code=sm_80",
-    "arch=compute_90,code=sm_90",
-    "arch=compute_90,code=compute_90",
-)
+# The oldest; and one with vector atomics and tensor cores, as newer ones have them.
+ARCHITECTURES = ("arch=compute_75,code=sm_75", "arch=compute_90,code=sm_90")
 
 
 @pytest.mark.slow
