@@ -68,6 +68,7 @@ def sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Te
 
 
 def _is_compiled(device: torch.device) -> bool:
+    """Whether the compiled operator samples masks, by the same choice as for attention."""
     return choose_backend(device.type, "auto", device.index) == "compiled" and _library.has(
         "sample_packed_masks"
     )
