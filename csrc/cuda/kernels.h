@@ -93,6 +93,7 @@ struct Merging {
   static constexpr int kQueries = 16;    // of one product of matrices
   static constexpr int kMostCells = 768;  // of all windows
   static constexpr int kMostChannels = 32;  // of one block
+  static constexpr int kMostCellsInLine = 1 << 14;  // of a level
   static constexpr int kMostOutside = 1024;  // corners outside the windows, noted to be added later
   static constexpr int kRegionBytes = 32, kCornerBytes = 8, kOutsideBytes = 16;  // of shared memory
   Grid grid;  // regions, heads x parts of their channels, images

@@ -65,7 +65,9 @@ inline bool plan_merging(const Geometry& g, Merging& m) {
   cudaDeviceGetAttribute(&generation, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   const bool whole = g.channels == 16 || g.channels % Merging::kMostChannels == 0;
-  if (generation < 8 || !whole) return false;
+  const int longest = std::max(*std::max_element(g.width, g.width + g.levels),
+                               *std::max_element(g.height, g.height + g.levels));
+  if (generation < 8 || !whole || longest > Merging::kMostCellsInLine) return false;
   m = {};
   m.side = 8;
   for (int level = 1; level < g.levels; ++level) {

@@ -16,20 +16,22 @@ struct alignas(16) RegionLevel {
 };
 static_assert(sizeof(RegionLevel) == Merging::kRegionBytes);
 
-// Number of pixel centres of a level left of where region `region` begins, for sides of the level
-// and of the base level that the regions are cut from.
+// Twice the distance in pixels, times the base level's side, from a level's first pixel centre to
+// where region `region` begins. Sides are at most Merging::kMostCellsInLine, so 32 bits hold it.
+__device__ __forceinline__ int region_begin(const Merging& m, int region, int side, int base) {
+  return 2 * m.side * region * side - base;
+}
+
+// Number of pixel centres of a level before where a region begins, for sides of the level and of
+// the base level that the regions are cut from.
 __device__ __forceinline__ int centres_before(const Merging& m, int region, int side, int base) {
-  const int64_t twice = 2 * static_cast<int64_t>(base);
-  const int64_t begin = 2 * static_cast<int64_t>(m.side) * region * side - base;
-  return static_cast<int>(min((begin + twice - 1) / twice, static_cast<int64_t>(side)));
+  return min((region_begin(m, region, side, base) + 2 * base - 1) / (2 * base), side);
 }
 
 // First pixel of a window `extent` wide, inside the map.
 __device__ __forceinline__ int window_begin(const Merging& m, int region, int side, int base,
                                             int margin, int extent) {
-  const int64_t twice = 2 * static_cast<int64_t>(base);
-  const int64_t begin = 2 * static_cast<int64_t>(m.side) * region * side - base;
-  const int first = static_cast<int>((begin + twice) / twice) - 1 - margin;
+  const int first = (region_begin(m, region, side, base) + 2 * base) / (2 * base) - 1 - margin;
   return max(0, min(first, side - extent));
 }
 
