@@ -28,10 +28,10 @@ from tqdm import tqdm
 from tracks import Tracks
 from video import CODEC, LiveWriter, VideoError, VideoReader, VideoWriter, ranges
 
-from maskdino.images import ImageError, load_image
-from maskdino.onnx_backend import onnx_predictor
-from maskdino.predictor import MaskDINOPredictor
-from maskdino.results import ImageResult
+from maskdino.export.onnx import onnx_predictor
+from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.visualization.images import ImageError, load_image
+from maskdino.visualization.results import ImageResult
 
 
 @dataclass

@@ -6,7 +6,7 @@ detectron2.
 
 from maskdino import data, model_zoo
 from maskdino.backbones import TimmBackbone, build_backbone
-from maskdino.checkpoint import MaskDINOCheckpointer
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.config import add_maskdino_config
 from maskdino.data import (
     InstanceMapper,
@@ -15,9 +15,9 @@ from maskdino.data import (
     build_train_mapper,
     register_coco_folder,
 )
+from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
-from maskdino.predictor import MaskDINOPredictor
-from maskdino.results import ImageResult
+from maskdino.visualization.results import ImageResult
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from maskdino.config import load_config
-from maskdino.trainer import MaskDINOTrainer
+from maskdino.engine.trainer import MaskDINOTrainer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "nuclei" / "Base-Nuclei.yaml"
 

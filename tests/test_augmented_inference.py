@@ -1,4 +1,4 @@
-"""Tests of maskdino.augmented_inference."""
+"""Tests of maskdino.evaluation.test_time_augmentation."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from maskdino.augmented_inference import AugmentedSemanticModel
 from maskdino.config import load_config
 from maskdino.data.reading import DataError
+from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
 
 SEMANTIC = ["MODEL.MASK_DINO.TEST.INSTANCE_ON", "False", "MODEL.MASK_DINO.TEST.SEMANTIC_ON", "True"]
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskdino import checkpoint as checkpoint_module
-from maskdino.checkpoint import MaskDINOCheckpointer, model_weights
+from maskdino.checkpoint import checkpointer as checkpoint_module
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer, model_weights
 from maskdino.model import MaskDINO
 from tests.helpers import NUM_CLASSES, tiny_model
 from tests.test_released import released_case_cfg, released_case_weights

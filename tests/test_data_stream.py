@@ -1,4 +1,4 @@
-"""Tests of maskdino.data_stream."""
+"""Tests of maskdino.data.stream."""
 
 import itertools
 import random
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from maskdino.data_stream import ShuffledStream, TrainingData
-from maskdino.data_stream import comm as stream_comm
+from maskdino.data.stream import ShuffledStream, TrainingData
+from maskdino.data.stream import comm as stream_comm
 
 FACTORS = {
     "uniform": torch.ones(7),

@@ -10,9 +10,9 @@ import torch
 from maskdino.config import load_config
 from maskdino.devices import comm as devices_comm
 from maskdino.devices import configured_device, find_device, settle_device
-from maskdino.hooks import peak_memory_mb
-from maskdino.loading import pick_device
-from maskdino.trainer import MaskDINOTrainer, evaluate_weights
+from maskdino.engine.hooks import peak_memory_mb
+from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
+from maskdino.inference.loading import pick_device
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_trainings_and_evaluations_settle_their_device(
     def stop(_: object) -> None:
         raise Stop
 
-    monkeypatch.setattr("maskdino.trainer.check_datasets", stop)
+    monkeypatch.setattr("maskdino.engine.trainer.check_datasets", stop)
     cfg = load_config(None, ["MODEL.DEVICE", "cuda:1"])
     with pytest.raises(Stop):
         MaskDINOTrainer(cfg)

@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from maskdino.launch import free_port, launch
+from maskdino.engine.launch import free_port, launch
 from maskdino.ops.points import PointSampler
 from tests.helpers import NARROW
 from tests.stand_in import read_checkpoint, tiny_config, train, train_in_process
@@ -105,7 +105,7 @@ def test_two_machines_train_as_one(alone: Path, tmp_path: Path, repository: Path
     script = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from maskdino.launch import launch\n"
+        "from maskdino.engine.launch import launch\n"
         "from tests.test_distributed import config, train_at_fixed_points\n"
         "if __name__ == '__main__':\n"
         "    folder, rank = Path(sys.argv[1]), int(sys.argv[2])\n"

@@ -1,4 +1,4 @@
-"""Tests of maskdino.evaluation and maskdino.coco_evaluation."""
+"""Tests of maskdino.evaluation.build and maskdino.evaluation.coco."""
 
 import copy
 import json
@@ -14,14 +14,14 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
 
-from maskdino import coco_evaluation
-from maskdino.coco_evaluation import (
+from maskdino.config import load_config
+from maskdino.evaluation import coco as coco_evaluation
+from maskdino.evaluation.build import _with_in1d, build_evaluator
+from maskdino.evaluation.coco import (
     COCOInstanceEvaluator,
     average_precision,
     instances_to_records,
 )
-from maskdino.config import load_config
-from maskdino.evaluation import _with_in1d, build_evaluator
 
 SIZE = (40, 60)
 # Category ids as users have them: neither from 0, nor dense, nor in order.

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from maskdino.data import DataError
 from maskdino.data.reading import read_image, read_label_map
-from maskdino.faults import TRAIN_LOOP, data_errors_in_one_line
-from maskdino.launch import free_port, launch
+from maskdino.engine.errors import TRAIN_LOOP, data_errors_in_one_line
+from maskdino.engine.launch import free_port, launch
 
 
 class Labels(Dataset):
@@ -172,7 +172,7 @@ def test_torchrun_ends_although_one_process_waits(
     script = tmp_path / "run.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from maskdino.trainer import launch\n"
+        "from maskdino.engine.trainer import launch\n"
         "from tests.test_faults import Labels, load_on_the_second\n"
         f"launch(load_on_the_second, Labels(Path({str(labels)!r})), processes=1)\n"
     )

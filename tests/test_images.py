@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskdino.images import ImageError, load_image, network_image, network_size
+from maskdino.visualization.images import ImageError, load_image, network_image, network_size
 
 COLOR = np.zeros((4, 6, 3), np.uint8)
 COLOR[:2, :3] = (250, 10, 30)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from maskdino.inspection import follow_queries
+from maskdino.inference.attention_maps import follow_queries
+from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from maskdino.ops.ms_deform_attn import ms_deform_attn
-from maskdino.predictor import MaskDINOPredictor
 from tests.helpers import tiny_cfg
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Tests of maskdino.panoptic_evaluation."""
+"""Tests of maskdino.evaluation.panoptic."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from detectron2.evaluation import COCOPanopticEvaluator
 from panopticapi.evaluation import pq_compute
 
 from maskdino.data.datasets import register_panoptic_folder
-from maskdino.panoptic_evaluation import PanopticEvaluator
+from maskdino.evaluation.panoptic import PanopticEvaluator
 from tests.data.synthetic import COCO_IDS, Scene, make_scenes, write_coco
 
 THINGS = {"person": 0, "car": 1}

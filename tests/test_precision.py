@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from maskdino import precision as precision_module
-from maskdino.export import ExportableNetwork, ExportOptions
+from maskdino.export.trace import ExportableNetwork, ExportOptions
+from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.precision import (
@@ -20,7 +21,6 @@ from maskdino.precision import (
     network_precision,
     training_precision,
 )
-from maskdino.predictor import MaskDINOPredictor
 from tests.helpers import CHANNELS, drawn_batch, tiny_cfg, tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

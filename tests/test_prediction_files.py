@@ -1,8 +1,8 @@
-"""Tests of maskdino.prediction_files."""
+"""Tests of maskdino.evaluation.files."""
 
 import time
 
-from maskdino.prediction_files import unique_pngs
+from maskdino.evaluation.files import unique_pngs
 
 
 def test_names_are_kept_and_unique() -> None:

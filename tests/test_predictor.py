@@ -11,12 +11,12 @@ import torch
 from detectron2.config import CfgNode
 from PIL import Image
 
-import maskdino.predictor as predictor_module
+import maskdino.inference.predictor as predictor_module
 from maskdino import postprocess
-from maskdino.images import ImageError
+from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
-from maskdino.predictor import MaskDINOPredictor
-from maskdino.results import ImageResult
+from maskdino.visualization.images import ImageError
+from maskdino.visualization.results import ImageResult
 from tests.helpers import NUM_CLASSES, tiny_cfg
 
 TASKS = ("instance", "panoptic", "semantic")

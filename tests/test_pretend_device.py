@@ -17,14 +17,14 @@ from detectron2.utils import comm
 from PIL import Image
 from torch import Tensor
 
-from maskdino.coco_evaluation import instances_to_records
+from maskdino.engine.train_step import LossReader
+from maskdino.evaluation.coco import instances_to_records
+from maskdino.evaluation.panoptic import PanopticEvaluator
+from maskdino.evaluation.semantic import SemanticEvaluator
+from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from maskdino.ops import _library
-from maskdino.panoptic_evaluation import PanopticEvaluator
-from maskdino.predictor import MaskDINOPredictor
-from maskdino.semantic_evaluation import SemanticEvaluator
 from maskdino.structures import PackedMasks, Predictions, Targets
-from maskdino.train_step import LossReader
 from tests.helpers import NUM_CLASSES, drawn_batch, tiny_cfg
 from tests.losses.drawn import FixedPoints
 from tests.losses.test_device import circle_queries, costs_of  # noqa: F401 - a fixture

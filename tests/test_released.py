@@ -12,9 +12,7 @@ import yaml
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from maskdino.config import load_config
-from maskdino.model import MaskDINO
-from maskdino.released import (
+from maskdino.checkpoint.released import (
     ReleasedStructure,
     convert_config,
     convert_weights,
@@ -22,6 +20,8 @@ from maskdino.released import (
     our_names,
     set_value,
 )
+from maskdino.config import load_config
+from maskdino.model import MaskDINO
 from tests.conftest import load_module
 
 # Parameter list -> width of the feed-forward networks of its encoder, scales.

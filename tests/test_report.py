@@ -14,9 +14,9 @@ import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from maskdino.ground_truth import ground_truth_of
-from maskdino.report import bars, curves, precision_recall, report_paths, write_report
-from maskdino.results import Categories, ImageResult
+from maskdino.evaluation.report import bars, curves, precision_recall, report_paths, write_report
+from maskdino.visualization.ground_truth import ground_truth_of
+from maskdino.visualization.results import Categories, ImageResult
 
 CATEGORIES = Categories(("nucleus",), (True,), (1,))
 

@@ -16,15 +16,21 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from maskdino.coco_evaluation import COCOInstanceEvaluator
 from maskdino.data.datasets import register_panoptic_folder
-from maskdino.ground_truth import ground_truth_of
-from maskdino.panoptic_evaluation import PanopticEvaluator
-from maskdino.report import write_report
-from maskdino.report_images import EvaluatedImages, InstanceImages, f1_score, find_images, overlaps
-from maskdino.results import Categories, ImageResult
-from maskdino.semantic_evaluation import SemanticEvaluator
-from maskdino.trainer import write_results
+from maskdino.engine.trainer import write_results
+from maskdino.evaluation.coco import COCOInstanceEvaluator
+from maskdino.evaluation.panoptic import PanopticEvaluator
+from maskdino.evaluation.report import write_report
+from maskdino.evaluation.report_images import (
+    EvaluatedImages,
+    InstanceImages,
+    f1_score,
+    find_images,
+    overlaps,
+)
+from maskdino.evaluation.semantic import SemanticEvaluator
+from maskdino.visualization.ground_truth import ground_truth_of
+from maskdino.visualization.results import Categories, ImageResult
 from tests.data.synthetic import Scene, box_xywh, make_scenes, write_coco
 
 NAME = "drawn_report"

@@ -1,4 +1,4 @@
-"""Tests of maskdino.semantic_evaluation."""
+"""Tests of maskdino.evaluation.semantic."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from PIL import Image
 
 from maskdino.data.datasets import register_semantic_folder
 from maskdino.data.reading import DataError, read_image
-from maskdino.semantic_evaluation import SemanticEvaluator, semantic_metrics
+from maskdino.evaluation.semantic import SemanticEvaluator, semantic_metrics
 
 NAMES = ["sky", "road", "tree", "boat", "moon"]
 KINDS = {"file_name": "images", "sem_seg_file_name": "labels"}

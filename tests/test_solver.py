@@ -1,11 +1,11 @@
-"""Tests of maskdino.solver."""
+"""Tests of maskdino.engine.solver."""
 
 import pytest
 import torch
 from torch import nn
 
 from maskdino.config import load_config
-from maskdino.solver import build_gradient_clipper, build_optimizer
+from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 
 
 class Model(nn.Module):

@@ -22,7 +22,7 @@ from maskdino.data.datasets import (
     register_semantic_folder,
 )
 from maskdino.data.reading import DataError
-from maskdino.trainer import MaskDINOTrainer
+from maskdino.engine.trainer import MaskDINOTrainer
 from tests.data.synthetic import COCO_IDS, Scene, box_xywh, make_scenes, write_coco
 
 NAMES = ["person", "car", "road", "sky"]

@@ -1,4 +1,4 @@
-"""Tests of maskdino.train_step."""
+"""Tests of maskdino.engine.train_step."""
 
 import json
 import logging
@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from maskdino.config import load_config
-from maskdino.launch import launch
-from maskdino.solver import build_gradient_clipper
-from maskdino.train_step import MAX_LEFT_OUT, TrainStep
+from maskdino.engine.launch import launch
+from maskdino.engine.solver import build_gradient_clipper
+from maskdino.engine.train_step import MAX_LEFT_OUT, TrainStep
 
 
 class Quadratic(nn.Module):

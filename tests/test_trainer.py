@@ -1,4 +1,4 @@
-"""Tests of maskdino.trainer, maskdino.hooks and maskdino.launch, with a stand-in for the model."""
+"""Trainer, hooks and launch of maskdino.engine, with a stand-in for the model."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from maskdino.hooks import WeightAverage
-from maskdino.trainer import MaskDINOTrainer, evaluate_weights, launch
+from maskdino.engine.hooks import WeightAverage
+from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights, launch
 from tests.helpers import NARROW, NODE
 from tests.stand_in import read_checkpoint, tiny_config, train, train_in_process
 
@@ -178,7 +178,7 @@ def test_torchrun_trains_as_one_process(
     script = tmp_path / "run.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from maskdino.trainer import launch\n"
+        "from maskdino.engine.trainer import launch\n"
         "from tests.stand_in import tiny_config, train_in_process\n"
         f"cfg = tiny_config(Path({str(tmp_path)!r}), *{PLAIN + EMA!r})\n"
         "launch(train_in_process, cfg, processes=1)\n"

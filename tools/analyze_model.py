@@ -20,7 +20,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskdino.trainer import MaskDINOTrainer, load_config
+from maskdino.engine.trainer import MaskDINOTrainer, load_config
 
 SAMPLING = "deformable sampling"
 MASKS = "masks of all queries"

@@ -15,7 +15,7 @@ import torch
 from timm.models import load_state_dict
 
 from maskdino.backbones import TimmBackbone, build_backbone, convert_backbone
-from maskdino.trainer import load_config
+from maskdino.engine.trainer import load_config
 
 
 def main() -> None:

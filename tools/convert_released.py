@@ -19,16 +19,16 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from maskdino.checkpoint import MaskDINOCheckpointer, model_weights
-from maskdino.config import add_maskdino_config
-from maskdino.model import MaskDINO
-from maskdino.released import (
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer, model_weights
+from maskdino.checkpoint.released import (
     ReleasedStructure,
     convert_config,
     convert_weights,
     is_released,
     set_value,
 )
+from maskdino.config import add_maskdino_config
+from maskdino.model import MaskDINO
 
 
 def convert(config: Path, weights: Path, output: Path) -> list[str]:

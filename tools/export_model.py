@@ -37,7 +37,8 @@ from detectron2.modeling import build_model
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from maskdino.export import (
+from maskdino.export.onnx import METADATA_KEY, ExportedMetadata, open_session
+from maskdino.export.trace import (
     MASK_SIZES,
     OUTPUTS,
     PLUGIN,
@@ -49,10 +50,9 @@ from maskdino.export import (
     to_onnx,
     trace,
 )
-from maskdino.images import fitting_size, load_image, network_image, network_size
-from maskdino.loading import load_weights, pick_device, read_config
+from maskdino.inference.loading import load_weights, pick_device, read_config
 from maskdino.model import MaskDINO
-from maskdino.onnx_backend import METADATA_KEY, ExportedMetadata, open_session
+from maskdino.visualization.images import fitting_size, load_image, network_image, network_size
 
 BOUND = 1e-3  # of an output's largest magnitude
 ALLOWED_SHARE = 0.01  # of an output's values that may differ by more

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from maskdino.loading import find_config
-from maskdino.report import report_paths, write_report
-from maskdino.trainer import load_config
+from maskdino.engine.trainer import load_config
+from maskdino.evaluation.report import report_paths, write_report
+from maskdino.inference.loading import find_config
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

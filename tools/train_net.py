@@ -23,9 +23,9 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from maskdino.devices import configured_device, settle_device
+from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights, launch, load_config
+from maskdino.evaluation.report import report_paths, write_report
 from maskdino.precision import check_precision
-from maskdino.report import report_paths, write_report
-from maskdino.trainer import MaskDINOTrainer, evaluate_weights, launch, load_config
 
 logger = logging.getLogger("maskdino.train_net")
 

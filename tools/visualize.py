@@ -24,14 +24,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from PIL import Image
 
 from maskdino import build_train_mapper
-from maskdino.drawing import below, beside, enlarge
-from maskdino.ground_truth import ground_truth_of, ground_truth_of_example
-from maskdino.images import load_image
-from maskdino.inspection import follow_queries
-from maskdino.loading import find_config
-from maskdino.predictor import MaskDINOPredictor
-from maskdino.results import Categories, ImageResult
-from maskdino.trainer import load_config
+from maskdino.engine.trainer import load_config
+from maskdino.inference.attention_maps import follow_queries
+from maskdino.inference.loading import find_config
+from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.visualization.drawing import below, beside, enlarge
+from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of_example
+from maskdino.visualization.images import load_image
+from maskdino.visualization.results import Categories, ImageResult
 
 COLUMNS = 5  # decoder layers in a row
 LAYER_PIXELS = 380  # as the next one, for decoder layers

@@ -19,10 +19,10 @@ from detectron2.structures import Boxes, Instances
 
 from maskdino.custom.annotations import Summary
 from maskdino.data import DataError
-from maskdino.hooks import peak_memory_mb
+from maskdino.engine.hooks import peak_memory_mb
+from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.precision import mixed_precision_dtype
 from maskdino.structures import PackedMasks
-from maskdino.trainer import MaskDINOTrainer
 
 TRAIN_NAME, VALIDATION_NAME = "custom_train", "custom_val"
 MEMORY_SHARE = 0.8  # of the free memory: images differ in their number of objects

@@ -25,7 +25,7 @@ from maskdino.custom.plan import (
 from maskdino.custom.prepare import DATA_FOLDER, Sources, prepare_data, register_prepared
 from maskdino.custom.report import plan_text, results_text
 from maskdino.custom.training import BEST_FOLDER, BEST_NAME, CustomTrainer
-from maskdino.loading import RELEASED, find_config, read_config
+from maskdino.inference.loading import RELEASED, find_config, read_config
 
 NO_WEIGHTS = "none"
 DEFAULT_CONFIGS = {"cuda": "custom/maskdino_R50", "cpu": "custom/maskdino_small"}

@@ -12,9 +12,9 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from maskdino.checkpoint import MaskDINOCheckpointer
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.custom.history import Evaluation, History
-from maskdino.trainer import MaskDINOTrainer
+from maskdino.engine.trainer import MaskDINOTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from maskdino import model_zoo
 model = model_zoo.get("coco/instance/maskdino_R50.yaml", trained=True)
 """
 
-from .released import RELEASED, ReleasedModel, find_released
+from .catalogue import RELEASED, ReleasedModel, find_released
 from .zoo import download, get, get_checkpoint_url, get_config, get_config_file
 from .zoo import list_configs as list
 

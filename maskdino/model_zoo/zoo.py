@@ -11,10 +11,10 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from maskdino.checkpoint import MaskDINOCheckpointer
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.config import load_config
 
-from .released import RELEASED, ReleasedModel, find_released
+from .catalogue import RELEASED, ReleasedModel, find_released
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from maskdino.custom.training import CustomTrainer
-from maskdino.trainer import MaskDINOTrainer
+from maskdino.engine.trainer import MaskDINOTrainer
 from tests.stand_in import tiny_config
 
 

@@ -10,7 +10,7 @@ import torch
 
 from maskdino.custom.history import Evaluation, History
 from maskdino.custom.training import CustomTrainer
-from maskdino.trainer import MaskDINOTrainer, launch
+from maskdino.engine.trainer import MaskDINOTrainer, launch
 from tests.custom.runs import config, evaluate_as, run, run_in_process
 from tests.stand_in import read_checkpoint
 

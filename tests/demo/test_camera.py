@@ -19,7 +19,7 @@ def test_camera_that_fails_and_recovers_until_interrupted(
 ) -> None:
     import video
 
-    from maskdino.predictor import MaskDINOPredictor
+    from maskdino.inference.predictor import MaskDINOPredictor
 
     capture = FakeCapture([0, 1, None, 3], camera=True, rate=0)
     monkeypatch.setattr(video.cv2, "VideoCapture", stand_in_for_cameras(capture))

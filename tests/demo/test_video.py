@@ -195,7 +195,7 @@ def test_interrupted_video_can_be_played(
 ) -> None:
     from video import VideoReader
 
-    from maskdino.predictor import MaskDINOPredictor
+    from maskdino.inference.predictor import MaskDINOPredictor
 
     predict, calls = MaskDINOPredictor.__call__, []
 

@@ -17,10 +17,10 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from maskdino.launch import launch
-from maskdino.solver import build_gradient_clipper, build_optimizer
-from maskdino.train_step import TrainStep
-from maskdino.trainer import _distribute
+from maskdino.engine.launch import launch
+from maskdino.engine.solver import build_gradient_clipper, build_optimizer
+from maskdino.engine.train_step import TrainStep
+from maskdino.engine.trainer import _distribute
 from tests.gpu.cases import make_batch, make_cfg, make_model, same_draws
 
 BATCHES = ((5, 3), (0, 2), (2, 2), (0, 0))  # objects of the images: two steps of two micro-batches

@@ -13,10 +13,10 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 
+from maskdino.engine.trainer import MaskDINOTrainer
+from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
-from maskdino.predictor import MaskDINOPredictor
 from maskdino.structures import Predictions
-from maskdino.trainer import MaskDINOTrainer
 from tests.gpu.cases import (
     TASKS,
     assert_same_results,

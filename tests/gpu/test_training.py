@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdino.launch import free_port
+from maskdino.engine.launch import free_port
+from maskdino.engine.solver import build_gradient_clipper, build_optimizer
+from maskdino.engine.train_step import TrainStep
 from maskdino.model import MaskDINO
-from maskdino.solver import build_gradient_clipper, build_optimizer
-from maskdino.train_step import TrainStep
 from tests.gpu.cases import TASKS, copy_to, make_batch, make_cfg, make_model, same_draws
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine.hooks import CallbackHook
 
-from maskdino.trainer import MaskDINOTrainer
+from maskdino.engine.trainer import MaskDINOTrainer
 from tests.gpu.cases import make_cfg
 from tests.gpu.drawn import drawn_dataset  # noqa: F401 (a fixture)
 from tests.stand_in import read_checkpoint

@@ -15,9 +15,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from maskdino import model_zoo
+from maskdino.checkpoint.released import ReleasedStructure, our_names
 from maskdino.config import load_config
 from maskdino.model_zoo import zoo
-from maskdino.released import ReleasedStructure, our_names
 
 R50 = "coco/instance/maskdino_R50.yaml"
 # Lists of the tensors of released files.

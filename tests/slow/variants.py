@@ -23,8 +23,13 @@ from detectron2.data import MetadataCatalog
 from torch import Tensor, nn
 
 from maskdino.backbones import build_backbone
+from maskdino.checkpoint.released import (
+    ReleasedStructure,
+    convert_config,
+    convert_weights,
+    our_names,
+)
 from maskdino.config import add_maskdino_config
-from maskdino.released import ReleasedStructure, convert_config, convert_weights, our_names
 from tests.conftest import load_module
 from tests.slow.losses import Decoded, SlowCriterion, Target
 from tests.slow.mask_dino import DECODER, DECODER_HEADS, ENCODER, POINTS, SlowMaskDINO, canonical

@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling import build_backbone
 from torch import nn
 
-from maskdino.checkpoint import MaskDINOCheckpointer
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.config import load_config
 
 CONFIG = """

@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
+from maskdino.checkpoint.released import convert_weights
 from maskdino.config import load_config
 from maskdino.model import MaskDINO
-from maskdino.released import convert_weights
 from tests.conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "tools"))

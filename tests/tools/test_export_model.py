@@ -13,23 +13,23 @@ from detectron2.config import CfgNode
 from PIL import Image
 from torch import Tensor
 
-from maskdino.export import (
+from maskdino.export.trace import (
     PLUGIN,
     ExportableNetwork,
     ExportOptions,
     plugin_attention,
     traces_any_size,
 )
+from maskdino.inference.predictor import MaskDINOPredictor, TorchNetwork
 from maskdino.model import MaskDINO
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
-from maskdino.predictor import MaskDINOPredictor, TorchNetwork
 from tests.conftest import load_module
 from tests.helpers import tiny_cfg
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package, reason=f"{package} is optional, see requirements.txt")
 
-from maskdino.onnx_backend import OnnxNetwork, onnx_predictor  # noqa: E402
+from maskdino.export.onnx import OnnxNetwork, onnx_predictor  # noqa: E402
 
 CANVAS = (64, 96)
 

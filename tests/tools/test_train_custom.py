@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from maskdino.config import load_config
 from maskdino.custom import History
-from maskdino.predictor import MaskDINOPredictor
+from maskdino.inference.predictor import MaskDINOPredictor
 from tests.conftest import load_module
 from tests.custom.drawn import Drawn, write_drawn
 from tests.helpers import NARROW

@@ -14,9 +14,9 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from maskdino.data import build_train_mapper
-from maskdino.ground_truth import ground_truth_of, ground_truth_of_example
 from maskdino.model import MaskDINO
-from maskdino.results import Categories
+from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of_example
+from maskdino.visualization.results import Categories
 from tests.conftest import load_module
 from tests.data.synthetic import box_xywh
 from tests.helpers import tiny_cfg

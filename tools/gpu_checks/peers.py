@@ -162,7 +162,7 @@ def ours(run: Run, scratch: Path) -> Side:
     """This package with the weights that the released side saved."""
     import maskdino
     from gpu_checks.training import PRECISIONS, train_step
-    from maskdino.checkpoint import MaskDINOCheckpointer
+    from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
     from maskdino.model import MaskDINO
     from maskdino.structures import PackedMasks
 

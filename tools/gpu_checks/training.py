@@ -20,9 +20,9 @@ from gpu_checks.common import (
     milliseconds,
     peak_mebibytes,
 )
+from maskdino.engine.solver import build_gradient_clipper, build_optimizer
+from maskdino.engine.train_step import TrainStep
 from maskdino.model import MaskDINO
-from maskdino.solver import build_gradient_clipper, build_optimizer
-from maskdino.train_step import TrainStep
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
 OBJECTS = ((5, 3), (0, 0), (0, 2), (60, 90))

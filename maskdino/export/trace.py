@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from maskdino.export_postprocess import inside_image, instances, panoptic, semantic
+from maskdino.export.postprocess import inside_image, instances, panoptic, semantic
 from maskdino.model import MaskDINO
 from maskdino.modeling.attention import MultiScaleDeformableAttention
 from maskdino.ops.ms_deform_attn import (
@@ -118,7 +118,7 @@ class ExportableNetwork(nn.Module):
         Returns:
             With "predictions" `class_logits` (B, Q, K), `boxes` (B, Q, 4) cx, cy, w, h in [0, 1] of
             the canvas and, with a mask branch, `mask_embeddings` (B, Q, C) and `pixel_embedding`
-            (B, C, height / 4, width / 4); else what `maskdino.export_postprocess` tells.
+            (B, C, height / 4, width / 4); else what `maskdino.export.postprocess` tells.
         """
         model, options = self.model, self.options
         canvas = tuple(images.shape[2:])

@@ -25,8 +25,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import Tensor
 
-from maskdino.images import ImageSource, load_image, network_image
-from maskdino.loading import load_weights, pick_device, read_config
+from maskdino.inference.loading import load_weights, pick_device, read_config
+from maskdino.inference.options import PredictorOptions
 from maskdino.model import InferenceOptions, MaskDINO
 from maskdino.ops.host import Steps, pack_masks, run_steps, unpack_mask
 from maskdino.postprocess import (
@@ -37,9 +37,9 @@ from maskdino.postprocess import (
     panoptic_inference,
     semantic_inference,
 )
-from maskdino.predictor_options import PredictorOptions
-from maskdino.results import Categories, ImageResult, encode_mask
 from maskdino.structures import Predictions
+from maskdino.visualization.images import ImageSource, load_image, network_image
+from maskdino.visualization.results import Categories, ImageResult, encode_mask
 
 MASK_BYTES_AT_ONCE = 1 << 27  # packed masks of one picture that exist on the device at one time
 MAP_VALUES_AT_ONCE = 1 << 28  # values of class maps; label maps of larger pictures are enlarged
@@ -179,8 +179,8 @@ class MaskDINOPredictor:
         """Predicts.
 
         Args:
-            images: one picture or many; see `maskdino.images.load_image`. Arrays and tensors with
-                four dimensions are many.
+            images: one picture or many; see `maskdino.visualization.images.load_image`.
+                Arrays and tensors with four dimensions are many.
             channel_order: "RGB" or "BGR", of arrays and tensors.
 
         Returns:

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
-from maskdino.prediction_files import PANOPTIC_FILE, PANOPTIC_FOLDER, unique_pngs
+from maskdino.evaluation.files import PANOPTIC_FILE, PANOPTIC_FOLDER, unique_pngs
 
 if TYPE_CHECKING:
     from panopticapi.evaluation import PQStat

@@ -20,10 +20,10 @@ from detectron2.config import CfgNode, get_cfg
 from torch import Tensor
 
 from maskdino.config import add_maskdino_config
+from maskdino.inference.predictor import MaskDINOPredictor, PredictorOptions
 from maskdino.model import inference_options, thing_classes
-from maskdino.predictor import MaskDINOPredictor, PredictorOptions
-from maskdino.results import Categories
 from maskdino.structures import Predictions
+from maskdino.visualization.results import Categories
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -37,7 +37,7 @@ class ExportedMetadata:
 
     Attributes:
         config: the configuration of the model, as YAML.
-        outputs: as of `maskdino.export.ExportOptions`.
+        outputs: as of `maskdino.export.trace.ExportOptions`.
         mask_size: "full" or "quarter".
         unit: sides of canvases are multiples of this many pixels.
         smallest: the least side of a canvas.
@@ -99,7 +99,7 @@ def open_session(
 
 
 class OnnxNetwork:
-    """An exported network; called like `maskdino.predictor.TorchNetwork`."""
+    """An exported network; called like `maskdino.inference.predictor.TorchNetwork`."""
 
     def __init__(self, path: str | os.PathLike, device: torch.device | str = "cpu") -> None:
         """

@@ -17,10 +17,10 @@ from detectron2.evaluation import (
     LVISEvaluator,
 )
 
-from maskdino import coco_evaluation
-from maskdino.coco_evaluation import COCOInstanceEvaluator
-from maskdino.panoptic_evaluation import PanopticEvaluator
-from maskdino.semantic_evaluation import SemanticEvaluator
+from maskdino.evaluation import coco as coco_evaluation
+from maskdino.evaluation.coco import COCOInstanceEvaluator
+from maskdino.evaluation.panoptic import PanopticEvaluator
+from maskdino.evaluation.semantic import SemanticEvaluator
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from maskdino.coco_evaluation import average_precision, faster_coco_eval
-from maskdino.report_images import EvaluatedImages, InstanceImages, find_images
+from maskdino.evaluation.coco import average_precision, faster_coco_eval
+from maskdino.evaluation.report_images import EvaluatedImages, InstanceImages, find_images
 
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
 COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3")

@@ -22,12 +22,9 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
-from maskdino.coco_evaluation import read_annotations
 from maskdino.data.reading import read_image, read_label_map
-from maskdino.drawing import beside
-from maskdino.ground_truth import ground_truth_of
-from maskdino.panoptic_evaluation import panoptic_metrics
-from maskdino.prediction_files import (
+from maskdino.evaluation.coco import read_annotations
+from maskdino.evaluation.files import (
     CONVERTED_FILE,
     INSTANCES_FILE,
     PANOPTIC_FILE,
@@ -35,8 +32,11 @@ from maskdino.prediction_files import (
     SEMANTIC_FILE,
     SEMANTIC_FOLDER,
 )
-from maskdino.results import Categories, ImageResult
-from maskdino.semantic_evaluation import count_pixels, semantic_metrics
+from maskdino.evaluation.panoptic import panoptic_metrics
+from maskdino.evaluation.semantic import count_pixels, semantic_metrics
+from maskdino.visualization.drawing import beside
+from maskdino.visualization.ground_truth import ground_truth_of
+from maskdino.visualization.results import Categories, ImageResult
 
 MIN_PIXELS = 420  # of the longer side of a drawn image, as far as whole factors allow
 MAX_PIXELS = 720
@@ -54,7 +54,7 @@ class EvaluatedImages(ABC):
         threshold: score from which on predicted objects count.
 
     Attributes:
-        task: one of `maskdino.results.TASKS`.
+        task: one of `maskdino.visualization.results.TASKS`.
         measure: what `score` computes, for readers.
     """
 

@@ -9,8 +9,8 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as mask_utils
 
 from maskdino.data.reading import DataError, read_image, segment_indices
-from maskdino.images import load_image
-from maskdino.results import Categories, ImageResult, encode_mask
+from maskdino.visualization.images import load_image
+from maskdino.visualization.results import Categories, ImageResult, encode_mask
 
 
 def ground_truth_of(record: dict, categories: Categories) -> ImageResult:

@@ -13,7 +13,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from maskdino.released import ReleasedStructure, convert_weights, is_released
+from maskdino.checkpoint.released import ReleasedStructure, convert_weights, is_released
 
 # Tensors whose size depends on the classes or the number of learned queries: fine-tuning may start
 # them anew.

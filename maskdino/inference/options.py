@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
-from maskdino.images import fitting_size, network_size
-from maskdino.results import TASKS
+from maskdino.visualization.images import fitting_size, network_size
+from maskdino.visualization.results import TASKS
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from detectron2.config import CfgNode
 
 from maskdino import model_zoo
-from maskdino.checkpoint import MaskDINOCheckpointer
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.engine.hooks import WeightAverage
 from maskdino.config import load_config
 from maskdino.devices import configured_device, find_device
-from maskdino.hooks import WeightAverage
 from maskdino.model import MaskDINO
 
 RELEASED = "released"  # in place of a path: the weights that the authors of the paper published

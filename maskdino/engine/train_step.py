@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from maskdino.engine.solver import GradientClipper
 from maskdino.precision import mixed_precision_dtype, training_precision
-from maskdino.solver import GradientClipper
 
 logger = logging.getLogger(__name__)
 

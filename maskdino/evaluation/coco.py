@@ -23,8 +23,8 @@ from detectron2.utils.logger import create_small_table
 from pycocotools import mask as mask_util
 from torch import Tensor
 
+from maskdino.evaluation.files import CONVERTED_FILE, INSTANCES_FILE
 from maskdino.ops.host import pack_masks, to_host, unpack_mask
-from maskdino.prediction_files import CONVERTED_FILE, INSTANCES_FILE
 
 try:
     import faster_coco_eval

@@ -20,7 +20,7 @@ from detectron2.utils.logger import create_small_table
 from PIL import Image
 
 from maskdino.data.reading import DataError, read_label_map
-from maskdino.prediction_files import SEMANTIC_FILE, SEMANTIC_FOLDER, unique_pngs
+from maskdino.evaluation.files import SEMANTIC_FILE, SEMANTIC_FOLDER, unique_pngs
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from maskdino.drawing import MAX_LABELS, Region, color_of, draw_regions
-from maskdino.images import ImageSource, load_image
+from maskdino.visualization.drawing import MAX_LABELS, Region, color_of, draw_regions
+from maskdino.visualization.images import ImageSource, load_image
 
 TASKS = ("instance", "panoptic", "semantic")
 IGNORED = 255  # in label maps

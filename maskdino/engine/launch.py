@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from maskdino.data import DataError
-from maskdino.faults import data_errors_in_one_line, data_errors_logged_in_one_line, end_with
+from maskdino.engine.errors import data_errors_in_one_line, data_errors_logged_in_one_line, end_with
 
 TIMEOUT = timedelta(minutes=30)
 

@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from maskdino.augmented_inference import AugmentedSemanticModel
-from maskdino.checkpoint import MaskDINOCheckpointer
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.engine.hooks import WeightAverage
 from maskdino.config import load_config
 from maskdino.data import build_test_mapper, build_train_mapper, check_datasets
-from maskdino.data_stream import (
+from maskdino.data.stream import (
     Purpose,
     TrainingData,
     build_training_data,
@@ -32,17 +32,17 @@ from maskdino.data_stream import (
     seed_everything,
 )
 from maskdino.devices import settle_device
-from maskdino.evaluation import build_evaluator
-from maskdino.hooks import (
+from maskdino.engine.hooks import (
     ConsoleWriter,
     PeriodicCheckpoint,
     Resources,
     SaveAverage,
-    WeightAverage,
 )
-from maskdino.launch import launch
-from maskdino.solver import build_gradient_clipper, build_optimizer
-from maskdino.train_step import TrainStep
+from maskdino.engine.launch import launch
+from maskdino.engine.solver import build_gradient_clipper, build_optimizer
+from maskdino.engine.train_step import TrainStep
+from maskdino.evaluation.build import build_evaluator
+from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
 
 # All that the command for training needs.
 __all__ = ["MaskDINOTrainer", "evaluate_weights", "launch", "load_config"]
@@ -112,7 +112,7 @@ class MaskDINOTrainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See `maskdino.solver.build_optimizer`."""
+        """See `maskdino.engine.solver.build_optimizer`."""
         return build_optimizer(cfg, model)
 
     @classmethod
@@ -127,7 +127,7 @@ class MaskDINOTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """See `maskdino.evaluation.build_evaluator`."""
+        """See `maskdino.evaluation.build.build_evaluator`."""
         return build_evaluator(cfg, dataset_name)
 
     def build_hooks(self) -> list[HookBase]:

@@ -1,0 +1,1 @@
+"""Weights and training states: writing, reading, and those of the released models."""

@@ -1,0 +1,1 @@
+"""Training: the trainer, its step, optimizer, hooks, and processes."""

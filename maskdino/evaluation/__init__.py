@@ -1,0 +1,1 @@
+"""Evaluators by task, and reports of what they found."""

@@ -1,0 +1,1 @@
+"""Models for other runtimes: tracing, post-processing in the graph, running it."""

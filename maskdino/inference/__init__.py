@@ -1,0 +1,1 @@
+"""Trained models in use: the predictor, and what it looks at."""

@@ -1,0 +1,1 @@
+"""Images in and out: reading, results, drawing, ground truth."""
