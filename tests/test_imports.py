@@ -85,7 +85,6 @@ RULES = (
     Rule(
         "inference",
         (
-            "engine",
             "checkpoint",
             "config",
             "devices",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskdino.engine.hooks import WeightAverage
+from maskdino.checkpoint.ema import WeightAverage
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights, launch
 from tests.helpers import NARROW, NODE
 from tests.stand_in import read_checkpoint, tiny_config, train, train_in_process

@@ -1,105 +1,18 @@
-"""What happens around training steps: averaged weights, checkpoints, the console's lines."""
+"""What happens around training steps: checkpoints, resources, the console's lines."""
 
 import datetime
 import logging
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventWriter, get_event_storage
-from torch import Tensor, nn
+
+from maskdino.checkpoint.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
-
-
-class WeightAverage:
-    """The exponential moving average of a model's weights (EMA).
-
-    Floating-point parameters and buffers are averaged; others are copied.
-
-    Args:
-        model: the model, not wrapped; the average starts at its weights.
-        decay: share of the old average that a step keeps, in [0, 1).
-
-    Raises:
-        ValueError: if ``decay`` lies outside [0, 1).
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"SOLVER.EMA.DECAY is {decay}; it must lie in [0, 1).")
-        self._model = model
-        self._decay = decay
-        self.restored = False
-        self._average: dict[str, Tensor] = {}
-        # Pairs of lists, of the average's and the model's tensors: a step has no time to look
-        # hundreds of names up.
-        self._floating: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self._others: tuple[list[Tensor], list[Tensor]] = ([], [])
-        self.reset()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Starts over at the model's present weights.
-
-        Must be called where a model's tensors have been replaced, as moving it to a device does.
-        Loading weights, and training, fill those there are.
-        """
-        current = self._model.state_dict()
-        self._average = {
-            name: value.detach().clone(memory_format=torch.preserve_format)
-            for name, value in current.items()
-        }
-        self._floating, self._others = ([], []), ([], [])
-        for name, value in current.items():
-            averages, values = self._floating if value.is_floating_point() else self._others
-            averages.append(self._average[name])
-            values.append(value)
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Moves the average towards the model's present weights."""
-        torch._foreach_lerp_(*self._floating, 1.0 - self._decay)
-        for average, value in zip(*self._others, strict=True):
-            average.copy_(value)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights; afterwards its own again."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for name, value in self._model.state_dict().items():
-            kept = value.clone()
-            value.copy_(self._average[name])
-            self._average[name].copy_(kept)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the averaged weights, under the model's names."""
-        return dict(self._average)
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Sets the averaged weights.
-
-        Raises:
-            KeyError: if a name of the model is missing.
-        """
-        missing = self._average.keys() - state.keys()
-        if missing:
-            raise KeyError(f"The saved average of weights lacks {sorted(missing)}.")
-        for name, value in self._average.items():
-            value.copy_(state[name])
-        self.restored = True
 
 
 class PeriodicCheckpoint(HookBase):

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
-from maskdino.engine.hooks import WeightAverage
+from maskdino.checkpoint.ema import WeightAverage
 from maskdino.config import load_config
 from maskdino.data import build_test_mapper, build_train_mapper, check_datasets
 from maskdino.data.stream import (

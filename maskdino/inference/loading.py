@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 
 from maskdino import model_zoo
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
-from maskdino.engine.hooks import WeightAverage
+from maskdino.checkpoint.ema import WeightAverage
 from maskdino.config import load_config
 from maskdino.devices import configured_device, find_device
 from maskdino.model import MaskDINO
