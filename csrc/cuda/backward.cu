@@ -7,9 +7,8 @@ namespace maskdino {
 namespace cuda {
 namespace {
 
-// What happens to the value's gradient: added as numbers or as fixed-point integers, or left to
-// launch_value_gradient().
-enum class Adds { numbers, integers, nothing };
+// What is added to the value's gradient.
+enum class Adds { numbers, integers };
 
 // Products of the features at a sample's corners with the gradient of the output, summed over
 // channels. Those of corners outside the map mean nothing.
@@ -58,18 +57,16 @@ __device__ __forceinline__ void visit_corners(const HeadView<T, kAdds>& head, in
     unpack(rows[corner], numbers);
 #pragma unroll
     for (int k = 0; k < Vector; ++k) dots.corner[corner] += grad[k] * numbers[k];
-    if constexpr (kAdds != Adds::nothing) {
-      if (!(inside >> corner & 1)) continue;
-      A addends[Vector];
+    if (!(inside >> corner & 1)) continue;
+    A addends[Vector];
 #pragma unroll
-      for (int k = 0; k < Vector; ++k) addends[k] = c.weight[corner] * grad[k];
-      constexpr int kRatio = sizeof(*head.grad_value) / sizeof(T);
-      auto* target = step(head.grad_value + channel, tokens[corner], kRatio * head.token_bytes);
-      if constexpr (kAdds == Adds::integers) {
-        atomic_add_fixed(target, head.scale, addends);
-      } else {
-        atomic_add(target, addends);
-      }
+    for (int k = 0; k < Vector; ++k) addends[k] = c.weight[corner] * grad[k];
+    constexpr int kRatio = sizeof(*head.grad_value) / sizeof(T);
+    auto* target = step(head.grad_value + channel, tokens[corner], kRatio * head.token_bytes);
+    if constexpr (kAdds == Adds::integers) {
+      atomic_add_fixed(target, head.scale, addends);
+    } else {
+      atomic_add(target, addends);
     }
   }
 }
@@ -255,9 +252,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<kForm, Vector>)
 #pragma unroll 1
     for (int j = 0; j < count; j += kTogether) {
       auto dots = visit_samples<kTogether, Group, A>(j, lane, [&](int k) {
-        constexpr bool kWeights = kAdds != Adds::nothing;
-        const auto corners = from_lane<Group, kWeights>(own_corners, k);
-        const int inside = kWeights ? __shfl_sync(kWholeWarp, own.inside, k, Group) : 0;
+        const auto corners = from_lane<Group>(own_corners, k);
+        const int inside = __shfl_sync(kWholeWarp, own.inside, k, Group);
         return visit_sample<Vector, Group, kAdds>(head, corners, inside, lane, grad);
       });
 #pragma unroll
@@ -298,10 +294,6 @@ void launch_backward(const Inputs<T, kForm>& in, const Gradients<T, kForm>& grad
     if constexpr (kVector == 1) {
       if (gradients.scale != nullptr) {
         kernel = backward_kernel<T, kForm, kVector, kGroup, Adds::integers>;
-      }
-    } else if constexpr (kForm == Form::tokens) {
-      if (gradients.value == nullptr) {
-        kernel = backward_kernel<T, kForm, kVector, kGroup, Adds::nothing>;
       }
     }
     launch(kernel, in.grid, threads, shared, stream, in, gradients);

@@ -17,7 +17,6 @@ namespace cuda {
 constexpr int kMaxLevels = 16;
 constexpr int kMaxSamples = 1024;  // L x P; bounds shared memory
 constexpr int kMaxThreads = 512;    // of a block
-constexpr int64_t kSharedMemory = 48 * 1024;  // what a block has without asking for more
 
 template <typename T>
 struct ArithmeticOf {
@@ -44,11 +43,6 @@ struct Geometry {
   int tiles_in_line[kMaxLevels], first_tile[kMaxLevels + 1];
 };
 
-// The level of a sample, in shared memory: one entry per sample.
-struct alignas(16) SampleLevel {
-  int width, height, first_token;
-};
-
 // Blocks of a launch: queries, heads, images.
 struct Grid {
   unsigned queries, heads, images;
@@ -73,8 +67,7 @@ struct Inputs {
 
 // Where gradients go. Those of the value are added to `value`, which starts as zeros: numbers of
 // type A, or where `scale` is set 64-bit integers, gradient x scale, whose sum has no order; that
-// without vectors. `value` is null where launch_value_gradient() sees to it: with vectors, and where
-// every token is a query.
+// without vectors.
 template <typename T, Form kForm>
 struct Gradients {
   const T* output;  // (B, Q, M x D), read
@@ -83,25 +76,6 @@ struct Gradients {
   typename Inputs<T, kForm>::Raw* points;
   typename Inputs<T, kForm>::Raw* scores;
   Arithmetic<T>* reference;  // (B, M, Q, reference_size) or null
-};
-
-// How the value's gradient is summed before it is added to global memory: see value_gradient.cu.
-// Regions are squares of `side` cells of the base level. Windows have `width` x `height` cells, and
-// reach `margin` cells beyond what a region covers; those of a level begin at first_cell[level].
-struct Merging {
-  static constexpr int kLanes = 16;      // that prepare one query
-  static constexpr int kQueries = 16;    // of one product of matrices
-  static constexpr int kMostCells = 768;  // of all windows
-  static constexpr int kMostChannels = 32;  // of one block
-  static constexpr int kMostCellsInLine = 1 << 14;  // of a level
-  static constexpr int kMostOutside = 1024;  // corners outside the windows, noted to be added later
-  static constexpr int kRegionBytes = 32, kCornerBytes = 8, kOutsideBytes = 16;  // of shared memory
-  Grid grid;  // regions, heads x parts of their channels, images
-  int side, base_level, regions_in_line;
-  int queries;  // prepared at a time, a multiple of kQueries
-  int stride;   // numbers from a query's weights of all cells to the next one's
-  int margin[kMaxLevels], width[kMaxLevels], height[kMaxLevels], first_cell[kMaxLevels + 1];
-  int64_t shared_bytes;
 };
 
 // True where vectors serve a head: it has 1, 2, 4 or 8 times the bytes of the smallest.
@@ -131,11 +105,6 @@ void launch_forward(const Inputs<T, kForm>& inputs, T* output, bool vectors, cud
 template <typename T, Form kForm>
 void launch_backward(const Inputs<T, kForm>& inputs, const Gradients<T, kForm>& gradients,
                      bool vectors, cudaStream_t stream);
-
-// Adds to the value's gradient, for heads of 16 channels or a multiple of 32.
-template <typename T>
-void launch_value_gradient(const Inputs<T, Form::tokens>& inputs, const Merging& merging,
-                           const T* grad_output, float* grad_value, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace maskdino

@@ -9,39 +9,39 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <tuple>
 
 #include "../checks.h"
 #include "kernels.h"
-#include "merging.h"
 
 namespace maskdino {
 namespace cuda {
 namespace {
+
+constexpr int64_t kSharedMemory = 48 * 1024;  // what a block has without asking for more
+constexpr int64_t kBackwardBlocks = 512;      // a few for each processor
 
 bool is_aligned(const at::Tensor& tensor, size_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
 }
 
 // Queries of a block that takes no tile, at most `most`: few, because a decoder has few queries and
-// every processor should get some.
-int queries_without_tiles(const Sizes& sizes, int most, int heads_per_block, int lanes) {
-  constexpr int64_t kBlocks = 512, kWarp = 32;
+// every processor should get some; still fewer where there would be less than `blocks` blocks.
+int queries_without_tiles(const Sizes& sizes, int most, int lanes, int64_t blocks) {
+  constexpr int64_t kWarp = 32;
   int64_t queries = std::min(most, 16);
-  while (queries * heads_per_block * lanes > kWarp &&
-         (sizes.queries + queries - 1) / queries * sizes.heads / heads_per_block * sizes.images <
-             kBlocks) {
+  while (queries * lanes > kWarp &&
+         (sizes.queries + queries - 1) / queries * sizes.heads * sizes.images < blocks) {
     queries /= 2;
   }
   return static_cast<int>(queries);
 }
 
-// `lanes` work on one head of one query; `number_size` is that of an arithmetic number.
+// `lanes` work on one head of one query; `number_size` is that of an arithmetic number; `blocks` is
+// for queries_without_tiles().
 Geometry make_geometry(const Sizes& sizes, at::IntArrayRef shapes, bool tokens_are_queries,
-                       int lanes, int heads_per_block, int64_t number_size) {
+                       int lanes, int heads_per_block, int64_t number_size, int64_t blocks) {
   TORCH_CHECK_VALUE(sizes.levels <= kMaxLevels && sizes.samples() <= kMaxSamples,
                     "the CUDA kernels take at most ", kMaxLevels, " levels and ", kMaxSamples,
                     " samples, got ", sizes.levels, " levels of ", sizes.points, " points");
@@ -65,7 +65,7 @@ Geometry make_geometry(const Sizes& sizes, at::IntArrayRef shapes, bool tokens_a
   const int side = 1 << bits;
   g.queries_per_block =
       tokens_are_queries ? side * side
-                         : queries_without_tiles(sizes, side * side, heads_per_block, lanes);
+                         : queries_without_tiles(sizes, side * side, lanes, blocks);
   g.heads_per_block = heads_per_block;
   g.tile_bits = bits;
   int64_t tiles = 0, tokens = 0;
@@ -112,13 +112,13 @@ bool can_use_vectors(const Prepared& in) {
 }
 
 template <typename T, Form kForm>
-Inputs<T, kForm> make_inputs(const Prepared& in, int vector, int heads_per_block) {
+Inputs<T, kForm> make_inputs(const Prepared& in, int vector, int heads_per_block, int64_t blocks) {
   using Raw = typename Inputs<T, kForm>::Raw;
   const Sizes& z = in.sizes;
   Inputs<T, kForm> inputs{};
   inputs.geometry =
       make_geometry(z, in.shapes, kForm == Form::tokens, lanes_per_query(z.channels, vector),
-                    heads_per_block, sizeof(Arithmetic<T>));
+                    heads_per_block, sizeof(Arithmetic<T>), blocks);
   inputs.geometry.token_bytes = static_cast<int>(z.heads * z.channels * sizeof(T));
   inputs.grid = make_grid(inputs.geometry, kForm == Form::tokens);
   inputs.value = in.value.const_data_ptr<T>();
@@ -162,12 +162,10 @@ at::Tensor forward(const Prepared& in) {
   const bool vectors = can_use_vectors(in) && is_aligned(output);
   dispatch(in, [&](auto number, auto form) {
     using T = decltype(number);
-    // Two heads of one cache line of 128 bytes go together: lanes read from different banks. The few
-    // queries of a decoder are better spread over the processors.
-    const bool half_lines = vectors && z.channels * sizeof(T) <= 64 && z.heads % 2 == 0 &&
-                            z.images * z.queries >= 4096;
+    // Two heads of one cache line of 128 bytes go together: lanes read from different banks.
+    const bool half_lines = vectors && z.channels * sizeof(T) <= 64 && z.heads % 2 == 0;
     const int vector = vectors ? forward_vector(sizeof(T)) : 1;
-    const auto inputs = make_inputs<T, decltype(form)::value>(in, vector, half_lines ? 2 : 1);
+    const auto inputs = make_inputs<T, decltype(form)::value>(in, vector, half_lines ? 2 : 1, 0);
     launch_forward(inputs, output.data_ptr<T>(), vectors,
                    c10::cuda::getCurrentCUDAStream().stream());
   });
@@ -188,12 +186,6 @@ at::Tensor fixed_point_scale(const Prepared& in, const at::Tensor& grad_output) 
   const double contributions = 4.0 * static_cast<double>(in.sizes.queries * in.sizes.samples());
   const double bits = 60.0 - std::ceil(std::log2(contributions));
   return at::exp2(bits - at::ceil(at::log2(bound.clamp_min(1e-200))));
-}
-
-// For a comparison on a card: MASKDINO_CUDA_BACKWARD=merged sums by regions before it adds.
-bool merges() {
-  const char* choice = std::getenv("MASKDINO_CUDA_BACKWARD");
-  return choice != nullptr && std::strcmp(choice, "merged") == 0;
 }
 
 Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradient) {
@@ -224,7 +216,8 @@ Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradi
     using T = decltype(number);
     constexpr Form kForm = decltype(form)::value;
     using Raw = typename Inputs<T, kForm>::Raw;
-    const auto inputs = make_inputs<T, kForm>(in, vectors ? kBackwardVector : 1, 1);
+    const int vector = vectors ? kBackwardVector : 1;
+    const auto inputs = make_inputs<T, kForm>(in, vector, 1, kBackwardBlocks);
     Gradients<T, kForm> gradients{};
     gradients.output = grad_output.const_data_ptr<T>();
     gradients.value = result.value.data_ptr();
@@ -232,16 +225,7 @@ Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradi
     gradients.points = result.points.data_ptr<Raw>();
     if (kForm == Form::textbook) gradients.scores = result.scores.data_ptr<Raw>();
     if (reference_gradient) gradients.reference = result.reference.data_ptr<Arithmetic<T>>();
-    const auto stream = c10::cuda::getCurrentCUDAStream().stream();
-    if constexpr (kForm == Form::tokens && !std::is_same<T, double>::value) {
-      Merging merging;
-      if (vectors && merges() && plan_merging(inputs.geometry, merging)) {
-        launch_value_gradient(inputs, merging, gradients.output, result.value.data_ptr<float>(),
-                              stream);
-        gradients.value = nullptr;
-      }
-    }
-    launch_backward(inputs, gradients, vectors, stream);
+    launch_backward(inputs, gradients, vectors, c10::cuda::getCurrentCUDAStream().stream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   if (deterministic) result.value = result.value.to(at::kDouble) / scale;

@@ -86,6 +86,11 @@ __device__ __forceinline__ T* step(T* pointer, int tokens, int token_bytes) {
                               static_cast<int64_t>(tokens) * token_bytes);
 }
 
+// The level of a sample, in shared memory: one entry per sample.
+struct alignas(16) SampleLevel {
+  int width, height, first_token;
+};
+
 __device__ __forceinline__ void fill_levels(const Geometry& g, SampleLevel* levels) {
   for (int i = threadIdx.x; i < g.samples; i += blockDim.x) {
     const int level = i / g.points;
@@ -271,13 +276,13 @@ __device__ __forceinline__ Corners<A> weigh_corners(const Sample<A>& s, A weight
           {top * s.left, top * s.right, bottom * s.left, bottom * s.right}};
 }
 
-template <int Group, bool Weights = true, typename A>
+template <int Group, typename A>
 __device__ __forceinline__ Corners<A> from_lane(const Corners<A>& own, int lane) {
   Corners<A> corners{__shfl_sync(kWholeWarp, own.token, lane, Group),
                      __shfl_sync(kWholeWarp, own.right_step, lane, Group),
                      __shfl_sync(kWholeWarp, own.down_step, lane, Group), {}};
 #pragma unroll
-  for (int k = 0; k < (Weights ? 4 : 0); ++k) {
+  for (int k = 0; k < 4; ++k) {
     corners.weight[k] = __shfl_sync(kWholeWarp, own.weight[k], lane, Group);
   }
   return corners;

@@ -6,7 +6,6 @@ CUDA thread as a coroutine. It shows that arithmetic, indexing and barriers are 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -32,16 +31,6 @@ CASES = [
     Case(shapes=((5, 2), (1, 4)), channels=128, heads=2, points=2, images=1),
     Case(shapes=((3, 2),), channels=32, heads=1, points=3, queries=4),
     Case(shapes=((9, 4), (2, 3)), channels=16, heads=2, images=1, queries=20),
-]
-# Every token is a query: several regions of the image, cut off at its sides; the largest level not
-# the first and some levels with less than a query; one level; more queries than are prepared at a
-# time; more than fits into shared memory.
-REGIONS = [
-    Case(shapes=((13, 10), (7, 5), (4, 3), (2, 2)), channels=16, heads=2),
-    Case(shapes=((3, 4), (9, 17), (1, 1)), channels=64, heads=2, images=1, points=3),
-    Case(shapes=((9, 8),), channels=128, heads=1, images=1, points=8),
-    Case(shapes=((8, 8), (5, 4)), channels=16, heads=1, images=1, points=48),
-    Case(shapes=((6, 4), (3, 2)), channels=32, heads=1, images=1, points=512),
 ]
 Results = list[Tensor]
 
@@ -91,77 +80,6 @@ def test_emulated_kernels_compute_what_the_cpu_does(
     case: Case, dtype: torch.dtype, emulated: object
 ) -> None:
     assert_same(run(emulated, case, dtype), run(torch.ops.maskdino, case, dtype), dtype)
-
-
-def gradient_of_value(
-    operators: object,
-    case: Case,
-    dtype: torch.dtype,
-    spread: float,
-    device: str = "cpu",
-    bad: float = 0.0,
-) -> Results:
-    """The encoder's form, with usual offsets of `spread` cells and some far outside.
-
-    One number of the output's gradient is `bad`.
-    """
-    torch.manual_seed(0)
-    value, raw = case.value(dtype), case.offsets_and_logits(dtype, per_token=True)
-    samples = case.heads * len(case.shapes) * case.points
-    offsets = torch.randn(*raw.shape[:2], 2 * samples) * spread
-    offsets[torch.rand_like(offsets) < 0.1] *= 8
-    raw[..., : 2 * samples] = offsets.to(dtype)
-    grad = torch.randn(case.images, case.tokens, case.heads * case.channels).to(dtype)
-    grad[0, case.tokens // 3, 1] = bad
-    fused = (value.to(device), case.flat_shapes, raw.to(device), None, case.points)
-    os.environ["MASKDINO_CUDA_BACKWARD"] = "merged"
-    return [operators.ms_deform_attn_fused_backward(grad.to(device), *fused, False)[0].cpu()]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spread", [1, 6])
-@pytest.mark.parametrize("case", REGIONS[:-1], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_emulated_sums_of_regions(
-    case: Case, dtype: torch.dtype, spread: int, emulated: object
-) -> None:
-    before = emulated.atomic_additions()
-    results = gradient_of_value(emulated, case, dtype, spread)
-    assert emulated.atomic_additions() > before
-    assert_same(results, gradient_of_value(torch.ops.maskdino, case, dtype, spread), dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_emulated_regions_keep_bad_gradients_where_they_belong(
-    bad: float, emulated: object
-) -> None:
-    (actual,), (expected,) = (
-        gradient_of_value(operators, REGIONS[0], torch.float32, 1, bad=bad)
-        for operators in (emulated, torch.ops.maskdino)
-    )
-    assert torch.equal(actual.isfinite(), expected.isfinite())
-    assert 0 < (~expected.isfinite()).sum() < expected.numel() / 10
-    finite = expected.isfinite()
-    assert_same([actual[finite]], [expected[finite]], torch.float32)
-
-
-@pytest.mark.slow
-def test_emulated_sums_where_regions_do_not_fit(emulated: object) -> None:
-    arguments = (REGIONS[-1], torch.bfloat16, 1)
-    results = gradient_of_value(emulated, *arguments)
-    assert_same(results, gradient_of_value(torch.ops.maskdino, *arguments), torch.bfloat16)
-
-
-@pytest.mark.slow
-def test_emulated_regions_spare_additions_to_global_memory(emulated: object) -> None:
-    """Far fewer than one for each corner of each sample and channel, and each sum is right."""
-    case = Case(shapes=((16, 16), (8, 8), (4, 4), (2, 2)), channels=16, heads=2, images=1)
-    before = emulated.atomic_additions()
-    gradient_of_value(emulated, case, torch.bfloat16, 1)
-    additions = emulated.atomic_additions() - before
-    corners = case.tokens * case.heads * len(case.shapes) * case.points * 4 * case.channels
-    assert case.tokens * case.heads * case.channels < additions < corners / 5
 
 
 @pytest.mark.slow
@@ -231,16 +149,6 @@ def test_emulated_kernels_read_only_what_a_sample_touches(emulated: object) -> N
 def test_gpu_computes_what_the_cpu_does(case: Case, dtype: torch.dtype) -> None:
     results = run(torch.ops.maskdino, case, dtype, "cuda")
     assert_same(results, run(torch.ops.maskdino, case, dtype), dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("spread", [1, 6])
-@pytest.mark.parametrize("case", REGIONS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("cuda_library")
-def test_gpu_sums_of_regions(case: Case, dtype: torch.dtype, spread: int) -> None:
-    results = gradient_of_value(torch.ops.maskdino, case, dtype, spread, "cuda")
-    assert_same(results, gradient_of_value(torch.ops.maskdino, case, dtype, spread), dtype)
 
 
 @pytest.mark.gpu

@@ -22,16 +22,6 @@
 
 using cudaStream_t = void*;
 
-namespace emulation {
-constexpr int kSharedPerBlock = 227 * 1024;  // of compute capability 9.0
-}  // namespace emulation
-
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
-inline void cudaGetDevice(int*) {}
-inline void cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : emulation::kSharedPerBlock;
-}
-
 struct float4 {
   float x, y, z, w;
 };
@@ -45,7 +35,6 @@ struct Index {
 
 struct Warp {
   uint64_t slots[32] = {};
-  float factors[32][6] = {};
   int64_t arrived = 0;
 };
 
@@ -103,32 +92,6 @@ T exchange(T value, int source_lane) {
   return received;
 }
 
-// What a tensor core keeps of a factor.
-inline float cut_off(float number) {
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof(bits));
-  bits &= 0xffffe000u;
-  std::memcpy(&number, &bits, sizeof(bits));
-  return number;
-}
-
-// See add_product() in csrc/cuda/matrix.cuh.
-inline void add_product(float (&sums)[4], const float (&a)[4], const float (&b)[2]) {
-  Warp& warp = block->warps[block->current / 32];
-  const int own = block->current % 32, i = own / 4, j = own % 4;
-  for (int k = 0; k < 6; ++k) warp.factors[own][k] = cut_off(k < 4 ? a[k] : b[k - 4]);
-  warp_barrier();
-  for (int k = 0; k < 8; ++k) {
-    const float* left = warp.factors[4 * i + k % 4] + k / 4 * 2;
-    for (int n = 0; n < 2; ++n) {
-      const float right = warp.factors[4 * (2 * j + n) + k % 4][4 + k / 4];
-      sums[n] += left[0] * right;
-      sums[2 + n] += left[1] * right;
-    }
-  }
-  warp_barrier();
-}
-
 inline void run_thread() {
   block->body();
   self().finished = true;
@@ -174,8 +137,6 @@ inline void __syncthreads() {
                       static_cast<int64_t>(emulation::block->threads.size()));
 }
 
-inline void __syncwarp() { emulation::warp_barrier(); }
-
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane, int width) {
   const int own = emulation::block->current % 32;
@@ -187,13 +148,8 @@ T __shfl_xor_sync(unsigned, T value, int mask, int) {
   return emulation::exchange(value, (emulation::block->current % 32) ^ mask);
 }
 
-namespace emulation {
-inline int64_t atomic_additions = 0;  // since the program began
-}
-
 template <typename T>
 T atomicAdd(T* target, T value) {
-  ++emulation::atomic_additions;
   const T before = *target;
   *target += value;
   return before;

@@ -10,7 +10,6 @@
 using std::exp;
 using std::floor;
 using std::fmax;
-using std::max;
 using std::min;
 
 // From here on names of this project change, and what would serve CUDA tensors serves CPU tensors.
@@ -24,7 +23,7 @@ using std::min;
 namespace maskdino {
 namespace cuda {
 namespace {
-SampleLevel levels[emulation::kSharedPerBlock / sizeof(SampleLevel)];  // the kernels' shared memory
+SampleLevel levels[48 * 1024 / sizeof(SampleLevel)];  // the kernels' shared memory
 }
 }  // namespace cuda
 }  // namespace maskdino
@@ -34,9 +33,4 @@ SampleLevel levels[emulation::kSharedPerBlock / sizeof(SampleLevel)];  // the ke
 #include "cuda/ms_deform_attn_cuda.cpp"
 #include "cuda/packed_masks.cu"
 #include "cuda/packed_masks_cuda.cpp"
-#include "cuda/value_gradient.cu"
 #include "ms_deform_attn.cpp"
-
-TORCH_LIBRARY_FRAGMENT(maskdino, m) {
-  m.def("atomic_additions() -> int", [] { return emulation::atomic_additions; });
-}

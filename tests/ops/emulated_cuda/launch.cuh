@@ -1,5 +1,4 @@
-// Stands in for csrc/cuda/launch.cuh and matrix.cuh: runs all blocks of a kernel, one after
-// another.
+// Stands in for csrc/cuda/launch.cuh: runs all blocks of a kernel, one after another.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -8,12 +7,10 @@
 namespace maskdino {
 namespace cuda {
 
-using emulation::add_product;
-
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, const Grid& grid, int threads, size_t shared_bytes, cudaStream_t,
             const Arguments&... arguments) {
-  if (shared_bytes > emulation::kSharedPerBlock) throw std::runtime_error("too much shared memory");
+  if (shared_bytes > 48 * 1024) throw std::runtime_error("too much shared memory");
   if (threads > 512) throw std::runtime_error("too many threads");
   emulation::Index& block = emulation::block_index;
   for (block.z = 0; block.z < grid.images; ++block.z) {
