@@ -12,8 +12,11 @@ device, loses nothing that was there before.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 60  # of --limit
 SHORTEST_STEP = 10  # seconds that must be left for another step to begin
+READY = "ready to run"  # what a process says when its imports are done
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def check_gpu() -> None:
 class Worker:
     """A process that imports all it needs, waits for the word, and then runs one step.
 
-    Workers start one step ahead, so that nobody waits for imports.
+    All start at once, and the first step begins when all are ready: imports take as long as a step
+    and would disturb its times.
     """
 
     def __init__(self, step: Step, args: argparse.Namespace) -> None:
@@ -139,6 +144,13 @@ class Worker:
                 start_new_session=True,
             )
 
+    def wait_until_ready(self, deadline: float) -> None:
+        """Returns when the imports are done, the process has ended, or it is `deadline`."""
+        while time.monotonic() < deadline and self._process.poll() is None:
+            if READY in self.log.read_text(errors="replace"):
+                return
+            time.sleep(0.1)
+
     def run(self, seconds: float) -> str:
         """Gives the word, and returns what went wrong, empty if nothing did."""
         try:
@@ -151,9 +163,6 @@ class Worker:
 
     def stop(self) -> None:
         """Ends the process and all that it started."""
-        import contextlib
-        import signal
-
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -161,30 +170,30 @@ class Worker:
 
 def run_steps(steps: list[Step], args: argparse.Namespace) -> None:
     """Runs the steps one after the other, as far as the time goes."""
-    start = time.monotonic()
-    waiting = Worker(steps[0], args)
-    for number, step in enumerate(steps):
-        left = args.limit - (time.monotonic() - start)
-        worker = waiting
-        if left < SHORTEST_STEP:
+    end = time.monotonic() + args.limit
+    workers = [Worker(step, args) for step in steps]
+    try:
+        for worker in workers:
+            worker.wait_until_ready(end - args.limit / 2)
+        for number, worker in enumerate(workers):
+            begun, step = time.monotonic(), worker.step
+            if end - begun < SHORTEST_STEP:
+                names = ", ".join(step.name for step in steps[number:])
+                report(args.out, step="runner", skipped=f"no time left for {names}")
+                return
+            left = end - begun
+            fault = worker.run(left if args.dry else min(step.seconds, left))
+            seconds = round(time.monotonic() - begun, 1)
+            tail = worker.log.read_text(errors="replace")[-1500:] if fault else ""
+            outcome = {"FAILED": fault, "tail": tail} if fault else {}
+            report(args.out, step="runner", ran=step.name, seconds=seconds, **outcome)
+    finally:
+        for worker in workers:
             worker.stop()
-            names = ", ".join(step.name for step in steps[number:])
-            report(args.out, step="runner", skipped=f"no time left for {names}")
-            return
-        if number + 1 < len(steps):
-            waiting = Worker(steps[number + 1], args)
-        begun = time.monotonic()
-        fault = worker.run(left if args.dry else min(step.seconds, left))
-        seconds = round(time.monotonic() - begun, 1)
-        tail = worker.log.read_text(errors="replace")[-1500:] if fault else ""
-        outcome = {"FAILED": fault, "tail": tail} if fault else {}
-        report(args.out, step="runner", ran=step.name, seconds=seconds, **outcome)
 
 
 def report(out: Path, **values: object) -> None:
     """Appends a line of the runner's own."""
-    import json
-
     line = json.dumps(values)
     print(line, flush=True)
     with open(out / "results.jsonl", "a") as file:
@@ -197,6 +206,7 @@ def work(args: argparse.Namespace) -> None:
     function = getattr(importlib.import_module(f"gpu_checks.{step.module}"), step.function)
     from gpu_checks.common import Run
 
+    print(READY, flush=True)
     if sys.stdin.readline():
         function(Run(args.out, args.device, args.dry, args.peer))
 

@@ -56,6 +56,7 @@ def test_a_step_that_hangs_is_stopped_and_what_it_said_stays(
     script = tmp_path / "hangs.py"
     script.write_text(
         "import pathlib, sys, time\n"
+        f"print({tool.READY!r}, flush=True)\n"
         "sys.stdin.readline()\n"
         f"path = pathlib.Path({str(tmp_path / 'results.jsonl')!r})\n"
         'open(path, \'a\').write(\'{"step": "first", "ms": 1}\\n\')\n'
