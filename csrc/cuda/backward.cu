@@ -1,21 +1,53 @@
 // Backward kernel: recomputes locations and weights, adds to the value's gradient with vector
 // atomics, and reduces the gradients of a sample over the lanes of its group with shuffles.
-#include "atomics.cuh"
 #include "sampling.cuh"
 
 namespace maskdino {
 namespace cuda {
 namespace {
 
-// What is added to the value's gradient.
-enum class Adds { numbers, integers };
+// Adds `Count` numbers to neighbouring addresses, four at a time where the GPU can.
+template <int Count, typename A>
+__device__ __forceinline__ void atomic_add(A* target, const A (&numbers)[Count]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr bool kFours = std::is_same<A, float>::value && Count % 4 == 0;
+#else
+  constexpr bool kFours = false;
+#endif
+  if constexpr (kFours) {
+#pragma unroll
+    for (int k = 0; k < Count; k += 4) {
+      atomicAdd(reinterpret_cast<float4*>(target + k),
+                make_float4(numbers[k], numbers[k + 1], numbers[k + 2], numbers[k + 3]));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < Count; ++k) atomicAdd(target + k, numbers[k]);
+  }
+}
 
-// Products of the features at a sample's corners with the gradient of the output, summed over
-// channels. Those of corners outside the map mean nothing.
-template <typename A>
-struct Dots {
-  A corner[4];
-};
+// Adds fixed-point numbers: integers have one sum in whatever order they arrive.
+template <int Count, typename A>
+__device__ __forceinline__ void atomic_add_fixed(unsigned long long* target, double scale,
+                                                 const A (&numbers)[Count]) {
+#pragma unroll
+  for (int k = 0; k < Count; ++k) {
+    const long long fixed = __double2ll_rn(static_cast<double>(numbers[k]) * scale);
+    atomicAdd(target + k, static_cast<unsigned long long>(fixed));
+  }
+}
+
+template <int Group, typename A>
+__device__ __forceinline__ Sample<A> from_lane(const Sample<A>& own, int lane) {
+  return {__shfl_sync(kWholeWarp, own.token, lane, Group),
+          __shfl_sync(kWholeWarp, own.right_step, lane, Group),
+          __shfl_sync(kWholeWarp, own.down_step, lane, Group),
+          __shfl_sync(kWholeWarp, own.inside, lane, Group),
+          __shfl_sync(kWholeWarp, own.left, lane, Group),
+          __shfl_sync(kWholeWarp, own.right, lane, Group),
+          __shfl_sync(kWholeWarp, own.top, lane, Group),
+          __shfl_sync(kWholeWarp, own.bottom, lane, Group)};
+}
 
 // Gradients of one sample: of its attention weight, and of its pixel coordinates before the
 // attention weight is multiplied in.
@@ -26,10 +58,9 @@ struct SampleGradient {
 
 // What all samples of one query and head share on a lane: where the lane's first channel lies. The
 // gradient of the value is laid out like the value, in other numbers.
-template <typename T, Adds kAdds>
+template <typename T, bool Deterministic>
 struct HeadView {
-  using Number = typename std::conditional<kAdds == Adds::integers, unsigned long long,
-                                           Arithmetic<T>>::type;
+  using Number = typename std::conditional<Deterministic, unsigned long long, Arithmetic<T>>::type;
   const T* features;  // of token 0
   Number* grad_value;
   const T* grad_output;  // of the query
@@ -38,47 +69,47 @@ struct HeadView {
   double scale;  // of fixed-point numbers
 };
 
-// One lane's part of a sample's products, from the channels that begin `channel` after the lane's
+// One lane's part of a sample's gradient, from the channels that begin `channel` after the lane's
 // first; also adds to the value's gradient.
-template <int Vector, Adds kAdds, typename T, typename A>
-__device__ __forceinline__ void visit_corners(const HeadView<T, kAdds>& head, int channel,
-                                              const Corners<A>& c, int inside,
-                                              const A (&grad)[Vector], Dots<A>& dots) {
-  const int tokens[4] = {c.token, c.token + c.right_step, c.token + c.down_step,
-                         c.token + c.down_step + c.right_step};
+template <int Vector, bool Deterministic, typename T, typename A>
+__device__ __forceinline__ void visit_corners(const HeadView<T, Deterministic>& head, int channel,
+                                              const Sample<A>& s, A weight,
+                                              const A (&grad)[Vector], SampleGradient<A>& sum) {
+  const int tokens[4] = {s.token, s.token + s.right_step, s.token + s.down_step,
+                         s.token + s.down_step + s.right_step};
+  const A shares[4] = {s.top * s.left, s.top * s.right, s.bottom * s.left, s.bottom * s.right};
   Pack<T, Vector> rows[4];
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
     rows[corner] = load_pack<Vector>(step(head.features + channel, tokens[corner], head.token_bytes));
   }
+  A dots[4];
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
-    A numbers[Vector];
+    A numbers[Vector], addends[Vector];
     unpack(rows[corner], numbers);
+    dots[corner] = 0;
 #pragma unroll
-    for (int k = 0; k < Vector; ++k) dots.corner[corner] += grad[k] * numbers[k];
-    if (!(inside >> corner & 1)) continue;
-    A addends[Vector];
-#pragma unroll
-    for (int k = 0; k < Vector; ++k) addends[k] = c.weight[corner] * grad[k];
+    for (int k = 0; k < Vector; ++k) {
+      dots[corner] += grad[k] * numbers[k];
+      addends[k] = weight * shares[corner] * grad[k];
+    }
+    if (!(s.inside >> corner & 1)) {
+      dots[corner] = 0;
+      continue;
+    }
     constexpr int kRatio = sizeof(*head.grad_value) / sizeof(T);
     auto* target = step(head.grad_value + channel, tokens[corner], kRatio * head.token_bytes);
-    if constexpr (kAdds == Adds::integers) {
+    if constexpr (Deterministic) {
       atomic_add_fixed(target, head.scale, addends);
     } else {
       atomic_add(target, addends);
     }
   }
-}
-
-template <typename A>
-__device__ __forceinline__ SampleGradient<A> combine(const Sample<A>& s, const Dots<A>& dots) {
-  A d[4];
-#pragma unroll
-  for (int k = 0; k < 4; ++k) d[k] = s.inside >> k & 1 ? dots.corner[k] : A(0);
-  const A top = s.left * d[0] + s.right * d[1], bottom = s.left * d[2] + s.right * d[3];
-  return {s.top * top + s.bottom * bottom, s.top * (d[1] - d[0]) + s.bottom * (d[3] - d[2]),
-          bottom - top};
+  const A top = s.left * dots[0] + s.right * dots[1], bottom = s.left * dots[2] + s.right * dots[3];
+  sum.weight += s.top * top + s.bottom * bottom;
+  sum.x += s.top * (dots[1] - dots[0]) + s.bottom * (dots[3] - dots[2]);
+  sum.y += bottom - top;
 }
 
 template <int Vector, typename T, typename A>
@@ -86,59 +117,24 @@ __device__ __forceinline__ void load_grad(A (&grad)[Vector], const T* source) {
   unpack(load_pack<Vector>(source), grad);
 }
 
-// One lane's part of a sample's products. `grad` holds the lane's channels of grad_output where the
-// group's vectors cover the head, else it is filled step by step. Bit k of `inside`: see Sample.
-template <int Vector, int Group, Adds kAdds, typename T, typename A>
-__device__ __forceinline__ Dots<A> visit_sample(const HeadView<T, kAdds>& head, const Corners<A>& c,
-                                                int inside, int lane, A (&grad)[Vector]) {
-  Dots<A> dots{};
-  if (c.token < 0) return dots;
-  if constexpr (Vector > 1) {
-    visit_corners(head, 0, c, inside, grad, dots);
-  } else {
-    for (int channel = 0; lane + channel < head.channels; channel += Group) {
-      load_grad(grad, head.grad_output + channel);
-      visit_corners(head, channel, c, inside, grad, dots);
+// Gradient of one sample, the same on all lanes of the group. `grad` holds the lane's channels of
+// grad_output where the group's vectors cover the head, else it is filled step by step.
+template <int Vector, int Group, bool Deterministic, typename T, typename A>
+__device__ __forceinline__ SampleGradient<A> visit_sample(const HeadView<T, Deterministic>& head,
+                                                          const Sample<A>& s, A weight, int lane,
+                                                          A (&grad)[Vector]) {
+  SampleGradient<A> sum{};
+  if (s.token >= 0) {
+    if constexpr (Vector > 1) {
+      visit_corners(head, 0, s, weight, grad, sum);
+    } else {
+      for (int channel = 0; lane + channel < head.channels; channel += Group) {
+        load_grad(grad, head.grad_output + channel);
+        visit_corners(head, channel, s, weight, grad, sum);
+      }
     }
   }
-  return dots;
-}
-
-// The sum of a number over two lanes `distance` apart: of `low` for the lane whose own number lacks
-// the bit `distance`, of `high` for the other.
-template <int Group, typename A>
-__device__ __forceinline__ A exchange(A low, A high, int distance, int lane) {
-  const bool upper = lane & distance;
-  return (upper ? high : low) + __shfl_xor_sync(kWholeWarp, upper ? low : high, distance, Group);
-}
-
-// Products of `Count` samples: lane k of each `Count` lanes gets what these lanes have of sample
-// `first` + k. One shuffle serves several samples, where a sum of each by itself needs log2(Count).
-template <int Count, int Group, typename A, typename Visit>
-__device__ __forceinline__ Dots<A> visit_samples(int first, int lane, const Visit& visit) {
-  if constexpr (Count == 1) {
-    return visit(first);
-  } else {
-    constexpr int kHalf = Count / 2;
-    const auto low = visit_samples<kHalf, Group, A>(first, lane, visit);
-    const auto high = visit_samples<kHalf, Group, A>(first + kHalf, lane, visit);
-    Dots<A> dots;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      dots.corner[k] = exchange<Group>(low.corner[k], high.corner[k], kHalf, lane);
-    }
-    return dots;
-  }
-}
-
-// Sum over the lanes of a group whose numbers differ by multiples of `Count`.
-template <int Count, int Group, typename A>
-__device__ __forceinline__ A sum_across(A number) {
-#pragma unroll
-  for (int distance = Count; distance < Group; distance *= 2) {
-    number += __shfl_xor_sync(kWholeWarp, number, distance, Group);
-  }
-  return number;
+  return {group_sum<Group>(sum.weight), group_sum<Group>(sum.x), group_sum<Group>(sum.y)};
 }
 
 // Writes the gradients of the logits, and of the reference where somebody wants it.
@@ -202,7 +198,7 @@ __device__ __forceinline__ void finish_sample(const Inputs<T, kForm>& in,
 template <Form kForm, int Vector>
 constexpr int kBlocks = Vector > 1 && kForm != Form::references ? 2 : 1;
 
-template <typename T, Form kForm, int Vector, int Group, Adds kAdds>
+template <typename T, Form kForm, int Vector, int Group, bool Deterministic>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<kForm, Vector>)
     backward_kernel(const Inputs<T, kForm> in, const Gradients<T, kForm> gradients) {
   using A = Arithmetic<T>;
@@ -220,13 +216,13 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<kForm, Vector>)
   const int stride = g.heads * g.channels;
   const int first = place.head * g.channels + (lane * Vector < g.channels ? lane * Vector : 0);
   const int64_t value_at = place.image * g.tokens * stride + first;
-  using Head = HeadView<T, kAdds>;
+  using Head = HeadView<T, Deterministic>;
   const Head head{keep(in.value + value_at),
                   keep(static_cast<typename Head::Number*>(gradients.value) + value_at),
                   gradients.output + (place.image * g.queries + place.query) * stride + first,
                   g.channels,
                   g.token_bytes,
-                  kAdds == Adds::integers ? *gradients.scale : 0.0};
+                  Deterministic ? *gradients.scale : 0.0};
   A grad[Vector];
   if constexpr (Vector > 1) load_grad(grad, head.grad_output);
 
@@ -245,23 +241,16 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<kForm, Vector>)
       own = place_sample(x, y, level);
       own_weight = scale * sampler.weight(own_index);
     }
-    const Corners<A> own_corners = weigh_corners(own, own_weight);
-    Dots<A> own_dots{};
+    SampleGradient<A> own_gradient{};
     const int count = Group < 32 ? Group : min(Group, g.samples - base);
-    constexpr int kTogether = Group < 4 ? Group : 4;
-#pragma unroll 1
-    for (int j = 0; j < count; j += kTogether) {
-      auto dots = visit_samples<kTogether, Group, A>(j, lane, [&](int k) {
-        const auto corners = from_lane<Group>(own_corners, k);
-        const int inside = __shfl_sync(kWholeWarp, own.inside, k, Group);
-        return visit_sample<Vector, Group, kAdds>(head, corners, inside, lane, grad);
-      });
-#pragma unroll
-      for (int k = 0; k < 4; ++k) dots.corner[k] = sum_across<kTogether, Group>(dots.corner[k]);
-      if (lane / kTogether == j / kTogether) own_dots = dots;
+#pragma unroll 4
+    for (int j = 0; j < count; ++j) {
+      const A weight = __shfl_sync(kWholeWarp, own_weight, j, Group);
+      const auto gradient = visit_sample<Vector, Group, Deterministic>(head, from_lane<Group>(own, j),
+                                                                       weight, lane, grad);
+      if (lane == j) own_gradient = gradient;
     }
     if (!owns) continue;
-    const SampleGradient<A> own_gradient = combine(own, own_dots);
     finish_sample(in, gradients, sampler, own_index, levels[own_index], own_weight * own_gradient.x,
                   own_weight * own_gradient.y, grad_reference);
     if constexpr (sampler.kFused) {
@@ -290,11 +279,9 @@ void launch_backward(const Inputs<T, kForm>& in, const Gradients<T, kForm>& grad
     const int threads = threads_per_block<kGroup>(g);
     const size_t shared =
         (sizeof(SampleLevel) + threads / kGroup * sizeof(Arithmetic<T>)) * g.samples;
-    auto kernel = backward_kernel<T, kForm, kVector, kGroup, Adds::numbers>;
+    auto kernel = backward_kernel<T, kForm, kVector, kGroup, false>;
     if constexpr (kVector == 1) {
-      if (gradients.scale != nullptr) {
-        kernel = backward_kernel<T, kForm, kVector, kGroup, Adds::integers>;
-      }
+      if (gradients.scale != nullptr) kernel = backward_kernel<T, kForm, kVector, kGroup, true>;
     }
     launch(kernel, in.grid, threads, shared, stream, in, gradients);
   });

@@ -6,6 +6,34 @@ namespace maskdino {
 namespace cuda {
 namespace {
 
+// What a lane hands to the others of its group about its sample: see Sample; weights of the corners.
+template <typename A>
+struct Corners {
+  int token, right_step, down_step;
+  A weight[4];
+};
+
+template <typename A>
+__device__ __forceinline__ Corners<A> weigh_corners(const Sample<A>& s, A weight) {
+  const A top = weight * s.top, bottom = weight * s.bottom;
+  return {s.token,
+          s.right_step,
+          s.down_step,
+          {top * s.left, top * s.right, bottom * s.left, bottom * s.right}};
+}
+
+template <int Group, typename A>
+__device__ __forceinline__ Corners<A> from_lane(const Corners<A>& own, int lane) {
+  Corners<A> corners{__shfl_sync(kWholeWarp, own.token, lane, Group),
+                     __shfl_sync(kWholeWarp, own.right_step, lane, Group),
+                     __shfl_sync(kWholeWarp, own.down_step, lane, Group), {}};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    corners.weight[k] = __shfl_sync(kWholeWarp, own.weight[k], lane, Group);
+  }
+  return corners;
+}
+
 template <int Vector, typename T, typename A>
 __device__ __forceinline__ void add_row(A (&sums)[Vector], A weight, const Pack<T, Vector>& row) {
   A numbers[Vector];

@@ -259,35 +259,6 @@ __device__ __forceinline__ Sample<A> place_sample(A x, A y, const SampleLevel& l
           bottom ? fraction_y : A(0)};
 }
 
-// What a lane hands to the others of its group about its sample: see Sample; the corners' parts of
-// the attention weight.
-template <typename A>
-struct Corners {
-  int token, right_step, down_step;
-  A weight[4];
-};
-
-template <typename A>
-__device__ __forceinline__ Corners<A> weigh_corners(const Sample<A>& s, A weight) {
-  const A top = weight * s.top, bottom = weight * s.bottom;
-  return {s.token,
-          s.right_step,
-          s.down_step,
-          {top * s.left, top * s.right, bottom * s.left, bottom * s.right}};
-}
-
-template <int Group, typename A>
-__device__ __forceinline__ Corners<A> from_lane(const Corners<A>& own, int lane) {
-  Corners<A> corners{__shfl_sync(kWholeWarp, own.token, lane, Group),
-                     __shfl_sync(kWholeWarp, own.right_step, lane, Group),
-                     __shfl_sync(kWholeWarp, own.down_step, lane, Group), {}};
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    corners.weight[k] = __shfl_sync(kWholeWarp, own.weight[k], lane, Group);
-  }
-  return corners;
-}
-
 // Calls `launch(vector, group)` with compile-time constants for the head size.
 template <typename T, int kVector, typename Launch>
 void choose_group(int64_t channels, bool vectors, const Launch& launch) {
