@@ -13,6 +13,7 @@ from torch.nn.functional import grid_sample
 
 from benchmarks.timing import median_milliseconds, peak_mebibytes, table
 from maskdino.ops.ms_deform_attn import (
+    choose_backend,
     compiled_op_available,
     ms_deform_attn,
     ms_deform_attn_fused,
@@ -113,6 +114,8 @@ def contenders(shapes: list[tuple[int, int]], device: str) -> dict[str, Operator
             lambda value, locations, weights: sum_of_samples(value, shapes, locations, weights)
         ),
     }
+    if not why_not("triton", device):
+        found["Triton, fused"] = fused("triton")
     if compiled_op_available(device):
         found["compiled, fused"] = fused("compiled")
         found["compiled, locations and weights"] = textbook(
@@ -123,6 +126,15 @@ def contenders(shapes: list[tuple[int, int]], device: str) -> dict[str, Operator
     for name, call in peers(shapes, device).items():
         found[name] = textbook(call)
     return found
+
+
+def why_not(backend: str, device: str) -> str:
+    """Say why a form of the operator cannot run on a device; empty where it can."""
+    try:
+        choose_backend(device, backend)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def locate(raw: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:

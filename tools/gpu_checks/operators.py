@@ -10,12 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from benchmarks.operator import peers
+from benchmarks.operator import peers, why_not
 from torch import Tensor
 
 from gpu_checks.common import Run, relative_error, replayed_microseconds
 from maskdino.ops.ms_deform_attn import (
-    choose_backend,
     compiled_op_available,
     locations_and_weights,
     ms_deform_attn,
@@ -23,6 +22,7 @@ from maskdino.ops.ms_deform_attn import (
 )
 
 HEADS, CHANNELS, POINTS = 8, 32, 4
+BACKENDS = ("compiled", "triton", "reference")
 DRY_SHAPES = [(9, 7), (5, 4), (3, 2), (1, 1)]
 # Bounds of the relative error of outputs and gradients, by the type of features.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -138,16 +138,11 @@ def speed(run: Run) -> None:
 
 def _backends(run: Run) -> list[str]:
     """The forms that can run on the device."""
-    found = []
-    for backend in ("compiled", "triton", "reference"):
-        try:
-            choose_backend(run.device, backend)
-        except RuntimeError as error:
-            if run.on_gpu:
-                run.say("operator_is_right", backend=backend, skipped=str(error)[:300])
-        else:
-            found.append(backend)
-    return found
+    reasons = {backend: why_not(backend, run.device) for backend in BACKENDS}
+    for backend, reason in reasons.items():
+        if reason and run.on_gpu:
+            run.say("operator_is_right", backend=backend, skipped=reason[:300])
+    return [backend for backend, reason in reasons.items() if not reason]
 
 
 def _results(problem: Problem, backend: str) -> list[Tensor]:
