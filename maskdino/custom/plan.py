@@ -24,6 +24,7 @@ from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.precision import mixed_precision_dtype
 from maskdino.structures import PackedMasks
 
+ASSUMED_FREE_MB = 4096  # where the system does not tell
 TRAIN_NAME, VALIDATION_NAME = "custom_train", "custom_val"
 MEMORY_SHARE = 0.8  # of the free memory: images differ in their number of objects
 MIN_SIZE, MAX_SIZE_GPU, MAX_SIZE_CPU = 256, 1024, 512  # pixels of the longest side
@@ -84,8 +85,9 @@ def find_machine(processes: int) -> Machine:
 
 def _free_memory_mb() -> float:
     """Of the machine and, in a container, of its share."""
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    names = getattr(os, "sysconf_names", {})  # Windows has none
+    pages = next((name for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if name in names), None)
+    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") if pages else ASSUMED_FREE_MB * 2**20
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():  # knows which cached pages can be given up
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())

@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-import resource
 import sys
 
 import torch
@@ -83,9 +82,16 @@ class Resources(HookBase):
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Returns the peak so far, in MB: what tensors took of a GPU, or the process of the host."""
+    """Returns the peak so far, in MB: what tensors took of a GPU, or the process of the host.
+
+    0 where the system does not tell (Windows).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 

@@ -211,9 +211,13 @@ class MaskDINOTrainer(DefaultTrainer):
         return self._last_eval_results
 
     def state_dict(self) -> dict:
-        """Returns all that a run needs to go on, but the weights."""
+        """Returns all that a run needs to go on, but the weights.
+
+        Without `DefaultTrainer`'s part, which newer releases of detectron2 have: it asks a trainer
+        inside for its state, which ours keeps here.
+        """
         return {
-            **super().state_dict(),
+            **TrainerBase.state_dict(self),
             "seed": self.seed,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -222,7 +226,7 @@ class MaskDINOTrainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores `state_dict`; the seed is the checkpoint's, so that the data go on."""
-        super().load_state_dict(state_dict)
+        TrainerBase.load_state_dict(self, state_dict)
         if self.cfg.SEED not in (-1, state_dict["seed"]):
             logger.warning(
                 "SEED is %d, but the run began with %d, which stays.",
