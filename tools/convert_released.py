@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Turns a configuration and a checkpoint of the released Mask DINO code into this project's.
 
-    python tools/convert_released.py --config maskdino_R50.yaml --weights maskdino_r50.pth --output
-    converted
+    python tools/convert_released.py --config maskdino_R50.yaml --weights maskdino_r50.pth \\
+        --output converted
 
 writes converted/config.yaml and converted/model.pth. (MODEL.WEIGHTS accepts a released checkpoint
 as it is, too; this tool is for its configuration, and says what of it the checkpoint contradicts.)

@@ -28,6 +28,9 @@ TOP_KERNELS = 20
 REPLAY_MS = 50.0  # that a timed series of replays takes, roughly
 R50 = "coco/instance/maskdino_R50.yaml"
 TINY = "coco/instance/maskdino_tiny.yaml"
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# PyTorch's defaults: convolutions may round to TF32, matrix products may not.
+DEFAULTS = "as released"
 PRECISION_KEY = "MODEL.MASK_DINO.TEST.PRECISION"
 
 
@@ -94,8 +97,8 @@ def milliseconds(run: Run, call: Callable[[], object], repeats: int = 10, warm: 
     return round(statistics.median(times), 3)
 
 
-def replayed_microseconds(call: Callable[[], object], calls: int = 10) -> float:
-    """Time of a call on the GPU alone: a captured graph of several calls, replayed."""
+def captured(call: Callable[[], object], calls: int = 1) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A CUDA graph of several calls, and the result of the last, which a replay fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -105,7 +108,13 @@ def replayed_microseconds(call: Callable[[], object], calls: int = 10) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
-            call()
+            result = call()
+    return graph, result
+
+
+def replayed_microseconds(call: Callable[[], object], calls: int = 10) -> float:
+    """Time of a call on the GPU alone: a captured graph of several calls, replayed."""
+    graph, _ = captured(call, calls)
     graph.replay()
     replays = max(1, min(20, int(REPLAY_MS / _replay_ms(graph, 1))))
     times = [_replay_ms(graph, replays) / (calls * replays) for _ in range(5)]
@@ -186,6 +195,23 @@ def host_waits(run: Run) -> Iterator[Counter]:
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def arithmetic(run: Run, precision: str) -> Iterator[None]:
+    """float32, tf32, or, with PyTorch's own flags, `DEFAULTS` or autocast to a half type."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    if precision in ("float32", "tf32"):
+        for flag in flags:
+            flag.allow_tf32 = precision == "tf32"
+    half = HALVES.get(precision)
+    try:
+        with torch.autocast(run.device, dtype=half, enabled=half is not None and run.on_gpu):
+            yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:

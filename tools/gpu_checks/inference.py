@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from benchmarks.model import drawn_input
@@ -15,7 +14,9 @@ from gpu_checks.common import (
     R50,
     TINY,
     Run,
+    arithmetic,
     build_model,
+    captured,
     config,
     host_waits,
     launches,
@@ -26,7 +27,6 @@ from gpu_checks.common import (
 )
 from maskdino.structures import Predictions
 
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # The network's input, and the size that results are asked for at: an image of COCO.
 INPUT, OUTPUT = (800, 1088), (480, 640)
 PARTS = ("class_logits", "boxes", "mask_embeddings")
@@ -48,7 +48,7 @@ def _speed_of(run: Run, task: str, name: str, precision: str) -> None:
     images = model.preprocess(inputs).tensor
 
     def network() -> tuple[Predictions, Tensor | None]:
-        with torch.no_grad(), precise(run, precision):
+        with torch.no_grad(), arithmetic(run, precision):
             return model.predict(images)
 
     def results() -> list[dict]:
@@ -76,7 +76,7 @@ def parity(run: Run) -> None:
     images = model.preprocess([_input(run)]).tensor
     found = {}
     for precision in ("float32", "tf32", "bfloat16", "float16") if run.on_gpu else ("float32",):
-        with torch.no_grad(), precise(run, precision):
+        with torch.no_grad(), arithmetic(run, precision):
             found[precision] = model.predict(images)
     model.cpu()
     with torch.no_grad():
@@ -139,15 +139,7 @@ def graphs(run: Run) -> None:
 def _captured(
     run: Run, network: Callable, eager: tuple[Predictions, Tensor], what: str = "CUDA graph"
 ) -> None:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        network()
-        network()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = network()
+    graph, kept = captured(network)
     graph.replay()
     error = relative_error(kept[0].class_logits, eager[0].class_logits)
     run.say("graph_and_compile", what=what, error=error, ms=milliseconds(run, graph.replay))
@@ -158,19 +150,3 @@ def _input(run: Run) -> dict:
     drawn = drawn_input(height, width)
     del drawn["instances"]
     return drawn | dict(zip(("height", "width"), OUTPUT, strict=True))
-
-
-@contextmanager
-def precise(run: Run, precision: str) -> Iterator[None]:
-    """The arithmetic of the network in one precision, as TEST.PRECISION sets it."""
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [flag.allow_tf32 for flag in flags]
-    for flag in flags:
-        flag.allow_tf32 = precision == "tf32"
-    half = HALVES.get(precision)
-    try:
-        with torch.autocast(run.device, dtype=half, enabled=half is not None and run.on_gpu):
-            yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value

@@ -18,8 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,10 +28,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from gpu_checks.common import (
+    DEFAULTS,
     PRECISION_KEY,
     R50,
     ROOT,
     Run,
+    arithmetic,
     config,
     free_memory,
     host_waits,
@@ -45,14 +46,11 @@ STEP = "peer"
 RELEASED_CONFIG = (
     "configs/coco/instance-segmentation/maskdino_R50_bs16_50ep_3s_dowsample1_2048.yaml"
 )
-HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_KEY = "MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS"
 OBJECTS, CLASSES = 10, 80
 # Small, because a step whose gradients overflow is left out and takes less time.
 FIRST_SCALE = 1.0
 PLACES = 12  # lines of code that are named with their number of waits
-# PyTorch's defaults: convolutions may round to TF32, matrix products may not.
-DEFAULTS = "as released"
 
 Predict = Callable[[Tensor], dict[str, Tensor]]
 # A step on a batch, which returns the total loss, and its scaler of gradients.
@@ -328,23 +326,6 @@ def _measure(run: Run, side: Side, case: dict, call: Callable[[], object]) -> No
     places = dict(waits.most_common(PLACES))
     found = {"waits": sum(waits.values()), "where": places, **launches(run, call)}
     run.say(STEP, side=side.name, **case, **found)
-
-
-@contextmanager
-def arithmetic(run: Run, precision: str) -> Iterator[None]:
-    """float32, tf32, or, with PyTorch's own flags, `DEFAULTS` or autocast to a half type."""
-    flags = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [flag.allow_tf32 for flag in flags]
-    if precision in ("float32", "tf32"):
-        for flag in flags:
-            flag.allow_tf32 = precision == "tf32"
-    half = HALVES.get(precision)
-    try:
-        with torch.autocast(run.device, dtype=half, enabled=half is not None and run.on_gpu):
-            yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
 
 
 def _images(run: Run, side: Side) -> Tensor:
