@@ -63,13 +63,16 @@ TASKS: dict[str, dict[str, object]] = {
 COPY = "copy to the host"
 # Training: for one copy, when the backward pass is enqueued; that of the matching costs is waited
 # for in a thread.
-TRAINING = {("event", "train_step.py:read"): 1}
+TRAINING = {("event", "engine/train_step.py:read"): 1}
 TO_HOST = {
     ("pinned to the host", "losses/matcher.py:__init__"): 1,
-    ("pinned to the host", "train_step.py:__init__"): 1,
+    ("pinned to the host", "engine/train_step.py:__init__"): 1,
 }
 # Inference and post-processing of one image: how many objects there are, and then which.
-POSTPROCESSING, PREDICTING = (COPY, "model.py:postprocess"), (COPY, "predictor.py:_postprocess")
+POSTPROCESSING, PREDICTING = (
+    (COPY, "model.py:postprocess"),
+    (COPY, "inference/predictor.py:_postprocess"),
+)
 INFERENCE = {
     "instance": {POSTPROCESSING: 2},
     "panoptic": {POSTPROCESSING: 2},
@@ -87,9 +90,9 @@ PREDICTOR = {
 }
 # Evaluators, for one image.
 EVALUATION = {
-    "instances": {(COPY, "coco_evaluation.py:instances_to_records"): 1},
+    "instances": {(COPY, "evaluation/coco.py:instances_to_records"): 1},
     "panoptic_seg": {(COPY, "detectron2/evaluation/panoptic_evaluation.py:process"): 1},
-    "sem_seg": {(COPY, "semantic_evaluation.py:process"): 1},
+    "sem_seg": {(COPY, "evaluation/semantic.py:process"): 1},
 }
 # Launches of training on two images, and of inference of one: the most that were counted, and a few
 # percent.
