@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from maskdino.checkpoint import checkpointer as checkpoint_module
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer, model_weights
+from maskdino.checkpoint.released import DECODER, ENCODER
 from maskdino.model import MaskDINO
-from tests.helpers import NUM_CLASSES, tiny_model
+from tests.helpers import CHANNELS, NUM_CLASSES, tiny_model
 from tests.test_released import released_case_cfg, released_case_weights
 
 
@@ -205,6 +206,29 @@ def test_released_files_are_read_as_they_are(
     with caplog.at_level(logging.WARNING):
         MaskDINOCheckpointer(MaskDINO(cfg)).load(str(path))
     assert "heads.class_head.weight is new" in caplog.text
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_the_model_tells_the_heads_of_a_released_encoder(heads: int, tmp_path: Path) -> None:
+    """No shape does: levels turned by another number of heads fit as well, and are wrong."""
+    levels, points = 4, 4
+    transformer = f"{ENCODER}transformer."
+    offsets = torch.arange(heads * levels * points * 2.0).view(heads, levels, points, 2)
+    state = {
+        f"{DECODER}class_embed.bias": torch.zeros(NUM_CLASSES),
+        f"{transformer}level_embed": torch.zeros(levels, CHANNELS),
+        f"{transformer}encoder.layers.0.self_attn.sampling_offsets.bias": offsets.flatten(),
+    }
+    for level, (width, kernel) in enumerate([(2048, 1), (1024, 1), (512, 1), (2048, 3)]):
+        name = f"{ENCODER}input_proj.{level}.0.weight"
+        state[name] = torch.zeros(CHANNELS, width, kernel, kernel)
+    path = tmp_path / "released.pth"
+    torch.save({"model": state}, path)
+    model = tiny_model(ENCODER__NUM_HEADS=heads)
+    read = MaskDINOCheckpointer(model)._load_file(str(path))["model"]
+    (name,) = (name for name in read if name.endswith("sampling_offsets.bias"))
+    assert read[name].shape == model.state_dict()[name].shape
+    assert torch.equal(read[name].view(offsets.shape), offsets.flip(1))  # coarsest first before
 
 
 @pytest.mark.parametrize("evaluated", [True, False])

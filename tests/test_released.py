@@ -102,7 +102,7 @@ def test_every_tensor_finds_its_place(name: str, shared: Callable[..., Path]) ->
     names = our_names(released, ReleasedStructure.from_shapes(shapes))
     copies = set(names) - set({ours: k for k, ours in names.items()}.values())
     assert all("bbox_embed" in k or k.endswith(("norm.weight", "norm.bias")) for k in copies)
-    converted = convert_weights({k: x for k, x in released.items() if k not in copies})
+    converted = convert_weights({k: x for k, x in released.items() if k not in copies}, 8)
     expected = {
         k: tuple(x.shape)
         for k, x in model.state_dict().items()
@@ -117,7 +117,7 @@ def test_every_tensor_finds_its_place(name: str, shared: Callable[..., Path]) ->
 @pytest.mark.parametrize("case", ["instance", "semantic_ce", "swin"])
 def test_converted_cases_leave_nothing(case: str, shared: Callable[..., Path]) -> None:
     weights = released_case_weights(shared, case)
-    converted = convert_weights(weights)
+    converted = convert_weights(weights, 8)
     model = MaskDINO(released_case_cfg(shared, case))
     missing, unexpected = model.load_state_dict(converted, strict=False)
     assert not unexpected
@@ -132,7 +132,7 @@ def test_levels_are_put_in_order(
     weights = released_case_weights(shared, case)
     structure = ReleasedStructure.from_shapes({k: tuple(x.shape) for k, x in weights.items()})
     assert structure.coarsest_first == coarsest_first
-    converted = convert_weights(weights)
+    converted = convert_weights(weights, 8)
     level_embed = weights["sem_seg_head.pixel_decoder.transformer.level_embed"]
     turned = level_embed.flip(0) if coarsest_first else level_embed
     assert torch.equal(converted["encoder.level_embed"], turned)
@@ -161,14 +161,14 @@ def test_copies_must_agree(shared: Callable[..., Path]) -> None:
     name = f"{PREDICTOR}bbox_embed.1.layers.0.bias"
     weights[name] = weights[name] + 1
     with pytest.raises(ValueError, match="differs from the other copies of heads.box_head"):
-        convert_weights(weights)
+        convert_weights(weights, 8)
 
 
 def test_unknown_tensors_are_named(shared: Callable[..., Path]) -> None:
     weights = released_case_weights(shared, "instance")
     weights[f"{PREDICTOR}surprise.weight"] = torch.zeros(1)
     with pytest.raises(KeyError, match="surprise.weight"):
-        convert_weights(weights)
+        convert_weights(weights, 8)
     assert not is_released({"heads.class_head.weight": None})
     with pytest.raises(KeyError, match="no sem_seg_head.pixel_decoder.transformer.level_embed"):
         ReleasedStructure.from_shapes({f"{PREDICTOR}class_embed.weight": (80, 256)})

@@ -22,9 +22,8 @@ _UNUSED_IN_SWIN = re.compile(
 )
 
 
-def swin_rules(names: Iterable[str]) -> dict[str, tuple[str, Tensor | None]]:
-    """Maps the names of a Swin's weights onto those of `TimmBackbone`; inverted, ours onto the
-    file's.
+def swin_rules(names: Iterable[str]) -> dict[str, str]:
+    """Maps the names of a Swin's weights onto those of `TimmBackbone`; values stay as they are.
 
     Args:
         names: all names of one file's backbone, without a leading "backbone.". (All of them: a
@@ -32,9 +31,7 @@ def swin_rules(names: Iterable[str]) -> dict[str, tuple[str, Tensor | None]]:
             timm's; which one it is shows from the presence of `layers.0.downsample`.)
 
     Returns:
-        for each name: our name, and the index by which its last dimension must be permuted, or None
-        where the values stay as they are, which holds for every weight of a Swin. Names for which
-        `is_unused_in_swin` holds are left out.
+        for each name: our name. Names for which `is_unused_in_swin` holds are left out.
 
     Raises:
         ValueError: for a name that is no part of a Swin.
@@ -42,7 +39,7 @@ def swin_rules(names: Iterable[str]) -> dict[str, tuple[str, Tensor | None]]:
     names = list(names)
     merge_ends_stage = any(name.startswith("layers.0.downsample.") for name in names)
     used = (name for name in names if not is_unused_in_swin(name))
-    return {name: (_swin_name(name, merge_ends_stage), None) for name in used}
+    return {name: _swin_name(name, merge_ends_stage) for name in used}
 
 
 def is_unused_in_swin(name: str) -> bool:
@@ -52,7 +49,7 @@ def is_unused_in_swin(name: str) -> bool:
 
 def convert_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames a Swin's weights (names as in `swin_rules`) for `TimmBackbone.load_state_dict`."""
-    return {ours: state_dict[name] for name, (ours, _) in swin_rules(state_dict).items()}
+    return {ours: state_dict[name] for name, ours in swin_rules(state_dict).items()}
 
 
 def convert_backbone(checkpoint: Mapping[str, Any], backbone: TimmBackbone) -> dict[str, Tensor]:

@@ -13,7 +13,12 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from maskdino.checkpoint.released import ReleasedStructure, convert_weights, is_released
+from maskdino.checkpoint.released import (
+    DECODER_HEADS,
+    ReleasedStructure,
+    convert_weights,
+    is_released,
+)
 
 # Tensors whose size depends on the classes or the number of learned queries: fine-tuning may start
 # them anew.
@@ -96,8 +101,13 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
                 "%s is a released Mask DINO checkpoint: its tensors are renamed", filename
             )
             self._follow_released(filename, data["model"])
-            data = {"model": convert_weights(data["model"])}
+            data = {"model": convert_weights(data["model"], self._encoder_heads())}
         return data
+
+    def _encoder_heads(self) -> int:
+        """The number of attention heads in the model's encoder: no shape in a file tells it."""
+        encoder = getattr(self.model, "encoder", None)  # other models cannot take the file anyway
+        return DECODER_HEADS if encoder is None else encoder.num_heads
 
     def _follow_released(self, filename: str, state: Mapping[str, Tensor]) -> None:
         """Sets what the file's model does, but no tensor of it says.

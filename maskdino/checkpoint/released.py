@@ -136,9 +136,7 @@ def our_names(names: Mapping[str, object], structure: ReleasedStructure) -> dict
     """
     backbone = [name.removeprefix("backbone.") for name in names if name.startswith("backbone.")]
     swin = any(name.startswith("patch_embed.") for name in backbone)
-    backbone_names = (
-        {name: ours for name, (ours, _) in swin_rules(backbone).items()} if swin else {}
-    )
+    backbone_names = swin_rules(backbone) if swin else {}
     ours, unknown = {}, []
     for name in names:
         if NO_WEIGHTS.fullmatch(name):
@@ -175,8 +173,13 @@ def _projection(index: int, structure: ReleasedStructure) -> int:
     return index
 
 
-def convert_weights(state: Mapping[str, Tensor], num_heads: int = 8) -> dict[str, Tensor]:
+def convert_weights(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
     """Tensors of a released checkpoint under our names, levels finest first.
+
+    Args:
+        state: tensors by released name.
+        num_heads: attention heads of the encoder, which no shape tells; another number than the
+            file's would put levels in a wrong order without notice.
 
     Raises:
         KeyError: a tensor has no place.

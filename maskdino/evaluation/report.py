@@ -21,7 +21,6 @@ from maskdino.evaluation.report_images import EvaluatedImages, InstanceImages, f
 
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
 COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3")
-RECALLS = np.linspace(0, 1, 101)
 PER_CLASS = ("AP-", "PQ-", "IoU-", "ACC-")  # how per-class results of the evaluators begin
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; color: #222;

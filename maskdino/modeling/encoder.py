@@ -67,6 +67,7 @@ class MultiScaleDeformableEncoder(nn.Module):
             nn.Sequential(convolution, nn.GroupNorm(NORM_GROUPS, hidden_dim))
             for convolution in projections
         )
+        self.num_heads = sizes.num_heads
         self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim))
         self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(num_layers))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def test_output_is_a_config_and_a_checkpoint_of_ours(
     cfg.MODEL.DEVICE = "cpu"
     saved = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)["model"]
     assert set(MaskDINO(cfg).state_dict()) == set(saved)
-    expected = convert_weights(torch.load(released[1], weights_only=True)["model"])
+    expected = convert_weights(torch.load(released[1], weights_only=True)["model"], 8)
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
     assert not any("disagrees" in remark for remark in remarks)
 
@@ -54,6 +55,16 @@ def test_the_checkpoint_decides_where_the_config_disagrees(
     wrong.write_text(yaml.safe_dump(values))
     remarks = convert_released.convert(wrong, released[1], tmp_path / "ours")
     assert [r for r in remarks if "disagrees" in r and "DECODER.NUM_LAYERS is 9, set to 3" in r]
+
+
+def test_usage_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = convert_released.__doc__.replace("\\\n", " ")
+    (line,) = (line for line in text.splitlines() if line.lstrip().startswith("python "))
+    given = []
+    monkeypatch.setattr(convert_released, "convert", lambda *paths: given.extend(paths) or [])
+    monkeypatch.setattr(sys, "argv", shlex.split(line)[1:])
+    assert convert_released.main() == 0
+    assert [str(path) for path in given] == ["maskdino_R50.yaml", "maskdino_r50.pth", "converted"]
 
 
 def test_nothing_is_overwritten(released: tuple[Path, Path], tmp_path: Path) -> None:
