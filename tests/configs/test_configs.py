@@ -40,23 +40,62 @@ def test_leaf_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 25
 
 
-def names_used(path: Path) -> set[str]:
-    """All attribute names and strings of a source file."""
+def paths_read(path: Path) -> set[str]:
+    """Whole paths of configuration keys that a file reads: `cfg.A.B`, also by names for nodes.
+
+    A name stands for a node inside one function, by `node = cfg.A` or a pair of those.
+    """
     tree = ast.parse(path.read_text(), str(path))
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    return attributes | {
-        node.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return set().union(*map(_paths_read_in, functions))
+
+
+def _paths_read_in(function: ast.FunctionDef) -> set[str]:
+    nodes = {"cfg": ""}  # name -> path of the node, with a point at its end
+
+    def resolved(node: ast.AST) -> str | None:
+        if isinstance(node, ast.Name):
+            return nodes.get(node.id)
+        if isinstance(node, ast.Attribute) and node.attr == "cfg":  # self.cfg
+            return ""
+        inner = resolved(node.value) if isinstance(node, ast.Attribute) else None
+        return None if inner is None else f"{inner}{node.attr}."
+
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = list(zip(target.elts, node.value.elts, strict=True))
+                for name, value in pairs:
+                    if isinstance(name, ast.Name) and (key := resolved(value)) is not None:
+                        nodes[name.id] = key
+    read = (n for n in ast.walk(function) if isinstance(n, ast.Attribute | ast.Name))
+    read = (n for n in read if isinstance(n.ctx, ast.Load))
+    return {key.rstrip(".") for key in map(resolved, read) if key}
 
 
 def test_every_key_is_read() -> None:
     sources = set((REPOSITORY / "maskdino").rglob("*.py")) - {REPOSITORY / "maskdino" / "config.py"}
-    used = set().union(*map(names_used, sources))
-    unread = [key for key in OWN_KEYS if not set(key.split(".")) <= used]
+    read = set().union(*map(paths_read, sources))
+    unread = [key for key in OWN_KEYS if key not in read]
     assert OWN_KEYS
     assert not unread
+
+
+def test_only_whole_paths_count_as_read(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text(
+        "def build(cfg):\n"
+        "    node, levels = cfg.MODEL.DECODER, cfg.MODEL.ENCODER.NUM_LEVELS\n"
+        "    node.NUM_HEADS = node.NUM_LAYERS\n"
+        "def other(node):\n"
+        "    return node.NUM_POINTS\n"
+    )
+    keys = {"DECODER.NUM_LAYERS", "DECODER.NUM_LEVELS", "DECODER.NUM_HEADS", "DECODER.NUM_POINTS"}
+    read = paths_read(source)
+    assert {f"MODEL.{key}" for key in keys} & read == {"MODEL.DECODER.NUM_LAYERS"}
+    assert "MODEL.ENCODER.NUM_LEVELS" in read
 
 
 def test_released_schedules() -> None:
