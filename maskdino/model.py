@@ -158,6 +158,12 @@ class MaskDINO(nn.Module):
     def device(self) -> torch.device:
         return self.pixel_mean.device
 
+    def train(self, mode: bool = True) -> MaskDINO:
+        """Also forgets the graphs of inference, whose memory training needs."""
+        if mode:
+            self._graphs = CudaGraphs()
+        return super().train(mode)
+
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Trains or infers.
 

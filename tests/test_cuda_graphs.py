@@ -15,6 +15,7 @@ from maskdino import cuda_graphs
 from maskdino.cuda_graphs import CALLS_BEFORE, CudaGraphs
 from maskdino.modeling.layers import cell_centers, holding_constants
 from maskdino.structures import Predictions
+from tests.helpers import tiny_model
 
 
 class Network(nn.Module):
@@ -135,6 +136,13 @@ def test_copies_begin_without_graphs() -> None:
     for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
         assert len(other) == 0
         assert len(graphs) == 1
+
+
+def test_training_forgets_the_graphs_of_an_evaluation() -> None:
+    model = tiny_model().eval()
+    graphs = model._graphs
+    assert model.eval()._graphs is graphs
+    assert model.train()._graphs is not graphs
 
 
 def test_constants_are_held() -> None:
