@@ -13,6 +13,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PARITY = REPOSITORY / "tests" / "data" / "parity"
 
 
 def load_module(path: Path) -> ModuleType:
@@ -51,12 +52,18 @@ def repository() -> Path:
 
 
 @pytest.fixture(scope="session")
+def parity() -> Path:
+    """Folder of the parity cases and of the released parameter lists; see its README."""
+    return PARITY
+
+
+@pytest.fixture(scope="session")
 def shared() -> Callable[..., Path]:
-    """Finds worked cases and data that are not part of the repository.
+    """Finds data sets and videos that are not part of the repository.
 
     Returns:
         A function from path parts below the shared folder to the path, for example
-        ``shared("fixtures", "instance.json")``. It skips the test where the path does not exist.
+        ``shared("data", "coco_mini")``. It skips the test where the path does not exist.
         The folder is ``$MASKDINO_SHARED``, or ``shared`` beside the repository.
     """
     folder = Path(os.environ.get("MASKDINO_SHARED") or REPOSITORY.parent / "shared")

@@ -142,19 +142,14 @@ def tool(repository: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def fixtures(shared: Callable[..., Path]) -> Path:
-    return shared("fixtures", "make_weights.py").parent
-
-
-@pytest.fixture(scope="module")
-def made(fixtures: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], Path]:
+def made(parity: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], Path]:
     """Folder of a variant's case, made once."""
     folders: dict[str, Path] = {}
 
     def folder_of(variant: Variant) -> Path:
         if variant.name not in folders:
             folder = tmp_path_factory.mktemp("case")
-            make_case(variant, fixtures, folder)
+            make_case(variant, parity, folder)
             folders[variant.name] = folder
         return folders[variant.name]
 
@@ -194,14 +189,12 @@ def beyond(tool: ModuleType, case: object) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", ["instance", "semantic_ce", "swin"])
-def test_slow_model_agrees_with_the_released_one(
-    name: str, tool: ModuleType, fixtures: Path
-) -> None:
-    config = read_config(fixtures / f"{name}_config.yaml")
-    inputs = dict(np.load(fixtures / f"{name}_inputs.npz"))
+def test_slow_model_agrees_with_the_released_one(name: str, tool: ModuleType, parity: Path) -> None:
+    config = read_config(parity / f"{name}_config.yaml")
+    inputs = dict(np.load(parity / f"{name}_inputs.npz"))
     is_thing = [True] * config["MODEL"]["SEM_SEG_HEAD"]["NUM_CLASSES"]
-    slow = SlowCase(config, weights_of(fixtures, name), inputs, is_thing).expected()
-    released = dict(np.load(fixtures / f"{name}_expected.npz"))
+    slow = SlowCase(config, weights_of(parity, name), inputs, is_thing).expected()
+    released = dict(np.load(parity / f"{name}_expected.npz"))
     for image in range(2):
         tool.align_instances(slow, released, image)
     assert {name for name in released if not name.endswith("argmax_hist")} <= slow.keys()
@@ -271,7 +264,7 @@ def test_other_things_are_noticed(tool: ModuleType, opened: Callable[[Variant], 
     assert "loss/loss_ce" not in found
 
 
-def test_unknown_options_are_refused(fixtures: Path, tmp_path: Path) -> None:
+def test_unknown_options_are_refused(parity: Path, tmp_path: Path) -> None:
     variant = replace(COCO_PANOPTIC, options={"MaskDINO.SOMETHING": 1})
     with pytest.raises(KeyError, match="no option MODEL.MaskDINO.SOMETHING"):
-        make_case(variant, fixtures, tmp_path)
+        make_case(variant, parity, tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -190,14 +189,14 @@ def test_nothing_is_written_without_a_folder(tmp_path: Path) -> None:
 
 
 def test_released_files_are_read_as_they_are(
-    shared: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    parity: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The released weights of a worked case, given as MODEL.WEIGHTS; then with fewer classes."""
 
-    weights = released_case_weights(shared, "semantic_ce")
+    weights = released_case_weights(parity, "semantic_ce")
     path = tmp_path / "released.pth"
     torch.save({"model": weights}, path)
-    cfg = released_case_cfg(shared, "semantic_ce")
+    cfg = released_case_cfg(parity, "semantic_ce")
     model = MaskDINO(cfg)
     MaskDINOCheckpointer(model, require_all=True).load(str(path))
     name = "sem_seg_head.predictor.class_embed.weight"
@@ -234,14 +233,14 @@ def test_the_model_tells_the_heads_of_a_released_encoder(heads: int, tmp_path: P
 @pytest.mark.parametrize("evaluated", [True, False])
 def test_released_files_say_where_proposals_disagree(
     evaluated: bool,
-    shared: Callable[..., Path],
+    parity: Path,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """LARGEST_PROPOSALS has no tensor of its own, but the wrong one ruins a released model."""
     path = tmp_path / "released.pth"
-    torch.save({"model": released_case_weights(shared, "instance")}, path)
-    cfg = released_case_cfg(shared, "instance")
+    torch.save({"model": released_case_weights(parity, "instance")}, path)
+    cfg = released_case_cfg(parity, "instance")
     assert cfg.MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS == "finest"
     MaskDINOCheckpointer(MaskDINO(cfg), require_all=evaluated).load(str(path))
     assert "LARGEST_PROPOSALS" not in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,18 +41,17 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(ast.literal_eval(shape)) for name, shape, *_ in lines}
 
 
-def released_case_weights(shared: Callable[..., Path], case: str) -> dict[str, Tensor]:
+def released_case_weights(parity: Path, case: str) -> dict[str, Tensor]:
     """Released names and values of a worked case."""
-    path = shared("fixtures", "make_weights.py")
-    maker = load_module(path)
-    arrays = maker.released_weights(str(shared("fixtures", f"{case}_parameters.tsv")))
+    maker = load_module(parity / "make_weights.py")
+    arrays = maker.released_weights(str(parity / f"{case}_parameters.tsv"))
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def released_case_cfg(shared: Callable[..., Path], case: str) -> CfgNode:
+def released_case_cfg(parity: Path, case: str) -> CfgNode:
     """Our configuration of a worked case."""
     cfg = load_config()
-    convert_config(yaml.safe_load(shared("fixtures", f"{case}_config.yaml").read_text()), cfg)
+    convert_config(yaml.safe_load((parity / f"{case}_config.yaml").read_text()), cfg)
     cfg.MODEL.DEVICE = "cpu"
     return cfg
 
@@ -84,9 +82,9 @@ def cfg_of_list(name: str, shapes: dict[str, tuple[int, ...]]) -> CfgNode:
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_every_tensor_finds_its_place(name: str, shared: Callable[..., Path]) -> None:
+def test_every_tensor_finds_its_place(name: str, parity: Path) -> None:
     """Names and shapes of the file and of the model are the same set; nothing is left over."""
-    shapes = shapes_of(shared("released_models", "parameters", f"{name}.tsv"))
+    shapes = shapes_of(parity / "released" / f"{name}.tsv")
     assert is_released(shapes)
     cfg = cfg_of_list(name, shapes)
     node = cfg.MODEL.MASK_DINO
@@ -115,21 +113,19 @@ def test_every_tensor_finds_its_place(name: str, shared: Callable[..., Path]) ->
 
 
 @pytest.mark.parametrize("case", ["instance", "semantic_ce", "swin"])
-def test_converted_cases_leave_nothing(case: str, shared: Callable[..., Path]) -> None:
-    weights = released_case_weights(shared, case)
+def test_converted_cases_leave_nothing(case: str, parity: Path) -> None:
+    weights = released_case_weights(parity, case)
     converted = convert_weights(weights, 8)
-    model = MaskDINO(released_case_cfg(shared, case))
+    model = MaskDINO(released_case_cfg(parity, case))
     missing, unexpected = model.load_state_dict(converted, strict=False)
     assert not unexpected
     assert all(k.endswith(("num_batches_tracked", "relative_position_index")) for k in missing)
 
 
 @pytest.mark.parametrize(("case", "coarsest_first"), [("instance", False), ("semantic_ce", True)])
-def test_levels_are_put_in_order(
-    case: str, coarsest_first: bool, shared: Callable[..., Path]
-) -> None:
+def test_levels_are_put_in_order(case: str, coarsest_first: bool, parity: Path) -> None:
     """Finest first: the encoder's tensors of one order, the decoder's of the other, are turned."""
-    weights = released_case_weights(shared, case)
+    weights = released_case_weights(parity, case)
     structure = ReleasedStructure.from_shapes({k: tuple(x.shape) for k, x in weights.items()})
     assert structure.coarsest_first == coarsest_first
     converted = convert_weights(weights, 8)
@@ -156,16 +152,16 @@ def test_levels_are_put_in_order(
                 assert torch.equal(ours[:, level], theirs[:, other]), (part, kind, level)
 
 
-def test_copies_must_agree(shared: Callable[..., Path]) -> None:
-    weights = released_case_weights(shared, "instance")
+def test_copies_must_agree(parity: Path) -> None:
+    weights = released_case_weights(parity, "instance")
     name = f"{PREDICTOR}bbox_embed.1.layers.0.bias"
     weights[name] = weights[name] + 1
     with pytest.raises(ValueError, match="differs from the other copies of heads.box_head"):
         convert_weights(weights, 8)
 
 
-def test_unknown_tensors_are_named(shared: Callable[..., Path]) -> None:
-    weights = released_case_weights(shared, "instance")
+def test_unknown_tensors_are_named(parity: Path) -> None:
+    weights = released_case_weights(parity, "instance")
     weights[f"{PREDICTOR}surprise.weight"] = torch.zeros(1)
     with pytest.raises(KeyError, match="surprise.weight"):
         convert_weights(weights, 8)

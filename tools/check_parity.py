@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Compares this project with a worked case of the released one: outputs, losses, gradients.
+"""Compares this project with worked cases of the released one: outputs, losses, gradients.
 
-    python tools/check_parity.py --folder FOLDER --case NAME
+    python tools/check_parity.py [--case NAME] [--folder FOLDER]
 
-FOLDER holds NAME_config.yaml (released keys), NAME_parameters.tsv and make_weights.py (which make
-the weights), NAME_inputs.npz and NAME_expected.npz. The exit status is 0 only if outputs, results
-and losses agree to 1e-4 and gradient norms to 1e-3, relative to the largest magnitude of each.
+FOLDER (tests/data/parity, whose README describes the format) holds NAME_config.yaml (released
+keys), NAME_parameters.tsv and make_weights.py (which make the weights), NAME_inputs.npz and
+NAME_expected.npz; without --case all of its cases are compared. The exit status is 0 only if
+outputs, results and losses agree to 1e-4 and gradient norms to 1e-3, relative to the largest
+magnitude of each.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from maskdino.ops import PointSampler, mask_logits
 from maskdino.structures import PackedMasks
 from maskdino.targets import prepare_targets
 
+FOLDER = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
 VALUE_BOUND, GRADIENT_BOUND = 1e-4, 1e-3
 OUTPUT_SIZE = (256, 320)  # height and width that the cases ask for
 TERMS = {
@@ -259,24 +262,40 @@ def compare(case: Case) -> Iterator[tuple[str, float, float]]:
         )
 
 
-def main() -> int:
-    """Prints one line for each quantity, then the verdict."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="folder of the worked cases")
-    parser.add_argument("--case", required=True, help="name of the case, such as instance")
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+def case_names(folder: Path) -> list[str]:
+    """Names of the cases that a folder holds, in order."""
+    suffix = "_expected.npz"
+    return sorted(path.name.removesuffix(suffix) for path in folder.glob(f"*{suffix}"))
+
+
+def report(case: Case, name: str) -> bool:
+    """Prints one line for each quantity, then the verdict, which is returned."""
     failed = 0
     worst: dict[str, float] = {}
-    for name, error, bound in compare(Case(arguments.folder, arguments.case, arguments.device)):
+    for quantity, error, bound in compare(case):
         ok = error <= bound
         failed += not ok
-        group = name.split("/")[0]
+        group = quantity.split("/")[0]
         worst[group] = max(worst.get(group, 0.0), error)
-        print(f"{'ok  ' if ok else 'FAIL'} {error:9.2e}  {name}")
+        print(f"{'ok  ' if ok else 'FAIL'} {error:9.2e}  {quantity}")
     print("; ".join(f"{group}: {error:.1e}" for group, error in worst.items()))
-    print(f"case {arguments.case}: {'passed' if not failed else f'{failed} quantities differ'}")
-    return int(failed > 0)
+    print(f"case {name}: {'passed' if not failed else f'{failed} quantities differ'}")
+    return not failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compares the cases that are asked for; the exit status is 0 only if all pass."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="folder of the worked cases")
+    parser.add_argument("--case", help="name of the case, such as instance; by default all")
+    parser.add_argument("--device", default="cpu")
+    asked = parser.parse_args(arguments)
+    found = case_names(asked.folder)
+    if not found or (asked.case and asked.case not in found):
+        parser.error(f"no case {asked.case or ''} in {asked.folder}; found: {found}")
+    names = [asked.case] if asked.case else found
+    passed = [report(Case(asked.folder, name, asked.device), name) for name in names]
+    return int(not all(passed))
 
 
 def _weight_maker(folder: Path) -> object:

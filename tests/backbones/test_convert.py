@@ -2,7 +2,6 @@
 
 import ast
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,10 +43,8 @@ def as_published(timm_weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["swin_large_patch4_window12_384"])
-def test_every_tensor_of_the_released_swin_l_has_its_place(
-    shared: Callable[..., Path], name: str
-) -> None:
-    lines = shared("released_models", "parameters", "swinl_300q_hid2048_instance.tsv").read_text()
+def test_every_tensor_of_the_released_swin_l_has_its_place(parity: Path, name: str) -> None:
+    lines = (parity / "released" / "swinl_300q_hid2048_instance.tsv").read_text()
     rows = [line.split("\t") for line in lines.splitlines() if line.startswith("backbone.")]
     released = {row[0].removeprefix("backbone."): ast.literal_eval(row[1]) for row in rows}
     with torch.device("meta"):

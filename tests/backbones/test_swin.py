@@ -1,6 +1,5 @@
 """Swin on images of any size, against a slow computation that knows neither windows nor rolling."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,15 @@ from maskdino.config import add_maskdino_config
 from tests.conftest import load_module
 
 
-def released_swin(shared: Callable[..., Path]) -> tuple[CfgNode, dict[str, Tensor]]:
+def released_swin(parity: Path) -> tuple[CfgNode, dict[str, Tensor]]:
     """The small Swin of the worked cases: configuration, and weights by name after "backbone."."""
     cfg = get_cfg()
     add_maskdino_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "D2SwinTransformer"
-    released = yaml.safe_load(shared("fixtures", "swin_config.yaml").read_text())
+    released = yaml.safe_load((parity / "swin_config.yaml").read_text())
     cfg.MODEL.SWIN.update(released["MODEL"]["SWIN"])
-    make_weights = load_module(shared("fixtures", "make_weights.py"))
-    arrays = make_weights.released_weights(str(shared("fixtures", "swin_parameters.tsv")))
+    make_weights = load_module(parity / "make_weights.py")
+    arrays = make_weights.released_weights(str(parity / "swin_parameters.tsv"))
     prefix = "backbone."
     weights = {
         n[len(prefix) :]: torch.from_numpy(a) for n, a in arrays.items() if n.startswith(prefix)
@@ -119,10 +118,8 @@ class SlowSwin:
 
 
 @pytest.mark.parametrize("size", [(128, 160), (97, 131), (32, 64)])
-def test_features_equal_a_slow_computation(
-    shared: Callable[..., Path], size: tuple[int, int]
-) -> None:
-    cfg, weights = released_swin(shared)
+def test_features_equal_a_slow_computation(parity: Path, size: tuple[int, int]) -> None:
+    cfg, weights = released_swin(parity)
     backbone = build_backbone(cfg).eval()
     backbone.load_state_dict(convert_swin(weights))
     images = torch.randn(2, 3, *size)
@@ -167,8 +164,8 @@ def test_opposite_borders_do_not_see_each_other(block_class: type) -> None:
     assert difference.max() < 1e-6
 
 
-def test_unsupported_released_keys_are_named(shared: Callable[..., Path]) -> None:
-    cfg, _ = released_swin(shared)
+def test_unsupported_released_keys_are_named(parity: Path) -> None:
+    cfg, _ = released_swin(parity)
     cfg.MODEL.SWIN.APE = True
     with pytest.raises(ValueError, match="MODEL.SWIN.APE must be False, got True"):
         build_backbone(cfg)

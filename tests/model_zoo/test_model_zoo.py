@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import logging
 import urllib.error
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,10 +80,8 @@ def test_no_released_weights() -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_trained_config_has_the_structure_of_the_released_file(
-    shared: Callable[..., Path], name: str
-) -> None:
-    lines = shared("released_models", "parameters", PARAMETERS[name]).read_text().splitlines()
+def test_trained_config_has_the_structure_of_the_released_file(parity: Path, name: str) -> None:
+    lines = (parity / "released" / PARAMETERS[name]).read_text().splitlines()
     shapes = {row[0]: ast.literal_eval(row[1]) for row in (line.split("\t") for line in lines)}
     structure = ReleasedStructure.from_shapes(shapes)
     cfg = trained_config(name)

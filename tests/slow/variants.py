@@ -1,4 +1,4 @@
-"""Worked cases of our own: a shared one with other options, and what the slow model says of it.
+"""Worked cases of our own: a parity case with other options, and what the slow model says of it.
 
 A case is a folder as `tools/check_parity.py` reads it. Its weights follow from names and shapes,
 so a variant only needs the list of its parameters.
@@ -37,18 +37,18 @@ from tests.slow.results import Size, SlowResults
 
 OUTPUT_SIZE = (256, 320)  # what every case asks for
 CHANNELS = 256
-CLASS_MAP_BLOCK = 4  # class maps are kept as means over blocks of pixels, as in the shared cases
+CLASS_MAP_BLOCK = 4  # class maps are kept as means over blocks of pixels, as in the parity cases
 # Parameters whose presence or shape follows from the options.
 OPTIONAL = ("input_proj.", "predictor.class_embed.", "label_enc.", "query_", "enc_output")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a case differs from a shared one.
+    """How a case differs from a parity case.
 
     Attributes:
         name: of the test.
-        base: name of the shared case.
+        base: name of the parity case.
         options: released keys below MODEL, dotted, and their values.
         labels: classes of the first objects of each image that are kept; None: as in the case.
         size: height and width that the images are resized to.
@@ -65,19 +65,19 @@ class Variant:
     dataset: str | None = None
 
 
-def make_case(variant: Variant, fixtures: Path, folder: Path) -> None:
+def make_case(variant: Variant, parity: Path, folder: Path) -> None:
     """Writes all files of the case `variant` into `folder`.
 
     Beside what `tools/check_parity.py` reads, `variant_undecided.npz` tells of each panoptic map
     the pixels whose segment hangs on rounding.
     """
-    config = changed_config(variant, fixtures)
-    shutil.copy(fixtures / "make_weights.py", folder)
+    config = changed_config(variant, parity)
+    shutil.copy(parity / "make_weights.py", folder)
     (folder / "variant_config.yaml").write_text(yaml.safe_dump(config))
-    listed = dict(parameters(fixtures / f"{variant.base}_parameters.tsv", config))
+    listed = dict(parameters(parity / f"{variant.base}_parameters.tsv", config))
     lines = [f"{name}\t{shape}\ttorch.float32\n" for name, shape in listed.items()]
     (folder / "variant_parameters.tsv").write_text("".join(lines))
-    inputs = changed_inputs(variant, dict(np.load(fixtures / f"{variant.base}_inputs.npz")))
+    inputs = changed_inputs(variant, dict(np.load(parity / f"{variant.base}_inputs.npz")))
     np.savez(folder / "variant_inputs.npz", **inputs)
     num_classes = config["MODEL"]["SEM_SEG_HEAD"]["NUM_CLASSES"]
     is_thing = [variant.things is None or label in variant.things for label in range(num_classes)]
@@ -100,9 +100,9 @@ def read_config(path: Path) -> dict:
     return yaml.safe_load(path.read_text())
 
 
-def changed_config(variant: Variant, fixtures: Path) -> dict:
+def changed_config(variant: Variant, parity: Path) -> dict:
     """The released configuration of a variant."""
-    config = copy.deepcopy(read_config(fixtures / f"{variant.base}_config.yaml"))
+    config = copy.deepcopy(read_config(parity / f"{variant.base}_config.yaml"))
     for key, value in variant.options.items():
         *path, last = key.split(".")
         node = config["MODEL"]
@@ -211,7 +211,7 @@ class SlowCase:
     Args:
         config: nested mapping with released keys.
         weights: under released names.
-        inputs: as in the shared cases.
+        inputs: as in the parity cases.
         is_thing: of each class.
     """
 

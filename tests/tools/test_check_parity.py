@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,10 +19,9 @@ def tool(repository: Path) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", ["instance", "semantic_ce", "swin"])
-def test_case_agrees(name: str, tool: ModuleType, shared: Callable[..., Path]) -> None:
+def test_case_agrees(name: str, tool: ModuleType, parity: Path) -> None:
     """Every quantity within its bound, every kind of quantity present."""
-    folder = shared("fixtures", f"{name}_expected.npz").parent
-    compared = list(tool.compare(tool.Case(folder, name)))
+    compared = list(tool.compare(tool.Case(parity, name)))
     beyond = {quantity: error for quantity, error, bound in compared if not error <= bound}
     assert not beyond
     groups = {quantity.split("/")[0] for quantity, *_ in compared}
@@ -31,9 +29,39 @@ def test_case_agrees(name: str, tool: ModuleType, shared: Callable[..., Path]) -
     assert {bound for *_, bound in compared} == {1e-4, 1e-3}
 
 
-def test_changed_weights_are_noticed(tool: ModuleType, shared: Callable[..., Path]) -> None:
-    folder = shared("fixtures", "semantic_ce_expected.npz").parent
-    case = tool.Case(folder, "semantic_ce")
+def test_all_cases_of_the_repository_are_compared_by_default(
+    tool: ModuleType, parity: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit status is 1 where one of them differs."""
+    compared = []
+
+    def of_case(folder: Path, name: str, device: str) -> str:
+        assert folder == parity and device == "cpu"
+        compared.append(name)
+        return name
+
+    monkeypatch.setattr(tool, "Case", of_case)
+    monkeypatch.setattr(tool, "compare", lambda _: [("eval/pred_logits", 0.0, 1e-4)])
+    assert tool.main([]) == 0
+    assert compared == ["instance", "semantic_ce", "swin"]
+    monkeypatch.setattr(
+        tool, "compare", lambda case: [("eval/pred_logits", float(case == "instance"), 1e-4)]
+    )
+    assert tool.main([]) == 1
+    assert tool.main(["--case", "swin"]) == 0
+
+
+def test_a_case_that_is_not_there_is_refused(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for arguments in (["--case", "other"], ["--folder", str(tmp_path)]):
+        with pytest.raises(SystemExit, match="2"):
+            tool.main(arguments)
+        assert "no case" in capsys.readouterr().err
+
+
+def test_changed_weights_are_noticed(tool: ModuleType, parity: Path) -> None:
+    case = tool.Case(parity, "semantic_ce")
     with torch.no_grad():
         case.model.decoder.layers[0].ffn.linear1.weight[0, 0] += 1.0
     for name, value in case.outputs():

@@ -22,13 +22,12 @@ import convert_released  # noqa: E402
 
 
 @pytest.fixture
-def released(shared, tmp_path: Path) -> tuple[Path, Path]:  # noqa: ANN001
+def released(parity: Path, tmp_path: Path) -> tuple[Path, Path]:
     """The files of the worked case `instance`."""
-    folder = shared("fixtures")
     weights = tmp_path / "released.pth"
-    command = [sys.executable, folder / "make_weights.py"]
-    subprocess.run([*command, folder / "instance_parameters.tsv", weights], check=True)
-    return folder / "instance_config.yaml", weights
+    command = [sys.executable, parity / "make_weights.py"]
+    subprocess.run([*command, parity / "instance_parameters.tsv", weights], check=True)
+    return parity / "instance_config.yaml", weights
 
 
 def test_output_is_a_config_and_a_checkpoint_of_ours(
