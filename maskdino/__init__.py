@@ -1,7 +1,8 @@
 """Mask DINO: detection and instance, panoptic and semantic segmentation with one transformer.
 
 Importing this package registers the meta-architecture, the backbones and the datasets with
-detectron2.
+detectron2, under names that are free; names that other packages are known to register too wait for
+`add_maskdino_config`.
 """
 
 from maskdino import data, model_zoo
@@ -17,6 +18,7 @@ from maskdino.data import (
 )
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
+from maskdino.registration import register_all
 from maskdino.visualization.results import ImageResult
 
 __version__ = "0.1.0"
@@ -35,5 +37,6 @@ __all__ = [
     "build_train_mapper",
     "data",
     "model_zoo",
+    "register_all",
     "register_coco_folder",
 ]

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
+from maskdino.registration import register_postponed
+
 # Nodes of a file whose keys another library defines: arguments of a timm model, released Swin
 # configurations.
 _OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
@@ -65,7 +67,11 @@ def _keys_ending_alike(name: str, known: dict[str, None]) -> list[str]:
 
 
 def add_maskdino_config(cfg: CfgNode) -> None:
-    """Adds Mask DINO's keys, with the paper's values, to a detectron2 configuration (in place)."""
+    """Adds Mask DINO's keys, with the paper's values, to a detectron2 configuration (in place).
+
+    Registers the names that waited for a configuration (:mod:`maskdino.registration`).
+    """
+    register_postponed()
     _add_model(cfg)
     _add_backbone(cfg)
     _add_matcher_and_loss(cfg)

@@ -23,6 +23,7 @@ from maskdino.modeling.query_selection import build_query_selection
 from maskdino.ops.host import run_steps
 from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
 from maskdino.precision import check_precision, network_precision
+from maskdino.registration import offer_to
 from maskdino.structures import Memory, Predictions, Queries, Targets, send
 from maskdino.targets import prepare_targets
 
@@ -64,7 +65,7 @@ class InferenceOptions:
         return scores if self.cross_entropy else (scores / self.temperature).softmax(-1)
 
 
-@META_ARCH_REGISTRY.register()
+@offer_to(META_ARCH_REGISTRY)
 class MaskDINO(nn.Module):
     """Image -> backbone -> encoder -> query selection -> decoder -> losses or results.
 

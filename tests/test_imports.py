@@ -38,7 +38,8 @@ TENSORS = ("torch", "numpy")
 # Each room, those below first: a room imports rooms of the lines above it alone.
 RULES = (
     Rule("structures", outside=TENSORS),
-    Rule("config", outside=("detectron2.config",)),
+    Rule("registration", outside=()),
+    Rule("config", ("registration",), outside=("detectron2.config",)),
     Rule("devices"),
     Rule("precision"),
     Rule("ops", ("structures",), outside=(*TENSORS, "triton")),
@@ -58,8 +59,8 @@ RULES = (
     ),
     Rule("postprocess", ("ops", "structures"), outside=(*TENSORS, "detectron2.structures")),
     Rule("cuda_graphs", ("modeling", "structures"), outside=TENSORS),
-    Rule("backbones"),
-    Rule("data", ("structures",)),
+    Rule("backbones", ("registration",)),
+    Rule("data", ("registration", "structures")),
     Rule(
         "model",
         (
@@ -70,6 +71,7 @@ RULES = (
             "ops",
             "postprocess",
             "precision",
+            "registration",
             "structures",
             "targets",
         ),

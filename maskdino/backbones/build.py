@@ -6,6 +6,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
+from maskdino.registration import offer_to, register_postponed
+
 from .frozen_norm import keep_frozen_norms
 from .timm_backbone import TimmBackbone
 
@@ -30,6 +32,7 @@ def build_backbone(cfg: CfgNode) -> Backbone:
         ValueError: for a name that neither detectron2 nor timm knows, or a model without the
             features.
     """
+    register_postponed()
     name = cfg.MODEL.BACKBONE.NAME
     input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))
     if name in BACKBONE_REGISTRY:
@@ -37,13 +40,13 @@ def build_backbone(cfg: CfgNode) -> Backbone:
     return _timm_backbone(cfg, name, input_shape)
 
 
-@BACKBONE_REGISTRY.register()
+@offer_to(BACKBONE_REGISTRY)
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Builder for plain detectron2 models, which want a registered name; takes MODEL.TIMM.NAME."""
     return _timm_backbone(cfg, cfg.MODEL.TIMM.NAME, input_shape)
 
 
-@BACKBONE_REGISTRY.register()
+@offer_to(BACKBONE_REGISTRY, postponed=True)
 def D2SwinTransformer(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Swin by the name and with the keys (MODEL.SWIN) of released configurations.
 

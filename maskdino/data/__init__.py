@@ -1,6 +1,7 @@
 """Data: augmentations, training mappers, and the datasets that detectron2 lacks.
 
-Importing registers the datasets.
+Importing registers the datasets, but for names that other packages register too, which wait for a
+configuration.
 """
 
 from maskdino.data.checks import check_datasets

@@ -16,6 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from maskdino.data.datasets import OWN_ROOT_VARIABLE, ROOT_VARIABLE, own_datasets_root
 from maskdino.data.reading import DataError
+from maskdino.registration import register_postponed
 
 # What the name of a missing path tells about the script that makes it.
 _PREPARE_SCRIPTS = {
@@ -48,6 +49,7 @@ def check_datasets(cfg: CfgNode) -> None:
             not the model's, an annotation without image or of an unknown category, or an image
             of the annotations that is not in its folder.
     """
+    register_postponed()
     train, test = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
     for name in dict.fromkeys(train + test):
         _check_name(name)

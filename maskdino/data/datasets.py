@@ -1,4 +1,4 @@
-"""Datasets that detectron2 does not know; importing this module registers them.
+"""Datasets that detectron2 does not know; importing this module offers them to its catalogs.
 
 `datasets/README.md` shows their folders. Most lie under $DETECTRON2_DATASETS (default:
 ./datasets), like detectron2's own. Those that come with the project lie under $MASKDINO_DATASETS
@@ -17,6 +17,7 @@ from detectron2.data.datasets import load_coco_json, load_sem_seg
 from detectron2.utils.file_io import PathManager
 
 from maskdino.data.reading import DataError
+from maskdino.registration import Offer, offer
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 OWN_ROOT_VARIABLE = "MASKDINO_DATASETS"
@@ -245,10 +246,41 @@ def register_semantic_folder(
     )
 
 
-def _register_nuclei() -> None:
+def _offer(
+    register: Callable[..., None],
+    name: str,
+    *arguments: object,
+    postponed: bool = False,
+    **options: object,
+) -> None:
+    """Offers a dataset to detectron2's catalogs.
+
+    Args:
+        register: one of the functions above.
+        name: under which cfg.DATASETS finds it.
+        arguments: of `register`, after the name.
+        postponed: other packages register this name too, so it waits for a configuration.
+        options: of `register`.
+    """
+
+    def drop() -> None:
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name, None)
+
+    entry = Offer(
+        name,
+        find=lambda: DatasetCatalog.data.get(name),
+        put=lambda: register(name, *arguments, **options),
+        drop=drop,
+    )
+    offer(entry, postponed=postponed)
+
+
+def _offer_nuclei() -> None:
     folder = own_datasets_root() / "nuclei"
     for split in ("train", "val"):
-        register_semantic_folder(
+        _offer(
+            register_semantic_folder,
             f"nuclei_sem_seg_{split}",
             folder / f"semantic_{split}",
             folder / split,
@@ -256,7 +288,8 @@ def _register_nuclei() -> None:
             image_ext="png",
             root_variable=OWN_ROOT_VARIABLE,
         )
-        register_coco_folder(
+        _offer(
+            register_coco_folder,
             f"nuclei_{split}",
             folder / "annotations" / f"instances_{split}.json",
             folder / split,
@@ -265,7 +298,7 @@ def _register_nuclei() -> None:
         )
 
 
-def _register_coco_panoptic() -> None:
+def _offer_coco_panoptic() -> None:
     """`coco_2017_val_panoptic_with_sem_seg`: detectron2's has no semantic maps of all classes."""
     folder = datasets_root() / "coco"
     for split in ("train", "val"):
@@ -283,7 +316,8 @@ def _register_coco_panoptic() -> None:
             }
             for category, number in sorted(ids.items(), key=lambda item: item[1])
         ]
-        register_panoptic_folder(
+        _offer(
+            register_panoptic_folder,
             f"coco_2017_{split}_panoptic_with_sem_seg",
             base.panoptic_json,
             base.image_root,
@@ -291,10 +325,11 @@ def _register_coco_panoptic() -> None:
             categories,
             instances_json=base.json_file,
             sem_seg_root=folder / f"panoptic_semseg_{split}2017",
+            postponed=True,
         )
 
 
-def _register_ade20k() -> None:
+def _offer_ade20k() -> None:
     """The semantic datasets, `ade20k_sem_seg_train` and `_val`, are detectron2's."""
     folder = datasets_root() / "ADEChallengeData2016"
     names = ade20k_classes()
@@ -304,13 +339,16 @@ def _register_ade20k() -> None:
     for split, long_split in (("train", "training"), ("val", "validation")):
         images = folder / "images" / long_split
         instances = folder / f"ade20k_instance_{split}.json"
-        register_coco_folder(
+        _offer(
+            register_coco_folder,
             f"ade20k_instance_{split}",
             instances,
             images,
             thing_classes=[names[i] for i in ADE20K_THING_IDS],
+            postponed=True,
         )
-        register_panoptic_folder(
+        _offer(
+            register_panoptic_folder,
             f"ade20k_panoptic_{split}",
             folder / f"ade20k_panoptic_{split}.json",
             images,
@@ -319,30 +357,26 @@ def _register_ade20k() -> None:
             instances_json=instances,
             sem_seg_root=folder / "annotations_detectron2" / long_split,
             evaluator_type="ade20k_panoptic_seg",
+            postponed=True,
         )
 
 
-def _register_objects365() -> None:
+def _offer_objects365() -> None:
     folder = datasets_root() / "objects365"
     for split in ("train", "val"):
         annotations = folder / "annotations" / f"objects365_{split}.json"
-        register_coco_folder(f"objects365_{split}", annotations, folder / split)
+        _offer(register_coco_folder, f"objects365_{split}", annotations, folder / split)
 
 
-def _register_bccd() -> None:
+def _offer_bccd() -> None:
     folder = datasets_root() / "bccd_boxes"
     for split in ("train", "val", "test"):
         annotations = folder / "annotations" / f"instances_{split}.json"
-        register_coco_folder(f"bccd_{split}", annotations, folder / split)
+        _offer(register_coco_folder, f"bccd_{split}", annotations, folder / split)
 
 
-def register_all() -> None:
-    """Registers everything in this module; calling it again does nothing."""
-    _register_nuclei()
-    _register_coco_panoptic()
-    _register_ade20k()
-    _register_objects365()
-    _register_bccd()
-
-
-register_all()
+_offer_nuclei()
+_offer_coco_panoptic()
+_offer_ade20k()
+_offer_objects365()
+_offer_bccd()

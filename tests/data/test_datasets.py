@@ -18,7 +18,13 @@ from maskdino.data import (
     register_coco_folder,
     register_panoptic_folder,
 )
+from maskdino.registration import register_all
 from tests.data.synthetic import make_scenes, write_coco
+
+
+@pytest.fixture(autouse=True)
+def _all_registered() -> None:
+    register_all()
 
 
 @pytest.fixture
@@ -44,7 +50,7 @@ def change(path: Path, function: Callable[[dict], None]) -> None:
     path.write_text(json.dumps(content))
 
 
-def test_importing_registers_what_detectron2_lacks() -> None:
+def test_what_detectron2_lacks_is_registered() -> None:
     names = set(DatasetCatalog.list())
     for dataset in (
         "nuclei_{}",
@@ -58,7 +64,10 @@ def test_importing_registers_what_detectron2_lacks() -> None:
 
 
 def test_registering_again_does_nothing_but_never_replaces(tmp_path: Path, name: str) -> None:
-    datasets.register_all()
+    register_all()
+    known = dict(DatasetCatalog)
+    register_all()
+    assert dict(DatasetCatalog) == known
     register_coco_folder(name, tmp_path / "a.json", tmp_path)
     register_coco_folder(name, tmp_path / "a.json", tmp_path)
     with pytest.raises(ValueError, match=f"{name}.*json_file"):
