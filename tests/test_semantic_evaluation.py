@@ -98,7 +98,7 @@ def test_label_maps_stay_also_of_several_processes(
 
 
 def test_pictures_of_one_name_and_many_classes(tmp_path: Path) -> None:
-    names = [str(number) for number in range(300)]
+    names = [str(number) for number in range(255)]
     generator = np.random.default_rng(0)
     for folder in ("images", "labels"):
         for city in ("aachen", "bonn"):
@@ -112,8 +112,8 @@ def test_pictures_of_one_name_and_many_classes(tmp_path: Path) -> None:
     DatasetCatalog.register("large", lambda: pairs)
     MetadataCatalog.get("large").set(stuff_classes=names)
     evaluator = SemanticEvaluator("large", str(tmp_path / "out"))
-    predicted = torch.zeros(2, 300, 8, 9)
-    predicted[0, 299], predicted[1, 7] = 1, 1
+    predicted = torch.zeros(2, 255, 8, 9)
+    predicted[0, 254], predicted[1, 7] = 1, 1
     for pair, prediction in zip(pairs, predicted, strict=True):
         evaluator.process([{"file_name": pair["file_name"]}], [{"sem_seg": prediction}])
     evaluator.evaluate()
@@ -122,9 +122,14 @@ def test_pictures_of_one_name_and_many_classes(tmp_path: Path) -> None:
         read_image(str(tmp_path / "out/sem_seg" / files[p["file_name"]]), None) for p in pairs
     ]
     assert [(m.dtype, m.min(), m.max()) for m in written] == [
-        (np.uint16, 299, 299),
-        (np.uint16, 7, 7),
+        (np.uint8, 254, 254),
+        (np.uint8, 7, 7),
     ]
+    MetadataCatalog.get("large").stuff_classes.append("one too many")
+    with pytest.raises(DataError, match="256 classes are too many"):
+        SemanticEvaluator("large", None).process(
+            [{"file_name": pairs[0]["file_name"]}], [{"sem_seg": torch.zeros(256, 8, 9)}]
+        )
     DatasetCatalog.remove("large")
     MetadataCatalog.remove("large")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from detectron2.data import detection_utils
 
+MOST_CLASSES = 255  # of a label map with 8 bits, one value of which stands for "ignored"
+
 
 class DataError(ValueError):
     """Something is wrong with a dataset: the message names the file, the value, and what to do.
@@ -55,8 +57,14 @@ def read_label_map(file_name: str, num_classes: int, ignore_label: int) -> np.nd
 
     Raises:
         DataError: the map cannot be read, has several channels or more than 8 bits, or holds a
-            value that is neither a class nor `ignore_label`.
+            value that is neither a class nor `ignore_label`; or the classes, and "ignore", are more
+            than 8 bits can tell.
     """
+    if num_classes > MOST_CLASSES:
+        raise DataError(
+            f"{num_classes} classes are too many: label maps such as {file_name} have 8 bits, for "
+            f"at most {MOST_CLASSES} classes and what is ignored"
+        )
     labels = read_image(file_name, None)
     if labels.ndim != 2 or labels.dtype != np.uint8:
         raise DataError(

@@ -60,7 +60,7 @@ class SemanticEvaluator(DatasetEvaluator):
 
         Raises:
             DataError: a label map cannot be read, holds an unknown class, or has not the size of
-                the prediction; names the file.
+                the prediction, or the dataset has more than 255 classes; names the file.
             ValueError: the model does not predict as many classes as the dataset has.
         """
         number = len(self._names)
@@ -102,10 +102,9 @@ class SemanticEvaluator(DatasetEvaluator):
         return {"sem_seg": results}
 
     def _write(self, file_name: str, predicted: np.ndarray) -> None:
-        """Writes a label map; with 16 bits where 255, which readers take as ignored, is a class."""
         folder = os.path.join(self._output_folder, SEMANTIC_FOLDER)
         PathManager.mkdirs(folder)
-        pixels = predicted.astype(np.uint8 if len(self._names) <= 255 else np.uint16)
+        pixels = predicted.astype(np.uint8)  # `read_label_map` refused more classes
         with PathManager.open(os.path.join(folder, self._pngs[file_name]), "wb") as file:
             Image.fromarray(pixels).save(file, format="PNG")
         self._written[file_name] = self._pngs[file_name]

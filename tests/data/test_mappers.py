@@ -341,6 +341,18 @@ def test_another_ignored_label(save_image: Callable) -> None:
     assert example["sem_seg"].tolist() == [[0, 1, 2]]
 
 
+def test_as_many_classes_as_8_bits_can_tell(save_image: Callable) -> None:
+    """A class of the value 255 would be ignored, and nobody told."""
+    path = save_image(np.array([[0, 254, 255]], np.uint8))
+    example = {"file_name": path, "sem_seg_file_name": path}
+    common = {"augmentations": [], "image_format": "RGB", "ignore_label": 255}
+    classes = SemanticMapper(num_classes=255, **common)(example)["instances"].gt_classes
+    assert classes.tolist() == [0, 254]
+    with pytest.raises(DataError, match="256 classes are too many: .* at most 255") as caught:
+        SemanticMapper(num_classes=256, **common)(example)
+    assert "\n" not in str(caught.value)
+
+
 def test_panoptic_data_without_things(panoptic_cfg: CfgNode, panoptic_dict: dict) -> None:
     panoptic_cfg.DATASETS.TRAIN = ("mapper_test_without_things",)
     instances = build_train_mapper(panoptic_cfg)(panoptic_dict)["instances"]
