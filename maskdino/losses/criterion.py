@@ -6,7 +6,7 @@ M matched pairs, P points.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -155,7 +155,13 @@ class Criterion(nn.Module):
                     predictions.mask_embeddings, pixel_embedding, targets, matches, normalizer
                 )
             )
-        return {term: value for term, value in terms.items() if term in self.weights}
+        return terms
+
+    def _computed(
+        self, losses: dict[str, Callable[[Tensor, Tensor], Tensor]], found: Tensor, wanted: Tensor
+    ) -> dict[str, Tensor]:
+        """The losses (M,) of matched pairs, without those of weight 0."""
+        return {term: loss(found, wanted) for term, loss in losses.items() if term in self.weights}
 
     def _focal(
         self, logits: Tensor, targets: Targets, matches: Matches, normalizer: float | Tensor
@@ -185,7 +191,7 @@ class Criterion(nn.Module):
         matched = boxes[matches.output, matches.image, matches.query]  # (M, 4)
         wanted = targets.boxes[matches.target]
         counts = targets.is_thing[matches.target] if self.decouple_stuff_boxes else 1.0
-        losses = {"loss_l1": l1_loss(matched, wanted), "loss_giou": giou_loss(matched, wanted)}
+        losses = self._computed({"loss_l1": l1_loss, "loss_giou": giou_loss}, matched, wanted)
         return {
             term: _sum_by_output(loss * counts, matches.output, boxes.shape[0]) / normalizer
             for term, loss in losses.items()
@@ -213,10 +219,8 @@ class Criterion(nn.Module):
             labels.append(sample_packed_masks(targets.masks, target, points))
         logits, labels = torch.cat(logits), torch.cat(labels)  # (M, P)
         counts = targets.has_mask[matches.target]
-        losses = {
-            "loss_mask_bce": mask_bce_loss(logits, labels),
-            "loss_mask_dice": mask_dice_loss(logits, labels),
-        }
+        terms = {"loss_mask_bce": mask_bce_loss, "loss_mask_dice": mask_dice_loss}
+        losses = self._computed(terms, logits, labels)
         return {
             term: _sum_by_output(loss * counts, matches.output, embeddings.shape[0]) / normalizer
             for term, loss in losses.items()

@@ -7,6 +7,7 @@ C channels.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -95,7 +96,11 @@ class HybridMatcher:
         image = torch.cat(
             [targets.labels.new_full((count,), i) for i, count in enumerate(targets.counts)]
         )  # (N,) of each object
-        costs = self.weights.class_weight * self._class_cost(predictions, targets, image)
+        if self.weights.class_weight:
+            costs = self.weights.class_weight * self._class_cost(predictions, targets, image)
+        else:
+            outputs, _, queries, _ = predictions.boxes.shape
+            costs = targets.boxes.new_zeros(outputs, queries, len(targets))
         if self.weights.boxes:
             costs = costs + self._box_cost(predictions, targets, image)
         if self.weights.masks:
@@ -109,8 +114,8 @@ class HybridMatcher:
 
     def _box_cost(self, predictions: Predictions, targets: Targets, image: Tensor) -> Tensor:
         boxes = predictions.boxes[:, image].transpose(1, 2).float()  # (O, Q, N, 4)
-        l1, giou = l1_loss(boxes, targets.boxes), giou_loss(boxes, targets.boxes)
-        cost = self.weights.l1_weight * l1 + self.weights.giou_weight * giou
+        terms = ((self.weights.l1_weight, l1_loss), (self.weights.giou_weight, giou_loss))
+        cost = _weighted_sum(terms, boxes, targets.boxes)
         if not self.decouple_stuff_boxes:
             return cost
         of_things = cost.new_zeros(len(cost), len(targets.counts))  # (O, B)
@@ -148,14 +153,25 @@ class HybridMatcher:
         index = torch.arange(len(masks), device=pixels.device)
         labels = sample_packed_masks(masks, index, places.reshape(1, -1, 2))
         labels = labels.unflatten(1, (outputs, -1)).transpose(0, 1)  # (O, n, P)
+        terms = (
+            (self.weights.mask_bce_weight, mask_bce_cost),
+            (self.weights.mask_dice_weight, mask_dice_cost),
+        )
         pixels, costs = pixels[None].float(), []
         at_once = max(1, ELEMENTS_AT_ONCE // ((queries + channels) * places.shape[1]))
         for begin in range(0, outputs, at_once):
             few = slice(begin, begin + at_once)
             logits = _logits_at(embeddings[few], pixels, places[few])
-            bce, dice = mask_bce_cost(logits, labels[few]), mask_dice_cost(logits, labels[few])
-            costs.append(self.weights.mask_bce_weight * bce + self.weights.mask_dice_weight * dice)
+            costs.append(_weighted_sum(terms, logits, labels[few]))
         return torch.cat(costs)
+
+
+def _weighted_sum(
+    terms: Iterable[tuple[float, Callable[[Tensor, Tensor], Tensor]]], found: Tensor, wanted: Tensor
+) -> Tensor:
+    """Sum of the terms, at least one of whose weights is not 0; the others are not computed."""
+    first, *others = (weight * term(found, wanted) for weight, term in terms if weight)
+    return sum(others, first)
 
 
 def _logits_at(embeddings: Tensor, pixels: Tensor, points: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -231,6 +232,37 @@ def test_everything_not_a_number(caplog: pytest.LogCaptureFixture) -> None:
     broken = predictions.map(lambda x: x * float("nan"))
     matches = match(broken, pixels, drawn_targets((3,)), FixedPoints())
     assert matches.pairs_per_image == (3,) and "drawn_0.png" in caplog.text
+
+
+TERMS = {
+    "class_weight": "focal_cost",
+    "l1_weight": "l1_loss",
+    "giou_weight": "giou_loss",
+    "mask_bce_weight": "mask_bce_cost",
+    "mask_dice_weight": "mask_dice_cost",
+}
+
+
+@pytest.mark.parametrize("weight", TERMS)
+def test_a_term_of_weight_zero_is_not_computed(
+    weight: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = {}
+    for name in TERMS.values():
+        computed[name] = Mock(wraps=getattr(matcher_module, name))
+        monkeypatch.setattr(matcher_module, name, computed[name])
+    predictions, pixels = drawn_predictions(2, 1, 4)
+    weights = replace(WEIGHTS, **{weight: 0.0})
+    match(predictions, pixels, drawn_targets((3,)), FixedPoints(), weights=weights)
+    called = {name for name, term in computed.items() if term.called}
+    assert called == set(TERMS.values()) - {TERMS[weight]}
+
+
+def test_without_any_term_every_object_still_has_a_query() -> None:
+    predictions, pixels = drawn_predictions(1, 2, 4)
+    weights = CostWeights(0.0, 0.0, 0.0, 0.0, 0.0)
+    matches = match(predictions, pixels, drawn_targets((3, 1)), FixedPoints(), weights=weights)
+    assert matches.pairs_per_image == (3, 1)
 
 
 def test_a_thousand_objects() -> None:
