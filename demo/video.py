@@ -17,8 +17,8 @@ from damage import MAX_FAILURES
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "8")
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
-import cv2  # noqa: E402  reads the variables when it is imported
-import numpy as np  # noqa: E402
+import cv2  # reads the variables when it is imported
+import numpy as np
 
 DEFAULT_RATE = 25.0  # frames per second, where a file or camera names none
 MILLISECONDS = 1000.0  # a "rate" that is the unit of time stamps, in files of browsers

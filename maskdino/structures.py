@@ -204,7 +204,7 @@ class PackedMasks:
         """The same masks in memory from which a GPU copies without the host (DataLoader's name)."""
         return PackedMasks(self.bits.pin_memory(), self.size)
 
-    def to(self, *args, **kwargs) -> PackedMasks:  # noqa: ANN002, ANN003
+    def to(self, *args, **kwargs) -> PackedMasks:
         """Moves to another device, as `Tensor.to` does."""
         return PackedMasks(self.bits.to(*args, **kwargs), self.size)
 

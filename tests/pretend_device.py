@@ -185,7 +185,7 @@ class PretendDevice(TorchDispatchMode):
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
-    ) -> Any:  # noqa: ARG002
+    ) -> Any:
         """Computes on the CPU what one operation does on the device, and records it."""
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]

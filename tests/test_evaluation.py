@@ -58,7 +58,7 @@ OBJECTS = [
 
 
 @pytest.fixture(params=[True, False], ids=["masks", "boxes"])
-def dataset(request: pytest.FixtureRequest, tmp_path: Path):  # noqa: ANN201
+def dataset(request: pytest.FixtureRequest, tmp_path: Path):
     """A dataset of two images and four objects: (name, has masks)."""
     content = {
         "images": [
@@ -222,7 +222,7 @@ def test_fast_numbers_are_pycocotools_on_coco(shared: Callable[..., Path]) -> No
 
 
 @pytest.fixture
-def typed_dataset():  # noqa: ANN201
+def typed_dataset():
     """Makes a dataset name of the given evaluator type."""
     names = []
 

@@ -336,7 +336,7 @@ class Memory(TorchDispatchMode):
         self.now = self.most = 0
         self.known = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.known:

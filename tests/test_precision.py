@@ -46,7 +46,7 @@ def computed_in(model: MaskDINO) -> contextlib.AbstractContextManager[set[torch.
     """Types in which a layer of the encoder gives its result."""
 
     @contextlib.contextmanager
-    def listening():  # noqa: ANN202
+    def listening():
         found: set[torch.dtype] = set()
         layer = model.encoder.layers[0].ffn
         linear = next(m for m in layer.modules() if isinstance(m, torch.nn.Linear))

@@ -22,7 +22,7 @@ class Model(nn.Module):
         self.again = self.linear
 
 
-def config(*overrides: str):  # noqa: ANN201
+def config(*overrides: str):
     return load_config(None, ["SOLVER.BASE_LR", "0.1", "SOLVER.WEIGHT_DECAY", "0.05", *overrides])
 
 

@@ -93,7 +93,7 @@ class InstanceMapper(Mapper):
     """
 
     @configurable
-    def __init__(self, *, use_masks: bool, **common) -> None:  # noqa: ANN003
+    def __init__(self, *, use_masks: bool, **common) -> None:
         """
         Args:
             use_masks: False ignores masks: a pure detector.
@@ -170,7 +170,7 @@ class PanopticMapper(Mapper):
     is which."""
 
     @configurable
-    def __init__(self, *, thing_classes: Iterable[int], **common) -> None:  # noqa: ANN003
+    def __init__(self, *, thing_classes: Iterable[int], **common) -> None:
         """
         Args:
             thing_classes: classes that are things; the others are stuff.
@@ -247,7 +247,7 @@ class SemanticMapper(Mapper):
     (`gt_is_thing`)."""
 
     @configurable
-    def __init__(self, *, ignore_label: int, **common) -> None:  # noqa: ANN003
+    def __init__(self, *, ignore_label: int, **common) -> None:
         """
         Args:
             ignore_label: value of pixels without a class, in the files and in "sem_seg".
@@ -301,7 +301,7 @@ class InferenceMapper(Mapper):
     """Only the image, resized as INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST say; no ground truth."""
 
     @configurable
-    def __init__(self, **common) -> None:  # noqa: ANN003
+    def __init__(self, **common) -> None:
         """
         Args:
             common: see `Mapper`.

@@ -93,7 +93,7 @@ def open_session(
         return onnxruntime.InferenceSession(source, options, providers=providers)
     # onnxruntime has an exception of its own for each kind of failure, all plain RuntimeErrors or
     # direct children of Exception.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         name = "the exported program" if isinstance(model, bytes) else model
         raise ValueError(f"onnxruntime cannot run {name}: {error}") from error
 

@@ -328,7 +328,8 @@ def _plugin_translation() -> dict:
     _register_plugin_schema()
     node = getattr(Opset(PLUGIN_DOMAIN, 1), PLUGIN)
 
-    def translate(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):  # noqa: ANN001, ANN202  the exporter reads types from annotations
+    # Without annotations, in which the exporter would look for ONNX types.
+    def translate(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
         return node(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
 
     return {torch.ops.maskdino_export.sample_and_sum.default: translate}

@@ -152,7 +152,7 @@ def mask_logits_at_points(
 
 class _MaskLogitsAtPoints(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mask_embeddings, pixel_embedding, choose_points):  # noqa: ANN001, ANN205
+    def forward(ctx, mask_embeddings, pixel_embedding, choose_points):
         device = pixel_embedding.device.type
         half = torch.is_autocast_enabled(device) and mask_embeddings.dtype != torch.float64
         dtype = (
@@ -175,7 +175,7 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
         return logits, points
 
     @staticmethod
-    def backward(ctx, grad_logits, _):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_logits, _):
         embeddings, features, points = ctx.saved_tensors
         at_once = _maps_at_once(ctx.size)
         grad_features = torch.zeros_like(features, dtype=grad_logits.dtype)

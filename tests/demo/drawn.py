@@ -86,7 +86,7 @@ class FakeCapture:
         self._properties = {cv2.CAP_PROP_FPS: rate, cv2.CAP_PROP_FRAME_COUNT: -1.0}
         self.released = False
 
-    def isOpened(self) -> bool:  # noqa: N802  OpenCV's name
+    def isOpened(self) -> bool:  # OpenCV's name
         return True
 
     def set(self, *_: float) -> bool:

@@ -88,7 +88,7 @@ class HostRandom(TorchFunctionMode):
     DRAWN = (torch.rand, torch.randn, torch.randint, torch.randperm)
     DRAWN_LIKE = (torch.rand_like, torch.randn_like, torch.randint_like)
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002
+    def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if function in self.DRAWN:
             device = torch.device(kwargs.pop("device", None) or "cpu")

@@ -18,7 +18,7 @@ from tests.conftest import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 
-import convert_released  # noqa: E402
+import convert_released
 
 
 @pytest.fixture
