@@ -75,7 +75,7 @@ class PredictionHeads(nn.Module):
 
 def _unrounded(head: nn.Module, content: Tensor, dtype: torch.dtype) -> Tensor:
     device = content.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta tensors: shapes alone
         return head(content)
     with torch.autocast(device, enabled=False):
         return head(content.to(dtype))
