@@ -135,12 +135,12 @@ def test_picture_damaged_after_the_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A process that loads data meets it; its traceback, and that of the training, are no help."""
+    # Loggers that earlier tests left behind may write to their closed streams, and tell of that.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
     tool.prepare(tool.parse_arguments(words(drawn, out, "DATALOADER.NUM_WORKERS", 1)))
     for path in drawn.images.iterdir():
         path.write_bytes(path.read_bytes()[:200])
-    # Loggers that earlier tests left behind may write to their closed streams, and tell of that.
-    monkeypatch.setattr(logging, "raiseExceptions", False)
     with pytest.raises(SystemExit) as caught:
         tool.main(["--output", str(out), "--resume"])
     assert caught.value.code == 1
