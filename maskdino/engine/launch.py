@@ -1,5 +1,6 @@
 """Starting one process per GPU, or several on a CPU, by ourselves or under torchrun."""
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -120,6 +121,7 @@ def _leave_the_others() -> None:
     After an error, others may be inside a collective that never completes. Leaving can wait for it,
     and nobody would see the error: such a process just ends, and the others are ended or fail.
     """
+    gc.collect()  # a trainer that lingers would keep the group's threads, beyond the end of Python
     torch.distributed.destroy_process_group()
 
 
