@@ -11,7 +11,7 @@ from detectron2.utils import comm
 
 from maskdino.custom.training import CustomTrainer
 from maskdino.engine.trainer import MaskDINOTrainer
-from tests.stand_in import tiny_config
+from tests.engine.stand_in import tiny_config
 
 
 def config(folder: Path, *more: object) -> CfgNode:

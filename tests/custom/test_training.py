@@ -12,7 +12,7 @@ from maskdino.custom.history import Evaluation, History
 from maskdino.custom.training import CustomTrainer
 from maskdino.engine.trainer import MaskDINOTrainer, launch
 from tests.custom.runs import config, evaluate_as, run, run_in_process
-from tests.stand_in import read_checkpoint
+from tests.engine.stand_in import read_checkpoint
 
 SCORES = [0.0, 0.0, 3.0, 7.0, 5.0, 7.0, 6.0, 6.0]  # after each step
 CONSTANT_RATE = ("SOLVER.STEPS", "()")

@@ -28,7 +28,7 @@ from tests.gpu.cases import (
     summary,
 )
 from tests.gpu.drawn import drawn_dataset  # noqa: F401 (a fixture)
-from tests.test_predictor import assert_equal, picture
+from tests.inference.test_predictor import assert_equal, picture
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from tests.conftest import load_module
-from tests.stand_in import CONFIG
+from tests.engine.stand_in import CONFIG
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 
 from maskdino.config import load_config
 from tests.conftest import load_module
-from tests.stand_in import CONFIG, tiny_config
+from tests.engine.stand_in import CONFIG, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maskdino.config import load_config
 from maskdino.engine.trainer import MaskDINOTrainer
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "nuclei" / "Base-Nuclei.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "nuclei" / "Base-Nuclei.yaml"
 
 
 @META_ARCH_REGISTRY.register()

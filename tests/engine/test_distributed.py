@@ -16,7 +16,7 @@ from torch import Tensor
 from maskdino.engine.launch import free_port, launch
 from maskdino.ops.points import PointSampler
 from tests.helpers import NARROW
-from tests.stand_in import read_checkpoint, tiny_config, train, train_in_process
+from tests.engine.stand_in import read_checkpoint, tiny_config, train, train_in_process
 
 # What depends on the batch of a process, or is drawn at random, differs by design: noised queries
 # (padded to the most objects of an image of the batch) are off, points are fixed below. Adam would
@@ -106,7 +106,7 @@ def test_two_machines_train_as_one(alone: Path, tmp_path: Path, repository: Path
         "import sys\n"
         "from pathlib import Path\n"
         "from maskdino.engine.launch import launch\n"
-        "from tests.test_distributed import config, train_at_fixed_points\n"
+        "from tests.engine.test_distributed import config, train_at_fixed_points\n"
         "if __name__ == '__main__':\n"
         "    folder, rank = Path(sys.argv[1]), int(sys.argv[2])\n"
         "    launch(train_at_fixed_points, config(folder), processes=1, machines=2,\n"

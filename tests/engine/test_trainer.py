@@ -13,7 +13,7 @@ from torch import nn
 from maskdino.checkpoint.ema import WeightAverage
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights, launch
 from tests.helpers import NARROW, NODE
-from tests.stand_in import read_checkpoint, tiny_config, train, train_in_process
+from tests.engine.stand_in import read_checkpoint, tiny_config, train, train_in_process
 
 EMA = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5)
 
@@ -45,10 +45,10 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_killed_and_resumed_run_ends_the_same(whole_run: Path, tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path; from tests.stand_in import tiny_config, train\n"
+        "from pathlib import Path; from tests.engine.stand_in import tiny_config, train\n"
         f"train(tiny_config(Path({str(tmp_path)!r}), *{EMA!r}), kill_after=4)"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     killed = subprocess.run([sys.executable, "-c", script], cwd=root, check=False)
     assert killed.returncode == -9
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
@@ -179,7 +179,7 @@ def test_torchrun_trains_as_one_process(
     script.write_text(
         "from pathlib import Path\n"
         "from maskdino.engine.trainer import launch\n"
-        "from tests.stand_in import tiny_config, train_in_process\n"
+        "from tests.engine.stand_in import tiny_config, train_in_process\n"
         f"cfg = tiny_config(Path({str(tmp_path)!r}), *{PLAIN + EMA!r})\n"
         "launch(train_in_process, cfg, processes=1)\n"
     )

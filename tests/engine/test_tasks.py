@@ -102,7 +102,7 @@ def tiny(task: str, dataset: str, output: Path, **overrides: object) -> CfgNode:
     values = NARROW | {key.replace("__", "."): value for key, value in overrides.items()}
     values |= {"DATASETS.TRAIN": f"('{dataset}',)", "DATASETS.TEST": f"('{dataset}',)"}
     values |= {"OUTPUT_DIR": output, "MODEL.WEIGHTS": values.get("MODEL.WEIGHTS", "")}
-    repository = Path(__file__).resolve().parent.parent
+    repository = Path(__file__).resolve().parents[2]
     path = repository / "configs" / task
     words = [str(word) for item in values.items() for word in item]
     return load_config(str(path), words)

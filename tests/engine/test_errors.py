@@ -173,7 +173,7 @@ def test_torchrun_ends_although_one_process_waits(
     script.write_text(
         "from pathlib import Path\n"
         "from maskdino.engine.trainer import launch\n"
-        "from tests.test_faults import Labels, load_on_the_second\n"
+        "from tests.engine.test_errors import Labels, load_on_the_second\n"
         f"launch(load_on_the_second, Labels(Path({str(labels)!r})), processes=1)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

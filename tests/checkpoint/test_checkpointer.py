@@ -17,7 +17,7 @@ from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer, model_weights
 from maskdino.checkpoint.released import DECODER, ENCODER
 from maskdino.model import MaskDINO
 from tests.helpers import CHANNELS, NUM_CLASSES, tiny_model
-from tests.test_released import released_case_cfg, released_case_weights
+from tests.checkpoint.test_released import released_case_cfg, released_case_weights
 
 
 @pytest.fixture
