@@ -39,9 +39,9 @@ inline void check_shape(const at::Tensor& tensor, const char* name, at::IntArray
 // Checks the value and the level sizes ([H0, W0, H1, W1, ...]); queries and points stay 0.
 inline Sizes check_value(const at::Tensor& value, at::IntArrayRef shapes) {
   const auto type = value.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf ||
-                       type == at::kBFloat16,
-                   "value must be float32, float64, float16 or bfloat16, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+      "value must be float32, float64, float16 or bfloat16, got ", type);
   TORCH_CHECK_VALUE(value.dim() == 4, "value must be (B, S, M, D), got shape ", value.sizes());
   TORCH_CHECK_VALUE(!shapes.empty() && shapes.size() % 2 == 0,
                     "spatial_shapes must hold H and W of each level, got ", shapes);
@@ -49,9 +49,9 @@ inline Sizes check_value(const at::Tensor& value, at::IntArrayRef shapes) {
   for (size_t i = 0; i < shapes.size(); i += 2) {
     // Each side below 2^31 keeps the product in range; token numbers are 32-bit in the kernels.
     constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
-    TORCH_CHECK_VALUE(shapes[i] > 0 && shapes[i + 1] > 0 && shapes[i] < kLimit &&
-                          shapes[i + 1] < kLimit,
-                      "spatial_shapes must be positive and below 2^31, got ", shapes);
+    TORCH_CHECK_VALUE(
+        shapes[i] > 0 && shapes[i + 1] > 0 && shapes[i] < kLimit && shapes[i + 1] < kLimit,
+        "spatial_shapes must be positive and below 2^31, got ", shapes);
     area += shapes[i] * shapes[i + 1];
     TORCH_CHECK_VALUE(area < kLimit, "spatial_shapes ", shapes, " hold more than 2^31 tokens");
   }

@@ -28,8 +28,8 @@ TORCH_LIBRARY(maskdino, m) {
       "ms_deform_attn_fused_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
       "Tensor offsets_and_logits, Tensor? reference, int num_points, bool reference_gradient) "
       "-> (Tensor, Tensor, Tensor)");
-  // Bilinear samples of masks (N, H, (W + 7) / 8) with eight pixels in a byte: for each row of points
-  // (M or 1, P, 2) the mask that index (M,) names.
+  // Bilinear samples of masks (N, H, (W + 7) / 8) with eight pixels in a byte: for each row of
+  // points (M or 1, P, 2) the mask that index (M,) names.
   m.def("sample_packed_masks(Tensor bits, int width, Tensor index, Tensor points) -> Tensor");
   // Which kernels run on the CPU: "AVX-512", "AVX2" or "plain".
   m.def("cpu_instruction_set() -> str");

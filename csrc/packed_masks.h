@@ -39,8 +39,8 @@ MASKDINO_HOST_DEVICE inline float sample(const MaskSamples& in, const uint8_t* m
   const float x = point[0] * in.width - 0.5f, y = point[1] * in.height - 0.5f;
   const float left = floorf(x), top = floorf(y);
   const float to_right = x - left, to_bottom = y - top;
-  const float upper = pixel(in, mask, top, left) * (1 - to_right) +
-                      pixel(in, mask, top, left + 1) * to_right;
+  const float upper =
+      pixel(in, mask, top, left) * (1 - to_right) + pixel(in, mask, top, left + 1) * to_right;
   const float lower = pixel(in, mask, top + 1, left) * (1 - to_right) +
                       pixel(in, mask, top + 1, left + 1) * to_right;
   return upper * (1 - to_bottom) + lower * to_bottom;

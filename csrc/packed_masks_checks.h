@@ -19,8 +19,7 @@ struct MaskCall {
 inline MaskCall prepare_mask_call(const at::Tensor& bits, int64_t width, const at::Tensor& index,
                                   const at::Tensor& points) {
   constexpr int64_t kMost = 1 << 24;  // whole numbers up to it are exact in float32
-  TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte, "bits must be uint8, got ",
-                   bits.scalar_type());
+  TORCH_CHECK_TYPE(bits.scalar_type() == at::kByte, "bits must be uint8, got ", bits.scalar_type());
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "index must be int64, got ",
                    index.scalar_type());
   TORCH_CHECK_TYPE(points.scalar_type() == at::kFloat, "points must be float32, got ",
@@ -36,8 +35,11 @@ inline MaskCall prepare_mask_call(const at::Tensor& bits, int64_t width, const a
                         (points.size(0) == index.size(0) || points.size(0) == 1),
                     "index must be (M,) and points (M or 1, P, 2), got shapes ", index.sizes(),
                     " and ", points.sizes());
-  MaskCall call{bits.contiguous(), index.contiguous(), points.contiguous(),
-                at::empty({index.size(0), points.size(1)}, points.options()), {}};
+  MaskCall call{bits.contiguous(),
+                index.contiguous(),
+                points.contiguous(),
+                at::empty({index.size(0), points.size(1)}, points.options()),
+                {}};
   MaskSamples& samples = call.samples;
   samples.bits = call.bits.const_data_ptr<uint8_t>();
   samples.index = call.index.const_data_ptr<int64_t>();

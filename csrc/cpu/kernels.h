@@ -95,10 +95,10 @@ struct Kernels {
   Kernel<T> backward;
 };
 
-#define MASKDINO_DECLARE_KERNELS(instruction_set)    \
-  namespace instruction_set {                        \
-  void get_kernels(Kernels<float>& kernels);         \
-  void get_kernels(Kernels<double>& kernels);        \
+#define MASKDINO_DECLARE_KERNELS(instruction_set) \
+  namespace instruction_set {                     \
+  void get_kernels(Kernels<float>& kernels);      \
+  void get_kernels(Kernels<double>& kernels);     \
   }
 MASKDINO_DECLARE_KERNELS(plain)
 MASKDINO_DECLARE_KERNELS(avx2)

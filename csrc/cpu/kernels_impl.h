@@ -1,6 +1,7 @@
 // The CPU kernels, written once over vectors of MASKDINO_VECTOR_BYTES bytes in the namespace
 // MASKDINO_INSTRUCTION_SET. Included at the end of kernels_plain.cpp, kernels_avx2.cpp and
-// kernels_avx512.cpp, which choose both; it includes no library header, for the reason in kernels.h.
+// kernels_avx512.cpp, which choose both; it includes no library header, for the reason in
+// kernels.h.
 //
 // A query of a head goes through three stages:
 //   1. locate:     locations and weights of its samples, then 4 corner rows and 4 corner weights
@@ -149,7 +150,8 @@ MASKDINO_INLINE void find_corners(const HeadTask<T>& task, const Scratch<T>& s) 
     store(s.corner_row + 2 * n + i, (bottom_in & left_in) ? row + columns : zero_row);
     store(s.corner_row + 3 * n + i, (bottom_in & right_in) ? row + columns + 1 : zero_row);
 
-    const V bottom_weight = load(s.weight + i) * fy, top_weight = load(s.weight + i) - bottom_weight;
+    const V bottom_weight = load(s.weight + i) * fy,
+            top_weight = load(s.weight + i) - bottom_weight;
     store(s.corner_weight + i, top_weight - top_weight * fx);
     store(s.corner_weight + n + i, top_weight * fx);
     store(s.corner_weight + 2 * n + i, bottom_weight - bottom_weight * fx);
@@ -207,13 +209,13 @@ MASKDINO_INLINE void spread_rows(const HeadTask<T>& task, const Scratch<T>& s, i
 }
 
 // Runs `Step<T, Count>` over all channels of a padded row, four vectors at a time, then the rest.
-#define MASKDINO_OVER_CHANNELS(step, argument)                                            \
-  do {                                                                                    \
-    const int64_t vectors = task.row_stride / kLanes<T>;                                  \
-    int64_t v = 0;                                                                        \
-    for (; v + 4 <= vectors; v += 4) step<T, 4>(task, s, v * kLanes<T>, argument);        \
-    for (; v + 2 <= vectors; v += 2) step<T, 2>(task, s, v * kLanes<T>, argument);        \
-    for (; v < vectors; ++v) step<T, 1>(task, s, v * kLanes<T>, argument);                \
+#define MASKDINO_OVER_CHANNELS(step, argument)                                     \
+  do {                                                                             \
+    const int64_t vectors = task.row_stride / kLanes<T>;                           \
+    int64_t v = 0;                                                                 \
+    for (; v + 4 <= vectors; v += 4) step<T, 4>(task, s, v * kLanes<T>, argument); \
+    for (; v + 2 <= vectors; v += 2) step<T, 2>(task, s, v * kLanes<T>, argument); \
+    for (; v < vectors; ++v) step<T, 1>(task, s, v * kLanes<T>, argument);         \
   } while (false)
 
 template <typename T>
@@ -270,7 +272,8 @@ MASKDINO_INLINE void write_offset_gradients(const HeadTask<T>& task, int64_t que
   T* __restrict grad_xy = task.grad_points_xy + query * task.points_stride;
   T* __restrict grad_scores = task.grad_scores + query * task.scores_stride;
   Vector<T> products{};
-  for (int64_t i = 0; i < s.padded; i += kLanes<T>) products += load(s.weight + i) * load(s.dot + i);
+  for (int64_t i = 0; i < s.padded; i += kLanes<T>)
+    products += load(s.weight + i) * load(s.dot + i);
   const T mean = sum_lanes<T>(products);
   for (int64_t i = 0; i < n; ++i) grad_scores[i] = s.weight[i] * (s.dot[i] - mean);
 
@@ -304,7 +307,8 @@ MASKDINO_INLINE void write_offset_gradients(const HeadTask<T>& task, int64_t que
 }
 
 template <typename T>
-void backward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers, Integer<T>* indices) {
+void backward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers,
+              Integer<T>* indices) {
   Scratch<T> s(numbers, indices, task.samples);
   const bool whole_rows = task.channels == task.row_stride;
   for (int64_t c = task.channels; c < task.row_stride; ++c) s.row_buffer[c] = 0;

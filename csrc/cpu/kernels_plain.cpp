@@ -1,4 +1,5 @@
-// The CPU kernels for any processor: vectors of 16 bytes, which every compiler target has or emulates.
+// The CPU kernels for any processor: vectors of 16 bytes, which every compiler target has or
+// emulates.
 #include "kernels.h"
 
 #define MASKDINO_INSTRUCTION_SET plain

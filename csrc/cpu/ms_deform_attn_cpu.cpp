@@ -101,8 +101,8 @@ HeadTask<T> make_task(const Inputs& in, const SampleTable<T>& table, int64_t pai
     task.scores = points_xy + image * z.queries * task.points_stride + z.heads * n * 2 + head * n;
     task.reference_size = in.reference.size(2);
     const int64_t reference_image = in.reference.size(0) == 1 ? 0 : image;
-    task.reference = in.reference.const_data_ptr<T>() +
-                     reference_image * z.queries * task.reference_size;
+    task.reference =
+        in.reference.const_data_ptr<T>() + reference_image * z.queries * task.reference_size;
   } else {
     task.points_stride = z.heads * n * 2;
     task.scores_stride = z.heads * n;
@@ -129,8 +129,10 @@ void for_each_round(const Inputs& in, int64_t pairs_per_round, int64_t stride, c
     const int64_t count = std::min(pairs_per_round, pairs - begin);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t image = (begin + i) / z.heads, head = (begin + i) % z.heads;
-      rows[i].narrow(0, 0, z.tokens).narrow(1, 0, z.channels).copy_(
-          in.value[image].select(1, head));
+      rows[i]
+          .narrow(0, 0, z.tokens)
+          .narrow(1, 0, z.channels)
+          .copy_(in.value[image].select(1, head));
     }
     body(Round{begin, count, rows});
   }
@@ -175,8 +177,8 @@ at::Tensor run_forward(const Inputs& in) {
       HeadTask<T> task = make_task<T>(in, table, pair);
       task.row_stride = stride;
       task.rows = rows + i * (z.tokens + 1) * stride;
-      task.output = target + pair / z.heads * z.queries * task.output_stride +
-                    pair % z.heads * z.channels;
+      task.output =
+          target + pair / z.heads * z.queries * task.output_stride + pair % z.heads * z.channels;
       kernel(task, first, last, numbers, indices);
     };
     in_parallel<T>(z, round.count, blocks, stride, work);
@@ -198,19 +200,17 @@ void set_gradients(HeadTask<T>& task, const Inputs& in, const Gradients& grads,
                    const at::Tensor& grad_output, int64_t pair) {
   const Sizes& z = in.sizes;
   const int64_t image = pair / z.heads, head = pair % z.heads;
-  task.grad_output = grad_output.const_data_ptr<T>() +
-                     image * z.queries * task.output_stride + head * z.channels;
+  task.grad_output =
+      grad_output.const_data_ptr<T>() + image * z.queries * task.output_stride + head * z.channels;
   const T* const points_xy = in.points_xy.const_data_ptr<T>();
   task.grad_points_xy = grads.points_xy.data_ptr<T>() + (task.points_xy - points_xy);
   if (in.fused()) {
     task.grad_scores = grads.points_xy.data_ptr<T>() + (task.scores - points_xy);
   } else {
-    task.grad_scores =
-        grads.scores.data_ptr<T>() + (task.scores - in.scores.const_data_ptr<T>());
+    task.grad_scores = grads.scores.data_ptr<T>() + (task.scores - in.scores.const_data_ptr<T>());
   }
   if (grads.reference.defined()) {
-    task.grad_reference =
-        grads.reference.data_ptr<T>() + pair * z.queries * task.reference_size;
+    task.grad_reference = grads.reference.data_ptr<T>() + pair * z.queries * task.reference_size;
   }
 }
 
@@ -239,8 +239,7 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
   const int64_t pairs_per_round = std::min<int64_t>(z.images * z.heads, threads);
   const int64_t parts = std::clamp<int64_t>(threads / pairs_per_round, 1, z.queries);
   const int64_t stride = padded<T>(z.channels);
-  const at::Tensor grad_rows =
-      at::empty({pairs_per_round, parts, z.tokens + 1, stride}, options);
+  const at::Tensor grad_rows = at::empty({pairs_per_round, parts, z.tokens + 1, stride}, options);
   T* const grad_rows_data = grad_rows.data_ptr<T>();
   for_each_round(in, pairs_per_round, stride, [&](const Round& round) {
     const T* const rows = round.rows.template const_data_ptr<T>();
@@ -259,24 +258,28 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
     for (int64_t i = 0; i < round.count; ++i) {
       const int64_t pair = round.begin + i;
       const at::Tensor sum = parts == 1 ? grad_rows[i][0] : grad_rows[i].sum(0);
-      grads.value[pair / z.heads].select(1, pair % z.heads).copy_(
-          sum.narrow(0, 0, z.tokens).narrow(1, 0, z.channels));
+      grads.value[pair / z.heads]
+          .select(1, pair % z.heads)
+          .copy_(sum.narrow(0, 0, z.tokens).narrow(1, 0, z.channels));
     }
   });
   return grads;
 }
 
-Inputs textbook_inputs(const at::Tensor& value, at::IntArrayRef shapes,
-                       const at::Tensor& locations, const at::Tensor& weights) {
-  return {check_inputs(value, shapes, locations, weights), shapes, value, locations.contiguous(),
-          weights.contiguous(), at::Tensor()};
+Inputs textbook_inputs(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,
+                       const at::Tensor& weights) {
+  return {check_inputs(value, shapes, locations, weights),
+          shapes,
+          value,
+          locations.contiguous(),
+          weights.contiguous(),
+          at::Tensor()};
 }
 
 Inputs fused_inputs(const at::Tensor& value, at::IntArrayRef shapes,
                     const at::Tensor& offsets_and_logits,
                     const std::optional<at::Tensor>& reference, int64_t num_points) {
-  const Sizes sizes =
-      check_fused_inputs(value, shapes, offsets_and_logits, reference, num_points);
+  const Sizes sizes = check_fused_inputs(value, shapes, offsets_and_logits, reference, num_points);
   const auto type = compute_type(value);
   at::Tensor where;
   if (reference.has_value()) {
@@ -290,8 +293,8 @@ Inputs fused_inputs(const at::Tensor& value, at::IntArrayRef shapes,
 }
 
 at::Tensor forward(const Inputs& in) {
-  const at::Tensor output = compute_type(in.value) == at::kDouble ? run_forward<double>(in)
-                                                                  : run_forward<float>(in);
+  const at::Tensor output =
+      compute_type(in.value) == at::kDouble ? run_forward<double>(in) : run_forward<float>(in);
   return output.to(in.value.scalar_type());
 }
 

@@ -76,7 +76,8 @@ MASKDINO_INLINE Vector<T> shuffle(Vector<T> a, Vector<T> b, std::integer_sequenc
 #endif
 }
 
-// Lanes `first` and `first + 1` of every 16 bytes of a and b: interleaved (a b a b) or not (a a b b).
+// Lanes `first` and `first + 1` of every 16 bytes of a and b: interleaved (a b a b) or not (a a b
+// b).
 template <bool Interleaved, int First, int... Lanes>
 constexpr auto pick(std::integer_sequence<int, Lanes...>) {
   constexpr int n = sizeof...(Lanes);

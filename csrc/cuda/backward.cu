@@ -73,15 +73,16 @@ struct HeadView {
 // first; also adds to the value's gradient.
 template <int Vector, bool Deterministic, typename T, typename A>
 __device__ __forceinline__ void visit_corners(const HeadView<T, Deterministic>& head, int channel,
-                                              const Sample<A>& s, A weight,
-                                              const A (&grad)[Vector], SampleGradient<A>& sum) {
+                                              const Sample<A>& s, A weight, const A (&grad)[Vector],
+                                              SampleGradient<A>& sum) {
   const int tokens[4] = {s.token, s.token + s.right_step, s.token + s.down_step,
                          s.token + s.down_step + s.right_step};
   const A shares[4] = {s.top * s.left, s.top * s.right, s.bottom * s.left, s.bottom * s.right};
   Pack<T, Vector> rows[4];
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
-    rows[corner] = load_pack<Vector>(step(head.features + channel, tokens[corner], head.token_bytes));
+    rows[corner] =
+        load_pack<Vector>(step(head.features + channel, tokens[corner], head.token_bytes));
   }
   A dots[4];
 #pragma unroll
@@ -141,9 +142,9 @@ __device__ __forceinline__ SampleGradient<A> visit_sample(const HeadView<T, Dete
 template <int Group, typename T, Form kForm, typename Sampler, typename A>
 __device__ __forceinline__ void finish_query(const Inputs<T, kForm>& in,
                                              const Gradients<T, kForm>& gradients,
-                                             const Sampler& sampler,
-                                             const Place<A>& place, int lane, A scale, A mean,
-                                             const A* weight_gradients, A (&grad_reference)[4]) {
+                                             const Sampler& sampler, const Place<A>& place,
+                                             int lane, A scale, A mean, const A* weight_gradients,
+                                             A (&grad_reference)[4]) {
   using Raw = typename Inputs<T, kForm>::Raw;
   const Geometry& g = in.geometry;
   mean = group_sum<Group>(mean);
@@ -246,8 +247,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<kForm, Vector>)
 #pragma unroll 4
     for (int j = 0; j < count; ++j) {
       const A weight = __shfl_sync(kWholeWarp, own_weight, j, Group);
-      const auto gradient = visit_sample<Vector, Group, Deterministic>(head, from_lane<Group>(own, j),
-                                                                       weight, lane, grad);
+      const auto gradient = visit_sample<Vector, Group, Deterministic>(
+          head, from_lane<Group>(own, j), weight, lane, grad);
       if (lane == j) own_gradient = gradient;
     }
     if (!owns) continue;
@@ -287,7 +288,7 @@ void launch_backward(const Inputs<T, kForm>& in, const Gradients<T, kForm>& grad
   });
 }
 
-#define MASKDINO_INSTANTIATE(T, form)                                                            \
+#define MASKDINO_INSTANTIATE(T, form)                                                             \
   template void launch_backward<T, form>(const Inputs<T, form>&, const Gradients<T, form>&, bool, \
                                          cudaStream_t);
 MASKDINO_FOR_EACH_KERNEL(MASKDINO_INSTANTIATE)

@@ -6,7 +6,8 @@ namespace maskdino {
 namespace cuda {
 namespace {
 
-// What a lane hands to the others of its group about its sample: see Sample; weights of the corners.
+// What a lane hands to the others of its group about its sample: see Sample; weights of the
+// corners.
 template <typename A>
 struct Corners {
   int token, right_step, down_step;
@@ -26,7 +27,8 @@ template <int Group, typename A>
 __device__ __forceinline__ Corners<A> from_lane(const Corners<A>& own, int lane) {
   Corners<A> corners{__shfl_sync(kWholeWarp, own.token, lane, Group),
                      __shfl_sync(kWholeWarp, own.right_step, lane, Group),
-                     __shfl_sync(kWholeWarp, own.down_step, lane, Group), {}};
+                     __shfl_sync(kWholeWarp, own.down_step, lane, Group),
+                     {}};
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     corners.weight[k] = __shfl_sync(kWholeWarp, own.weight[k], lane, Group);
@@ -43,7 +45,8 @@ __device__ __forceinline__ void add_row(A (&sums)[Vector], A weight, const Pack<
 }
 
 template <typename T, Form kForm, int Vector, int Group>
-__global__ void __launch_bounds__(kMaxThreads) forward_kernel(const Inputs<T, kForm> in, T* output) {
+__global__ void __launch_bounds__(kMaxThreads)
+    forward_kernel(const Inputs<T, kForm> in, T* output) {
   using A = Arithmetic<T>;
   extern __shared__ SampleLevel levels[];
   const Geometry& g = in.geometry;

@@ -16,7 +16,7 @@ namespace cuda {
 
 constexpr int kMaxLevels = 16;
 constexpr int kMaxSamples = 1024;  // L x P; bounds shared memory
-constexpr int kMaxThreads = 512;    // of a block
+constexpr int kMaxThreads = 512;   // of a block
 
 template <typename T>
 struct ArithmeticOf {
@@ -96,9 +96,9 @@ constexpr int lanes_per_query(int64_t channels, int vector) {
   return vector > 1 ? static_cast<int>(channels / vector) : 32;
 }
 
-// `vectors` says that all pointers to features are 16-byte aligned, x and y of an offset or location
-// are aligned as a pair, and has_vector_kernel holds. Both launch on `stream` and do not wait. The
-// block must fit lanes_per_query() into kMaxThreads.
+// `vectors` says that all pointers to features are 16-byte aligned, x and y of an offset or
+// location are aligned as a pair, and has_vector_kernel holds. Both launch on `stream` and do not
+// wait. The block must fit lanes_per_query() into kMaxThreads.
 template <typename T, Form kForm>
 void launch_forward(const Inputs<T, kForm>& inputs, T* output, bool vectors, cudaStream_t stream);
 

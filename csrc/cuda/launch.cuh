@@ -13,7 +13,8 @@ namespace cuda {
 template <typename Kernel, typename... Arguments>
 void launch(Kernel kernel, const Grid& grid, int threads, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
-  kernel<<<dim3(grid.queries, grid.heads, grid.images), threads, shared_bytes, stream>>>(arguments...);
+  kernel<<<dim3(grid.queries, grid.heads, grid.images), threads, shared_bytes, stream>>>(
+      arguments...);
 }
 
 }  // namespace cuda

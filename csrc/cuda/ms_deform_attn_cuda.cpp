@@ -58,14 +58,13 @@ Geometry make_geometry(const Sizes& sizes, at::IntArrayRef shapes, bool tokens_a
   g.samples = g.levels * g.points;
   // A block takes as many queries as its threads and shared memory hold: 16 bytes per sample for
   // its level, and in backward one number per sample, query and head.
-  const int64_t most = std::min<int64_t>(
-      kMaxThreads / lanes, (kSharedMemory / g.samples - 16) / number_size);
+  const int64_t most =
+      std::min<int64_t>(kMaxThreads / lanes, (kSharedMemory / g.samples - 16) / number_size);
   int bits = 3;
   while ((heads_per_block << 2 * bits) > most) --bits;
   const int side = 1 << bits;
   g.queries_per_block =
-      tokens_are_queries ? side * side
-                         : queries_without_tiles(sizes, side * side, lanes, blocks);
+      tokens_are_queries ? side * side : queries_without_tiles(sizes, side * side, lanes, blocks);
   g.heads_per_block = heads_per_block;
   g.tile_bits = bits;
   int64_t tiles = 0, tokens = 0;
@@ -156,8 +155,7 @@ void dispatch(const Prepared& in, const Body& body) {
 
 at::Tensor forward(const Prepared& in) {
   const Sizes& z = in.sizes;
-  at::Tensor output =
-      at::empty({z.images, z.queries, z.heads * z.channels}, in.value.options());
+  at::Tensor output = at::empty({z.images, z.queries, z.heads * z.channels}, in.value.options());
   if (z.empty()) return output;
   const bool vectors = can_use_vectors(in) && is_aligned(output);
   dispatch(in, [&](auto number, auto form) {
@@ -210,8 +208,8 @@ Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradi
   }
   const at::Tensor scale = deterministic ? fixed_point_scale(in, grad_output) : at::Tensor();
   // Integers are added one by one, so that vectors gain little and would double what is compiled.
-  const bool vectors = !deterministic && can_use_vectors(in) && is_aligned(grad_output) &&
-                       is_aligned(result.value);
+  const bool vectors =
+      !deterministic && can_use_vectors(in) && is_aligned(grad_output) && is_aligned(result.value);
   dispatch(in, [&](auto number, auto form) {
     using T = decltype(number);
     constexpr Form kForm = decltype(form)::value;
@@ -235,8 +233,12 @@ Result backward(const Prepared& in, const at::Tensor& grad, bool reference_gradi
 
 Prepared prepare(const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations,
                  const at::Tensor& weights) {
-  return {check_inputs(value, shapes, locations, weights), shapes, value.contiguous(),
-          locations.contiguous(), weights.contiguous(), at::Tensor()};
+  return {check_inputs(value, shapes, locations, weights),
+          shapes,
+          value.contiguous(),
+          locations.contiguous(),
+          weights.contiguous(),
+          at::Tensor()};
 }
 
 Prepared prepare_fused(const at::Tensor& value, at::IntArrayRef shapes,

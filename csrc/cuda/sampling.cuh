@@ -122,8 +122,8 @@ __device__ __forceinline__ Place<A> find_place(const Geometry& g) {
     const int width = g.width[level], height = g.height[level];
     const unsigned tile = block - g.first_tile[level], tiles_in_line = g.tiles_in_line[level];
     const unsigned tile_line = tile / tiles_in_line;
-    const int column = ((tile - tile_line * tiles_in_line) << g.tile_bits) +
-                       (slot & ((1 << g.tile_bits) - 1));
+    const int column =
+        ((tile - tile_line * tiles_in_line) << g.tile_bits) + (slot & ((1 << g.tile_bits) - 1));
     const int line = (tile_line << g.tile_bits) + (slot >> g.tile_bits);
     // Threads fill whole warps, so that there may be more of them than the tile has queries.
     place.active = slot < g.queries_per_block && column < width && line < height;
@@ -228,11 +228,11 @@ struct Sampler {
   }
 };
 
-// A sample on its level: the token of its top left corner, and the steps to the corners at the right
-// and below (0 where one of the two is outside the map and the other stands for it). Corners are
-// ordered top left, top right, bottom left, bottom right; bit k of `inside` tells of corner k. The
-// bilinear weight of a corner is the product of its sides' weights; a side outside weighs 0. `token`
-// is -1 where the sample touches no pixel or is NaN.
+// A sample on its level: the token of its top left corner, and the steps to the corners at the
+// right and below (0 where one of the two is outside the map and the other stands for it). Corners
+// are ordered top left, top right, bottom left, bottom right; bit k of `inside` tells of corner k.
+// The bilinear weight of a corner is the product of its sides' weights; a side outside weighs 0.
+// `token` is -1 where the sample touches no pixel or is NaN.
 template <typename A>
 struct Sample {
   int token, right_step, down_step, inside;
@@ -241,8 +241,8 @@ struct Sample {
 
 template <typename A>
 __device__ __forceinline__ Sample<A> place_sample(A x, A y, const SampleLevel& level) {
-  const bool touches = x > A(-1) && x < static_cast<A>(level.width) && y > A(-1) &&
-                       y < static_cast<A>(level.height);
+  const bool touches =
+      x > A(-1) && x < static_cast<A>(level.width) && y > A(-1) && y < static_cast<A>(level.height);
   if (!touches) return {-1, 0, 0, 0, A(0), A(0), A(0), A(0)};
   const A left_edge = floor(x), top_edge = floor(y);
   const int column = static_cast<int>(left_edge), line = static_cast<int>(top_edge);
@@ -275,12 +275,12 @@ void choose_group(int64_t channels, bool vectors, const Launch& launch) {
 }
 
 // `instantiate(type, form)` for all types and forms.
-#define MASKDINO_FOR_EACH_TYPE(instantiate, form) \
+#define MASKDINO_FOR_EACH_TYPE(instantiate, form)                                 \
   instantiate(float, form) instantiate(double, form) instantiate(c10::Half, form) \
       instantiate(c10::BFloat16, form)
-#define MASKDINO_FOR_EACH_KERNEL(instantiate)          \
-  MASKDINO_FOR_EACH_TYPE(instantiate, Form::textbook)  \
-  MASKDINO_FOR_EACH_TYPE(instantiate, Form::tokens)    \
+#define MASKDINO_FOR_EACH_KERNEL(instantiate)         \
+  MASKDINO_FOR_EACH_TYPE(instantiate, Form::textbook) \
+  MASKDINO_FOR_EACH_TYPE(instantiate, Form::tokens)   \
   MASKDINO_FOR_EACH_TYPE(instantiate, Form::references)
 
 // Whole warps for all queries of a block.
