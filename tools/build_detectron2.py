@@ -5,12 +5,14 @@ Detectron2 has no wheels for current PyTorch and its repository may be out of re
 sources of v0.6 are published on the package index as ``pb1-detectron2==0.6``. This recipe fetches
 that archive, checks its hash, adapts the few lines that newer libraries reject, and builds a pure
 Python wheel named ``detectron2``. The C++ extension is left out (its sources are not in the
-archive): rotated boxes, detectron2's own deformable convolution and its C++ COCO evaluation raise
-an ``ImportError`` when they are used; everything else works.
+archive): rotated boxes and detectron2's own deformable convolution raise an ``ImportError`` when
+they are used, COCO evaluation runs in pycocotools; everything else works.
 
-An installed detectron2, of whatever origin, is left alone.
+An installed detectron2, of whatever origin, is left alone; only what an earlier recipe of this
+project built is replaced.
 
     python tools/build_detectron2.py                      build and install where it is missing
+    python tools/build_detectron2.py --check              exit status 1 where that would be done
     python tools/build_detectron2.py --wheel-dir DIR      also keep the wheel, and print its path
     python tools/build_detectron2.py --wheel-dir DIR --no-install    only build
 """
@@ -38,6 +40,10 @@ SOURCE_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b2
 # saved with this release, which is put in a temporary folder and used for nothing else.
 DOWNLOADER_REQUIREMENT = "pip==25.0.1"
 
+# The second recipe: COCO evaluation without the extension. A change of the recipe counts this up.
+VERSION = "0.6+maskdino.2"
+SUMMARY = "Detectron2 v0.6, adapted to current libraries, without the C++ extension"
+
 # What detectron2 0.6 imports, without its exact pins on black and iopath: black only formats
 # exported Python configs, and iopath 0.1.10 is what current fvcore wants.
 DEPENDENCIES = (
@@ -64,8 +70,8 @@ build-backend = "setuptools.build_meta"
 
 [project]
 name = "detectron2"
-version = "0.6"
-description = "Detectron2 v0.6, adapted to current libraries, without the C++ extension"
+version = "{version}"
+description = "{summary}"
 readme = {{ text = '''{changes}''', content-type = "text/plain" }}
 license = {{ text = "Apache-2.0" }}
 urls = {{ Homepage = "https://github.com/facebookresearch/detectron2" }}
@@ -110,7 +116,7 @@ def __getattr__(name):
         raise AttributeError(name)
     raise ImportError(
         f"detectron2._C.{name} was called, but this detectron2 was built without its C++ "
-        "extension (rotated boxes, detectron2's deformable convolution, C++ COCO evaluation). "
+        "extension (rotated boxes, detectron2's deformable convolution, fast COCO evaluation). "
         "Install detectron2 from its own sources to use it."
     )
 '''
@@ -161,6 +167,18 @@ CHANGES = (
         files="detectron2/model_zoo/model_zoo.py",
         pattern=r"^import pkg_resources\n",
         replacement="",
+    ),
+    Change(
+        reason="the stand-in of the extension ends the import of what needs it",
+        files="detectron2/evaluation/fast_eval_api.py",
+        pattern=r"^from detectron2 import _C$",
+        replacement=r"\g<0>\n\n_C.InstanceAnnotation",
+    ),
+    Change(
+        reason="where the extension is missing, COCO evaluation runs in pycocotools",
+        files="detectron2/evaluation/coco_evaluation.py",
+        pattern=r"^from detectron2\.evaluation\.fast_eval_api import COCOeval_opt$",
+        replacement=r"try:\n    \g<0>\nexcept ImportError:\n    COCOeval_opt = COCOeval\n",
     ),
 )
 
@@ -282,6 +300,8 @@ def write_build_files(root: Path, changes: list[str]) -> None:
         if "configs" not in path.relative_to(root).parts
     ]
     text = PYPROJECT.format(
+        version=VERSION,
+        summary=SUMMARY,
         changes="Detectron2 v0.6 with these changes:\n" + "\n".join(f"* {c}" for c in changes),
         dependencies=list(DEPENDENCIES),
         packages=packages + list(PROJECTS),
@@ -298,18 +318,27 @@ def build_wheel(root: Path, folder: Path) -> Path:
         + ["--wheel-dir", folder, root],
         step="building the detectron2 wheel",
     )
-    (wheel,) = folder.glob("detectron2-0.6-*.whl")
+    (wheel,) = folder.glob(f"detectron2-{VERSION}-*.whl")
     return wheel
 
 
 def installed_version() -> str | None:
-    """Version of the detectron2 that this Python finds, or None; nothing is imported."""
-    if importlib.util.find_spec("detectron2") is None:
+    """Version of the detectron2 that this Python finds; nothing is imported.
+
+    Returns:
+        None where there is none, or one that an earlier recipe built.
+    """
+    spec = importlib.util.find_spec("detectron2")
+    if spec is None:
         return None
     try:
-        return importlib.metadata.version("detectron2")
+        found = importlib.metadata.distribution("detectron2")
     except importlib.metadata.PackageNotFoundError:
         return "of unknown version"  # a source tree on PYTHONPATH has no metadata
+    if str(found.locate_file("detectron2")) not in (spec.submodule_search_locations or ()):
+        return "of unknown version"  # a source tree, or an editable installation, comes first
+    is_earlier = found.metadata["Summary"] == SUMMARY and found.version != VERSION
+    return None if is_earlier else found.version
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -320,6 +349,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sdist", type=Path, help="use this copy of the archive, fetch nothing")
     parser.add_argument("--wheel-dir", type=Path, help="keep the wheel in this folder")
     parser.add_argument("--no-install", action="store_true", help="only build; needs --wheel-dir")
+    parser.add_argument("--check", action="store_true", help="only tell whether all is there")
     options = parser.parse_args(arguments)
     if options.no_install and options.wheel_dir is None:
         parser.error("--no-install without --wheel-dir would leave nothing")
@@ -343,6 +373,8 @@ def main() -> None:
     """Build and install, unless detectron2 is there already."""
     options = parse_arguments()
     version = installed_version()
+    if options.check:
+        sys.exit(version is None)
     if version is not None and not options.no_install:
         print(f"detectron2 {version} is installed already; it is left as it is")
         return
@@ -355,7 +387,7 @@ def main() -> None:
                 [sys.executable, "-m", "pip", "install", wheel],
                 step="installing the detectron2 wheel and what it needs",
             )
-            print(f"installed detectron2 0.6 into {sys.prefix}")
+            print(f"installed detectron2 {VERSION} into {sys.prefix}")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ install_requirements() {
 }
 
 install_detectron2() {
-  has_module detectron2 && return
+  "$python" tools/build_detectron2.py --check && return
   say "building detectron2 0.6 from its published sources"
   "$python" tools/build_detectron2.py || fail "detectron2 could not be built (see above)"
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import tarfile
@@ -29,6 +30,13 @@ FILES = {
     "detectron2/data/transforms/__init__.py": "",
     "detectron2/data/transforms/transform.py": (
         "from PIL import Image\n\n\ndef warp(interp=Image.LINEAR):\n    return interp\n"
+    ),
+    "detectron2/evaluation/__init__.py": "",
+    "detectron2/evaluation/fast_eval_api.py": (
+        "from detectron2 import _C\n\n\nclass COCOeval_opt:\n    box = _C\n"
+    ),
+    "detectron2/evaluation/coco_evaluation.py": (
+        "COCOeval = 'the slow one'\nfrom detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
     ),
     "detectron2/masks.py": (
         "import numpy as np\n\nkinds = [np.bool, np.int, np.float, np.str, np.object]\n"
@@ -113,6 +121,46 @@ def test_installed_detectron2_is_left_alone(
     assert "detectron2 0.6.1+other is installed already" in capsys.readouterr().out
 
 
+class Found:
+    """A distribution in a folder."""
+
+    def __init__(self, folder: Path, version: str, summary: str) -> None:
+        self.folder, self.version, self.metadata = folder, version, {"Summary": summary}
+
+    def locate_file(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.mark.parametrize(
+    ("version", "ours", "expected"),
+    [("0.6", True, None), ("0.6", False, "0.6"), ("0.7", False, "0.7"), (None, True, None)],
+    ids=["earlier recipe", "of others", "newer", "this recipe"],
+)
+def test_only_builds_of_earlier_recipes_are_replaced(
+    recipe: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    ours: bool,
+    expected: str | None,
+) -> None:
+    (folder,) = importlib.util.find_spec("detectron2").submodule_search_locations
+    found = Found(
+        Path(folder).parent, version or recipe.VERSION, recipe.SUMMARY if ours else "detectron2"
+    )
+    monkeypatch.setattr(recipe.importlib.metadata, "distribution", lambda _: found)
+    assert recipe.installed_version() == (expected if version else recipe.VERSION)
+
+
+def test_source_tree_before_the_installed_one_is_left_alone(
+    recipe: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = Found(tmp_path, "0.6", recipe.SUMMARY)
+    monkeypatch.setattr(recipe.importlib.metadata, "distribution", lambda _: found)
+    monkeypatch.setattr(sys, "argv", ["build_detectron2.py", "--check"])
+    with pytest.raises(SystemExit, match="False"):
+        recipe.main()
+
+
 def test_building_only_needs_a_folder(recipe: ModuleType) -> None:
     with pytest.raises(SystemExit):
         recipe.parse_arguments(["--no-install"])
@@ -129,11 +177,11 @@ def test_wheel_works(recipe: ModuleType, sources: Path, tmp_path: Path) -> None:
     recipe.write_build_files(root, changes)
     wheel = recipe.build_wheel(root, tmp_path / "wheels")
 
-    assert wheel.name == "detectron2-0.6-py3-none-any.whl"
+    assert wheel.name == f"detectron2-{recipe.VERSION}-py3-none-any.whl"
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as contents:
         contents.extractall(installed)
-    metadata = (installed / "detectron2-0.6.dist-info" / "METADATA").read_text()
+    metadata = (installed / f"detectron2-{recipe.VERSION}.dist-info" / "METADATA").read_text()
     assert "Requires-Dist: iopath>=0.1.7\n" in metadata
     assert "black" not in metadata
     assert all(line in metadata for line in changes)
@@ -142,6 +190,8 @@ def test_wheel_works(recipe: ModuleType, sources: Path, tmp_path: Path) -> None:
         "import os, detectron2._C as extension\n"
         "from detectron2.model_zoo import get_config_file\n"
         "from detectron2.projects.point_rend import NAME\n"
+        "from detectron2.evaluation.coco_evaluation import COCOeval_opt\n"
+        "assert COCOeval_opt == 'the slow one'\n"
         "assert os.path.isfile(get_config_file('Base.yaml')), get_config_file('Base.yaml')\n"
         "assert NAME == 'point_rend' and not extension.has_cuda()\n"
         "try:\n"
