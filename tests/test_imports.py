@@ -39,6 +39,7 @@ TENSORS = ("torch", "numpy")
 RULES = (
     Rule("structures", outside=TENSORS),
     Rule("registration", outside=()),
+    Rule("compat"),
     Rule("config", ("registration",), outside=("detectron2.config",)),
     Rule("devices"),
     Rule("precision"),
@@ -59,7 +60,7 @@ RULES = (
     ),
     Rule("postprocess", ("ops", "structures"), outside=(*TENSORS, "detectron2.structures")),
     Rule("cuda_graphs", ("modeling", "structures"), outside=TENSORS),
-    Rule("backbones", ("registration",)),
+    Rule("backbones", ("compat", "registration")),
     Rule("data", ("registration", "structures")),
     Rule(
         "model",
@@ -79,10 +80,10 @@ RULES = (
     Rule("checkpoint", ("backbones", "config", "structures")),
     Rule("model_zoo", ("checkpoint", "config")),
     Rule("visualization", ("data", "structures")),
-    Rule("evaluation", ("data", "ops", "postprocess", "structures", "visualization")),
+    Rule("evaluation", ("compat", "data", "ops", "postprocess", "structures", "visualization")),
     Rule(
         "engine",
-        ("checkpoint", "config", "data", "devices", "evaluation", "model", "precision"),
+        ("checkpoint", "compat", "config", "data", "devices", "evaluation", "model", "precision"),
     ),
     Rule(
         "inference",
@@ -114,6 +115,26 @@ RULES = (
             "inference",
             "precision",
             "structures",
+        ),
+    ),
+    Rule(
+        "cli",
+        (
+            "backbones",
+            "checkpoint",
+            "config",
+            "custom",
+            "data",
+            "devices",
+            "engine",
+            "evaluation",
+            "export",
+            "inference",
+            "model",
+            "model_zoo",
+            "ops",
+            "precision",
+            "visualization",
         ),
     ),
 )
@@ -221,11 +242,11 @@ def test_rooms_form_no_circle() -> None:
         below.add(rule.room)
 
 
-@pytest.mark.parametrize("folder", ["tools", "demo"])
+@pytest.mark.parametrize("folder", ["maskdino/cli", "tools", "demo"])
 def test_commands_use_public_names(folder: str) -> None:
     """Commands import public names of modules of rooms (``maskdino.engine.trainer``)."""
     wrong = []
-    for path in sorted((REPOSITORY / folder).glob("*.py")):
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
             if isinstance(node, ast.ImportFrom) and has_prefix(node.module or "", ("maskdino",)):
                 parts = [*node.module.split("."), *(alias.name for alias in node.names)]

@@ -42,7 +42,9 @@ def test_part_of_the_paper_is_where_the_readme_says(file: str, symbol: str) -> N
 @pytest.mark.parametrize(("file", "words"), COMMANDS)
 def test_command_and_its_options_exist(file: str, words: str) -> None:
     path = REPOSITORY / file
-    source = path.read_text() + "".join(p.read_text() for p in path.parent.glob("visualize.py"))
+    source = path.read_text()
+    for module in re.findall(r"from maskdino\.(cli[\w.]*) import main", source):
+        source = (REPOSITORY / "maskdino" / module.replace(".", "/")).with_suffix(".py").read_text()
     for option in re.findall(r"--[\w-]+", words):
         assert option == "--help" or f'"{option}"' in source or option == "--nproc-per-node"
     for config in re.findall(r"configs/[\w/]+\.yaml", words):

@@ -150,7 +150,7 @@ def print_table(parameters: dict[str, int], products: dict[str, float]) -> None:
     print(f"{SAMPLING:<24}{'':>16}{products[SAMPLING] / 1e9:>20.2f}   (not in the total)")
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--dataset", metavar="NAME", help="mean over the images of this dataset")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     cfg = load_config(args.config_file, args.opts)
     if args.dataset:
         sizes = sizes_of_dataset(cfg, args.dataset)
@@ -169,7 +169,3 @@ def main() -> None:
         sizes = Counter({(height, width): 1})
         print(f"One image of {height} x {width} pixels:")
     print_table(count_parameters(build_on_meta(cfg)), count_multiply_adds(cfg, sizes))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Converts ImageNet weights of a backbone to a file that `MODEL.WEIGHTS` takes.
 
     python tools/convert_backbone.py swin_large_patch4_window12_384_22k.pth swinl.pth \
@@ -18,7 +17,7 @@ from maskdino.backbones import TimmBackbone, build_backbone, convert_backbone
 from maskdino.engine.trainer import load_config
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--config-file", required=True, help="configuration that names the backbone"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
 
     cfg = load_config(arguments.config_file, ["MODEL.TIMM.PRETRAINED", "False"])
     backbone = build_backbone(cfg)
@@ -45,7 +44,3 @@ def main() -> None:
         {"model": prefixed, "__author__": "timm", "matching_heuristics": False}, arguments.target
     )
     print(f"{len(prefixed)} weights written to {arguments.target}")
-
-
-if __name__ == "__main__":
-    main()

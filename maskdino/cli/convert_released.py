@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Turns a configuration and a checkpoint of the released Mask DINO code into this project's.
 
     python tools/convert_released.py --config maskdino_R50.yaml --weights maskdino_r50.pth \\
@@ -99,12 +98,13 @@ def differences(cfg: CfgNode, default: CfgNode | None = None) -> dict:
     return changed
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="released YAML file")
     parser.add_argument("--weights", type=Path, required=True, help="released .pth file")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         remarks = convert(arguments.config, arguments.weights, arguments.output)
     except (OSError, ValueError, KeyError) as error:
@@ -116,7 +116,3 @@ def main() -> int:
         "has found its place"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

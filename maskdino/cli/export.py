@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Exports a trained model to ONNX, to torch.export, or to ONNX with TensorRT's plugin.
 
     python tools/export_model.py --config-file F --images photos/*.jpg --output maskdino.onnx \\
@@ -358,7 +357,3 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -112,14 +112,14 @@ def plot(curves: Curves, title: str, target: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output_dir", type=Path, help="the OUTPUT_DIR of a training")
     parser.add_argument("--output", type=Path, help="default: metrics.png in that folder")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     source = args.output_dir / "metrics.json"
     if not source.is_file():
         sys.exit(f"error: {source} does not exist; is {args.output_dir} the folder of a training?")
@@ -129,7 +129,3 @@ def main() -> None:
     target = args.output or args.output_dir / "metrics.png"
     plot(curves, str(args.output_dir), target)
     print(f"{len(curves)} curves read, picture written to {target}")
-
-
-if __name__ == "__main__":
-    main()

@@ -67,7 +67,3 @@ def main(words: list[str] | None = None) -> None:
             print(f"the report is {path}")
     except (KeyError, ValueError, OSError) as error:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
-
-
-if __name__ == "__main__":
-    main()

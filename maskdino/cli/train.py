@@ -119,9 +119,9 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
             logger.info("The report is %s", write_report(path, dataset, folder))
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Runs the command."""
-    args = parse_arguments()
+    args = parse_arguments(words)
     try:
         cfg = read_config(args)
     except (KeyError, ValueError, FileNotFoundError) as error:
@@ -137,7 +137,3 @@ def main() -> None:
         machine_rank=args.machine_rank,
         url=args.dist_url,
     )
-
-
-if __name__ == "__main__":
-    main()

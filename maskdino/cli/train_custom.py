@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import torch
-import visualize
 
+from maskdino.cli import visualize
 from maskdino.config import load_config
 from maskdino.custom import Request, Run, Sources, Wishes, plan_run, train_run
 from maskdino.devices import configured_device
@@ -138,7 +138,3 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     launch(train_run, run, args.resume, args.early_stop, processes=args.num_gpus)
     finish(run, args.num_pictures)
-
-
-if __name__ == "__main__":
-    main()

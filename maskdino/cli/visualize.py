@@ -209,7 +209,3 @@ def main(words: list[str] | None = None) -> None:
     except (KeyError, ValueError, OSError) as error:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     print(f"{counted(len(paths), 'picture')} in {args.output}")
-
-
-if __name__ == "__main__":
-    main()

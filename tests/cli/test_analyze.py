@@ -2,21 +2,14 @@
 
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskdino.cli import analyze
 from maskdino.config import load_config
-from tests.conftest import load_module
-
-
-@pytest.fixture(scope="module")
-def tool(repository: Path) -> ModuleType:
-    path = repository / "tools" / "analyze_model.py"
-    return load_module(path)
 
 
 class Nested(nn.Module):
@@ -32,34 +25,34 @@ class Nested(nn.Module):
         return self.head(pixels) @ torch.ones(5, 2, device=images.device)
 
 
-def test_parts_are_counted_apart(tool: ModuleType) -> None:
+def test_parts_are_counted_apart() -> None:
     model = Nested().to("meta")
-    with tool.PartCounter(model) as counter:
+    with analyze.PartCounter(model) as counter:
         model(torch.zeros(2, 3, 6, 7, device="meta"))
     pixels = 2 * 6 * 7
     expected = {"outer": pixels * 27 * 4, "head": pixels * 4 * 5, "rest": pixels * 5 * 2}
     assert {part: n for part, n in counter.counts.items() if n} == expected
-    assert tool.count_parameters(model) == {"outer": 112, "head": 25}
+    assert analyze.count_parameters(model) == {"outer": 112, "head": 25}
 
 
-def test_sampling_is_counted_apart(tool: ModuleType) -> None:
-    with tool.PartCounter(nn.Identity()) as counter:
+def test_sampling_is_counted_apart() -> None:
+    with analyze.PartCounter(nn.Identity()) as counter:
         functional.grid_sample(
             torch.zeros(1, 8, 4, 4), torch.zeros(1, 5, 6, 2), align_corners=False
         )
-    assert {part: n for part, n in counter.counts.items() if n} == {tool.SAMPLING: 8 * 30 * 4}
+    assert {part: n for part, n in counter.counts.items() if n} == {analyze.SAMPLING: 8 * 30 * 4}
 
 
 @pytest.mark.parametrize(("queries", "expected"), [(300, 286e9), (100, 280e9)])
-def test_paper_model(tool: ModuleType, repository: Path, queries: int, expected: float) -> None:
+def test_paper_model(repository: Path, queries: int, expected: float) -> None:
     """52M parameters; 286 G multiply-adds at about the mean size of COCO's images."""
     path = repository / "configs" / "coco" / "instance" / "maskdino_R50.yaml"
     selection = "MODEL.MASK_DINO.QUERY_SELECTION"
     overrides = [f"{selection}.NUM_QUERIES", str(queries)]
     cfg = load_config(str(path), [*overrides, f"{selection}.MASK_ENHANCED_ANCHORS", "none"])
-    assert sum(tool.count_parameters(tool.build_on_meta(cfg)).values()) / 1e6 == pytest.approx(
-        52, abs=0.5
-    )
-    counts = tool.count_multiply_adds(cfg, Counter({(800, 1120): 1}))
-    total = sum(count for part, count in counts.items() if part != tool.SAMPLING)
+    assert sum(
+        analyze.count_parameters(analyze.build_on_meta(cfg)).values()
+    ) / 1e6 == pytest.approx(52, abs=0.5)
+    counts = analyze.count_multiply_adds(cfg, Counter({(800, 1120): 1}))
+    total = sum(count for part, count in counts.items() if part != analyze.SAMPLING)
     assert total == pytest.approx(expected, rel=0.02)

@@ -1,16 +1,14 @@
 """The command that converts ImageNet weights of a backbone."""
 
-import runpy
-import sys
 from pathlib import Path
 
-import pytest
 import timm
 import torch
 from detectron2.modeling import build_backbone
 from torch import nn
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.cli import convert_backbone
 from maskdino.config import load_config
 
 CONFIG = """
@@ -35,18 +33,14 @@ class Detector(nn.Module):
         self.head = nn.Linear(2, 2)
 
 
-def test_converted_weights_load_into_a_detector(
-    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_converted_weights_load_into_a_detector(tmp_path: Path) -> None:
     config_file, source, target = (tmp_path / n for n in ("swin.yaml", "in.pth", "out.pth"))
     config_file.write_text(CONFIG)
     arguments = {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 3, 4)}
     classifier = timm.create_model("swin_tiny_patch4_window7_224", **arguments)
     torch.save({"model": classifier.state_dict()}, source)
-    command = repository / "tools" / "convert_backbone.py"
-    words = [command, source, target, "--config-file", config_file]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    runpy.run_path(str(command), run_name="__main__")
+    words = [source, target, "--config-file", config_file]
+    convert_backbone.main([str(word) for word in words])
 
     detector = Detector(config_file)
     MaskDINOCheckpointer(detector).load(str(target))

@@ -12,13 +12,9 @@ import torch
 import yaml
 
 from maskdino.checkpoint.released import convert_weights
+from maskdino.cli import convert_released
 from maskdino.config import load_config
 from maskdino.model import MaskDINO
-from tests.conftest import REPOSITORY
-
-sys.path.insert(0, str(REPOSITORY / "tools"))
-
-import convert_released
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from detectron2.config import CfgNode
 from PIL import Image
 from torch import Tensor
 
+from maskdino.cli import export
 from maskdino.export.trace import (
     PLUGIN,
     ExportableNetwork,
@@ -23,7 +23,6 @@ from maskdino.export.trace import (
 from maskdino.inference.predictor import MaskDINOPredictor, TorchNetwork
 from maskdino.model import MaskDINO
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
-from tests.conftest import load_module
 from tests.helpers import tiny_cfg
 
 for package in ("onnx", "onnxruntime", "onnxscript"):
@@ -58,12 +57,6 @@ def small_model(**overrides: object) -> MaskDINO:
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "tools" / "export_model.py"
-    return load_module(path)
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration, weights and two pictures of different shape."""
     folder = tmp_path_factory.mktemp("export")
@@ -85,9 +78,9 @@ def arguments(folder: Path, output: str, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def fixed_onnx(tool: ModuleType, folder: Path) -> Path:
+def fixed_onnx(folder: Path) -> Path:
     size = [str(edge) for edge in CANVAS]
-    assert tool.main(arguments(folder, "fixed.onnx", "--size", *size)) == 0
+    assert export.main(arguments(folder, "fixed.onnx", "--size", *size)) == 0
     return folder / "fixed.onnx"
 
 
@@ -241,21 +234,21 @@ def test_demo_draws_with_an_exported_network(
 
 
 @newer_torch
-def test_tensorrt_variant_keeps_one_node_per_layer(tool: ModuleType, folder: Path) -> None:
+def test_tensorrt_variant_keeps_one_node_per_layer(folder: Path) -> None:
     import onnx
 
     words = ["--format", "tensorrt", "--size", "64", "96"]
-    assert tool.main(arguments(folder, "tensorrt.onnx", *words)) == 0
+    assert export.main(arguments(folder, "tensorrt.onnx", *words)) == 0
     graph = onnx.load(folder / "tensorrt.onnx").graph
     assert sum(node.op_type == PLUGIN for node in graph.node) == 2
     content = (folder / "tensorrt.onnx").read_bytes()
-    with pytest.raises(tool.ExportError, match="2 nodes .* instead of 3"):
-        tool.check_plugin_graph(content, 3)
+    with pytest.raises(export.ExportError, match="2 nodes .* instead of 3"):
+        export.check_plugin_graph(content, 3)
 
 
 @newer_torch
-def test_torch_program_takes_any_size(tool: ModuleType, folder: Path) -> None:
-    assert tool.main(arguments(folder, "any.pt2", "--format", "torch")) == 0
+def test_torch_program_takes_any_size(folder: Path) -> None:
+    assert export.main(arguments(folder, "any.pt2", "--format", "torch")) == 0
     program = torch.export.load(folder / "any.pt2").module()
     model = small_model()
     network = ExportableNetwork(model, ExportOptions())
@@ -269,10 +262,10 @@ def test_torch_program_takes_any_size(tool: ModuleType, folder: Path) -> None:
 
 @newer_torch
 @pytest.mark.slow
-def test_onnx_with_postprocessing_takes_any_size(tool: ModuleType, folder: Path) -> None:
+def test_onnx_with_postprocessing_takes_any_size(folder: Path) -> None:
     import onnxruntime
 
-    assert tool.main(arguments(folder, "any.onnx", "--outputs", "instance")) == 0
+    assert export.main(arguments(folder, "any.onnx", "--outputs", "instance")) == 0
     session = onnxruntime.InferenceSession(folder / "any.onnx")
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     content = (folder / "any.onnx").read_bytes()
@@ -289,20 +282,20 @@ def test_onnx_with_postprocessing_takes_any_size(tool: ModuleType, folder: Path)
 
 
 @torch.no_grad()
-def test_check_refuses_a_wrong_program(tool: ModuleType, capsys: pytest.CaptureFixture) -> None:
+def test_check_refuses_a_wrong_program(capsys: pytest.CaptureFixture) -> None:
     model = small_model()
     right = ExportableNetwork(model, ExportOptions())
     wrong = ExportableNetwork(model, ExportOptions())
     wrong.model.decoder.layers[0].cross_attn.sampling_offsets.bias += 0.5
     batches = [[torch.rand(2, 3, *CANVAS) * 255]]
-    tool.check(right, model, lambda arguments: right(*arguments), batches)
+    export.check(right, model, lambda arguments: right(*arguments), batches)
     assert "largest difference 0.0e+00" in capsys.readouterr().out
-    with pytest.raises(tool.ExportError, match="class_logits.*nothing is written"):
-        tool.check(right, model, lambda arguments: wrong(*arguments), batches)
+    with pytest.raises(export.ExportError, match="class_logits.*nothing is written"):
+        export.check(right, model, lambda arguments: wrong(*arguments), batches)
 
 
 def test_refused_programs_are_not_written(
-    tool: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A program with the right outputs, all of them zero."""
 
@@ -318,31 +311,31 @@ def test_refused_programs_are_not_written(
         images = torch.zeros(2, 3, *CANVAS)
         return torch.export.export(Zeros(), (images,), dynamic_shapes={"images": {0: batch}})
 
-    monkeypatch.setattr(tool, "trace", wrong_trace)
+    monkeypatch.setattr(export, "trace", wrong_trace)
     words = ["--format", "torch", "--size", "64", "96"]
-    assert tool.main(arguments(folder, "wrong.pt2", *words)) == 1
+    assert export.main(arguments(folder, "wrong.pt2", *words)) == 1
     assert "nothing is written" in capsys.readouterr().err
     assert not list(folder.glob("wrong.pt2*"))
 
 
-def test_compare_pairs_rows_that_swapped_places(tool: ModuleType) -> None:
+def test_compare_pairs_rows_that_swapped_places() -> None:
     expected = {"class_logits": torch.randn(2, 6, 3), "boxes": torch.rand(2, 6, 4)}
     order = torch.tensor([1, 0, 2, 5, 4, 3])
     swapped = {name: value[:, order] for name, value in expected.items()}
-    assert all(d.largest == 0 for d in tool.compare(expected, swapped, "predictions"))
+    assert all(d.largest == 0 for d in export.compare(expected, swapped, "predictions"))
     swapped["boxes"] = expected["boxes"]  # rows no longer belong together
-    assert any(d.share_beyond > 0.1 for d in tool.compare(expected, swapped, "predictions"))
+    assert any(d.share_beyond > 0.1 for d in export.compare(expected, swapped, "predictions"))
 
 
-def test_compare_counts_missing_and_undefined_values(tool: ModuleType) -> None:
+def test_compare_counts_missing_and_undefined_values() -> None:
     expected = {"class_maps": torch.ones(1, 2, 3, 3)}
     undefined = {"class_maps": torch.full((1, 2, 3, 3), float("nan"))}
-    (difference,) = tool.compare(expected, undefined, "semantic")
+    (difference,) = export.compare(expected, undefined, "semantic")
     assert difference.share_beyond == 1
-    with pytest.raises(tool.ExportError, match="instead of"):
-        tool.compare(expected, {"class_maps": torch.ones(1, 2, 3, 4)}, "semantic")
-    with pytest.raises(tool.ExportError, match="the program gives"):
-        tool.compare(expected, {}, "semantic")
+    with pytest.raises(export.ExportError, match="instead of"):
+        export.compare(expected, {"class_maps": torch.ones(1, 2, 3, 4)}, "semantic")
+    with pytest.raises(export.ExportError, match="the program gives"):
+        export.compare(expected, {}, "semantic")
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,11 @@
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from matplotlib import image as mpl_image
 
-from tests.conftest import load_module
-
-
-@pytest.fixture(scope="module")
-def tool(repository: Path) -> ModuleType:
-    path = repository / "tools" / "plot_metrics.py"
-    return load_module(path)
+from maskdino.cli import plot_metrics
 
 
 def write(folder: Path, records: list[dict], tail: str = "") -> Path:
@@ -23,27 +16,25 @@ def write(folder: Path, records: list[dict], tail: str = "") -> Path:
     return path
 
 
-def test_later_runs_replace_what_they_repeat(tool: ModuleType, tmp_path: Path) -> None:
+def test_later_runs_replace_what_they_repeat(tmp_path: Path) -> None:
     iterations = [19, 39, 59, 39, 59, 59]
     records = [{"iteration": it, "total_loss": float(i)} for i, it in enumerate(iterations)]
     records[5]["segm/AP"] = 12.5
-    curves = tool.read_metrics(write(tmp_path, records, tail='{"iteration": 79, "tot'))
+    curves = plot_metrics.read_metrics(write(tmp_path, records, tail='{"iteration": 79, "tot'))
     assert curves == {"total_loss": ([19, 39, 59], [0.0, 3.0, 5.0]), "segm/AP": ([59], [12.5])}
 
 
-def test_broken_line_is_named(tool: ModuleType, tmp_path: Path) -> None:
+def test_broken_line_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, [], tail='oops\n{"iteration": 1}\n')
     with pytest.raises(ValueError, match="line 1, is no JSON: 'oops'"):
-        tool.read_metrics(path)
+        plot_metrics.read_metrics(path)
 
 
-def test_writes_a_picture(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("total_loss", "loss_class", "loss_giou", "lr", "images_per_second", "segm/AP")
     write(tmp_path, [{"iteration": it, **dict.fromkeys(names, 1.0 / it)} for it in (20, 40)])
     monkeypatch.setattr(sys, "argv", ["plot_metrics.py", str(tmp_path)])
-    tool.main()
+    plot_metrics.main()
     picture = mpl_image.imread(tmp_path / "metrics.png")
     assert picture.shape[0] > 300
     assert picture[..., :3].std() > 0.05  # not blank
@@ -51,7 +42,6 @@ def test_writes_a_picture(
 
 @pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("", "no metrics yet")])
 def test_nothing_to_plot(
-    tool: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     content: str | None,
@@ -61,4 +51,4 @@ def test_nothing_to_plot(
         (tmp_path / "metrics.json").write_text(content)
     monkeypatch.setattr(sys, "argv", ["plot_metrics.py", str(tmp_path)])
     with pytest.raises(SystemExit, match=message):
-        tool.main()
+        plot_metrics.main()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from detectron2.data.datasets import load_sem_seg
 from detectron2.data.datasets.cityscapes_panoptic import load_cityscapes_panoptic
 from PIL import Image
 
+from maskdino.cli.prepare import common
 from maskdino.data import (
     build_train_mapper,
     check_datasets,
@@ -34,19 +33,10 @@ def scenes() -> dict[str, list[Scene]]:
     return {"train": all_scenes[:2], "val": all_scenes[2:]}
 
 
-@pytest.fixture
-def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
-    """Runs a prepare script with arguments, in this process."""
-    monkeypatch.syspath_prepend(str(repository / "datasets"))
-
-    def run(name: str, *arguments: object, workers: int = 1) -> ModuleType:
-        module = importlib.import_module(name)
-        words = [name, *map(str, arguments), "--workers", str(workers)]
-        monkeypatch.setattr(sys, "argv", words)
-        module.start()
-        return module
-
-    return run
+def prepare(name: str, *arguments: object, workers: int = 1) -> None:
+    """Runs a command in this process; an error is not turned into one line."""
+    module = importlib.import_module(f"maskdino.cli.prepare.{name}")
+    module.main.__wrapped__([*map(str, arguments), "--workers", str(workers)])
 
 
 @pytest.fixture
@@ -75,9 +65,9 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_coco_semantic_maps(tmp_path: Path, scenes: dict, script: Callable) -> None:
+def test_coco_semantic_maps(tmp_path: Path, scenes: dict) -> None:
     folder = synthetic.write_coco(tmp_path, scenes)
-    script("prepare_coco_semantic", "--root", tmp_path, workers=2)
+    prepare("coco_semantic", "--root", tmp_path, workers=2)
     ids = {"person": 0, "car": 1, "road": 2, "sky": 3}
     for number, scene in enumerate(scenes["train"], start=1):
         made = read(folder / f"panoptic_semseg_train2017/{number:012d}.png")
@@ -87,36 +77,30 @@ def test_coco_semantic_maps(tmp_path: Path, scenes: dict, script: Callable) -> N
     before = times(folder)
     lost = folder / "panoptic_semseg_train2017/000000000002.png"
     lost.unlink()
-    script("prepare_coco_semantic", "--root", tmp_path)
+    prepare("coco_semantic", "--root", tmp_path)
     after = times(folder)
     assert {path for path in after if after[path] != before[path]} == {lost}
-    script("prepare_coco_semantic", "--root", tmp_path, "--overwrite", "--splits", "val")
+    prepare("coco_semantic", "--root", tmp_path, "--overwrite", "--splits", "val")
     assert times(folder)[folder / "panoptic_semseg_val2017/000000000001.png"] > max(after.values())
 
 
-def test_missing_segments_and_folders_are_errors(
-    tmp_path: Path, scenes: dict, script: Callable
-) -> None:
+def test_missing_segments_and_folders_are_errors(tmp_path: Path, scenes: dict) -> None:
     with pytest.raises(RuntimeError, match="panoptic_train2017.json does not exist"):
-        script("prepare_coco_semantic", "--root", tmp_path)
+        prepare("coco_semantic", "--root", tmp_path)
     folder = synthetic.write_coco(tmp_path, scenes)
     png = folder / "panoptic_train2017/000000000001.png"
     Image.fromarray(np.zeros_like(read(png))).save(png)
     with pytest.raises(RuntimeError, match="000000000001.png has no pixel of its segment"):
-        script("prepare_coco_semantic", "--root", tmp_path)
+        prepare("coco_semantic", "--root", tmp_path)
     png.write_bytes(b"broken")
     with pytest.raises(RuntimeError, match="cannot read .*000000000001.png"):
-        script("prepare_coco_semantic", "--root", tmp_path)
+        prepare("coco_semantic", "--root", tmp_path)
 
 
-def test_a_broken_file_ends_the_work_at_once(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(repository / "datasets"))
-    preparation = importlib.import_module("preparation")
+def test_a_broken_file_ends_the_work_at_once() -> None:
     start = time.monotonic()
     with pytest.raises(ZeroDivisionError):
-        preparation.run(divide_slowly, list(range(400)), 2, "test")
+        common.run(divide_slowly, list(range(400)), 2, "test")
     assert time.monotonic() - start < 5  # all of it would take 10 seconds
 
 
@@ -125,11 +109,9 @@ def divide_slowly(number: int) -> float:
     return 1 / number
 
 
-def test_ade20k(
-    tmp_path: Path, scenes: dict, script: Callable, make_cfg: Callable, registered: list[str]
-) -> None:
+def test_ade20k(tmp_path: Path, scenes: dict, make_cfg: Callable, registered: list[str]) -> None:
     folder = synthetic.write_ade20k(tmp_path, scenes)
-    script("prepare_ade20k", "--root", tmp_path)
+    prepare("ade20k", "--root", tmp_path)
     images = folder / "images/training"
     records = load_sem_seg(str(folder / "annotations_detectron2/training"), str(images))
     for record, scene in zip(records, scenes["train"], strict=True):
@@ -167,25 +149,23 @@ def test_ade20k(
             assert made == sorted((numbers[s.name], m.tobytes()) for s, m in visible)
 
 
-def test_ade20k_goes_on_after_an_interruption(
-    tmp_path: Path, scenes: dict, script: Callable
-) -> None:
+def test_ade20k_goes_on_after_an_interruption(tmp_path: Path, scenes: dict) -> None:
     folder = synthetic.write_ade20k(tmp_path, scenes)
-    script("prepare_ade20k", "--root", tmp_path)
+    prepare("ade20k", "--root", tmp_path)
     output = folder / "ade20k_panoptic_train.json"
     whole, before = output.read_text(), times(folder)
     lost = next((folder / "ade20k_panoptic_train").iterdir())
     lost.unlink()
     output.unlink()
-    script("prepare_ade20k", "--root", tmp_path)
+    prepare("ade20k", "--root", tmp_path)
     after = times(folder)
     assert output.read_text() == whole
     assert {path for path in after if after[path] != before.get(path)} == {output, lost}
 
 
-def test_cityscapes(tmp_path: Path, scenes: dict, script: Callable, make_cfg: Callable) -> None:
+def test_cityscapes(tmp_path: Path, scenes: dict, make_cfg: Callable) -> None:
     folder = synthetic.write_cityscapes(tmp_path, scenes)
-    script("prepare_cityscapes", "--root", tmp_path)
+    prepare("cityscapes", "--root", tmp_path)
     truth = folder / "gtFine"
     for number, scene in enumerate(scenes["train"]):
         path = truth / f"train/aachen/aachen_{number:06d}_000000_gtFine_labelTrainIds.png"
@@ -212,14 +192,14 @@ def test_cityscapes(tmp_path: Path, scenes: dict, script: Callable, make_cfg: Ca
         assert (covered == (scene.owner >= 0)).all()
 
 
-def test_cityscapes_groups_are_crowds(tmp_path: Path, scenes: dict, script: Callable) -> None:
+def test_cityscapes_groups_are_crowds(tmp_path: Path, scenes: dict) -> None:
     folder = synthetic.write_cityscapes(tmp_path, scenes)
     path = folder / "gtFine/val/aachen/aachen_000000_000000_gtFine_instanceIds.png"
     ids = read(path).astype(np.uint16)
     ids[:5] = 26  # cars that were not told apart
     ids[5:8] = 1  # the car of the camera: in no class
     Image.fromarray(ids).save(path)
-    script("prepare_cityscapes", "--root", tmp_path, "--splits", "val")
+    prepare("cityscapes", "--root", tmp_path, "--splits", "val")
     content = json.loads((folder / "gtFine/cityscapes_panoptic_val.json").read_text())
     (segments,) = (annotation["segments_info"] for annotation in content["annotations"])
     crowds = [segment for segment in segments if segment["iscrowd"]]
@@ -228,7 +208,7 @@ def test_cityscapes_groups_are_crowds(tmp_path: Path, scenes: dict, script: Call
 
 
 def test_objects365_keeps_what_can_be_read(
-    tmp_path: Path, scenes: dict, script: Callable, make_cfg: Callable, registered: list[str]
+    tmp_path: Path, scenes: dict, make_cfg: Callable, registered: list[str]
 ) -> None:
     coco = synthetic.write_coco(tmp_path, scenes)
     folder = tmp_path / "objects365"
@@ -244,7 +224,7 @@ def test_objects365_keeps_what_can_be_read(
     (folder / "annotations").mkdir()
     (folder / "annotations/zhiyuan_objv2_train.json").write_text(json.dumps(content))
 
-    script("prepare_objects365", "--root", tmp_path, "--splits", "train")
+    prepare("objects365", "--root", tmp_path, "--splits", "train")
     registered.append("prepare_test_objects365")
     output = folder / "annotations/objects365_train.json"
     register_coco_folder(registered[0], output, folder / "train")
@@ -254,9 +234,9 @@ def test_objects365_keeps_what_can_be_read(
     assert record["image_id"] == 1 and len(record["annotations"]) == 5
 
 
-def test_semantic_maps_of_instances(tmp_path: Path, script: Callable, repository: Path) -> None:
+def test_semantic_maps_of_instances(tmp_path: Path, repository: Path) -> None:
     nuclei = repository / "datasets/nuclei/annotations/instances_val.json"
-    script("prepare_semantic_from_instances", "--json", nuclei, "--output", tmp_path / "maps")
+    prepare("semantic_from_instances", "--json", nuclei, "--output", tmp_path / "maps")
     content = json.loads(nuclei.read_text())
     for image in content["images"][:5]:
         labels = read((tmp_path / "maps" / image["file_name"]).with_suffix(".png"))

@@ -2,17 +2,11 @@
 
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from tests.conftest import load_module
+from maskdino.cli import report
 from tests.engine.stand_in import CONFIG
-
-
-@pytest.fixture(scope="module")
-def tool(repository: Path) -> ModuleType:
-    return load_module(repository / "tools" / "report.py")
 
 
 def words(folder: Path, *options: str, datasets: str = "('nuclei_val',)") -> list[str]:
@@ -29,20 +23,18 @@ def evaluated(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_page_for_each_dataset(
-    tool: ModuleType, evaluated: Path, capsys: pytest.CaptureFixture
-) -> None:
-    tool.main(words(evaluated, datasets="('nuclei_val', 'nuclei_train')"))
+def test_a_page_for_each_dataset(evaluated: Path, capsys: pytest.CaptureFixture) -> None:
+    report.main(words(evaluated, datasets="('nuclei_val', 'nuclei_train')"))
     pages = {path.name: path.read_text() for path in evaluated.glob("*.html")}
     assert pages.keys() == {"report_nuclei_val.html", "report_nuclei_train.html"}
     assert "22.2" in pages["report_nuclei_train.html"]
     assert capsys.readouterr().out.count("the report is ") == 2
 
 
-def test_one_page_where_it_is_wanted(tool: ModuleType, evaluated: Path) -> None:
+def test_one_page_where_it_is_wanted(evaluated: Path) -> None:
     path = evaluated / "new" / "page.html"
     options = ("--dataset", "nuclei_train", "--output", str(path))
-    tool.main(words(evaluated, *options, datasets="('nuclei_val', 'nuclei_train')"))
+    report.main(words(evaluated, *options, datasets="('nuclei_val', 'nuclei_train')"))
     assert "22.2" in path.read_text()
 
 
@@ -55,12 +47,12 @@ def test_one_page_where_it_is_wanted(tool: ModuleType, evaluated: Path) -> None:
     ],
 )
 def test_mistakes_end_with_one_line(
-    tool: ModuleType, evaluated: Path, options: list[str], datasets: str, message: str
+    evaluated: Path, options: list[str], datasets: str, message: str
 ) -> None:
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        tool.main(words(evaluated, *options, datasets=datasets))
+        report.main(words(evaluated, *options, datasets=datasets))
 
 
-def test_nothing_was_evaluated(tool: ModuleType, tmp_path: Path) -> None:
+def test_nothing_was_evaluated(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"results\.json does not exist: evaluate first"):
-        tool.main(words(tmp_path))
+        report.main(words(tmp_path))

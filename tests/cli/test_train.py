@@ -2,19 +2,13 @@
 
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from maskdino.cli import train
 from maskdino.config import load_config
-from tests.conftest import load_module
 from tests.engine.stand_in import CONFIG, tiny_config
-
-
-@pytest.fixture(scope="module")
-def tool(repository: Path) -> ModuleType:
-    return load_module(repository / "tools" / "train_net.py")
 
 
 @pytest.mark.parametrize(
@@ -37,28 +31,28 @@ def tool(repository: Path) -> ModuleType:
     ],
 )
 def test_mistakes_end_with_one_line(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     if "--config-file" not in words:
         words = ["--config-file", str(CONFIG), *words]
     monkeypatch.setattr(sys, "argv", ["train_net.py", *words])
     with pytest.raises(SystemExit, match=f"(?s)^error: .*{message}"):
-        tool.main()
+        train.main()
 
 
-def test_unknown_key_of_a_file_names_the_file(tool: ModuleType, tmp_path: Path) -> None:
+def test_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("VERSION: 2\nMODEL:\n  MASK_DINO:\n    NUM_CLASS: 3\n")
     with pytest.raises(KeyError, match=r"MASK_DINO.NUM_CLASS in .*mine.yaml.*NUM_CLASSES"):
-        tool.read_config(tool.parse_arguments(["--config-file", str(path)]))
+        train.read_config(train.parse_arguments(["--config-file", str(path)]))
 
 
-def test_configurations_are_not_executed(tool: ModuleType, tmp_path: Path) -> None:
+def test_configurations_are_not_executed(tmp_path: Path) -> None:
     path = tmp_path / "evil.yaml"
     trap = tmp_path / "trap"
     path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir [{trap}]\n")
     with pytest.raises(Exception, match="python/object"):
-        tool.read_config(tool.parse_arguments(["--config-file", str(path)]))
+        train.read_config(train.parse_arguments(["--config-file", str(path)]))
     assert not trap.exists()
 
 
@@ -73,24 +67,22 @@ def test_configurations_are_not_executed(tool: ModuleType, tmp_path: Path) -> No
     ],
 )
 def test_gpus_that_are_not_there_end_with_one_line(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(CONFIG), *words])
     with pytest.raises(SystemExit, match=f"^error: [^\n]*{message}[^\n]*$"):
-        tool.main()
+        train.main()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_training_without_a_gpu_says_so(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_training_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     settings = ("MODEL.DEVICE", "cuda", "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()")
     config.write_text(tiny_config(tmp_path / "out", *settings).dump())
     monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(config)])
-    tool.main()
+    train.main()
     lines = (tmp_path / "out" / "log.txt").read_text().splitlines()
     said = [line for line in lines if "MODEL.DEVICE is cuda, but" in line]
     assert len(said) == 1 and said[0].endswith("computing on the CPU.")
@@ -98,23 +90,21 @@ def test_training_without_a_gpu_says_so(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_gpus_that_are_not_there(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["train_net.py", "--config-file", str(CONFIG), "--num-gpus", "2"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="no GPU; use --num-processes"):
-        tool.main()
+        train.main()
 
 
-def test_trains_resumes_and_evaluates(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_trains_resumes_and_evaluates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     test_set = ("DATASETS.TEST", "('nuclei_val',)", "INPUT.MIN_SIZE_TEST", 32)
     config.write_text(tiny_config(tmp_path / "out", "SOLVER.MAX_ITER", 5, *test_set).dump())
 
     def run(*words: str) -> None:
         monkeypatch.setattr(sys, "argv", ["train_net.py", "--config-file", str(config), *words])
-        tool.main()
+        train.main()
 
     run("--report")
     out = tmp_path / "out"

@@ -5,26 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from maskdino.cli import train_custom
 from maskdino.config import load_config
 from maskdino.custom import History
 from maskdino.inference.predictor import MaskDINOPredictor
-from tests.conftest import load_module
 from tests.custom.drawn import Drawn, write_drawn
 from tests.helpers import NARROW
-
-
-@pytest.fixture(scope="module")
-def tool(repository: Path) -> ModuleType:
-    path = repository / "tools" / "train_custom.py"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(path.parent))  # as when it is run as a script
-        return load_module(path)
 
 
 def words(drawn: Drawn, output: Path, *more: object) -> list[str]:
@@ -39,11 +30,9 @@ def words(drawn: Drawn, output: Path, *more: object) -> list[str]:
     return [str(word) for word in command]
 
 
-def test_from_files_to_result(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_files_to_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
-    tool.main(words(drawn, out))
+    train_custom.main(words(drawn, out))
     printed = capsys.readouterr().out
     assert "5 to train on, 1 to validate on (set aside by a hash of the file names)" in printed
     assert "masks AP75" in printed
@@ -71,21 +60,19 @@ def test_from_files_to_result(
     assert predictor.categories.names == ("car", "person")
 
     with pytest.raises(SystemExit, match="holds a run: go on with --resume"):
-        tool.main(words(drawn, out))
-    tool.main(["--output", str(out), "--resume", "--num-pictures", "0"])
+        train_custom.main(words(drawn, out))
+    train_custom.main(["--output", str(out), "--resume", "--num-pictures", "0"])
     assert printed.splitlines()[-1] in capsys.readouterr().out
 
 
-def test_boxes_only_and_validation_data(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_boxes_only_and_validation_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = write_drawn(tmp_path / "train", 4, masks=False)
     val = write_drawn(tmp_path / "val", 2, masks=False, seed=1)
     val.content["categories"].reverse()  # their order in the file must not matter
     val.write()
     more = ["--val-json", val.json_file, "--val-images", val.images, "--num-pictures", 0]
     overrides = ["SOLVER.MAX_ITER", 1, "SOLVER.STEPS", "()"]
-    tool.main(words(train, tmp_path / "out", *more, *overrides))
+    train_custom.main(words(train, tmp_path / "out", *more, *overrides))
     printed = capsys.readouterr().out
     assert "4 to train on, 2 to validate on\n" in printed
     assert "boxes AP" in printed
@@ -97,14 +84,14 @@ def test_boxes_only_and_validation_data(
     assert not any("mask" in name for name in weights)
 
 
-def test_faults_stop_the_run_or_are_left_out(tool: ModuleType, tmp_path: Path) -> None:
+def test_faults_stop_the_run_or_are_left_out(tmp_path: Path) -> None:
     drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
     drawn.content["annotations"][0]["bbox"] = [3, 3, 0, 5]
     drawn.content["annotations"][1]["category_id"] = 4
     drawn.write()
     (drawn.images / "scene_5.png").write_bytes(b"")
     with pytest.raises(SystemExit) as caught:
-        tool.main(words(drawn, out))
+        train_custom.main(words(drawn, out))
     message = str(caught.value)
     for part in (
         f"error: {drawn.json_file} cannot be trained on",
@@ -115,8 +102,8 @@ def test_faults_stop_the_run_or_are_left_out(tool: ModuleType, tmp_path: Path) -
     ):
         assert part in message
     assert not (out / "config.yaml").exists()
-    args = tool.parse_arguments(words(drawn, out, "--skip-invalid"))
-    run = tool.prepare(args)
+    args = train_custom.parse_arguments(words(drawn, out, "--skip-invalid"))
+    run = train_custom.prepare(args)
     assert "left out because it is wrong" in (out / "plan.txt").read_text()
     assert "annotation 0 of image 0" in (out / "data" / "check.txt").read_text()
     assert run.is_planned()
@@ -129,7 +116,6 @@ def test_faults_stop_the_run_or_are_left_out(tool: ModuleType, tmp_path: Path) -
 
 
 def test_picture_damaged_after_the_check(
-    tool: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -138,11 +124,13 @@ def test_picture_damaged_after_the_check(
     # Loggers that earlier tests left behind may write to their closed streams, and tell of that.
     monkeypatch.setattr(logging, "raiseExceptions", False)
     drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
-    tool.prepare(tool.parse_arguments(words(drawn, out, "DATALOADER.NUM_WORKERS", 1)))
+    train_custom.prepare(
+        train_custom.parse_arguments(words(drawn, out, "DATALOADER.NUM_WORKERS", 1))
+    )
     for path in drawn.images.iterdir():
         path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(SystemExit) as caught:
-        tool.main(["--output", str(out), "--resume"])
+        train_custom.main(["--output", str(out), "--resume"])
     assert caught.value.code == 1
     printed = capsys.readouterr()
     last = printed.err.splitlines()[-1]
@@ -162,33 +150,29 @@ def test_picture_damaged_after_the_check(
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which is no device"),
     ],
 )
-def test_mistakes_end_with_one_line(
-    tool: ModuleType, tmp_path: Path, more: list[str], message: str
-) -> None:
+def test_mistakes_end_with_one_line(tmp_path: Path, more: list[str], message: str) -> None:
     drawn = write_drawn(tmp_path / "drawn", 2)
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        tool.main(words(drawn, tmp_path / "out", *more))
+        train_custom.main(words(drawn, tmp_path / "out", *more))
 
 
-def test_runs_of_a_device_that_is_not_here(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_of_a_device_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was planned on another machine goes on; without a GPU, on the CPU."""
     cfg = load_config(None, ["MODEL.DEVICE", "cuda:7"])
     (tmp_path / "config.yaml").write_text(cfg.dump())
     command = ["--output", str(tmp_path), "--resume"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tool.prepare(tool.parse_arguments(command)).output == tmp_path
+    assert train_custom.prepare(train_custom.parse_arguments(command)).output == tmp_path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(SystemExit, match=r"^error: MODEL\.DEVICE is cuda:7, but [^\n]*cuda:0$"):
-        tool.main(command)
+        train_custom.main(command)
 
 
-def test_arguments_that_do_not_go_together(tool: ModuleType, tmp_path: Path) -> None:
+def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="a new run needs --train-json and --train-images"):
-        tool.main(["--output", str(tmp_path)])
+        train_custom.main(["--output", str(tmp_path)])
     with pytest.raises(SystemExit):
-        tool.parse_arguments(["--output", "o", "--val-json", "b.json"])
+        train_custom.parse_arguments(["--output", "o", "--val-json", "b.json"])
     with pytest.raises(SystemExit):
-        tool.parse_arguments(["--output", "o", "--epochs", "0"])
+        train_custom.parse_arguments(["--output", "o", "--epochs", "0"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,18 +12,14 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from PIL import Image
 
+from maskdino.cli import visualize
 from maskdino.data import build_train_mapper
 from maskdino.model import MaskDINO
 from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of_example
 from maskdino.visualization.results import Categories
-from tests.conftest import load_module
+from tests.conftest import REPOSITORY
 from tests.data.synthetic import box_xywh
 from tests.helpers import tiny_cfg
-
-
-@pytest.fixture(scope="module")
-def visualize(repository: Path) -> ModuleType:
-    return load_module(repository / "tools/visualize.py")
 
 
 @pytest.fixture
@@ -41,23 +36,21 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_views_of_the_nuclei(
-    visualize: ModuleType, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_views_of_the_nuclei(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = tmp_path / "out"
     common = ["--config-file", str(config), "--output", str(output), "--num-images", "2"]
     visualize.main(["data", *common])
     assert len(list(output.iterdir())) == 2
     visualize.main(["predictions", *common, "--confidence-threshold", "0", "--device", "cpu"])
     assert len(list(output.iterdir())) == 4
-    one = next(Path(visualize.__file__).parents[1].glob("datasets/nuclei/val/*.png"))
+    one = next((REPOSITORY / "datasets/nuclei/val").glob("*.png"))
     visualize.main(["attention", *common, "--input", str(one), "--num-queries", "1"])
     (followed,) = output.glob("*_query*.png")
     assert np.array(Image.open(followed)).std() > 10
     assert "1 picture in" in capsys.readouterr().out
 
 
-def test_errors_are_sentences(visualize: ModuleType, config: Path, tmp_path: Path) -> None:
+def test_errors_are_sentences(config: Path, tmp_path: Path) -> None:
     common = ["--config-file", str(config), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="there is no dataset 'nowhere'"):
         visualize.main(["predictions", *common, "--dataset", "nowhere"])

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
-from preparation import (
+
+from maskdino.cli.prepare.common import (
     PreparationError,
     colors_of_ids,
     describe_segments,
+    errors_in_one_line,
     find_files,
     ids_of_colors,
     image_size,
     is_done,
-    main,
     make_parser,
     read_pixels,
     require,
@@ -31,7 +32,6 @@ from preparation import (
     save_json,
     say,
 )
-
 from maskdino.data.datasets import ADE20K_THING_IDS, ade20k_classes
 
 TASKS = ("semantic", "instance", "panoptic")
@@ -169,11 +169,13 @@ def prepare_semantic(folder: Path, split: str, workers: int, overwrite: bool) ->
     say(f"{output}: {made} maps made, {len(sources) - made} were there")
 
 
-def start() -> None:
+@errors_in_one_line()
+def main(words: list[str] | None = None) -> None:
+    """Runs the command; `words` stands in for its line."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=list(SPLITS))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     folder = require(arguments.root / "ADEChallengeData2016", "ADE20K as it is downloaded")
     functions = {
         "semantic": prepare_semantic,
@@ -183,7 +185,3 @@ def start() -> None:
     for task in arguments.tasks:
         for split in arguments.splits:
             functions[task](folder, split, arguments.workers, arguments.overwrite)
-
-
-if __name__ == "__main__":
-    main(start)

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
-from preparation import (
+
+from maskdino.cli.prepare.common import (
     VOID,
     PreparationError,
     colors_of_ids,
     describe_segments,
+    errors_in_one_line,
     find_files,
     ids_of_colors,
     image_size,
     is_done,
-    main,
     make_parser,
     read_pixels,
     require,
@@ -120,15 +121,13 @@ def prepare_train_ids(folder: Path, split: str, workers: int, overwrite: bool) -
     say(f"{split}: {made} maps labelTrainIds made, {len(sources) - made} were there")
 
 
-def start() -> None:
+@errors_in_one_line()
+def main(words: list[str] | None = None) -> None:
+    """Runs the command; `words` stands in for its line."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     folder = require(arguments.root / "cityscapes", "Cityscapes as it is downloaded")
     for split in arguments.splits:
         prepare_train_ids(folder, split, arguments.workers, arguments.overwrite)
         prepare_panoptic(folder, split, arguments.workers, arguments.overwrite)
-
-
-if __name__ == "__main__":
-    main(start)

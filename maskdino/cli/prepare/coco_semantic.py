@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from preparation import (
+
+from maskdino.cli.prepare.common import (
     VOID,
     PreparationError,
+    errors_in_one_line,
     ids_of_colors,
-    main,
     make_parser,
     read_pixels,
     require,
@@ -57,13 +58,15 @@ def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwri
     say(f"{output}: {made} maps made, {kept} were there (--overwrite makes them anew)")
 
 
-def start() -> None:
+@errors_in_one_line()
+def main(words: list[str] | None = None) -> None:
+    """Runs the command; `words` stands in for its line."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--splits", nargs="+", default=["train", "val"], choices=["train", "val"])
     parser.add_argument("--json", type=Path, help="panoptic annotations of another dataset")
     parser.add_argument("--panoptic", type=Path, help="with --json: its folder of PNG files")
     parser.add_argument("--output", type=Path, help="with --json: folder of the semantic maps")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     options = (arguments.workers, arguments.overwrite)
     if arguments.json:
         if not (arguments.panoptic and arguments.output):
@@ -78,7 +81,3 @@ def start() -> None:
             folder / f"panoptic_semseg_{split}2017",
             *options,
         )
-
-
-if __name__ == "__main__":
-    main(start)

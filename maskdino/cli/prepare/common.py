@@ -1,4 +1,4 @@
-"""What the prepare scripts share: parallel work with a progress bar, and files written whole."""
+"""What the preparations share: parallel work with a progress bar, and files written whole."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))  # the scripts work before the project is installed
 
 VOID = 255  # in maps of classes: no class
 
@@ -31,7 +29,7 @@ def say(text: str) -> None:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that all prepare scripts have."""
+    """A parser with the options that all preparations have."""
     parser = argparse.ArgumentParser(description=description)
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     parser.add_argument(
@@ -159,9 +157,10 @@ def describe_segments(ids: np.ndarray, category_of_id: Callable[[int], int]) -> 
     ]
 
 
-def main(function: Callable[[], None]) -> None:
-    """Runs a script; its own errors are one line, without a traceback."""
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the process with one line where the downloaded files are at fault."""
     try:
-        function()
+        yield
     except PreparationError as error:
         sys.exit(f"error: {error}")

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
-from preparation import (
+
+from maskdino.cli.prepare.common import (
     PreparationError,
+    errors_in_one_line,
     ids_of_colors,
     is_done,
-    main,
     make_parser,
     read_pixels,
     require,
@@ -71,12 +72,14 @@ def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwri
     say(f"{output}: {len(annotations)} instances of {len(categories)} categories")
 
 
-def start() -> None:
+@errors_in_one_line()
+def main(words: list[str] | None = None) -> None:
+    """Runs the command; `words` stands in for its line."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="panoptic annotations")
     parser.add_argument("--panoptic", type=Path, required=True, help="its folder of PNG files")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the instances")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     prepare(
         arguments.json,
         arguments.panoptic,
@@ -84,7 +87,3 @@ def start() -> None:
         arguments.workers,
         arguments.overwrite,
     )
-
-
-if __name__ == "__main__":
-    main(start)

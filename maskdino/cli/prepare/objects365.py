@@ -14,7 +14,17 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from preparation import PreparationError, is_done, main, make_parser, require, run, save_json, say
+
+from maskdino.cli.prepare.common import (
+    PreparationError,
+    errors_in_one_line,
+    is_done,
+    make_parser,
+    require,
+    run,
+    save_json,
+    say,
+)
 
 SPLITS = ("train", "val")
 
@@ -55,18 +65,16 @@ def prepare(folder: Path, split: str, max_images: int | None, workers: int) -> d
     return {**content, "images": images, "annotations": annotations}
 
 
-def start() -> None:
+@errors_in_one_line()
+def main(words: list[str] | None = None) -> None:
+    """Runs the command; `words` stands in for its line."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS)
     parser.add_argument("--max-images", type=int, help="take a random subset of each split")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     folder = require(arguments.root / "objects365", "Objects365 v2")
     for split in arguments.splits:
         output = folder / "annotations" / f"objects365_{split}.json"
         if not is_done(output, arguments.overwrite):
             save_json(output, prepare(folder, split, arguments.max_images, arguments.workers))
             say(f"{output} written")
-
-
-if __name__ == "__main__":
-    main(start)

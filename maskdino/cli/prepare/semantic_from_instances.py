@@ -13,8 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
-from preparation import VOID, main, make_parser, require, run, save_image, say
 
+from maskdino.cli.prepare.common import (
+    VOID,
+    errors_in_one_line,
+    make_parser,
+    require,
+    run,
+    save_image,
+    say,
+)
 from maskdino.data.datasets import own_datasets_root
 
 
@@ -63,11 +71,13 @@ def prepare(json_file: Path, output: Path, workers: int, overwrite: bool) -> Non
     say(f"{output}: {made} maps made, {len(items) - made} were there")
 
 
-def start() -> None:
+@errors_in_one_line()
+def main(words: list[str] | None = None) -> None:
+    """Runs the command; `words` stands in for its line."""
     parser = make_parser(__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="annotations of another dataset")
     parser.add_argument("--output", type=Path, help="with --json: folder of the maps")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     options = (arguments.workers, arguments.overwrite)
     if arguments.json:
         if not arguments.output:
@@ -78,7 +88,3 @@ def start() -> None:
     for split in ("train", "val"):
         json_file = folder / "annotations" / f"instances_{split}.json"
         prepare(json_file, folder / f"semantic_{split}", *options)
-
-
-if __name__ == "__main__":
-    main(start)

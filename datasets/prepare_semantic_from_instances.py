@@ -1,0 +1,8 @@
+"""The command of maskdino/cli/prepare/semantic_from_instances.py, in a repository."""
+
+import sys
+
+from maskdino.cli.prepare.semantic_from_instances import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Preparation of downloaded datasets, one command each."""

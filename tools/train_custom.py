@@ -1,0 +1,8 @@
+"""The command of maskdino/cli/train_custom.py, for those who have the repository."""
+
+import sys
+
+from maskdino.cli.train_custom import main
+
+if __name__ == "__main__":
+    sys.exit(main())
