@@ -8,6 +8,7 @@ detectron2, under names that are free; names that other packages are known to re
 from maskdino import data, model_zoo
 from maskdino.backbones import TimmBackbone, build_backbone
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.compat import alias_cityscapes_scripts
 from maskdino.config import add_maskdino_config
 from maskdino.data import (
     InstanceMapper,
@@ -20,6 +21,8 @@ from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from maskdino.registration import register_all
 from maskdino.visualization.results import ImageResult
+
+alias_cityscapes_scripts()
 
 __version__ = "0.1.0"
 

@@ -12,6 +12,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskdino.compat import change_class
+
 SWIN_MODULES = ("swin_transformer", "swin_transformer_v2")
 
 
@@ -51,7 +53,4 @@ def pad_before_shift(model: nn.Module) -> None:
 
     The counterparts add no state, so parameters and their names stay.
     """
-    counterparts = {SwinTransformerBlock: SwinBlock, SwinTransformerV2Block: SwinV2Block}
-    for module in model.modules():
-        if type(module) in counterparts:
-            module.__class__ = counterparts[type(module)]
+    change_class(model, {SwinTransformerBlock: SwinBlock, SwinTransformerV2Block: SwinV2Block})

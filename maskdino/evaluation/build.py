@@ -2,11 +2,8 @@
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from unittest import mock
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -17,6 +14,7 @@ from detectron2.evaluation import (
     LVISEvaluator,
 )
 
+from maskdino.compat import cityscapes_scripts
 from maskdino.evaluation import coco as coco_evaluation
 from maskdino.evaluation.coco import COCOInstanceEvaluator
 from maskdino.evaluation.panoptic import PanopticEvaluator
@@ -54,19 +52,12 @@ def _semantic(request: _Request) -> DatasetEvaluator:
     return SemanticEvaluator(request.dataset_name, request.output_folder)
 
 
-def _with_in1d() -> AbstractContextManager:
-    """Gives NumPy its function `in1d`, which cityscapesscripts 2.3 calls and NumPy 2.4 removed."""
-    return mock.patch.object(np, "in1d", np.isin, create=True)
-
-
 class CityscapesInstances(CityscapesInstanceEvaluator):
     """Detectron2's evaluator of instances, with any NumPy."""
 
     def evaluate(self) -> dict | None:
         """See detectron2's; leaves no file `matches.json` in the current folder."""
-        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as scripts
-
-        with _with_in1d(), mock.patch.object(scripts, "writeDict2JSON", lambda *_: None):
+        with cityscapes_scripts():
             return super().evaluate()
 
 
@@ -75,7 +66,7 @@ class CityscapesClasses(CityscapesSemSegEvaluator):
 
     def evaluate(self) -> dict | None:
         """See detectron2's."""
-        with _with_in1d():
+        with cityscapes_scripts():
             return super().evaluate()
 
 

@@ -16,7 +16,7 @@ from pycocotools import mask as mask_util
 
 from maskdino.config import load_config
 from maskdino.evaluation import coco as coco_evaluation
-from maskdino.evaluation.build import _with_in1d, build_evaluator
+from maskdino.evaluation.build import build_evaluator
 from maskdino.evaluation.coco import (
     COCOInstanceEvaluator,
     average_precision,
@@ -270,13 +270,3 @@ def test_image_ids_may_be_names(fast: bool, repository: Path) -> None:
     found = average_precision(ground_truth, records, "segm", fast=fast)
     np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-9)
     assert images[3]["id"] == "0007" and records[0]["image_id"] in names.values()
-
-
-def test_cityscapes_scripts_find_the_function_that_numpy_removed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delattr(np, "in1d", raising=False)
-    with _with_in1d():
-        found = np.in1d(np.array([3, 5, 7]), [7, 3], invert=True)
-    assert found.tolist() == [False, True, False]
-    assert not hasattr(np, "in1d")
