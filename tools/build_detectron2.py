@@ -180,6 +180,12 @@ CHANGES = (
         pattern=r"^from detectron2\.evaluation\.fast_eval_api import COCOeval_opt$",
         replacement=r"try:\n    \g<0>\nexcept ImportError:\n    COCOeval_opt = COCOeval\n",
     ),
+    Change(
+        reason="current torch has no caffe2, which tracing and counting operations do not need",
+        files="detectron2/export/__init__.py",
+        pattern=r"^from \.api import \*$",
+        replacement=r"try:\n    \g<0>\nexcept ImportError:\n    pass",
+    ),
 )
 
 

@@ -38,6 +38,9 @@ FILES = {
     "detectron2/evaluation/coco_evaluation.py": (
         "COCOeval = 'the slow one'\nfrom detectron2.evaluation.fast_eval_api import COCOeval_opt\n"
     ),
+    "detectron2/export/__init__.py": "from .api import *\nfrom .flatten import TracingAdapter\n",
+    "detectron2/export/api.py": "from caffe2.proto import caffe2_pb2\n",
+    "detectron2/export/flatten.py": "TracingAdapter = 'traces'\n",
     "detectron2/masks.py": (
         "import numpy as np\n\nkinds = [np.bool, np.int, np.float, np.str, np.object]\n"
         "kept = [np.bool_, np.int64, np.float32, np.integer, np.floating]\n"
@@ -192,6 +195,7 @@ def test_wheel_works(recipe: ModuleType, sources: Path, tmp_path: Path) -> None:
         "from detectron2.projects.point_rend import NAME\n"
         "from detectron2.evaluation.coco_evaluation import COCOeval_opt\n"
         "assert COCOeval_opt == 'the slow one'\n"
+        "from detectron2.export import TracingAdapter\n"
         "assert os.path.isfile(get_config_file('Base.yaml')), get_config_file('Base.yaml')\n"
         "assert NAME == 'point_rend' and not extension.has_cuda()\n"
         "try:\n"
