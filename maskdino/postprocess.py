@@ -138,6 +138,18 @@ def instance_inference(
         `pred_boxes`, `scores`, `pred_classes` and, with a mask branch, `pred_masks` (R, OH, OW)
         bool, best first by class score.
     """
+    if torch.jit.is_tracing():
+        return _traced_instances(
+            class_scores,
+            boxes,
+            mask_embeddings,
+            pixel_embedding,
+            frame,
+            max_detections=max_detections,
+            score_threshold=score_threshold,
+            mask_scoring=mask_scoring,
+            is_thing=is_thing,
+        )
     pairs = yield from best_pairs(class_scores, max_detections, score_threshold, is_thing)
     scores, queries, labels = pairs.scores, pairs.queries, pairs.labels
     result = Instances(frame.output)
@@ -156,6 +168,41 @@ def instance_inference(
     result.pred_boxes = Boxes(output_boxes(boxes[queries], frame))
     result.scores = scores
     result.pred_classes = labels
+    return result
+
+
+def _traced_instances(
+    class_scores: Tensor,
+    boxes: Tensor,
+    mask_embeddings: Tensor | None,
+    pixel_embedding: Tensor | None,
+    frame: Frame,
+    *,
+    max_detections: int,
+    score_threshold: float,
+    mask_scoring: bool,
+    is_thing: Tensor | None,
+) -> Instances:
+    """`instance_inference` for torch.jit.trace: no number of one image shapes the program.
+
+    So masks are made of every pair, also of those that share a query or are left out.
+    """
+    num_classes = class_scores.shape[1]
+    scores, index = class_scores.flatten().topk(min(max_detections, class_scores.numel()))
+    queries, labels = index // num_classes, index % num_classes
+    kept = scores >= score_threshold
+    if is_thing is not None:
+        kept = kept & is_thing[labels]
+    result = Instances(frame.output)
+    if mask_embeddings is not None:
+        found = masks_and_quality(mask_embeddings[queries], pixel_embedding, frame)
+        masks, quality = (torch.cat(parts) for parts in zip(*found, strict=True))
+        scores = scores * quality if mask_scoring else scores
+        kept = kept & (scores >= score_threshold)
+        result.pred_masks = masks[kept]
+    result.pred_boxes = Boxes(output_boxes(boxes[queries[kept]], frame))
+    result.scores = scores[kept]
+    result.pred_classes = labels[kept]
     return result
 
 

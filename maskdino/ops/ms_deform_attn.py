@@ -277,6 +277,10 @@ def _operators(
 ) -> Any:
     """Return the operators to call, in the same form for all backends; None: call PyTorch's."""
     choice = choose_backend(value.device.type, backend, value.device.index)
+    if torch.jit.is_tracing():
+        # The tracer cannot hold lists of symbolic integers; a program in PyTorch's own operations
+        # also runs without this package, and their arithmetic can be counted.
+        return None
     if choice == "compiled":
         return torch.ops.maskdino
     channels = value.shape[3]
