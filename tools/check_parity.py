@@ -28,12 +28,8 @@ from detectron2.structures import BitMasks, Instances
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from maskdino.checkpoint.released import (
-    ReleasedStructure,
-    convert_config,
-    convert_weights,
-    our_names,
-)
+from maskdino.checkpoint.released_config import convert_config
+from maskdino.checkpoint.released_weights import ReleasedStructure, convert_weights, our_names
 from maskdino.config import add_maskdino_config
 from maskdino.model import MaskDINO
 from maskdino.ops import PointSampler, mask_logits

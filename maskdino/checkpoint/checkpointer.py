@@ -13,7 +13,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from maskdino.checkpoint.released import (
+from maskdino.checkpoint.released_weights import (
     DECODER_HEADS,
     ReleasedStructure,
     convert_weights,

@@ -19,13 +19,8 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer, model_weights
-from maskdino.checkpoint.released import (
-    ReleasedStructure,
-    convert_config,
-    convert_weights,
-    is_released,
-    set_value,
-)
+from maskdino.checkpoint.released_config import convert_config, set_value
+from maskdino.checkpoint.released_weights import ReleasedStructure, convert_weights, is_released
 from maskdino.config import add_maskdino_config
 from maskdino.model import MaskDINO
 

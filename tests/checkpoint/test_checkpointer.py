@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from maskdino.checkpoint import checkpointer as checkpoint_module
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer, model_weights
-from maskdino.checkpoint.released import DECODER, ENCODER
+from maskdino.checkpoint.released_weights import DECODER, ENCODER
 from maskdino.model import MaskDINO
+from tests.checkpoint.test_released_weights import released_case_cfg, released_case_weights
 from tests.helpers import CHANNELS, NUM_CLASSES, tiny_model
-from tests.checkpoint.test_released import released_case_cfg, released_case_weights
 
 
 @pytest.fixture

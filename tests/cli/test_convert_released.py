@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from maskdino.checkpoint.released import convert_weights
+from maskdino.checkpoint.released_weights import convert_weights
 from maskdino.cli import convert_released
 from maskdino.config import load_config
 from maskdino.model import MaskDINO

@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from maskdino import model_zoo
-from maskdino.checkpoint.released import ReleasedStructure, our_names
+from maskdino.checkpoint.released_weights import ReleasedStructure, our_names
 from maskdino.config import load_config
 from maskdino.model_zoo import zoo
 

@@ -23,12 +23,8 @@ from detectron2.data import MetadataCatalog
 from torch import Tensor, nn
 
 from maskdino.backbones import build_backbone
-from maskdino.checkpoint.released import (
-    ReleasedStructure,
-    convert_config,
-    convert_weights,
-    our_names,
-)
+from maskdino.checkpoint.released_config import convert_config
+from maskdino.checkpoint.released_weights import ReleasedStructure, convert_weights, our_names
 from maskdino.config import add_maskdino_config
 from tests.conftest import load_module
 from tests.slow.losses import Decoded, SlowCriterion, Target

@@ -1,0 +1,178 @@
+"""Released configurations: what their keys are called here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from detectron2.config import CfgNode
+
+NODE = "MODEL.MASK_DINO."
+# Released key -> our key, or several; values are carried over.
+SAME_VALUE = {
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": f"{NODE}NUM_CLASSES",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": f"{NODE}HIDDEN_DIM",
+    "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": f"{NODE}ENCODER.FEEDFORWARD_DIM",
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": f"{NODE}ENCODER.IN_FEATURES",
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS": f"{NODE}ENCODER.NUM_POINTS",
+    "MODEL.SEM_SEG_HEAD.TOTAL_NUM_FEATURE_LEVELS": f"{NODE}ENCODER.NUM_LEVELS",
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": f"{NODE}ENCODER.NUM_LAYERS",
+    "MODEL.MaskDINO.HIDDEN_DIM": f"{NODE}HIDDEN_DIM",
+    "MODEL.MaskDINO.SIZE_DIVISIBILITY": f"{NODE}SIZE_DIVISIBILITY",
+    "MODEL.MaskDINO.DEC_LAYERS": f"{NODE}DECODER.NUM_LAYERS",
+    "MODEL.MaskDINO.DIM_FEEDFORWARD": f"{NODE}DECODER.FEEDFORWARD_DIM",
+    "MODEL.MaskDINO.NHEADS": f"{NODE}ENCODER.NUM_HEADS",
+    "MODEL.MaskDINO.NUM_OBJECT_QUERIES": f"{NODE}QUERY_SELECTION.NUM_QUERIES",
+    "MODEL.MaskDINO.TWO_STAGE": f"{NODE}QUERY_SELECTION.ENABLED",
+    "MODEL.MaskDINO.DN_NUM": f"{NODE}DENOISING.NUM_QUERIES",
+    "MODEL.MaskDINO.COST_CLASS_WEIGHT": f"{NODE}MATCHER.CLASS_WEIGHT",
+    "MODEL.MaskDINO.COST_BOX_WEIGHT": f"{NODE}MATCHER.L1_WEIGHT",
+    "MODEL.MaskDINO.COST_GIOU_WEIGHT": f"{NODE}MATCHER.GIOU_WEIGHT",
+    "MODEL.MaskDINO.COST_MASK_WEIGHT": f"{NODE}MATCHER.MASK_BCE_WEIGHT",
+    "MODEL.MaskDINO.COST_DICE_WEIGHT": f"{NODE}MATCHER.MASK_DICE_WEIGHT",
+    "MODEL.MaskDINO.CLASS_WEIGHT": f"{NODE}LOSS.CLASS_WEIGHT",
+    "MODEL.MaskDINO.BOX_WEIGHT": f"{NODE}LOSS.L1_WEIGHT",
+    "MODEL.MaskDINO.GIOU_WEIGHT": f"{NODE}LOSS.GIOU_WEIGHT",
+    "MODEL.MaskDINO.MASK_WEIGHT": f"{NODE}LOSS.MASK_BCE_WEIGHT",
+    "MODEL.MaskDINO.DICE_WEIGHT": f"{NODE}LOSS.MASK_DICE_WEIGHT",
+    "MODEL.MaskDINO.NO_OBJECT_WEIGHT": f"{NODE}LOSS.NO_OBJECT_WEIGHT",
+    "MODEL.MaskDINO.DEEP_SUPERVISION": f"{NODE}LOSS.DEEP_SUPERVISION",
+    "MODEL.MaskDINO.INITIAL_PRED": f"{NODE}LOSS.SUPERVISE_INITIAL",
+    "MODEL.MaskDINO.PANO_BOX_LOSS": f"{NODE}LOSS.DECOUPLE_STUFF_BOXES",
+    "MODEL.MaskDINO.TRAIN_NUM_POINTS": f"{NODE}LOSS.NUM_POINTS",
+    "MODEL.MaskDINO.OVERSAMPLE_RATIO": f"{NODE}LOSS.OVERSAMPLE_RATIO",
+    "MODEL.MaskDINO.IMPORTANCE_SAMPLE_RATIO": f"{NODE}LOSS.IMPORTANCE_RATIO",
+    "MODEL.MaskDINO.TEST.INSTANCE_ON": f"{NODE}TEST.INSTANCE_ON",
+    "MODEL.MaskDINO.TEST.PANOPTIC_ON": f"{NODE}TEST.PANOPTIC_ON",
+    "MODEL.MaskDINO.TEST.SEMANTIC_ON": f"{NODE}TEST.SEMANTIC_ON",
+    "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD": f"{NODE}TEST.PANOPTIC_SCORE_THRESHOLD",
+    "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD": f"{NODE}TEST.PANOPTIC_OVERLAP_THRESHOLD",
+    "MODEL.MaskDINO.TEST.PANO_TEMPERATURE": f"{NODE}TEST.TEMPERATURE",
+    "MODEL.MaskDINO.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": f"{NODE}TEST.RESIZE_BEFORE_SUM",
+    "INPUT.MIN_SCALE": "INPUT.LSJ.MIN_SCALE",
+    "INPUT.MAX_SCALE": "INPUT.LSJ.MAX_SCALE",
+}
+# Released key -> (value -> {our key: value}).
+CONVERTED = {
+    "MODEL.SEM_SEG_HEAD.FEATURE_ORDER": lambda v: {
+        f"{NODE}QUERY_SELECTION.LARGEST_PROPOSALS": "finest" if v == "low2high" else "coarsest"
+    },
+    "MODEL.SEM_SEG_HEAD.PROJECT_FEATURES": lambda _: {},
+    "MODEL.MaskDINO.DN": lambda v: {
+        f"{NODE}DENOISING.MODE": {"seg": "boxes_and_masks", "standard": "boxes", "no": "off"}[v]
+    },
+    "MODEL.MaskDINO.DN_NOISE_SCALE": lambda v: {
+        f"{NODE}DENOISING.LABEL_NOISE": v / 2,
+        f"{NODE}DENOISING.BOX_NOISE": v,
+    },
+    "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": lambda v: {
+        f"{NODE}QUERY_SELECTION.MASK_ENHANCED_ANCHORS": v
+        if v in ("mask2box", "bitmask")
+        else "none"
+    },
+    "MODEL.MaskDINO.SEMANTIC_CE_LOSS": lambda v: {
+        f"{NODE}LOSS.CLASSIFICATION": "cross_entropy" if v else "focal"
+    },
+    "MODEL.MaskDINO.BOX_LOSS": lambda v: (
+        {} if v else {f"{NODE}LOSS.L1_WEIGHT": 0.0, f"{NODE}LOSS.GIOU_WEIGHT": 0.0}
+    ),
+    "MODEL.MaskDINO.TEST.TEST_FOUCUS_ON_BOX": lambda v: {f"{NODE}TEST.MASK_SCORING": not v},
+    "INPUT.IMAGE_SIZE": lambda v: {"INPUT.LSJ.SIZE": [v, v]},
+    "INPUT.DATASET_MAPPER_NAME": lambda v: {
+        "INPUT.DATASET_MAPPER_NAME": next(
+            (task for task in ("instance", "panoptic") if task in v), "semantic"
+        ),
+        "INPUT.LSJ.ENABLED": v.endswith("lsj"),
+    },
+}
+# What a released configuration means by leaving a key out, where that is not our default.
+DEFAULTS = {
+    "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 1024,
+    "MODEL.SEM_SEG_HEAD.FEATURE_ORDER": "high2low",
+    "MODEL.MaskDINO.DEC_LAYERS": 6,
+    "MODEL.MaskDINO.NUM_OBJECT_QUERIES": 100,
+    "MODEL.MaskDINO.INITIALIZE_BOX_TYPE": "no",
+    "MODEL.MaskDINO.PANO_BOX_LOSS": False,
+    "MODEL.MaskDINO.TEST.INSTANCE_ON": False,
+    "MODEL.MaskDINO.TEST.SEMANTIC_ON": True,
+    "MODEL.MaskDINO.TEST.OBJECT_MASK_THRESHOLD": 0.0,
+    "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD": 0.0,
+}
+# Parts that the released code can switch on but no released model has.
+MUST_BE = {
+    "MODEL.MaskDINO.LEARN_TGT": False,
+    "MODEL.MaskDINO.PRE_NORM": False,
+    "MODEL.MaskDINO.PRED_CONV": False,
+    "MODEL.MaskDINO.ENFORCE_INPUT_PROJ": False,
+    "MODEL.MaskDINO.DROPOUT": 0.0,
+    "MODEL.MaskDINO.TEST.PANO_TRANSFORM_EVAL": True,
+}
+
+
+def convert_config(released: Mapping[str, object], cfg: CfgNode) -> list[str]:
+    """Carries the values of a released configuration into ours.
+
+    Args:
+        released: the nested mapping of a released YAML file (with its base files merged).
+        cfg: our configuration, changed in place.
+
+    Returns:
+        Released keys that have no meaning here and were left out.
+
+    Raises:
+        ValueError: the configuration asks for a part that this project does not have.
+    """
+    left_out = []
+    flat = DEFAULTS | flatten(released)
+    # Keys that the conversion sets last, so that they win over those that only carry a value.
+    for key, value in sorted(flat.items(), key=lambda item: item[0] in CONVERTED):
+        if key in MUST_BE:
+            if value != MUST_BE[key]:
+                raise ValueError(f"{key} is {value!r}; only {MUST_BE[key]!r} is supported")
+        elif key in CONVERTED:
+            for ours, new in CONVERTED[key](value).items():
+                set_value(cfg, ours, new)
+        elif key in SAME_VALUE:
+            set_value(cfg, SAME_VALUE[key], value)
+        elif key.startswith("MODEL.SWIN."):
+            cfg.MODEL.SWIN[key.rsplit(".", 1)[1]] = value
+        elif _has(cfg, key):
+            set_value(cfg, key, value)
+        else:
+            left_out.append(key)
+    node = cfg.MODEL.MASK_DINO
+    node.QUERY_SELECTION.EMPTY_MASKS = "corner"
+    # The released matcher is never told of decoupled boxes.
+    node.MATCHER.DECOUPLE_STUFF_BOXES = False
+    # Cross-entropy is for models that do semantic segmentation and nothing beside it.
+    if node.TEST.PANOPTIC_ON or not node.TEST.SEMANTIC_ON:
+        node.LOSS.CLASSIFICATION = "focal"
+    return left_out
+
+
+def flatten(node: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested mappings to one with dotted keys."""
+    flat = {}
+    for key, value in node.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def set_value(cfg: CfgNode, key: str, value: object) -> None:
+    """Sets a dotted key, with yacs' type checks, to which 2 is no float."""
+    node = cfg
+    for part in key.split("."):
+        node = node[part]
+    cfg.merge_from_list([key, float(value) if isinstance(node, float) else value])
+
+
+def _has(cfg: CfgNode, key: str) -> bool:
+    node = cfg
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True
