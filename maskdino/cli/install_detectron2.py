@@ -375,9 +375,9 @@ def build(options: argparse.Namespace, folder: Path) -> Path:
     return build_wheel(root, options.wheel_dir or folder / "wheel")
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Build and install, unless detectron2 is there already."""
-    options = parse_arguments()
+    options = parse_arguments(words)
     version = installed_version()
     if options.check:
         sys.exit(version is None)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.conftest import load_module
+from maskdino.cli import install_detectron2
 
 MODEL_ZOO = """\
 import os
@@ -57,10 +57,9 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def recipe(repository: Path) -> ModuleType:
+def recipe() -> ModuleType:
     """The recipe as a module."""
-    path = repository / "tools" / "build_detectron2.py"
-    return load_module(path)
+    return install_detectron2
 
 
 @pytest.fixture
