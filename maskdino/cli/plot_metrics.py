@@ -10,11 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")  # no display is needed
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
+from maskdino.evaluation.charts import draw_lines
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name -> iterations, values
 
@@ -77,39 +75,24 @@ def choose_panels(curves: Curves) -> dict[str, list[str]]:
     return {title: names for title, names in found.items() if names}
 
 
-def draw_panel(axes: Axes, title: str, names: list[str], curves: Curves) -> None:
-    """Draws curves into one panel."""
-    for name in names:
-        iterations, values = curves[name]
-        marker = "o" if len(values) < 30 else None
-        axes.plot(iterations, values, label=name, marker=marker, markersize=3, linewidth=1.2)
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.tick_params(labelsize=8)
-    drawn = [value for name in names for value in curves[name][1] if value > 0]
-    if ("loss" in title or "norm" in title) and drawn and max(drawn) > 10 * min(drawn):
-        axes.set_yscale("log")
-    if len(names) > 1:
-        axes.legend(fontsize=7)
-
-
 def plot(curves: Curves, title: str, target: Path) -> None:
-    """Draws all panels into a PNG."""
+    """Draws all panels into a file, PNG or what its name says."""
     panels = choose_panels(curves)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False, constrained_layout=True
-    )
-    for place, (name, chosen) in zip(axes.flat, panels.items(), strict=False):
-        draw_panel(place, name, chosen, curves)
-    for place in axes.flat[len(panels) :]:
-        place.set_visible(False)
-    for place in axes[-1]:
-        place.set_xlabel("iteration", fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
+    for number, (name, chosen) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
+        draw_lines(axes, {key: curves[key] for key in chosen})
+        axes.set_title(name, fontsize=10)
+        axes.tick_params(labelsize=8)
+        drawn = [value for key in chosen for value in curves[key][1] if value > 0]
+        if ("loss" in name or "norm" in name) and drawn and max(drawn) > 10 * min(drawn):
+            axes.set_yscale("log")
+        if number > len(panels) - columns:
+            axes.set_xlabel("iteration", fontsize=8)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.savefig(target, dpi=110)
-    plt.close(figure)
 
 
 def main(words: list[str] | None = None) -> None:
@@ -128,4 +111,4 @@ def main(words: list[str] | None = None) -> None:
         sys.exit(f"error: {source} holds no metrics yet")
     target = args.output or args.output_dir / "metrics.png"
     plot(curves, str(args.output_dir), target)
-    print(f"{len(curves)} curves read, picture written to {target}")
+    print(f"{len(curves)} curves read, image written to {target}")

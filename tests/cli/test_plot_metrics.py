@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib import image as mpl_image
+from matplotlib.figure import Figure
 
 from maskdino.cli import plot_metrics
 
@@ -30,14 +31,34 @@ def test_broken_line_is_named(tmp_path: Path) -> None:
         plot_metrics.read_metrics(path)
 
 
-def test_writes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_each_curve_in_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("total_loss", "loss_class", "loss_giou", "lr", "images_per_second", "segm/AP")
-    write(tmp_path, [{"iteration": it, **dict.fromkeys(names, 1.0 / it)} for it in (20, 40)])
-    monkeypatch.setattr(sys, "argv", ["plot_metrics.py", str(tmp_path)])
-    plot_metrics.main()
-    picture = mpl_image.imread(tmp_path / "metrics.png")
-    assert picture.shape[0] > 300
-    assert picture[..., :3].std() > 0.05  # not blank
+    losses = [{"iteration": it, **dict.fromkeys(names, 1.0 / it)} for it in (1, 20, 40)]
+    write(tmp_path, losses)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    plot_metrics.main([str(tmp_path)])
+    panels = {axes.get_title(): axes for axes in figures[0].axes}
+    assert list(panels) == [
+        "total loss",
+        "losses of the last layer",
+        "AP, PQ, mIoU (%)",
+        "learning rate",
+        "images per second",
+    ]
+    drawn = {line.get_label(): line for line in panels["losses of the last layer"].lines}
+    assert drawn.keys() == {"loss_class", "loss_giou"}
+    assert drawn["loss_giou"].get_xydata().tolist() == [[1, 1], [20, 1 / 20], [40, 1 / 40]]
+    scales = {title: axes.get_yscale() for title, axes in panels.items()}
+    assert scales["total loss"] == "log" and scales["learning rate"] == "linear"
+
+
+def test_writes_an_image(tmp_path: Path) -> None:
+    write(tmp_path, [{"iteration": it, "lr": 1.0 / it} for it in (20, 40)])
+    plot_metrics.main([str(tmp_path)])
+    image = mpl_image.imread(tmp_path / "metrics.png")
+    assert image.shape[0] > 300
+    assert (image[..., :3].min(2) < 0.5).any()  # not blank
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "does not exist"), ("", "no metrics yet")])

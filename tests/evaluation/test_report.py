@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import json
 import re
@@ -14,10 +15,12 @@ import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from maskdino.evaluation.report import bars, curves, precision_recall, report_paths, write_report
+from maskdino.evaluation.charts import bars, curves
+from maskdino.evaluation.report import precision_recall, report_paths, write_report
 from maskdino.visualization.ground_truth import ground_truth_of
 from maskdino.visualization.results import Categories, ImageResult
 
+SVG = "{http://www.w3.org/2000/svg}"
 CATEGORIES = Categories(("nucleus",), (True,), (1,))
 
 
@@ -59,7 +62,9 @@ def test_report_shows_numbers_curves_and_images(tmp_path: Path, records: list[di
     assert "segm: AP of each class in percent (1 could not be measured)" in page
     assert "owl" not in page
     assert page.index("segm: precision over recall") < page.index("Results: sem_seg")
-    assert page.count("<polyline") == 6  # boxes and masks at three IoU thresholds
+    assert (
+        len(re.findall(r">IoU 0\.\d+: [\d.]+<", page)) == 6
+    )  # boxes and masks at three thresholds
     assert "http" not in page.replace("http://www.w3.org", "")  # nothing is fetched
     embedded = re.findall(r'base64,([^"]+)"', page)
     assert len(embedded) == 4
@@ -80,16 +85,43 @@ def test_curves_leave_out_classes_without_objects() -> None:
     assert precision_recall(np.full((10, 101, 3, 4, 3), -1.0)) == {}
 
 
-def test_pictures_are_well_formed() -> None:
-    drawn = ElementTree.fromstring(bars({"AP-b": 20.0, "AP-a": 80.0, "AP-c": 0.0}))
-    names = [t.text for t in drawn.iter("text") if t.get("text-anchor") == "end"]
-    assert names == ["a", "b", "c"]
-    widths = [float(rect.get("width")) for rect in drawn.iter("rect")]
-    assert widths[0] == 4 * widths[1] > widths[2] == 0
-    line = ElementTree.fromstring(curves({"one": [1.0, 0.0]}, "x", "y")).find("polyline")
-    (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in line.get("points").split())
-    assert x0 < x1
-    assert y0 < y1  # downwards
+def drawn(chart: str, style: str) -> list[np.ndarray]:
+    """Corners (N, 2) of all shapes of a style in an SVG, in pixels, y downwards."""
+    paths = re.findall(rf'<path d="([^"]*)"[^>]*style="{style}', chart)
+    numbers = (re.findall(r"-?[\d.]+", path) for path in paths)
+    return [np.array(found, float).reshape(-1, 2) for found in numbers]
+
+
+def test_bars_are_ordered_and_in_proportion() -> None:
+    chart = bars({"$b$": 20.0, "a & <b>": 80.0, "c": 0.0})
+    texts = [text.text for text in ElementTree.fromstring(chart).iter(f"{SVG}text")]
+    assert texts == ["a & <b>", "$b$", "c", "80.0", "20.0", "0.0"]
+    corners = drawn(chart, "fill: #1f77b4")
+    widths = [np.ptp(found[:, 0]) for found in corners]
+    assert widths == pytest.approx([4 * widths[1], widths[1], 0], abs=1e-3)
+    assert widths[1] > 50
+    assert corners[0][:, 1].max() < corners[1][:, 1].min()  # the longest is on top
+
+
+def test_curves_fall_from_left_to_right() -> None:
+    chart = curves({"one": [1.0, 0.0], "two": [0.25, 0.25]}, "recall", "precision")
+    texts = {text.text for text in ElementTree.fromstring(chart).iter(f"{SVG}text")}
+    assert {"recall", "precision", "one: 50.0", "two: 25.0"} <= texts
+    (x0, y0), (x1, y1) = drawn(chart, "fill: none; stroke: #1f77b4")[0]
+    assert x0 < x1 and y0 < y1
+    level = drawn(chart, "fill: none; stroke: #ff7f0e")[0]
+    np.testing.assert_allclose(level, [[x0, (y0 + 3 * y1) / 4], [x1, (y0 + 3 * y1) / 4]], rtol=1e-4)
+
+
+def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
+    (tmp_path / "inference").mkdir()
+    results = {"<i>": {"<b>AP</b>": 1.0, "AP-<script>": 50.0, "AP-</svg>": 20.0}}
+    (tmp_path / "inference" / "results.json").write_text(json.dumps(results))
+    page = write_report(tmp_path / "r.html", "<u>&", tmp_path).read_text()
+    for text in ("<i>", "<b>", "<script>", "<u>"):
+        assert text not in page
+        assert html.escape(text) in page
+    assert page.count("</svg>") == 1
 
 
 def test_without_an_evaluation(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Charts by matplotlib, without a display: lines and bars, as SVG that stands in a page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+def draw_lines(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Draws lines, name -> (x, y), with a grid and, for several of them, a legend."""
+    for name, (x, y) in lines.items():
+        marker = "o" if len(y) < 30 else None
+        axes.plot(x, y, label=name, marker=marker, markersize=3, linewidth=1.2)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend(fontsize="x-small")
+
+
+def curves(lines: Mapping[str, Sequence[float]], x_name: str, y_name: str) -> str:
+    """SVG of lines with values in [0, 1] over equal steps from 0 to 1; means are in the legend."""
+    figure = Figure(figsize=(6, 4))
+    axes = figure.subplots()
+    drawn = {}
+    for name, values in lines.items():
+        x = [i / max(len(values) - 1, 1) for i in range(len(values))]
+        drawn[f"{name}: {100 * sum(values) / len(values):.1f}"] = (x, values)
+    draw_lines(axes, drawn)
+    axes.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1.02))
+    return _to_svg(figure)
+
+
+def bars(values: Mapping[str, float]) -> str:
+    """SVG of one bar in [0, 100] for each name, the longest first."""
+    ordered = sorted(values.items(), key=lambda item: -item[1])
+    names, lengths = [name for name, _ in ordered], [value for _, value in ordered]
+    figure = Figure(figsize=(7, 0.25 * len(ordered) + 0.2))
+    axes = figure.subplots()
+    drawn = axes.barh(range(len(ordered)), lengths)
+    axes.bar_label(drawn, [f"{value:.1f}" for value in lengths], padding=3, fontsize="small")
+    # "$" is a character like others.
+    axes.set_yticks(range(len(ordered)), names, fontsize="small", parse_math=False)
+    axes.set(xlim=(0, 100), ylim=(len(ordered) - 0.5, -0.5))
+    axes.set_frame_on(False)
+    axes.tick_params(length=0, labelbottom=False)
+    return _to_svg(figure)
+
+
+def _to_svg(figure: Figure) -> str:
+    """The element <svg>, with text as text, the same each time."""
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "maskdino"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=NO_METADATA)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
