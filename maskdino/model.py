@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,14 @@ from torch import Tensor, nn
 
 from maskdino.backbones import build_backbone
 from maskdino.cuda_graphs import CudaGraphs
-from maskdino.losses.criterion import BOX_TERMS, MASK_TERMS, Criterion
+from maskdino.losses.criterion import BOX_LOSSES, MASK_LOSSES, Criterion
 from maskdino.modeling.decoder import Decoder, DecoderState
-from maskdino.modeling.denoising import DenoisingQueries, attention_mask, build_denoising
+from maskdino.modeling.denoising import (
+    DenoisingQueries,
+    build_denoising,
+    join_noised,
+    split_noised,
+)
 from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbedding
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.query_selection import build_query_selection
@@ -24,7 +30,7 @@ from maskdino.ops.host import run_steps
 from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
 from maskdino.precision import check_precision, network_precision
 from maskdino.registration import offer_to
-from maskdino.structures import Memory, Predictions, Queries, Targets, send
+from maskdino.structures import Memory, Outputs, Predictions, Targets, send
 from maskdino.targets import prepare_targets
 
 logger = logging.getLogger(__name__)
@@ -87,19 +93,35 @@ class MaskDINO(nn.Module):
         criterion: Criterion,
         inference: InferenceOptions,
         is_thing: list[bool],
-        deep_supervision: bool,
-        supervise_initial: bool,
         size_divisibility: int,
         pixel_mean: list[float],
         pixel_std: list[float],
     ) -> None:
-        """`is_thing` tells which classes are things; see `maskdino.config` for the rest."""
+        """Joins the parts; `from_config` makes them.
+
+        Args:
+            backbone: gives features of the images, by name.
+            encoder: makes of them tokens of several levels that know of each other.
+            pixel_embedding: makes the map whose dot product with a mask embedding is a mask; None:
+                a detector without masks.
+            heads: class, box and mask head, which query selection and every decoder layer share.
+            query_selection: makes the decoder's queries: `UnifiedQuerySelection`, or
+                `LearnedQueries`, which have nothing of the image.
+            denoising: makes noised queries in training; None: none.
+            decoder: refines the queries.
+            criterion: matching and losses.
+            inference: how predictions become results.
+            is_thing: (classes,) False for "stuff": without boxes in training where that is asked
+                for, and one segment of each class in panoptic results.
+            size_divisibility: batches are padded to a multiple of this, in pixels.
+            pixel_mean: (channels,) subtracted from the pixels of images.
+            pixel_std: (channels,) by which the difference is divided.
+        """
         super().__init__()
         self.backbone, self.encoder, self.pixel_embedding = backbone, encoder, pixel_embedding
         self.heads = heads
         self.query_selection, self.denoising, self.decoder = query_selection, denoising, decoder
         self.criterion, self.inference = criterion, inference
-        self.deep_supervision, self.supervise_initial = deep_supervision, supervise_initial
         self.size_divisibility = size_divisibility
         self.register_buffer(
             "pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False
@@ -118,9 +140,9 @@ class MaskDINO(nn.Module):
         """
         heads = {
             "class head": (["loss_class"], [self.heads.class_head]),
-            "box head": (BOX_TERMS, [self.heads.box_head]),
+            "box head": (BOX_LOSSES, [self.heads.box_head]),
             "mask head and pixel embedding": (
-                MASK_TERMS,
+                MASK_LOSSES,
                 [self.heads.mask_head, self.pixel_embedding],
             ),
         }
@@ -148,8 +170,6 @@ class MaskDINO(nn.Module):
             "criterion": Criterion(cfg),
             "inference": inference_options(cfg),
             "is_thing": thing_classes(cfg),
-            "deep_supervision": node.LOSS.DEEP_SUPERVISION,
-            "supervise_initial": node.LOSS.SUPERVISE_INITIAL,
             "size_divisibility": node.SIZE_DIVISIBILITY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -198,33 +218,15 @@ class MaskDINO(nn.Module):
         return ImageList.from_tensors(images, self.size_divisibility)
 
     def losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Weighted losses of normalised, padded images (B, 3, height, width)."""
-        memory, pixels = self._encode(images)
-        queries, proposals = self.query_selection(memory, pixels, self.heads)
+        """Weighted losses of normalized, padded images (B, 3, height, width): Figure 2."""
+        memory, pixel_embedding = self._encode(images)
+        queries, proposals = self.query_selection(memory, pixel_embedding, self.heads)
         denoising = None if self.denoising is None else self.denoising(targets)
-        noised, may_attend = 0, None
-        if denoising is not None:
-            noised = denoising.num_queries
-            may_attend = attention_mask(denoising, queries.content.shape[1])
-            queries = _join(denoising.queries, queries)
-        states = self.decoder(queries, memory, self.heads, may_attend)
-        names = ["_initial", *(f"_layer{i}" for i in range(1, len(states) - 1)), ""]
-        if not self.supervise_initial:
-            states, names = states[1:], names[1:]
-        if not self.deep_supervision:
-            states, names = states[-1:], names[-1:]
-        decoded = self._predict(states)
-        matched = decoded.map(lambda x: x[:, :, noised:])
-        suffixes = list(names)
-        if proposals is not None:
-            matched = Predictions.cat([matched, proposals.map(lambda x: x[None])])
-            suffixes.append("_proposal")
-        denoised = None
-        if denoising is not None:
-            # Learned queries are their own initial prediction, which noised ones have no part in.
-            first = int(proposals is None and names[0] == "_initial")
-            denoised = (denoising, decoded.map(lambda x: x[first:, :, :noised]), names[first:])
-        return self.criterion(matched, suffixes, pixels, targets, denoised)
+        queries, may_attend = join_noised(denoising, queries)
+        states = self.criterion.supervised(self.decoder(queries, memory, self.heads, may_attend))
+        outputs = Outputs(self._predict(list(states.values())), tuple(states))
+        matched, denoised = split_noised(outputs, denoising)
+        return self.criterion(matched, proposals, denoised, pixel_embedding, targets)
 
     def predict(self, images: Tensor) -> tuple[Predictions, Tensor | None]:
         """Predictions of the tested decoder layer (TEST.DECODER_LAYER), and the pixel embedding.
@@ -232,13 +234,13 @@ class MaskDINO(nn.Module):
         Args:
             images: normalised and padded, (B, 3, height, width).
         """
-        memory, pixels = self._encode(images)
-        queries, _ = self.query_selection(memory, pixels, self.heads)
+        memory, pixel_embedding = self._encode(images)
+        queries, _ = self.query_selection(memory, pixel_embedding, self.heads)
         layers = self.inference.decoder_layer
         states = self.decoder(
             queries, memory, self.heads, num_layers=None if layers < 0 else layers
         )
-        return self._predict(states[-1:]).map(lambda x: x[0]), pixels
+        return self._predict(states[-1:]).map(lambda x: x[0]), pixel_embedding
 
     def _encode(self, images: Tensor) -> tuple[Memory, Tensor | None]:
         features = self.backbone(images)
@@ -247,7 +249,7 @@ class MaskDINO(nn.Module):
             features, memory
         )
 
-    def _predict(self, states: list[DecoderState]) -> Predictions:
+    def _predict(self, states: Sequence[DecoderState]) -> Predictions:
         """Predictions (O, B, Q, ...) of several states in one go."""
         classes, masks = self.heads.classes_and_masks(
             torch.stack([state.content for state in states])
@@ -325,11 +327,6 @@ def thing_classes(cfg: CfgNode) -> list[bool]:
     if things is None or stuff is None:  # either may be empty
         return [True] * number
     return [label in things.values() for label in range(number)]
-
-
-def _join(first: Queries, second: Queries) -> Queries:
-    content = torch.cat([first.content.to(second.content.dtype), second.content], dim=1)
-    return Queries(content, torch.cat([first.anchor_logits, second.anchor_logits.float()], dim=1))
 
 
 def inference_options(cfg: CfgNode) -> InferenceOptions:

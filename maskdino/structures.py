@@ -88,6 +88,31 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """Predictions that losses are computed for, each with its name."""
+
+    predictions: Predictions  # (O, B, Q, ...)
+    names: tuple[str, ...]  # O endings of the losses' names, such as "_layer1"
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Outputs:
+        """Applies a function that keeps O to each tensor of the predictions."""
+        return Outputs(self.predictions.map(function), self.names)
+
+    def plus(self, predictions: Predictions, name: str) -> Outputs:
+        """Adds one output, whose predictions (B, Q, ...) have no dimension O yet."""
+        stacked = predictions.map(lambda x: x[None])
+        return Outputs(Predictions.cat([self.predictions, stacked]), (*self.names, name))
+
+    def without(self, name: str) -> Outputs:
+        """Leaves one output out, if it is there; it must be the first."""
+        if name not in self.names:
+            return self
+        if self.names[0] != name:
+            raise ValueError(f"{name!r} is not the first of the outputs {self.names}")
+        return Outputs(self.predictions.map(lambda x: x[1:]), self.names[1:])
+
+
+@dataclass(frozen=True)
 class Denoising:
     """Noised ground truth, decoded in front of the matching queries (section 3.6, appendix B.2).
 
@@ -103,6 +128,14 @@ class Denoising:
     @property
     def num_queries(self) -> int:
         return self.num_groups * self.slots_per_group
+
+
+@dataclass(frozen=True)
+class DenoisedOutputs:
+    """What became of noised queries: their outputs, and how they were noised."""
+
+    outputs: Outputs  # of the noised queries alone
+    denoising: Denoising
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ COPY = "copy to the host"
 # for in a thread.
 TRAINING = {("event", "engine/train_step.py:read"): 1}
 TO_HOST = {
-    ("pinned to the host", "losses/matcher.py:__init__"): 1,
+    ("pinned to the host", "losses/assignment.py:__init__"): 1,
     ("pinned to the host", "engine/train_step.py:__init__"): 1,
 }
 # Inference and post-processing of one image: how many objects there are, and then which.

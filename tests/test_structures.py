@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskdino.structures import Matches, PackedMasks, Predictions
+from maskdino.structures import Matches, Outputs, PackedMasks, Predictions
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 7), (5, 8), (3, 9), (2, 31)])
@@ -77,3 +77,25 @@ def test_matches_remember_their_images() -> None:
     matches = Matches.from_numpy(pairs, torch.device("cpu"))
     assert matches.pairs_per_image == (2, 0)
     assert matches.query.tolist() == [4, 5] and matches.output.dtype == torch.int64
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_outputs_are_added_and_left_out(masks: bool) -> None:
+    def predictions(*lead: int) -> Predictions:
+        embeddings = torch.rand(*lead, 5) if masks else None
+        return Predictions(torch.rand(*lead, 3), torch.rand(*lead, 4), embeddings)
+
+    decoded, proposals = predictions(2, 1, 6), predictions(1, 6)
+    outputs = Outputs(decoded, ("_initial", ""))
+    more = outputs.plus(proposals, "_proposal")
+    assert more.names == ("_initial", "", "_proposal")
+    assert torch.equal(more.predictions.boxes[:2], decoded.boxes)
+    assert torch.equal(more.predictions.class_logits[2], proposals.class_logits)
+    assert (more.predictions.mask_embeddings is not None) == masks
+    fewer = more.without("_initial")
+    assert fewer.names == ("", "_proposal")
+    assert torch.equal(fewer.predictions.boxes, more.predictions.boxes[1:])
+    assert fewer.without("_initial") is fewer
+    with pytest.raises(ValueError, match="'_proposal' is not the first"):
+        fewer.without("_proposal")
+    assert fewer.map(lambda x: x[:, :, 2:]).predictions.boxes.shape == (2, 1, 4, 4)

@@ -55,10 +55,10 @@ class FixedPoints(PointSampler):
         super().__init__(len(points), 1.0, 0.0)
         self.points = points
 
-    def uniform(self, number: int, device: torch.device) -> Tensor:
+    def sample_uniform(self, number: int, device: torch.device) -> Tensor:
         return self.points.to(device).expand(number, -1, -1)
 
-    def uncertain(self, maps: Tensor) -> Tensor:
+    def sample_uncertain(self, maps: Tensor) -> Tensor:
         return self.points.to(maps.device).expand(len(maps), -1, -1)
 
 
@@ -138,7 +138,8 @@ class Case:
     def losses(self) -> dict[str, Tensor]:
         """Weighted losses under released names, with every random point replaced by the case's."""
         model = self.model.train()
-        model.criterion.points = FixedPoints(torch.from_numpy(self.inputs["points"]).float())
+        points = FixedPoints(torch.from_numpy(self.inputs["points"]).float())
+        model.criterion.points = model.criterion.matcher.points = points
         images = self.normalized()
         instances = []
         for i in range(len(self.images)):
@@ -151,7 +152,7 @@ class Case:
         targets = prepare_targets(
             instances, tuple(images.shape[-2:]), model.is_thing, images.device
         )
-        first = 1 - int(model.supervise_initial)
+        first = 1 - int(model.criterion.supervise_initial)
         return {
             released_loss_name(name, first): loss
             for name, loss in model.losses(images, targets).items()

@@ -6,7 +6,9 @@ M matched pairs, P points.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,19 +20,30 @@ from torch import Tensor, nn
 from maskdino.losses.functional import focal_loss, giou_loss, l1_loss, mask_bce_loss, mask_dice_loss
 from maskdino.losses.matcher import HybridMatcher
 from maskdino.ops.points import PointSampler, mask_logits_at_points, sample_packed_masks
-from maskdino.structures import Denoising, Matches, Predictions, Targets
+from maskdino.structures import DenoisedOutputs, Matches, Outputs, Predictions, Targets
 
-BOX_TERMS = ("loss_l1", "loss_giou")
-MASK_TERMS = ("loss_mask_bce", "loss_mask_dice")
+State = TypeVar("State")
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+
+# A new loss is a function here and its weight in `Criterion.from_config`.
+BOX_LOSSES: dict[str, PairLoss] = {  # boxes (M, 4) and those of their objects to (M,)
+    "loss_l1": l1_loss,
+    "loss_giou": giou_loss,
+}
+MASK_LOSSES: dict[str, PairLoss] = {  # logits (M, P) and labels in [0, 1] at points to (M,)
+    "loss_mask_bce": mask_bce_loss,
+    "loss_mask_dice": mask_dice_loss,
+}
+INITIAL, PROPOSAL, DENOISING = "_initial", "_proposal", "_denoising"  # parts of losses' names
 
 
 class Criterion(nn.Module):
     """Weighted losses of all outputs.
 
-    The result names a loss `<term><suffix>`: terms are loss_class, loss_l1, loss_giou,
-    loss_mask_bce and loss_mask_dice; the suffix tells the output (none: last layer; `_layer2`;
-    `_initial`: queries before the first layer; `_proposal`: the encoder's prediction), with
-    `_denoising` in front for noised queries.
+    The result names a loss `<term><output>`: terms are loss_class, loss_l1, loss_giou,
+    loss_mask_bce and loss_mask_dice; the output is nothing (last layer), `_layer2`, `_initial`
+    (queries before the first layer) or `_proposal` (the encoder's prediction), with `_denoising` in
+    front for noised queries.
     """
 
     @configurable
@@ -39,29 +52,49 @@ class Criterion(nn.Module):
         *,
         matcher: HybridMatcher,
         points: PointSampler,
-        weights: dict[str, float],
+        weights: Mapping[str, float],
         cross_entropy: bool,
         no_object_weight: float,
         decouple_stuff_boxes: bool,
+        deep_supervision: bool,
+        supervise_initial: bool,
     ) -> None:
-        """`weights` maps terms to weights; a term of weight 0 is not computed."""
+        """Keeps the options.
+
+        Args:
+            matcher: pairs queries with objects.
+            points: draws the points at which the mask losses look.
+            weights: of the terms; a term of weight 0 is not computed.
+            cross_entropy: softmax cross-entropy instead of the focal loss.
+            no_object_weight: weight of unmatched queries in the cross-entropy.
+            decouple_stuff_boxes: stuff has no box losses (section 3.6).
+            deep_supervision: losses for every decoder layer, not only for the last.
+            supervise_initial: losses for the queries before the first layer too.
+        """
         super().__init__()
         self.matcher, self.points = matcher, points
         self.weights = {term: weight for term, weight in weights.items() if weight}
         self.cross_entropy, self.no_object_weight = cross_entropy, no_object_weight
         self.decouple_stuff_boxes = decouple_stuff_boxes
+        self.deep_supervision, self.supervise_initial = deep_supervision, supervise_initial
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Reads MODEL.MASK_DINO.LOSS.
+
+        Raises:
+            ValueError: if LOSS.CLASSIFICATION is unknown.
+        """
         node, masks = cfg.MODEL.MASK_DINO.LOSS, cfg.MODEL.MASK_DINO.MASK_ON
         if node.CLASSIFICATION not in ("focal", "cross_entropy"):
             raise ValueError(
                 f"MODEL.MASK_DINO.LOSS.CLASSIFICATION is {node.CLASSIFICATION!r}; it must be "
                 '"focal" or "cross_entropy"'
             )
+        matcher = HybridMatcher(cfg)
         return {
-            "matcher": HybridMatcher(cfg),
-            "points": PointSampler(node.NUM_POINTS, node.OVERSAMPLE_RATIO, node.IMPORTANCE_RATIO),
+            "matcher": matcher,
+            "points": matcher.points,
             "weights": {
                 "loss_class": node.CLASS_WEIGHT,
                 "loss_l1": node.L1_WEIGHT,
@@ -72,49 +105,68 @@ class Criterion(nn.Module):
             "cross_entropy": node.CLASSIFICATION == "cross_entropy",
             "no_object_weight": node.NO_OBJECT_WEIGHT,
             "decouple_stuff_boxes": node.DECOUPLE_STUFF_BOXES,
+            "deep_supervision": node.DEEP_SUPERVISION,
+            "supervise_initial": node.SUPERVISE_INITIAL,
         }
+
+    def supervised(self, states: Sequence[State]) -> dict[str, State]:
+        """Those of the decoder's states that have losses, by the names of these outputs.
+
+        Args:
+            states: before the first layer and after each layer.
+        """
+        names = (INITIAL, *(f"_layer{i}" for i in range(1, len(states) - 1)), "")
+        first = 0 if self.supervise_initial else 1
+        if not self.deep_supervision:
+            first = len(states) - 1
+        return dict(zip(names[first:], states[first:], strict=True))
 
     def forward(
         self,
-        predictions: Predictions,
-        suffixes: Sequence[str],
+        outputs: Outputs,
+        proposals: Predictions | None,
+        denoised: DenoisedOutputs | None,
         pixel_embedding: Tensor | None,
         targets: Targets,
-        denoised: tuple[Denoising, Predictions, Sequence[str]] | None = None,
     ) -> dict[str, Tensor]:
         """Computes all losses.
 
         Args:
-            predictions: of O outputs, to be matched.
-            suffixes: the O names of these outputs.
+            outputs: of the decoder, to be matched.
+            proposals: predictions (B, Q, ...) of the selected tokens, to be matched too; None where
+                queries are learned.
+            denoised: outputs of noised queries; None without denoising.
             pixel_embedding: (B, C, H, W), or None without a mask branch.
             targets: the objects.
-            denoised: what was noised, the predictions for it, and the names of its outputs.
 
         Returns:
             Weighted scalar losses.
         """
-        pending = self.matcher.start(predictions, pixel_embedding, targets, self.points)
+        if proposals is not None:
+            outputs = outputs.plus(proposals, PROPOSAL)
+        elif denoised is not None:
+            # As in the released models: beside learned queries, what noised ones predict before the
+            # first layer is not supervised.
+            denoised = replace(denoised, outputs=denoised.outputs.without(INITIAL))
+        pending = self.matcher.start(outputs.predictions, pixel_embedding, targets)
         normalizer = self._mean_objects(targets)
         losses = {}
         if denoised is not None:
             # Their pairs are known: these losses are computed while threads solve the matching.
-            denoising, noised, names = denoised
-            pairs = denoising_matches(denoising, targets, len(names))
+            noised, denoising = denoised.outputs, denoised.denoising
             terms = self._terms(
-                noised,
+                noised.predictions,
                 pixel_embedding,
                 targets,
-                pairs,
+                denoising_matches(denoised, targets),
                 normalizer * denoising.num_groups,
-                denoising.with_masks,
+                with_masks=denoising.with_masks,
             )
-            losses.update(self._weighted(terms, [f"_denoising{name}" for name in names]))
+            losses.update(self._weighted(terms, [DENOISING + name for name in noised.names]))
         terms = self._terms(
-            predictions, pixel_embedding, targets, pending.result(), normalizer, True
+            outputs.predictions, pixel_embedding, targets, pending.result(), normalizer
         )
-        losses.update(self._weighted(terms, suffixes))
-        return losses
+        return losses | self._weighted(terms, outputs.names)
 
     def _weighted(self, terms: dict[str, Tensor], suffixes: Sequence[str]) -> dict[str, Tensor]:
         return {
@@ -138,7 +190,8 @@ class Criterion(nn.Module):
         targets: Targets,
         matches: Matches,
         normalizer: float | Tensor,
-        with_masks: bool,
+        *,
+        with_masks: bool = True,
     ) -> dict[str, Tensor]:
         """Unweighted terms, each (O,)."""
         terms = {}
@@ -147,18 +200,14 @@ class Criterion(nn.Module):
             terms["loss_class"] = classify(
                 predictions.class_logits.float(), targets, matches, normalizer
             )
-        if any(term in self.weights for term in BOX_TERMS):
+        if self.weights.keys() & BOX_LOSSES.keys():
             terms.update(self._boxes(predictions.boxes.float(), targets, matches, normalizer))
-        if with_masks and any(term in self.weights for term in MASK_TERMS):
-            terms.update(
-                self._masks(
-                    predictions.mask_embeddings, pixel_embedding, targets, matches, normalizer
-                )
-            )
+        if with_masks and self.weights.keys() & MASK_LOSSES.keys():
+            terms.update(self._masks(predictions, pixel_embedding, targets, matches, normalizer))
         return terms
 
-    def _computed(
-        self, losses: dict[str, Callable[[Tensor, Tensor], Tensor]], found: Tensor, wanted: Tensor
+    def _of_pairs(
+        self, losses: dict[str, PairLoss], found: Tensor, wanted: Tensor
     ) -> dict[str, Tensor]:
         """The losses (M,) of matched pairs, without those of weight 0."""
         return {term: loss(found, wanted) for term, loss in losses.items() if term in self.weights}
@@ -191,7 +240,7 @@ class Criterion(nn.Module):
         matched = boxes[matches.output, matches.image, matches.query]  # (M, 4)
         wanted = targets.boxes[matches.target]
         counts = targets.is_thing[matches.target] if self.decouple_stuff_boxes else 1.0
-        losses = self._computed({"loss_l1": l1_loss, "loss_giou": giou_loss}, matched, wanted)
+        losses = self._of_pairs(BOX_LOSSES, matched, wanted)
         return {
             term: _sum_by_output(loss * counts, matches.output, boxes.shape[0]) / normalizer
             for term, loss in losses.items()
@@ -199,13 +248,16 @@ class Criterion(nn.Module):
 
     def _masks(
         self,
-        embeddings: Tensor,
-        pixel_embedding: Tensor,
+        predictions: Predictions,
+        pixel_embedding: Tensor | None,
         targets: Targets,
         matches: Matches,
         normalizer: float | Tensor,
     ) -> dict[str, Tensor]:
         """Mask losses at points (`ops.points` makes the masks of an image a few at a time)."""
+        embeddings = predictions.mask_embeddings
+        if embeddings is None or pixel_embedding is None:
+            raise ValueError("losses of masks need a mask branch (MODEL.MASK_DINO.MASK_ON)")
         matched = embeddings[matches.output, matches.image, matches.query]  # (M, C), image by image
         logits, labels = [], []
         for of_image, pixels, target in zip(
@@ -214,22 +266,21 @@ class Criterion(nn.Module):
             matches.target.split(matches.pairs_per_image),
             strict=True,
         ):
-            found, points = mask_logits_at_points(of_image, pixels, self.points.uncertain)
+            found, points = mask_logits_at_points(of_image, pixels, self.points.sample_uncertain)
             logits.append(found)
             labels.append(sample_packed_masks(targets.masks, target, points))
         logits, labels = torch.cat(logits), torch.cat(labels)  # (M, P)
         counts = targets.has_mask[matches.target]
-        terms = {"loss_mask_bce": mask_bce_loss, "loss_mask_dice": mask_dice_loss}
-        losses = self._computed(terms, logits, labels)
+        losses = self._of_pairs(MASK_LOSSES, logits, labels)
         return {
             term: _sum_by_output(loss * counts, matches.output, embeddings.shape[0]) / normalizer
             for term, loss in losses.items()
         }
 
 
-def denoising_matches(denoising: Denoising, targets: Targets, num_outputs: int) -> Matches:
+def denoising_matches(denoised: DenoisedOutputs, targets: Targets) -> Matches:
     """The pairs of noised queries and their objects, in all outputs: known without matching."""
-    pairs = []
+    denoising, num_outputs, pairs = denoised.denoising, len(denoised.outputs.names), []
     for image, (first, count) in enumerate(zip(targets.offsets, targets.counts, strict=True)):
         output, group, slot = np.indices((num_outputs, denoising.num_groups, count)).reshape(3, -1)
         query = group * denoising.slots_per_group + slot

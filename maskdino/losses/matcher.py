@@ -6,17 +6,15 @@ C channels.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from maskdino.losses.assignment import PendingMatches
 from maskdino.losses.functional import (
     focal_cost,
     giou_loss,
@@ -27,13 +25,7 @@ from maskdino.losses.functional import (
 from maskdino.ops.points import PointSampler, sample_maps, sample_packed_masks
 from maskdino.structures import Matches, PackedMasks, Predictions, Targets
 
-logger = logging.getLogger(__name__)
-
-IMPOSSIBLE = 1e6  # stands for a cost that is not finite
 ELEMENTS_AT_ONCE = 1 << 25  # features and mask logits at points (128 MiB of float32)
-_waiters = ThreadPoolExecutor(max_workers=1, thread_name_prefix="matching")
-# SciPy's solver releases the interpreter lock.
-_solvers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="assignment")
 
 
 @dataclass(frozen=True)
@@ -48,25 +40,36 @@ class CostWeights:
 
     @property
     def boxes(self) -> bool:
+        """Whether boxes are compared."""
         return self.l1_weight != 0 or self.giou_weight != 0
 
     @property
     def masks(self) -> bool:
+        """Whether masks are compared."""
         return self.mask_bce_weight != 0 or self.mask_dice_weight != 0
 
 
 class HybridMatcher:
-    """Matches all outputs and images in one pass."""
+    """Matches the queries of all outputs and images with objects, in one pass."""
 
     @configurable
-    def __init__(self, *, weights: CostWeights, decouple_stuff_boxes: bool) -> None:
-        """`decouple_stuff_boxes`: the box cost of stuff is the mean box cost of the things."""
-        self.weights = weights
-        self.decouple_stuff_boxes = decouple_stuff_boxes
+    def __init__(
+        self, *, weights: CostWeights, decouple_stuff_boxes: bool, points: PointSampler
+    ) -> None:
+        """Keeps the options.
+
+        Args:
+            weights: of the terms of the cost.
+            decouple_stuff_boxes: the box cost of stuff is the mean box cost of the image's things.
+            points: draws the points at which masks are compared, anew for each output and image;
+                the queries of one share them.
+        """
+        self.weights, self.decouple_stuff_boxes, self.points = weights, decouple_stuff_boxes, points
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        node = cfg.MODEL.MASK_DINO.MATCHER
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Reads MODEL.MASK_DINO.MATCHER."""
+        node, loss = cfg.MODEL.MASK_DINO.MATCHER, cfg.MODEL.MASK_DINO.LOSS
         masks = cfg.MODEL.MASK_DINO.MASK_ON
         weights = CostWeights(
             class_weight=node.CLASS_WEIGHT,
@@ -75,24 +78,37 @@ class HybridMatcher:
             mask_bce_weight=node.MASK_BCE_WEIGHT if masks else 0.0,
             mask_dice_weight=node.MASK_DICE_WEIGHT if masks else 0.0,
         )
-        return {"weights": weights, "decouple_stuff_boxes": node.DECOUPLE_STUFF_BOXES}
+        return {
+            "weights": weights,
+            "decouple_stuff_boxes": node.DECOUPLE_STUFF_BOXES,
+            "points": PointSampler(loss.NUM_POINTS, loss.OVERSAMPLE_RATIO, loss.IMPORTANCE_RATIO),
+        }
+
+    def __call__(
+        self, predictions: Predictions, pixel_embedding: Tensor | None, targets: Targets
+    ) -> Matches:
+        """Finds, for each output and image, the pairs whose costs have the smallest sum.
+
+        A query and an object of its image are paired at most once; of Q queries and n objects,
+        min(Q, n) are. There is no gradient. A cost that is not finite counts as very large and is
+        named in the log with its image, so that a broken query is left alone while others are
+        there; nothing is raised, as the losses, which are not finite then either, end the training.
+
+        Args:
+            predictions: of O outputs, (O, B, Q, ...).
+            pixel_embedding: (B, C, H, W), or None without a mask branch.
+            targets: the N objects of the B images.
+
+        Returns:
+            M pairs, image by image: M is the sum of O * min(Q, n) over images.
+        """
+        return self.start(predictions, pixel_embedding, targets).result()
 
     @torch.no_grad()
     def start(
-        self,
-        predictions: Predictions,
-        pixel_embedding: Tensor | None,
-        targets: Targets,
-        points: PointSampler,
+        self, predictions: Predictions, pixel_embedding: Tensor | None, targets: Targets
     ) -> PendingMatches:
-        """Computes the costs and begins to solve; the caller may go on meanwhile.
-
-        Args:
-            predictions: of O outputs.
-            pixel_embedding: (B, C, H, W), or None without a mask branch.
-            targets: the objects.
-            points: draws the points that the queries of one output and image share.
-        """
+        """As a call, but threads solve while the caller goes on; `result()` waits for them."""
         image = torch.cat(
             [targets.labels.new_full((count,), i) for i, count in enumerate(targets.counts)]
         )  # (N,) of each object
@@ -104,7 +120,7 @@ class HybridMatcher:
         if self.weights.boxes:
             costs = costs + self._box_cost(predictions, targets, image)
         if self.weights.masks:
-            costs = costs + self._mask_cost(predictions, pixel_embedding, targets, points)
+            costs = costs + self._mask_cost(predictions, pixel_embedding, targets)
         return PendingMatches(costs, targets)
 
     def _class_cost(self, predictions: Predictions, targets: Targets, image: Tensor) -> Tensor:
@@ -126,30 +142,26 @@ class HybridMatcher:
         return torch.where(targets.is_thing, cost, mean_over_things[:, None])
 
     def _mask_cost(
-        self,
-        predictions: Predictions,
-        pixel_embedding: Tensor,
-        targets: Targets,
-        points: PointSampler,
+        self, predictions: Predictions, pixel_embedding: Tensor | None, targets: Targets
     ) -> Tensor:
+        if predictions.mask_embeddings is None or pixel_embedding is None:
+            raise ValueError("costs of masks need a mask branch (MODEL.MASK_DINO.MASK_ON)")
         outputs, _, queries, _ = predictions.mask_embeddings.shape
         costs = []
         for image, (first, count) in enumerate(zip(targets.offsets, targets.counts, strict=True)):
             objects = targets.masks[first : first + count]
             embeddings, pixels = predictions.mask_embeddings[:, image], pixel_embedding[image]
             costs.append(
-                self._mask_cost_of_image(embeddings, pixels, objects, points)
+                self._mask_cost_of_image(embeddings, pixels, objects)
                 if count
                 else targets.boxes.new_zeros(outputs, queries, 0)
             )
         return torch.cat(costs, dim=2) * targets.has_mask
 
-    def _mask_cost_of_image(
-        self, embeddings: Tensor, pixels: Tensor, masks: PackedMasks, points: PointSampler
-    ) -> Tensor:
+    def _mask_cost_of_image(self, embeddings: Tensor, pixels: Tensor, masks: PackedMasks) -> Tensor:
         """Samples the pixel embedding, then multiplies: the same, and no mask map is made."""
         outputs, queries, channels = embeddings.shape
-        places = points.uniform(outputs, pixels.device)  # (O, P, 2)
+        places = self.points.sample_uniform(outputs, pixels.device)  # (O, P, 2)
         index = torch.arange(len(masks), device=pixels.device)
         labels = sample_packed_masks(masks, index, places.reshape(1, -1, 2))
         labels = labels.unflatten(1, (outputs, -1)).transpose(0, 1)  # (O, n, P)
@@ -183,63 +195,3 @@ def _logits_at(embeddings: Tensor, pixels: Tensor, points: Tensor) -> Tensor:
     features = sample_maps(pixels, points.reshape(1, -1, 2))[0]  # (C, o * P)
     features = features.to(embeddings.dtype).unflatten(1, (len(points), -1)).transpose(0, 1)
     return torch.bmm(embeddings, features).float()
-
-
-class PendingMatches:
-    """Costs on their way to the host, and assignments that threads work on."""
-
-    def __init__(self, costs: Tensor, targets: Targets) -> None:
-        """`costs` (O, Q, N): of giving an object to a query of its image."""
-        self._targets, self._device = targets, costs.device
-        self._copied = None
-        if costs.is_cuda:
-            self._costs = torch.empty(costs.shape, dtype=costs.dtype, pin_memory=True)
-            self._costs.copy_(costs, non_blocking=True)
-            # Of the device that copies, which need not be the current one.
-            self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(costs.device))
-        else:
-            self._costs = costs.cpu()
-        self._pairs = _waiters.submit(self._solve)
-
-    def result(self) -> Matches:
-        """Waits for the assignments."""
-        return Matches.from_numpy(self._pairs.result(), self._device)
-
-    def _solve(self) -> list[np.ndarray]:
-        """For each image (4, pairs): output, image, query and target of each pair."""
-        if self._copied is not None:
-            # Without it, a thread's first call of CUDA makes a context on the first GPU.
-            with torch.cuda.device(self._device):
-                self._copied.synchronize()
-        costs, pairs = self._costs.numpy(), []
-        for image, (first, count) in enumerate(
-            zip(self._targets.offsets, self._targets.counts, strict=True)
-        ):
-            of_image = _finite(costs[..., first : first + count], self._targets.names[image])
-            solved = _solvers.map(linear_sum_assignment, of_image)
-            pairs.append(
-                [_pairs(output, image, first, *found) for output, found in enumerate(solved)]
-            )
-        return [np.concatenate(of_image, axis=1) for of_image in pairs]
-
-
-def _pairs(
-    output: int, image: int, first: int, query: np.ndarray, target: np.ndarray
-) -> np.ndarray:
-    return np.stack(
-        [np.full_like(query, output), np.full_like(query, image), query, target + first]
-    )
-
-
-def _finite(costs: np.ndarray, name: str) -> np.ndarray:
-    if np.isfinite(costs).all():
-        return costs
-    bad = int((~np.isfinite(costs)).sum())
-    logger.warning(
-        "%d of %d matching costs of image %s are not finite; matched as impossible",
-        bad,
-        costs.size,
-        name,
-    )
-    return np.nan_to_num(costs, nan=IMPOSSIBLE, posinf=IMPOSSIBLE, neginf=IMPOSSIBLE)

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from maskdino.ops.boxes import inverse_sigmoid
-from maskdino.structures import Denoising, Queries, Targets, send
+from maskdino.structures import DenoisedOutputs, Denoising, Outputs, Queries, Targets, send
 
 
 class DenoisingQueries(nn.Module):
@@ -25,6 +25,16 @@ class DenoisingQueries(nn.Module):
         box_noise: float,
         with_masks: bool,
     ) -> None:
+        """Makes the embedding of labels.
+
+        Args:
+            hidden_dim: C.
+            num_classes: labels that there are.
+            num_queries: at most this many noised queries, but at least one group.
+            label_noise: probability that a label is drawn anew.
+            box_noise: lambda_1 and lambda_2 of DN-DETR, see `_noised_boxes`.
+            with_masks: whether noised queries have mask losses too.
+        """
         super().__init__()
         self.num_queries, self.label_noise, self.box_noise = num_queries, label_noise, box_noise
         self.with_masks = with_masks
@@ -70,7 +80,11 @@ class DenoisingQueries(nn.Module):
         return torch.where(flip, drawn, labels)
 
     def _noised_boxes(self, boxes: Tensor) -> Tensor:
-        """Shifts centres by up to half a size, and changes sizes, both times the noise scale."""
+        """Adds DN-DETR's noise: |dx| < lambda_1 w / 2 and |dw| < lambda_2 w; y and h likewise.
+
+        Here lambda_1 (shift of the center) and lambda_2 (change of the size) are one number,
+        `box_noise`, and what is drawn is uniform in these bounds.
+        """
         size = boxes[..., 2:]
         reach = torch.cat([size / 2, size], dim=-1) * self.box_noise
         return (boxes + (2 * torch.rand_like(boxes) - 1) * reach).clamp(0, 1)
@@ -92,6 +106,33 @@ def slot_index(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
     image = [image for image, count in enumerate(counts) for _ in range(count)]
     slot = [slot for count in counts for slot in range(count)]
     return tuple(send(torch.tensor([image, slot], dtype=torch.int64), device))
+
+
+def join_noised(denoising: Denoising | None, queries: Queries) -> tuple[Queries, Tensor | None]:
+    """Puts noised queries, if there are any, in front of the others.
+
+    Returns:
+        The queries, and who may see whom: see `attention_mask`; None: everybody.
+    """
+    if denoising is None:
+        return queries, None
+    noised = denoising.queries
+    joined = Queries(
+        torch.cat([noised.content.to(queries.content.dtype), queries.content], dim=1),
+        torch.cat([noised.anchor_logits, queries.anchor_logits.float()], dim=1),
+    )
+    return joined, attention_mask(denoising, queries.content.shape[1])
+
+
+def split_noised(
+    outputs: Outputs, denoising: Denoising | None
+) -> tuple[Outputs, DenoisedOutputs | None]:
+    """Takes what `join_noised` has joined apart: outputs to be matched, and those to be denoised."""
+    if denoising is None:
+        return outputs, None
+    count = denoising.num_queries
+    noised = outputs.map(lambda x: x[:, :, :count])
+    return outputs.map(lambda x: x[:, :, count:]), DenoisedOutputs(noised, denoising)
 
 
 def attention_mask(denoising: Denoising, num_queries: int) -> Tensor:

@@ -109,11 +109,11 @@ class PointSampler:
                 "choose"
             )
 
-    def uniform(self, number: int, device: torch.device) -> Tensor:
+    def sample_uniform(self, number: int, device: torch.device) -> Tensor:
         """(number, P, 2) uniform points."""
         return torch.rand(number, self.num_points, 2, device=device)
 
-    def uncertain(self, maps: Tensor) -> Tensor:
+    def sample_uncertain(self, maps: Tensor) -> Tensor:
         """Points for the loss of each mask: most of them where the prediction is the least certain.
 
         Args:

@@ -50,15 +50,15 @@ def train_at_fixed_points(cfg: CfgNode) -> None:
     generator = torch.Generator().manual_seed(0)
     places = torch.rand(1, cfg.MODEL.MASK_DINO.LOSS.NUM_POINTS, 2, generator=generator)
 
-    def uniform(_: PointSampler, number: int, device: torch.device) -> Tensor:
+    def sample_uniform(_: PointSampler, number: int, device: torch.device) -> Tensor:
         return places.to(device).expand(number, -1, -1)
 
-    def uncertain(sampler: PointSampler, maps: Tensor) -> Tensor:
-        return sampler.uniform(len(maps), maps.device)
+    def sample_uncertain(sampler: PointSampler, maps: Tensor) -> Tensor:
+        return sampler.sample_uniform(len(maps), maps.device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PointSampler, "uniform", uniform)
-        patch.setattr(PointSampler, "uncertain", uncertain)
+        patch.setattr(PointSampler, "sample_uniform", sample_uniform)
+        patch.setattr(PointSampler, "sample_uncertain", sample_uncertain)
         train(cfg)
 
 

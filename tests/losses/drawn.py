@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskdino.ops.points import PointSampler
-from maskdino.structures import PackedMasks, Predictions, Targets
+from maskdino.structures import Outputs, PackedMasks, Predictions, Targets
 
 CLASSES, CHANNELS, SIZE = 4, 6, (9, 13)
 
@@ -20,10 +20,10 @@ class FixedPoints(PointSampler):
         super().__init__(number, 1.0, 0.0)
         self.points = torch.rand(number, 2)
 
-    def uniform(self, number: int, device: torch.device) -> Tensor:
+    def sample_uniform(self, number: int, device: torch.device) -> Tensor:
         return self.points.to(device).expand(number, -1, -1)
 
-    def uncertain(self, maps: Tensor) -> Tensor:
+    def sample_uncertain(self, maps: Tensor) -> Tensor:
         return self.points.to(maps.device).expand(len(maps), -1, -1)
 
 
@@ -53,3 +53,8 @@ def drawn_predictions(
         torch.randn(*lead, CHANNELS).requires_grad_(),
     )
     return predictions, torch.randn(images, CHANNELS, *SIZE).requires_grad_()
+
+
+def named(predictions: Predictions, *names: str) -> Outputs:
+    """Outputs with these endings of their losses' names."""
+    return Outputs(predictions, names)

@@ -14,9 +14,9 @@ from maskdino.losses import functional
 from maskdino.losses.criterion import Criterion, denoising_matches
 from maskdino.losses.matcher import HybridMatcher
 from maskdino.ops.points import PointSampler, sample_maps
-from maskdino.structures import Denoising, Matches, Predictions, Queries, Targets
+from maskdino.structures import DenoisedOutputs, Denoising, Matches, Predictions, Queries, Targets
 from tests.helpers import tiny_cfg
-from tests.losses.drawn import SIZE, FixedPoints, drawn_predictions, drawn_targets
+from tests.losses.drawn import SIZE, FixedPoints, drawn_predictions, drawn_targets, named
 from tests.losses.test_matcher import WEIGHTS as COST_WEIGHTS
 
 WEIGHTS = {
@@ -31,12 +31,14 @@ WEIGHTS = {
 def criterion_with(points: PointSampler, **overrides: object) -> Criterion:
     """A criterion for focal loss and coupled boxes, but for `overrides`."""
     options = {
-        "matcher": HybridMatcher(weights=COST_WEIGHTS, decouple_stuff_boxes=False),
+        "matcher": HybridMatcher(weights=COST_WEIGHTS, decouple_stuff_boxes=False, points=points),
         "points": points,
         "weights": WEIGHTS,
         "cross_entropy": False,
         "no_object_weight": 0.1,
         "decouple_stuff_boxes": False,
+        "deep_supervision": True,
+        "supervise_initial": True,
     }
     return Criterion(**(options | overrides))
 
@@ -128,8 +130,8 @@ def test_losses_equal_the_slow_ones(cross_entropy: bool, decoupled: bool) -> Non
     predictions, pixels = drawn_predictions(2, 3, 6, no_object=cross_entropy)
     points = FixedPoints()
     criterion = criterion_with(points, cross_entropy=cross_entropy, decouple_stuff_boxes=decoupled)
-    found = criterion(predictions, ["_layer1", ""], pixels, targets)
-    matches = criterion.matcher.start(predictions, pixels, targets, points).result()
+    found = criterion(named(predictions, "_layer1", ""), None, None, pixels, targets)
+    matches = criterion.matcher(predictions, pixels, targets)
     expected = slow_losses(
         predictions,
         pixels,
@@ -155,7 +157,8 @@ def noised(groups: int, slots: int, with_masks: bool = True) -> Denoising:
 
 def test_denoising_pairs_are_the_slots() -> None:
     targets = drawn_targets((1, 3))
-    matches = denoising_matches(noised(groups=2, slots=3), targets, 2)
+    outputs = named(drawn_predictions(2, 2, 6)[0], "_layer1", "")
+    matches = denoising_matches(DenoisedOutputs(outputs, noised(groups=2, slots=3)), targets)
     found = set(
         zip(
             *(x.tolist() for x in (matches.output, matches.image, matches.query, matches.target)),
@@ -176,24 +179,60 @@ def test_denoising_pairs_are_the_slots() -> None:
 def test_denoising_losses_equal_the_slow_ones() -> None:
     """Normalised by objects times groups, without matching."""
     targets, points = drawn_targets((1, 3)), FixedPoints()
-    denoising = noised(groups=2, slots=3)
     matched, pixels = drawn_predictions(1, 2, 4)
-    denoised, _ = drawn_predictions(2, 2, 6)
-    found = criterion_with(points)(
-        matched, [""], pixels, targets, (denoising, denoised, ["_initial", ""])
-    )
-    pairs = denoising_matches(denoising, targets, 2)
-    expected = slow_losses(denoised, pixels, targets, pairs, points.points, more=2)
-    for suffix, terms in zip(("_denoising_initial", "_denoising"), expected, strict=True):
+    predictions, _ = drawn_predictions(2, 2, 6)
+    denoised = DenoisedOutputs(named(predictions, "_layer1", ""), noised(groups=2, slots=3))
+    found = criterion_with(points)(named(matched, ""), None, denoised, pixels, targets)
+    pairs = denoising_matches(denoised, targets)
+    expected = slow_losses(predictions, pixels, targets, pairs, points.points, more=2)
+    for suffix, terms in zip(("_denoising_layer1", "_denoising"), expected, strict=True):
         for term, value in terms.items():
             torch.testing.assert_close(found[f"{term}{suffix}"], value, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("selected", [True, False])
+def test_initial_outputs_of_noised_queries(selected: bool) -> None:
+    """They are supervised where queries are selected, not beside learned ones."""
+    matched, pixels = drawn_predictions(2, 1, 4)
+    predictions, _ = drawn_predictions(2, 1, 2)
+    proposals = matched.map(lambda x: x[0]) if selected else None
+    denoised = DenoisedOutputs(named(predictions, "_initial", ""), noised(groups=1, slots=2))
+    criterion = criterion_with(FixedPoints())
+    found = criterion(
+        named(matched, "_initial", ""), proposals, denoised, pixels, drawn_targets((2,))
+    )
+    names = {"", "_initial", "_denoising"}
+    names |= {"_proposal", "_denoising_initial"} if selected else set()
+    assert set(found) == {term + name for term in WEIGHTS for name in names}
+
+
+def test_outputs_that_are_supervised() -> None:
+    states = ["before", "first", "second", "last"]
+    everything = {"_initial": "before", "_layer1": "first", "_layer2": "second", "": "last"}
+    layers = {name: state for name, state in everything.items() if name != "_initial"}
+    for deep, initial, expected in (
+        (True, True, everything),
+        (True, False, layers),
+        (False, True, {"": "last"}),
+        (False, False, {"": "last"}),
+    ):
+        options = {"deep_supervision": deep, "supervise_initial": initial}
+        assert criterion_with(FixedPoints(), **options).supervised(states) == expected
+
+
+def test_masks_cannot_be_learned_without_a_mask_branch() -> None:
+    predictions, _ = drawn_predictions(1, 1, 4)
+    predictions, targets = replace(predictions, mask_embeddings=None), drawn_targets((2,))
+    with pytest.raises(ValueError, match="MASK_ON"):
+        criterion_with(FixedPoints())(named(predictions, ""), None, None, None, targets)
+
+
 def test_denoising_of_boxes_has_no_mask_losses() -> None:
     targets, points = drawn_targets((1, 3)), FixedPoints()
-    denoised, pixels = drawn_predictions(1, 2, 6)
-    denoising = noised(groups=2, slots=3, with_masks=False)
-    found = criterion_with(points)(denoised, [""], pixels, targets, (denoising, denoised, [""]))
+    predictions, pixels = drawn_predictions(1, 2, 6)
+    outputs = named(predictions, "")
+    denoised = DenoisedOutputs(outputs, noised(groups=2, slots=3, with_masks=False))
+    found = criterion_with(points)(outputs, None, denoised, pixels, targets)
     assert {name for name in found if "denoising" in name} == {
         "loss_class_denoising",
         "loss_l1_denoising",
@@ -205,12 +244,12 @@ def test_terms_of_weight_zero_are_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*_: Tensor) -> Tensor:
         raise AssertionError("computed, though its weight is 0")
 
-    for name in ("l1_loss", "mask_dice_loss"):
-        monkeypatch.setattr(criterion_module, name, refuse)
+    monkeypatch.setitem(criterion_module.BOX_LOSSES, "loss_l1", refuse)
+    monkeypatch.setitem(criterion_module.MASK_LOSSES, "loss_mask_dice", refuse)
     weights = WEIGHTS | {"loss_l1": 0.0, "loss_mask_dice": 0.0}
     predictions, pixels = drawn_predictions(1, 2, 4)
     found = criterion_with(FixedPoints(), weights=weights)(
-        predictions, [""], pixels, drawn_targets((1, 1))
+        named(predictions, ""), None, None, pixels, drawn_targets((1, 1))
     )
     assert set(found) == {"loss_class", "loss_giou", "loss_mask_bce"}
 
@@ -220,7 +259,8 @@ def test_batches_without_objects(cross_entropy: bool) -> None:
     """Every prediction is background; other losses are zero, but every input has a gradient."""
     predictions, pixels = drawn_predictions(2, 2, 4, no_object=cross_entropy)
     criterion = criterion_with(PointSampler(16, 3.0, 0.75), cross_entropy=cross_entropy)
-    found = criterion(predictions, ["_layer1", ""], pixels, drawn_targets((0, 0)))
+    outputs = named(predictions, "_layer1", "")
+    found = criterion(outputs, None, None, pixels, drawn_targets((0, 0)))
     assert all(value.isfinite() for value in found.values())
     assert all(found[f"{term}"] == 0 for term in WEIGHTS if term != "loss_class")
     assert found["loss_class"] > 0
@@ -233,7 +273,8 @@ def test_a_thousand_objects_and_tiny_boxes() -> None:
     targets = drawn_targets((1000, 1))
     targets.boxes[:, 2:] = 1 / 1024  # one pixel of the canvas
     predictions, pixels = drawn_predictions(1, 2, 30)
-    found = criterion_with(PointSampler(16, 3.0, 0.75))(predictions, [""], pixels, targets)
+    criterion = criterion_with(PointSampler(16, 3.0, 0.75))
+    found = criterion(named(predictions, ""), None, None, pixels, targets)
     total = sum(found.values())
     total.backward()
     assert total.isfinite()
@@ -259,7 +300,7 @@ def test_exact_predictions_cost_almost_nothing() -> None:
     points.points = torch.stack(
         [(columns + 0.5) / SIZE[1], (rows + 0.5) / SIZE[0]], dim=-1
     ).flatten(0, 1)
-    found = criterion_with(points)(predictions, [""], pixels, targets)
+    found = criterion_with(points)(named(predictions, ""), None, None, pixels, targets)
     assert all(value < 0.01 for value in found.values()), found
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from maskdino.losses import criterion as criterion_module
 from maskdino.losses import matcher as matcher_module
+from maskdino.losses.assignment import PendingMatches
 from maskdino.losses.functional import mask_bce_cost, mask_dice_cost
-from maskdino.losses.matcher import CostWeights, HybridMatcher, PendingMatches
+from maskdino.losses.matcher import CostWeights, HybridMatcher
 from maskdino.structures import Matches, PackedMasks, Predictions, Targets
 from tests.losses.drawn import FixedPoints, drawn_predictions, drawn_targets
 from tests.losses.test_criterion import criterion_with
@@ -29,14 +30,14 @@ def test_costs_of_no_object_are_where_the_predictions_are(monkeypatch: pytest.Mo
         matcher_module, "PendingMatches", lambda costs, *_: devices.append(costs.device)
     )
     predictions, pixels = drawn_predictions(1, 2, 3)
-    matcher = HybridMatcher(weights=WEIGHTS, decouple_stuff_boxes=False)
+    matcher = HybridMatcher(weights=WEIGHTS, decouple_stuff_boxes=False, points=FixedPoints())
     predictions, targets = predictions.map(lambda x: x.to("meta")), drawn_targets((0, 0))
     there = {
         name: value.to("meta")
         for name, value in vars(targets).items()
         if isinstance(value, (Tensor, PackedMasks))
     }
-    matcher.start(predictions, pixels.to("meta"), replace(targets, **there), FixedPoints())
+    matcher.start(predictions, pixels.to("meta"), replace(targets, **there))
     assert devices == [torch.device("meta")]
 
 
@@ -138,8 +139,8 @@ def costs_of(
     predictions: Predictions, pixels: Tensor, targets: Targets, points: FixedPoints
 ) -> np.ndarray:
     weights = CostWeights(4.0, 0.0, 0.0, 5.0, 5.0)
-    matcher = HybridMatcher(weights=weights, decouple_stuff_boxes=False)
-    pending = matcher.start(predictions, pixels, targets, points)
+    matcher = HybridMatcher(weights=weights, decouple_stuff_boxes=False, points=points)
+    pending = matcher.start(predictions, pixels, targets)
     pending.result()
     return pending._costs[0].numpy()
 

@@ -68,7 +68,7 @@ class DrawnPoints(FixedPoints):
         super().__init__()
         self.given = []
 
-    def uniform(self, number: int, device: torch.device) -> Tensor:
+    def sample_uniform(self, number: int, device: torch.device) -> Tensor:
         self.given.append(torch.rand(number, len(self.points), 2, device=device))
         return self.given[-1]
 
@@ -81,8 +81,8 @@ def test_every_output_and_image_has_points_of_its_own(
     monkeypatch.setattr(matcher_module, "ELEMENTS_AT_ONCE", at_once)
     targets, points = drawn_targets((3, 0, 2), stuff=(0, 1)), DrawnPoints()
     predictions, pixels = drawn_predictions(4, 3, 5)
-    matcher = HybridMatcher(weights=WEIGHTS, decouple_stuff_boxes=True)
-    costs = matcher.start(predictions, pixels, targets, points)._costs
+    matcher = HybridMatcher(weights=WEIGHTS, decouple_stuff_boxes=True, points=points)
+    costs = matcher.start(predictions, pixels, targets)._costs
     places = torch.cat(points.given)  # of the first image's outputs, then of the last one's
     assert len(places) == 8 and len(places.flatten(1).unique(dim=0)) == 8
     for i, (image, output) in enumerate(itertools.product((0, 2), range(4))):
@@ -116,8 +116,8 @@ def match(
     weights: CostWeights = WEIGHTS,
     decoupled: bool = False,
 ) -> Matches:
-    matcher = HybridMatcher(weights=weights, decouple_stuff_boxes=decoupled)
-    return matcher.start(predictions, pixels, targets, points).result()
+    matcher = HybridMatcher(weights=weights, decouple_stuff_boxes=decoupled, points=points)
+    return matcher(predictions, pixels, targets)
 
 
 def check_optimal(
@@ -219,7 +219,7 @@ def test_costs_that_are_not_finite_name_the_image(
     predictions, pixels = drawn_predictions(1, 2, 4)
     with torch.no_grad():
         predictions.boxes[0, 1, 2] = value
-    with caplog.at_level(logging.WARNING, logger="maskdino.losses.matcher"):
+    with caplog.at_level(logging.WARNING, logger="maskdino.losses.assignment"):
         matches = match(predictions, pixels, targets, FixedPoints())
     assert "image drawn_1.png" in caplog.text and "drawn_0.png" not in caplog.text
     assert "2 of 8" in caplog.text

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from maskdino.modeling.denoising import DenoisingQueries, attention_mask, build_denoising
-from maskdino.structures import Denoising, PackedMasks, Queries, Targets
+from maskdino.modeling.denoising import (
+    DenoisingQueries,
+    attention_mask,
+    build_denoising,
+    join_noised,
+    split_noised,
+)
+from maskdino.structures import Denoising, Outputs, PackedMasks, Predictions, Queries, Targets
 from tests.helpers import NUM_CLASSES, tiny_cfg
 
 
@@ -113,6 +119,28 @@ def test_who_may_see_whom() -> None:
             matching_seen = seen >= noised
             same_group = max(seer, seen) < noised and seer // slots == seen // slots
             assert mask[seer, seen] == (matching_seen or same_group), (seer, seen)
+
+
+def test_noised_queries_are_joined_and_split() -> None:
+    queries = Queries(torch.rand(2, 3, 8), torch.rand(2, 3, 4))
+    noised = Queries(torch.rand(2, 4, 8), torch.rand(2, 4, 4))
+    denoising = Denoising(noised, num_groups=2, slots_per_group=2, with_masks=True)
+    joined, may_attend = join_noised(denoising, queries)
+    assert torch.equal(may_attend, attention_mask(denoising, 3))
+    assert torch.equal(
+        joined.anchor_logits, torch.cat([noised.anchor_logits, queries.anchor_logits], 1)
+    )
+    predictions = Predictions(joined.content[None], joined.anchor_logits[None], None)
+    matched, denoised = split_noised(Outputs(predictions, ("",)), denoising)
+    assert matched.names == denoised.outputs.names == ("",) and denoised.denoising is denoising
+    assert torch.equal(matched.predictions.class_logits[0], queries.content)
+    assert torch.equal(denoised.outputs.predictions.boxes[0], noised.anchor_logits)
+
+
+def test_without_noised_queries_nothing_is_joined() -> None:
+    queries, outputs = Queries(torch.rand(1, 3, 8), torch.rand(1, 3, 4)), object()
+    assert join_noised(None, queries) == (queries, None)
+    assert split_noised(outputs, None) == (outputs, None)
 
 
 def test_modes() -> None:

@@ -190,7 +190,8 @@ def test_deterministic_gradcheck() -> None:
 def test_mask_logits_of_no_mask_give_zero_gradients() -> None:
     embeddings = torch.randn(0, 4, requires_grad=True)
     pixels = torch.randn(4, 6, 7, requires_grad=True)
-    logits, points = mask_logits_at_points(embeddings, pixels, PointSampler(9, 3, 0.5).uncertain)
+    sample = PointSampler(9, 3, 0.5).sample_uncertain
+    logits, points = mask_logits_at_points(embeddings, pixels, sample)
     assert logits.shape == (0, 9) and points.shape == (0, 9, 2)
     logits.sum().backward()
     assert torch.equal(pixels.grad, torch.zeros_like(pixels))
@@ -214,7 +215,7 @@ def test_uncertain_points_prefer_small_logits() -> None:
     maps = torch.full((2, 8, 8), 10.0)
     maps[:, :, 4:] = 0.0
     sampler = PointSampler(100, 3.0, 0.75)
-    points = sampler.uncertain(maps)
+    points = sampler.sample_uncertain(maps)
     assert points.shape == (2, 100, 2) and (points >= 0).all() and (points <= 1).all()
     right = (points[..., 0] > 0.5).sum(1)
     assert (right >= 75).all()  # all uncertain ones, and about half of the 25 uniform ones
@@ -225,8 +226,7 @@ def test_uncertain_points_prefer_small_logits() -> None:
 
 def test_sampler_draws_anew_and_refuses_impossible_shares() -> None:
     sampler = PointSampler(10, 3.0, 0.75)
-    assert not torch.equal(
-        sampler.uniform(1, torch.device("cpu")), sampler.uniform(1, torch.device("cpu"))
-    )
+    first, second = (sampler.sample_uniform(1, torch.device("cpu")) for _ in range(2))
+    assert not torch.equal(first, second)
     with pytest.raises(ValueError, match="5 candidates are fewer than the 10"):
         PointSampler(10, 0.5, 1.0)
