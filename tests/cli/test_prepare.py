@@ -1,4 +1,4 @@
-"""Prepare scripts on drawn datasets, and what the mappers read from their results."""
+"""Preparations on drawn datasets, and what the mappers read from their results."""
 
 from __future__ import annotations
 
