@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from maskdino.backbones import build_backbone
+from maskdino.categories import Categories
 from maskdino.cuda_graphs import CudaGraphs
 from maskdino.losses.criterion import BOX_LOSSES, MASK_LOSSES, Criterion
 from maskdino.modeling.decoder import Decoder, DecoderState
@@ -92,7 +92,7 @@ class MaskDINO(nn.Module):
         decoder: Decoder,
         criterion: Criterion,
         inference: InferenceOptions,
-        is_thing: list[bool],
+        is_thing: Sequence[bool],
         size_divisibility: int,
         pixel_mean: list[float],
         pixel_std: list[float],
@@ -169,7 +169,7 @@ class MaskDINO(nn.Module):
             "decoder": Decoder(cfg),
             "criterion": Criterion(cfg),
             "inference": inference_options(cfg),
-            "is_thing": thing_classes(cfg),
+            "is_thing": Categories.from_config(cfg).is_thing,
             "size_divisibility": node.SIZE_DIVISIBILITY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
@@ -314,19 +314,6 @@ class MaskDINO(nn.Module):
             )
         found = run_steps(list(computations.values()))
         return results | dict(zip(computations, found, strict=True))
-
-
-def thing_classes(cfg: CfgNode) -> list[bool]:
-    """Which classes are things, by the first registered dataset; all if it says nothing."""
-    number = cfg.MODEL.MASK_DINO.NUM_CLASSES
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    known = [name for name in names if name in MetadataCatalog.list()]
-    metadata = MetadataCatalog.get(known[0]) if known else None
-    things = getattr(metadata, "thing_dataset_id_to_contiguous_id", None)
-    stuff = getattr(metadata, "stuff_dataset_id_to_contiguous_id", None)
-    if things is None or stuff is None:  # either may be empty
-        return [True] * number
-    return [label in things.values() for label in range(number)]
 
 
 def inference_options(cfg: CfgNode) -> InferenceOptions:

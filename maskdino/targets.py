@@ -28,10 +28,10 @@ def prepare_targets(
         instances: one for each image, in pixels of that image, with `gt_classes`, and with
             `gt_boxes` or `gt_masks` (PackedMasks, BitMasks, PolygonMasks or an (N, H, W) tensor
             of the image's size); `gt_has_mask` says which of the masks are none. Images whose
-            `gt_masks` is missing train boxes only.
+            `gt_masks` is missing train boxes only. `gt_is_thing` says which objects are things.
         canvas: (height, width) of the padded batch.
-        is_thing: (classes,) bool. "Stuff" is left out of box training where that is decoupled
-            (section 3.6).
+        is_thing: (classes,) bool, for images that do not say. "Stuff" is left out of box training
+            where that is decoupled (section 3.6).
         device: where the targets shall be.
         names: of the images, for messages.
 
@@ -58,12 +58,28 @@ def prepare_targets(
     return Targets(
         labels=labels,
         boxes=send(xyxy_to_cxcywh(torch.cat(boxes)) / size, device),
-        is_thing=is_thing.to(device)[labels],
+        is_thing=_things(instances, is_thing.to(device)[labels]),
         has_mask=send(torch.cat(has_mask), device),
         masks=PackedMasks.join(masks, canvas, device),
         counts=tuple(len(image) for image in instances),
         names=names,
     )
+
+
+def _things(instances: Sequence[Instances], of_class: Tensor) -> Tensor:
+    """(N,) bool: what an image says of its objects, else what is known of their classes (N,)."""
+    told = [image.has("gt_is_thing") for image in instances]
+    if not any(told):
+        return of_class
+    flags = [
+        image.gt_is_thing if says else torch.zeros(len(image), dtype=torch.bool)
+        for image, says in zip(instances, told, strict=True)
+    ]
+    things = send(torch.cat(flags), of_class.device)
+    if all(told):
+        return things
+    known = [torch.full((len(image),), s) for image, s in zip(instances, told, strict=True)]
+    return torch.where(send(torch.cat(known), of_class.device), things, of_class)
 
 
 def _check(image: Instances, canvas: tuple[int, int], num_classes: int, name: str) -> None:

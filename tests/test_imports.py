@@ -41,6 +41,8 @@ RULES = (
     Rule("registration", outside=()),
     Rule("compat"),
     Rule("config", ("registration",), outside=("detectron2.config",)),
+    Rule("categories", outside=("detectron2.config", "detectron2.data")),
+    Rule("rle", outside=("numpy", "pycocotools")),
     Rule("devices"),
     Rule("precision"),
     Rule("ops", ("structures",), outside=(*TENSORS, "triton")),
@@ -58,14 +60,19 @@ RULES = (
     Rule(
         "targets", ("ops", "structures"), outside=(*TENSORS, "pycocotools", "detectron2.structures")
     ),
-    Rule("postprocess", ("ops", "structures"), outside=(*TENSORS, "detectron2.structures")),
+    Rule(
+        "postprocess",
+        ("ops", "rle", "structures"),
+        outside=(*TENSORS, "detectron2.config", "detectron2.structures"),
+    ),
     Rule("cuda_graphs", ("modeling", "structures"), outside=TENSORS),
     Rule("backbones", ("compat", "registration")),
-    Rule("data", ("registration", "structures")),
+    Rule("data", ("categories", "registration", "rle", "structures")),
     Rule(
         "model",
         (
             "backbones",
+            "categories",
             "cuda_graphs",
             "losses",
             "modeling",
@@ -79,8 +86,20 @@ RULES = (
     ),
     Rule("checkpoint", ("backbones", "config", "structures")),
     Rule("model_zoo", ("checkpoint", "config")),
-    Rule("visualization", ("data", "structures")),
-    Rule("evaluation", ("compat", "data", "ops", "postprocess", "structures", "visualization")),
+    Rule("visualization", ("categories", "data", "rle", "structures")),
+    Rule(
+        "evaluation",
+        (
+            "categories",
+            "compat",
+            "data",
+            "ops",
+            "postprocess",
+            "rle",
+            "structures",
+            "visualization",
+        ),
+    ),
     Rule(
         "engine",
         ("checkpoint", "compat", "config", "data", "devices", "evaluation", "model", "precision"),
@@ -88,6 +107,7 @@ RULES = (
     Rule(
         "inference",
         (
+            "categories",
             "checkpoint",
             "config",
             "devices",
@@ -96,13 +116,24 @@ RULES = (
             "modeling",
             "ops",
             "postprocess",
+            "rle",
             "structures",
             "visualization",
         ),
     ),
     Rule(
         "export",
-        ("config", "inference", "model", "modeling", "ops", "structures", "visualization"),
+        (
+            "categories",
+            "config",
+            "inference",
+            "model",
+            "modeling",
+            "ops",
+            "postprocess",
+            "structures",
+            "visualization",
+        ),
     ),
     Rule(
         "custom",

@@ -7,11 +7,10 @@ import logging
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
 from torch import Tensor
 
-from maskdino.model import MaskDINO, thing_classes
-from tests.helpers import NUM_CLASSES, drawn_batch, drawn_instances, tiny_cfg, tiny_model
+from maskdino.model import MaskDINO
+from tests.helpers import NUM_CLASSES, drawn_batch, drawn_instances, tiny_model
 
 SIZE = (64, 96)
 
@@ -315,25 +314,6 @@ def test_not_a_number_names_the_image_and_does_not_crash(
         losses = tiny_model().train()(batch)
     assert "drawn_1.png are not finite" in caplog.text and "drawn_0.png" not in caplog.text
     assert not all(loss.isfinite() for loss in losses.values())  # for the trainer to refuse
-
-
-def test_things_come_from_the_metadata() -> None:
-    name = "drawn_panoptic_for_model_test"
-    metadata = MetadataCatalog.get(name)
-    metadata.thing_dataset_id_to_contiguous_id = {7: 3, 9: 0}
-    metadata.stuff_dataset_id_to_contiguous_id = {1: 1, 7: 3, 8: 2, 9: 0, 10: 4}
-    cfg = tiny_cfg()
-    try:
-        cfg.DATASETS.TRAIN = (name,)
-        assert thing_classes(cfg) == [True, False, False, True, False]
-        assert MaskDINO(cfg).is_thing.tolist() == [True, False, False, True, False]
-        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("never_registered",), (name,)
-        assert thing_classes(cfg) == [True, False, False, True, False]
-        cfg.DATASETS.TEST = ()
-    finally:
-        MetadataCatalog.remove(name)
-    cfg.DATASETS.TRAIN = ("never_registered",)
-    assert thing_classes(cfg) == [True] * NUM_CLASSES
 
 
 def test_state_dict_has_one_name_for_each_parameter() -> None:

@@ -73,6 +73,17 @@ def test_images_with_and_without_masks_and_objects() -> None:
     assert torch.equal(targets.masks.to_bool()[5:, :16, :16], images[3].gt_masks.to_bool())
 
 
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_what_an_image_says_of_things_goes_before_what_is_known_of_classes(number: int) -> None:
+    images = [drawn_instances((20, 30), count) for count in (3, 0, 2)]
+    expected = [THINGS[image.gt_classes] for image in images]
+    for i in range(number):
+        images[i].gt_is_thing = ~expected[i]
+        expected[i] = images[i].gt_is_thing
+    found = prepare(*images).is_thing
+    assert torch.equal(found, torch.cat(expected)) and found.dtype == torch.bool
+
+
 @pytest.mark.parametrize("kind", ["packed", "bitmasks", "polygons", "none"])
 def test_images_without_objects(kind: str) -> None:
     image = Instances((20, 30))

@@ -24,6 +24,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from PIL import Image
 
 from maskdino import build_train_mapper
+from maskdino.categories import Categories
 from maskdino.engine.trainer import load_config
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.loading import find_config
@@ -31,7 +32,7 @@ from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.visualization.drawing import below, beside, enlarge
 from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of_example
 from maskdino.visualization.images import load_image
-from maskdino.visualization.results import Categories, ImageResult
+from maskdino.visualization.results import ImageResult
 
 COLUMNS = 5  # decoder layers in a row
 LAYER_PIXELS = 380  # as the next one, for decoder layers

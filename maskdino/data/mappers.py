@@ -19,6 +19,7 @@ from detectron2.data import MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes, BoxMode, Instances
 
+from maskdino.categories import Categories
 from maskdino.data import masks
 from maskdino.data.reading import (
     DataError,
@@ -50,7 +51,8 @@ class Mapper:
     def __init__(
         self, *, augmentations: Sequence[T.Augmentation], image_format: str, num_classes: int
     ) -> None:
-        """
+        """Takes what all mappers need.
+
         Args:
             augmentations: applied in this order.
             image_format: cfg.INPUT.FORMAT.
@@ -61,8 +63,10 @@ class Mapper:
         self.num_classes = num_classes
 
     def _read(self, dataset_dict: dict) -> tuple[dict, np.ndarray]:
-        """A copy of the dict with "height" and "width" of the file, and the picture (height, width,
-        C) uint8."""
+        """Gives a copy of the dict with "height" and "width" of the file, and the image.
+
+        The image is (height, width, C) uint8.
+        """
         example = copy.copy(dataset_dict)
         image = read_image(example["file_name"], self.image_format)
         detection_utils.check_image_size(example, image)
@@ -85,8 +89,7 @@ class Mapper:
 
 
 class InstanceMapper(Mapper):
-    """Boxes, and masks where the data has them, of COCO-style annotations; crowd regions are left
-    out.
+    """Boxes, and masks where the data has them, of COCO-style annotations, but for crowd regions.
 
     Without any mask in the annotations of an image there is no `gt_masks`. If only some have one,
     `gt_has_mask` (N,) bool tells which.
@@ -94,7 +97,8 @@ class InstanceMapper(Mapper):
 
     @configurable
     def __init__(self, *, use_masks: bool, **common) -> None:
-        """
+        """Takes what this task needs.
+
         Args:
             use_masks: False ignores masks: a pure detector.
             common: see `Mapper`.
@@ -104,10 +108,12 @@ class InstanceMapper(Mapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        """Reads MASK_ON, and what all mappers need."""
         return {**_common_arguments(cfg, is_train), "use_masks": cfg.MODEL.MASK_DINO.MASK_ON}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """
+        """Makes an example.
+
         Args:
             dataset_dict: detectron2's, with "file_name" and "annotations"; left as it is.
 
@@ -124,11 +130,11 @@ class InstanceMapper(Mapper):
         transforms = self.augmentations(aug_input)
         size, before = aug_input.image.shape[:2], image.shape[:2]
 
-        classes, boxes, windows = [], [], []
+        classes, boxes, cropped = [], [], []
         for annotation in annotations:
             try:
                 category = self._check_class(annotation["category_id"])
-                box, window = self._transform(annotation, transforms, before, size)
+                box, mask = self._transform(annotation, transforms, before, size)
             except (ValueError, KeyError, TypeError, AssertionError) as error:
                 # detectron2 asserts that boxes have four numbers.
                 raise DataError(
@@ -137,10 +143,10 @@ class InstanceMapper(Mapper):
             if box is not None:
                 classes.append(category)
                 boxes.append(box)
-                windows.append(window)
+                cropped.append(mask)
         any_mask = self.use_masks and any(a.get("segmentation") for a in annotations)
         example["image"] = _image_tensor(aug_input.image)
-        example["instances"] = _instances(size, classes, boxes, windows if any_mask else None)
+        example["instances"] = _instances(size, classes, boxes, cropped if any_mask else None)
         return example
 
     def _transform(
@@ -149,12 +155,11 @@ class InstanceMapper(Mapper):
         transforms: T.TransformList,
         before: tuple[int, int],
         after: tuple[int, int],
-    ) -> tuple[Sequence[float] | None, masks.Window | None]:
-        """Box and mask of an object in the transformed image; the box is None where nothing is left
-        of it."""
+    ) -> tuple[Sequence[float] | None, masks.CroppedMask | None]:
+        """Box and mask of an object in the transformed image; no box where nothing is left."""
         if self.use_masks and annotation.get("segmentation"):
-            window = masks.transform_mask(annotation["segmentation"], transforms, before, after)
-            return (None, None) if window is None else (window.box(), window)
+            mask = masks.transform_mask(annotation["segmentation"], transforms, before, after)
+            return (None, None) if mask is None else (mask.box(), mask)
         box = np.array(
             BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS),
             float,
@@ -166,12 +171,15 @@ class InstanceMapper(Mapper):
 
 
 class PanopticMapper(Mapper):
-    """Segments of things and stuff, of COCO's panoptic format; `gt_is_thing` (N,) bool tells which
-    is which."""
+    """Segments of things and stuff, of COCO's panoptic format.
+
+    `gt_is_thing` (N,) bool tells which is which.
+    """
 
     @configurable
     def __init__(self, *, thing_classes: Iterable[int], **common) -> None:
-        """
+        """Takes what this task needs.
+
         Args:
             thing_classes: classes that are things; the others are stuff.
             common: see `Mapper`.
@@ -181,12 +189,14 @@ class PanopticMapper(Mapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
-        things = metadata.get("thing_dataset_id_to_contiguous_id", {}).values()
+        """Reads which classes are things, and what all mappers need."""
+        is_thing = Categories.from_config(cfg).is_thing
+        things = [label for label, thing in enumerate(is_thing) if thing]
         return {**_common_arguments(cfg, is_train), "thing_classes": things}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """
+        """Makes an example.
+
         Args:
             dataset_dict: detectron2's, with "file_name", "pan_seg_file_name" and "segments_info";
                 left as it is.
@@ -206,12 +216,10 @@ class PanopticMapper(Mapper):
         indices = segment_indices(transforms.apply_segmentation(colors), ids)
         present = np.flatnonzero(np.bincount(indices.ravel())[1:])
 
-        windows = [masks.Window(indices == index + 1) for index in present]
+        cropped = [masks.CroppedMask(indices == index + 1) for index in present]
         classes = [segments[index]["category_id"] for index in present]
         example["image"] = _image_tensor(aug_input.image)
-        instances = _instances(
-            indices.shape, classes, [window.box() for window in windows], windows
-        )
+        instances = _instances(indices.shape, classes, [mask.box() for mask in cropped], cropped)
         instances.gt_is_thing = torch.tensor(
             [c in self.thing_classes for c in classes], dtype=torch.bool
         )
@@ -219,7 +227,7 @@ class PanopticMapper(Mapper):
         return example
 
     def _read_segments(self, example: dict, image: np.ndarray) -> tuple[np.ndarray, list[dict]]:
-        """The picture of segment ids (height, width, 3), and the segments that are no crowds."""
+        """The image of segment ids (height, width, 3), and the segments that are no crowds."""
         name = example["pan_seg_file_name"]
         colors = read_image(name, "RGB")
         check_same_size(image, colors, example["file_name"], name)
@@ -243,14 +251,14 @@ class PanopticMapper(Mapper):
 
 
 class SemanticMapper(Mapper):
-    """One region for each class of a semantic map that the image shows. No region is a thing
-    (`gt_is_thing`)."""
+    """One object for each class of a semantic map that the image shows: all of its pixels."""
 
     @configurable
     def __init__(self, *, ignore_label: int, **common) -> None:
-        """
+        """Takes what this task needs.
+
         Args:
-            ignore_label: value of pixels without a class, in the files and in "sem_seg".
+            ignore_label: value of pixels without a class, in the files.
             common: see `Mapper`.
         """
         super().__init__(**common)
@@ -258,6 +266,7 @@ class SemanticMapper(Mapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        """Reads the ignored label of the first training dataset, and what all mappers need."""
         metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
         return {
             **_common_arguments(cfg, is_train, ignored_category=0),
@@ -265,12 +274,13 @@ class SemanticMapper(Mapper):
         }
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """
+        """Makes an example.
+
         Args:
             dataset_dict: detectron2's, with "file_name" and "sem_seg_file_name"; left as it is.
 
         Returns:
-            The dict with "image", "instances", and "sem_seg", (H, W) int64 with `ignore_label`.
+            The dict with "image" and "instances".
 
         Raises:
             DataError: names the file.
@@ -285,15 +295,10 @@ class SemanticMapper(Mapper):
         labels = aug_input.sem_seg  # 0 to be ignored, else class + 1
 
         classes = np.flatnonzero(np.bincount(labels.ravel())[1:])
-        windows = [masks.Window(labels == index + 1) for index in classes]
+        cropped = [masks.CroppedMask(labels == index + 1) for index in classes]
+        boxes = [mask.box() for mask in cropped]
         example["image"] = _image_tensor(aug_input.image)
-        instances = _instances(
-            labels.shape, classes.tolist(), [window.box() for window in windows], windows
-        )
-        instances.gt_is_thing = torch.zeros(len(classes), dtype=torch.bool)
-        example["instances"] = instances
-        sem_seg = np.where(labels == 0, self.ignore_label, labels.astype(np.int64) - 1)
-        example["sem_seg"] = torch.from_numpy(sem_seg)
+        example["instances"] = _instances(labels.shape, classes.tolist(), boxes, cropped)
         return example
 
 
@@ -302,7 +307,8 @@ class InferenceMapper(Mapper):
 
     @configurable
     def __init__(self, **common) -> None:
-        """
+        """Takes what all mappers need.
+
         Args:
             common: see `Mapper`.
         """
@@ -310,10 +316,12 @@ class InferenceMapper(Mapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
+        """Reads what all mappers need."""
         return _common_arguments(cfg, is_train=False)
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """
+        """Makes an example.
+
         Args:
             dataset_dict: detectron2's, with "file_name"; left as it is.
 
@@ -370,15 +378,15 @@ def _instances(
     size: tuple[int, int],
     classes: Sequence[int],
     boxes: Sequence[Sequence[float]],
-    windows: Sequence[masks.Window | None] | None,
+    cropped: Sequence[masks.CroppedMask | None] | None,
 ) -> Instances:
-    """Puts N objects together; `windows` is None where the image has no masks."""
+    """Puts N objects together; `cropped` is None where the image has no masks."""
     instances = PinnableInstances(size)
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
     instances.gt_boxes = Boxes(masks.boxes_tensor(boxes))
-    if windows is not None:
-        instances.gt_masks = masks.pack(windows, size)
-        has_mask = [window is not None for window in windows]
+    if cropped is not None:
+        instances.gt_masks = masks.pack(cropped, size)
+        has_mask = [mask is not None for mask in cropped]
         if not all(has_mask):
             instances.gt_has_mask = torch.tensor(has_mask, dtype=torch.bool)
     return instances

@@ -1,8 +1,8 @@
 """From annotations to packed masks: polygons and RLE, compressed or not, through one path.
 
-Every mask becomes a window of pixels around the object (or the whole image), from which its box and
-its bits are read. Polygons are transformed as coordinates and drawn by pycocotools inside their
-window only.
+Every mask is cropped to the surroundings of its object (or is that of the whole image); its box and
+its bits are read from there. Polygons are transformed as coordinates, and pycocotools draws them on
+the crop alone.
 """
 
 from __future__ import annotations
@@ -18,42 +18,40 @@ from detectron2.data import transforms as T
 from maskdino.data.reading import DataError
 from maskdino.structures import PackedMasks
 
-MAX_COORDINATE = (
-    1e5  # pixels; pycocotools walks along every edge, so that wild values would cost gigabytes
-)
+# Pixels; pycocotools walks along every edge, so that wild values would cost gigabytes.
+MAX_COORDINATE = 1e5
 
 
 @dataclass(frozen=True)
-class Window:
+class CroppedMask:
     """The part of a mask that may hold foreground."""
 
-    pixels: np.ndarray  # (height, width) uint8 or bool; what is not 0 is foreground
+    mask: np.ndarray  # (height, width) uint8 or bool; what is not 0 is foreground
     top: int = 0  # position in the image, in pixels
     left: int = 0  # a multiple of 8, as masks are packed in bytes
 
     def box(self) -> tuple[int, int, int, int] | None:
-        """(x0, y0, x1, y1) around the foreground, in pixels of the image (x1 = last column + 1);
-        None if empty."""
-        columns = np.flatnonzero(self.pixels.any(axis=0))
-        rows = np.flatnonzero(self.pixels.any(axis=1))
+        """Gives (x0, y0, x1, y1) around the foreground, in pixels of the image; None if empty.
+
+        x1 and y1 are those of the last column and row, plus 1.
+        """
+        columns = np.flatnonzero(self.mask.any(axis=0))
+        rows = np.flatnonzero(self.mask.any(axis=1))
         if not len(columns):
             return None
         x0, x1 = int(columns[0]) + self.left, int(columns[-1]) + self.left + 1
         return x0, int(rows[0]) + self.top, x1, int(rows[-1]) + self.top + 1
 
 
-def pack(windows: Sequence[Window | None], size: tuple[int, int]) -> PackedMasks:
-    """Packs N windows into masks of the whole image (height, width); None gives a mask without
-    foreground."""
+def pack(cropped: Sequence[CroppedMask | None], size: tuple[int, int]) -> PackedMasks:
+    """Packs N masks of an image (height, width); None gives a mask without foreground."""
     # NumPy's zeros are the operating system's: only bytes with foreground are ever touched.
-    bits = np.zeros((len(windows), size[0], (size[1] + 7) // 8), np.uint8)
-    for row, window in zip(bits, windows, strict=True):
-        if window is not None:
-            packed = np.packbits(window.pixels, axis=1)
-            first_byte = window.left // 8
-            row[
-                window.top : window.top + len(packed), first_byte : first_byte + packed.shape[1]
-            ] = packed
+    bits = np.zeros((len(cropped), size[0], (size[1] + 7) // 8), np.uint8)
+    for row, part in zip(bits, cropped, strict=True):
+        if part is not None:
+            packed = np.packbits(part.mask, axis=1)
+            rows = slice(part.top, part.top + len(packed))
+            row[rows, part.left // 8 : part.left // 8 + packed.shape[1]] = packed
     return PackedMasks(torch.from_numpy(bits), size)
 
 
@@ -62,7 +60,7 @@ def transform_mask(
     transforms: T.TransformList,
     before: tuple[int, int],
     after: tuple[int, int],
-) -> Window | None:
+) -> CroppedMask | None:
     """Transforms a mask with its image.
 
     Args:
@@ -80,16 +78,20 @@ def transform_mask(
         DataError: the annotation is malformed, or RLE of another size than the image.
     """
     if isinstance(segmentation, dict):
-        return Window(transforms.apply_segmentation(_decode(segmentation, before)))
+        return CroppedMask(transforms.apply_segmentation(_decode(segmentation, before)))
     polygons = [_points(polygon) for polygon in segmentation]
     return draw_polygons(
         [transforms.apply_coords(points) for points in polygons if len(points) >= 3], after
     )
 
 
-def draw_polygons(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> Window | None:
-    """Draws the union of polygons, each (P, 2) x and y in pixels, on an image (height, width) that
-    cuts them off."""
+def draw_polygons(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> CroppedMask | None:
+    """Draws the union of polygons on an image (height, width), which cuts them off.
+
+    Args:
+        polygons: each (P, 2) x and y in pixels.
+        size: of the image.
+    """
     if not polygons:
         return None
     points = np.concatenate(polygons)
@@ -100,7 +102,7 @@ def draw_polygons(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> Wind
         return None
     local = [(polygon - (left, top)).ravel() for polygon in polygons]
     rle = mask_util.merge(mask_util.frPyObjects(local, int(bottom - top), int(right - left)))
-    return Window(mask_util.decode(rle), int(top), int(left))
+    return CroppedMask(mask_util.decode(rle), int(top), int(left))
 
 
 def _points(polygon: Sequence[float]) -> np.ndarray:

@@ -20,11 +20,11 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
-from pycocotools import mask as mask_util
 from torch import Tensor
 
 from maskdino.evaluation.files import CONVERTED_FILE, INSTANCES_FILE
 from maskdino.ops.host import pack_masks, to_host, unpack_mask
+from maskdino.rle import encode_mask, to_json
 
 try:
     import faster_coco_eval
@@ -65,8 +65,7 @@ def instances_to_records(instances: Instances, image_id: int) -> list[dict]:
         copies = itertools.chain([found], later)
         masks = (mask for copied in copies for part in copied for mask in part.numpy())
         for record, mask in zip(records, masks, strict=True):
-            rle = mask_util.encode(unpack_mask(mask, instances.image_size))
-            record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+            record["segmentation"] = to_json(encode_mask(unpack_mask(mask, instances.image_size)))
     return records
 
 

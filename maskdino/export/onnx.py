@@ -19,11 +19,11 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from torch import Tensor
 
+from maskdino.categories import Categories
 from maskdino.config import add_maskdino_config
 from maskdino.inference.predictor import MaskDINOPredictor, PredictorOptions
-from maskdino.model import inference_options, thing_classes
+from maskdino.model import inference_options
 from maskdino.structures import Predictions
-from maskdino.visualization.results import Categories
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -193,10 +193,11 @@ def onnx_predictor(
         size=size,
         batch_size=batch_size,
     )
+    categories = Categories.from_config(cfg)
     return MaskDINOPredictor(
         network,
-        categories=Categories.from_config(cfg),
+        categories=categories,
         inference=inference_options(cfg),
-        is_thing=torch.tensor(thing_classes(cfg)),
+        is_thing=torch.tensor(categories.is_thing),
         options=replace(options, canvas=network.canvas),
     )

@@ -20,10 +20,10 @@ from maskdino.model import MaskDINO
 from maskdino.modeling.decoder import DecoderState
 from maskdino.ops.ms_deform_attn import locations_and_weights
 from maskdino.postprocess import Frame, output_boxes, output_masks
+from maskdino.rle import encode_mask
 from maskdino.structures import SpatialShapes
 from maskdino.visualization.drawing import Region, draw_regions, line_width
 from maskdino.visualization.images import ImageSource, load_image, network_image, network_size
-from maskdino.visualization.results import encode_mask
 
 RED, GREEN, BLUE = (230, 30, 30), (30, 220, 30), (40, 90, 255)
 

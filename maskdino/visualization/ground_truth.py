@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from detectron2.structures import BoxMode
-from pycocotools import mask as mask_utils
 
+from maskdino.categories import Categories
 from maskdino.data.reading import DataError, read_image, segment_indices
+from maskdino.rle import encode_mask, encode_segmentation
 from maskdino.visualization.images import load_image
-from maskdino.visualization.results import Categories, ImageResult, encode_mask
+from maskdino.visualization.results import ImageResult
 
 
 def ground_truth_of(record: dict, categories: Categories) -> ImageResult:
@@ -39,7 +38,7 @@ def ground_truth_of(record: dict, categories: Categories) -> ImageResult:
 def ground_truth_of_example(
     example: dict, categories: Categories, image_format: str
 ) -> ImageResult:
-    """What the model is trained with: the augmented picture and its objects or segments.
+    """What the model is trained with: the augmented image and its objects or segments.
 
     Args:
         example: the result of a training mapper.
@@ -48,11 +47,6 @@ def ground_truth_of_example(
     """
     image = load_image(example["image"], image_format)
     objects = example["instances"]
-    labels = objects.gt_classes.numpy()
-    if objects.has("gt_is_thing"):
-        known = dict(zip(labels.tolist(), objects.gt_is_thing.tolist(), strict=True))
-        flags = (known.get(label, thing) for label, thing in enumerate(categories.is_thing))
-        categories = replace(categories, is_thing=tuple(flags))
     rles = None
     if objects.has("gt_masks"):
         masks = objects.gt_masks
@@ -62,7 +56,7 @@ def ground_truth_of_example(
         image.shape[:2],
         categories,
         boxes=objects.gt_boxes.tensor.numpy(),
-        class_ids=labels,
+        class_ids=objects.gt_classes.numpy(),
         rles=rles,
         source=image,
     )
@@ -78,18 +72,8 @@ def _object_parts(annotations: list[dict] | None, size: tuple[int, int]) -> dict
         "class_ids": np.array([a["category_id"] for a in kept], np.int64),
     }
     if kept and all(a.get("segmentation") for a in kept):
-        parts["rles"] = tuple(_rle(a["segmentation"], size) for a in kept)
+        parts["rles"] = tuple(encode_segmentation(a["segmentation"], size) for a in kept)
     return parts
-
-
-def _rle(segmentation: list | dict, size: tuple[int, int]) -> dict:
-    """Polygons, or either form of run lengths, to the compressed form."""
-    if isinstance(segmentation, list):
-        return mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))
-    if isinstance(segmentation["counts"], list):
-        return mask_utils.frPyObjects(segmentation, *size)
-    counts = segmentation["counts"]
-    return segmentation | {"counts": counts.encode() if isinstance(counts, str) else counts}
 
 
 def _panoptic_parts(record: dict, categories: Categories) -> dict:

@@ -13,62 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from maskdino.categories import Categories
+from maskdino.rle import encode_mask, to_json
 from maskdino.visualization.drawing import MAX_LABELS, Region, color_of, draw_regions
 from maskdino.visualization.images import ImageSource, load_image
 
 TASKS = ("instance", "panoptic", "semantic")
 IGNORED = 255  # in label maps
-
-
-@dataclass(frozen=True)
-class Categories:
-    """The classes of a model or dataset, by class number.
-
-    Attributes:
-        names: of each class.
-        is_thing: whether a class has countable objects; the others are "stuff".
-        dataset_ids: the number of each class in the dataset's own files.
-    """
-
-    names: tuple[str, ...]
-    is_thing: tuple[bool, ...]
-    dataset_ids: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @staticmethod
-    def from_config(cfg: CfgNode) -> Categories:
-        """Those of the first known dataset, else of CLASS_NAMES; without names "class 0", ..."""
-        datasets = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN]
-        known = [name for name in datasets if name in MetadataCatalog.list()]
-        named = Metadata(thing_classes=list(cfg.MODEL.MASK_DINO.CLASS_NAMES))
-        metadata = MetadataCatalog.get(known[0]) if known else named
-        return Categories.from_metadata(metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES)
-
-    @staticmethod
-    def from_metadata(metadata: Metadata, number: int) -> Categories:
-        """From detectron2's metadata of a dataset with `number` classes."""
-        things = metadata.get("thing_dataset_id_to_contiguous_id") or {}
-        stuff = metadata.get("stuff_dataset_id_to_contiguous_id") or {}
-        candidates = (metadata.get("thing_classes"), metadata.get("stuff_classes"))
-        complete = [list(names) for names in candidates if names and len(names) == number]
-        names = complete[0] if complete else [f"class {label}" for label in range(number)]
-        ids = {label: i for i, label in {**things, **stuff}.items()}
-        only_stuff = not things and metadata.get("thing_classes") is None
-        only_stuff = only_stuff and metadata.get("stuff_classes") is not None
-        thing_labels = set(things.values()) if things and stuff else set(range(number))
-        return Categories(
-            tuple(names),
-            tuple(label in thing_labels and not only_stuff for label in range(number)),
-            tuple(ids.get(label, label) for label in range(number)),
-        )
 
 
 @dataclass(frozen=True)
@@ -273,13 +228,13 @@ class ImageResult:
                 if self.scores is not None:
                     entry["score"] = float(self.scores[i])
                 if self.rles is not None:
-                    entry["segmentation"] = _plain_rle(self.rles[i])
+                    entry["segmentation"] = to_json(self.rles[i])
                 yield entry
             return
         for label, rle, score in self._map_regions(task):
             entry = self._coco_entry(label, [float(value) for value in mask_utils.toBbox(rle)])
             entry |= {} if score is None else {"score": float(score)}
-            yield entry | {"area": int(mask_utils.area(rle)), "segmentation": _plain_rle(rle)}
+            yield entry | {"area": int(mask_utils.area(rle)), "segmentation": to_json(rle)}
 
     def _coco_entry(self, label: int, box: list[float]) -> dict:
         names, ids = self.categories.names, self.categories.dataset_ids
@@ -290,16 +245,6 @@ class ImageResult:
         if value is None:
             raise ValueError(f"the result of {self.name} has no {field}; it holds {self.tasks}")
         return value
-
-
-def encode_mask(mask: np.ndarray) -> dict:
-    """(H, W) bool to COCO's compressed form."""
-    return mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
-
-
-def _plain_rle(rle: dict) -> dict:
-    height, width = rle["size"]
-    return {"size": [int(height), int(width)], "counts": rle["counts"].decode("ascii")}
 
 
 def _label(name: str, score: float | None) -> str:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import Metadata
 from PIL import Image
 from torch import Tensor
 
+from maskdino.categories import Categories
 from maskdino.cli import export
 from maskdino.export.trace import (
     PLUGIN,
@@ -141,7 +143,8 @@ def test_semantic_maps_are_those_of_the_model() -> None:
 
 
 def test_panoptic_segments_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskdino.model.thing_classes", lambda _: [True, False, False, True, False])
+    things = Metadata(thing_dataset_id_to_contiguous_id={0: 0, 3: 3})
+    monkeypatch.setattr(Categories, "from_config", lambda _: Categories.from_metadata(things, 5))
     found, expected, _ = program_and_model(
         two_images(),
         "panoptic",

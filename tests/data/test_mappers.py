@@ -288,10 +288,12 @@ def test_semantic_regions(semantic_cfg: CfgNode, semantic_dict: dict) -> None:
     example = build_train_mapper(semantic_cfg)(semantic_dict)
     instances = example["instances"]
     assert instances.gt_classes.tolist() == [0, 2]
-    assert instances.gt_is_thing.tolist() == [False, False]
+    assert not instances.has("gt_is_thing")  # a semantic map does not tell
     assert instances.gt_boxes.tensor.tolist() == [[0, 0, 15, 10], [15, 0, 30, 10]]
-    assert example["sem_seg"].dtype == torch.int64
-    assert example["sem_seg"].unique().tolist() == [0, 2, 255]
+    expected = np.zeros((2, 20, 30), bool)
+    expected[0, :10, :15], expected[1, :10, 15:] = True, True
+    assert (instances.gt_masks.to_bool().numpy() == expected).all()
+    assert set(example) == set(semantic_dict) | {"image", "instances", "height", "width"}
 
 
 @pytest.mark.parametrize("constrained", [True, False])
@@ -304,20 +306,23 @@ def test_padding_of_semantic_maps_is_ignored(
         )
     else:
         semantic_cfg.INPUT.LSJ.ENABLED = True
-    mapper = build_train_mapper(semantic_cfg)
+    mapper, covered = build_train_mapper(semantic_cfg), 0
     for seed in range(10):
         np.random.seed(seed)
         example = mapper(semantic_dict)
-        covered = example["instances"].gt_masks.to_bool().any(0)
-        assert torch.equal(covered, example["sem_seg"] != 255)
-        assert example["sem_seg"].shape == example["image"].shape[1:]
+        masks = example["instances"].gt_masks.to_bool()
+        assert masks.shape[1:] == example["image"].shape[1:]
+        of_image = example["image"][0] == 0  # it is black; its upper half has classes
+        assert masks.sum(0).max() <= 1 and not masks[:, ~of_image].any()
+        covered += masks.sum().item()
+    assert covered > 0
 
 
 def test_semantic_map_of_nothing(semantic_cfg: CfgNode, save_image: Callable) -> None:
     pixels = np.full((20, 30), 255, np.uint8)
     given = {"file_name": save_image(pixels), "sem_seg_file_name": save_image(pixels, "l.png")}
     example = build_train_mapper(semantic_cfg)(given)
-    assert len(example["instances"]) == 0 and (example["sem_seg"] == 255).all()
+    assert len(example["instances"]) == 0
 
 
 def test_semantic_errors(semantic_cfg: CfgNode, semantic_dict: dict, save_image: Callable) -> None:
@@ -338,7 +343,8 @@ def test_another_ignored_label(save_image: Callable) -> None:
     path = save_image(np.array([[0, 1, 2]], np.uint8))
     example = mapper({"file_name": path, "sem_seg_file_name": path})
     assert example["instances"].gt_classes.tolist() == [0, 2]
-    assert example["sem_seg"].tolist() == [[0, 1, 2]]
+    masks = example["instances"].gt_masks.to_bool()
+    assert masks[:, 0].tolist() == [[True, False, False], [False, False, True]]
 
 
 def test_as_many_classes_as_8_bits_can_tell(save_image: Callable) -> None:
@@ -354,6 +360,7 @@ def test_as_many_classes_as_8_bits_can_tell(save_image: Callable) -> None:
 
 
 def test_panoptic_data_without_things(panoptic_cfg: CfgNode, panoptic_dict: dict) -> None:
+    MetadataCatalog.get("mapper_test_without_things").thing_dataset_id_to_contiguous_id = {}
     panoptic_cfg.DATASETS.TRAIN = ("mapper_test_without_things",)
     instances = build_train_mapper(panoptic_cfg)(panoptic_dict)["instances"]
     assert instances.gt_is_thing.tolist() == [False, False]

@@ -8,20 +8,20 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 
-from maskdino.data.masks import Window, draw_polygons, pack, transform_mask
+from maskdino.data.masks import CroppedMask, draw_polygons, pack, transform_mask
 from maskdino.data.reading import DataError
 
 SIZE = (40, 53)
 NOTHING = T.TransformList([])
 
 
-def whole(window: Window | None, size: tuple[int, int] = SIZE) -> np.ndarray:
+def whole(mask: CroppedMask | None, size: tuple[int, int] = SIZE) -> np.ndarray:
     """The mask of the whole image, (H, W) bool."""
-    return pack([window], size).to_bool().numpy()[0]
+    return pack([mask], size).to_bool().numpy()[0]
 
 
 @pytest.mark.parametrize(("low", "high"), [((0, 0), (53, 40)), ((-30, -30), (80, 70))])
-def test_polygons_in_windows_equal_polygons_on_the_image(
+def test_polygons_on_crops_equal_polygons_on_the_image(
     low: tuple[int, int], high: tuple[int, int]
 ) -> None:
     generator = np.random.default_rng(0)
@@ -29,8 +29,8 @@ def test_polygons_in_windows_equal_polygons_on_the_image(
         polygons = [generator.uniform(low, high, (number, 2)) for _ in range(2)]
         rles = mask_util.frPyObjects([polygon.ravel() for polygon in polygons], *SIZE)
         expected = mask_util.decode(rles).any(axis=2)
-        window = draw_polygons(polygons, SIZE)
-        assert (whole(window) == expected).all()
+        mask = draw_polygons(polygons, SIZE)
+        assert (whole(mask) == expected).all()
 
 
 def test_polygon_outside_of_the_image_draws_nothing() -> None:
@@ -52,10 +52,10 @@ def test_all_forms_of_a_mask_are_the_same_mask() -> None:
         {"size": list(SIZE), "counts": counts},
     ]
     for form in forms:
-        window = transform_mask(form, NOTHING, SIZE, SIZE)
-        assert (whole(window) == expected).all()
+        mask = transform_mask(form, NOTHING, SIZE, SIZE)
+        assert (whole(mask) == expected).all()
         x, y, width, height = mask_util.toBbox(rle)
-        assert window.box() == (x, y, x + width, y + height)
+        assert mask.box() == (x, y, x + width, y + height)
 
 
 def test_polygons_and_rle_follow_the_same_transform() -> None:
@@ -95,13 +95,13 @@ def test_malformed_masks_are_errors(segmentation: list | dict, message: str) -> 
         transform_mask(segmentation, NOTHING, SIZE, SIZE)
 
 
-def test_boxes_and_packing_of_windows() -> None:
+def test_boxes_and_packing_of_cropped_masks() -> None:
     pixels = np.zeros((5, 11), np.uint8)
     pixels[1:4, 2:10] = 1
-    window = Window(pixels, top=30, left=40)
-    assert window.box() == (42, 31, 50, 34)
-    assert Window(np.zeros((5, 5), bool)).box() is None
-    packed = pack([window, None], SIZE)
+    mask = CroppedMask(pixels, top=30, left=40)
+    assert mask.box() == (42, 31, 50, 34)
+    assert CroppedMask(np.zeros((5, 5), bool)).box() is None
+    packed = pack([mask, None], SIZE)
     expected = torch.zeros(2, *SIZE, dtype=torch.bool)
     expected[0, 31:34, 42:50] = True
     assert packed.size == SIZE and torch.equal(packed.to_bool(), expected)

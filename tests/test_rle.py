@@ -1,0 +1,50 @@
+"""Every form of a mask is the same mask."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as mask_utils
+
+from maskdino import rle
+
+SIZE = (20, 30)
+
+
+def drawn() -> np.ndarray:
+    mask = np.zeros(SIZE, bool)
+    mask[3:17, 5:25] = True
+    return mask
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Counts of pixels, column by column, of background and foreground in turn."""
+    flat = mask.ravel(order="F")
+    ends = np.flatnonzero(np.diff(flat)) + 1
+    return np.diff([0, *ends, flat.size]).tolist()
+
+
+@pytest.mark.parametrize("form", ["polygons", "counts", "text", "bytes"])
+def test_all_forms_decode_to_the_same_mask(form: str) -> None:
+    mask = drawn()
+    compressed = rle.encode_mask(mask)
+    segmentation = {
+        "polygons": [[5, 3, 25, 3, 25, 17, 5, 17]],
+        "counts": {"size": list(SIZE), "counts": run_lengths(mask)},
+        "text": json.loads(json.dumps(rle.to_json(compressed))),
+        "bytes": compressed,
+    }[form]
+    before = str(segmentation)
+    assert (rle.decode_segmentation(segmentation, SIZE) == mask).all()
+    found = rle.encode_segmentation(segmentation, SIZE)
+    assert isinstance(found["counts"], bytes) and list(found["size"]) == list(SIZE)
+    assert str(segmentation) == before
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int32])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_masks_of_any_type_and_order(dtype: type, order: str) -> None:
+    found = rle.encode_mask(np.array(drawn(), dtype, order=order))
+    assert (mask_utils.decode(found) == drawn()).all()
