@@ -1,31 +1,31 @@
-"""Augmentations: what detectron2 has is used, what it lacks is here. All randomness is NumPy's
-global generator."""
+"""Augmentations: what detectron2 has is used, what it lacks is here.
+
+All randomness is that of NumPy's, and detectron2's of Python's, global generator.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from PIL import Image
 
-PADDING = 128.0  # grey, about the mean of photographs
+PADDING = 128.0  # gray, about the mean of photographs
 FLIPS = ("none", "horizontal", "vertical", "both", "dihedral")
 
 
 class LargeScaleJitter(T.Augmentation):
-    """Resizes by a random factor, then crops at random, or pads at the right and at the bottom, to
-    a fixed size.
+    """Resizes by a random factor, then crops or pads to a fixed size.
 
-    A factor of 1 makes the image just fit into `size`. Horizontal and vertical position of the crop
-    are independent, and no side shrinks below one pixel (detectron2's ResizeScale and FixedSizeCrop
-    differ in both).
+    Crops are random; padding is at the right and at the bottom. A factor of 1 makes the image just
+    fit into `size`. Horizontal and vertical position of the crop are independent, and no side
+    shrinks below one pixel (detectron2's ResizeScale and FixedSizeCrop differ in both).
     """
 
     def __init__(self, size: Sequence[int], min_scale: float, max_scale: float) -> None:
-        """
+        """Checks the arguments.
+
         Args:
             size: (height, width) of the result, in pixels.
             min_scale: smallest factor.
@@ -44,6 +44,7 @@ class LargeScaleJitter(T.Augmentation):
         self.max_scale = max_scale
 
     def get_transform(self, image: np.ndarray) -> T.TransformList:
+        """Draws factor and crop for an image (H, W, C)."""
         height, width = image.shape[:2]
         target_height, target_width = self.size
         scale = np.random.uniform(self.min_scale, self.max_scale)
@@ -68,89 +69,16 @@ class TransposeTransform(T.Transform):
     """Swaps rows and columns; together with both flips it gives all turns by 90 degrees."""
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
+        """(H, W, ...) to (W, H, ...)."""
         return np.swapaxes(img, 0, 1)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """(N, 2) of x, y to y, x."""
         return coords[:, ::-1]
 
     def inverse(self) -> TransposeTransform:
+        """Itself."""
         return self
-
-
-class ColorJitter(T.Augmentation):
-    """SSD's photometric distortion: brightness, contrast, saturation and hue, each changed with
-    probability 1/2."""
-
-    def __init__(self, image_format: str) -> None:
-        """
-        Args:
-            image_format: "RGB" or "BGR".
-        """
-        super().__init__()
-        if image_format not in ("RGB", "BGR"):
-            raise ValueError(
-                f"INPUT.COLOR_AUG_SSD needs INPUT.FORMAT RGB or BGR, not {image_format}"
-            )
-        self.image_format = image_format
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:  # noqa: ARG002 - bound by name
-        def draw(low: float, high: float, neutral: float) -> float:
-            return np.random.uniform(low, high) if np.random.rand() < 0.5 else neutral
-
-        return T.ColorTransform(
-            partial(
-                adjust_color,
-                image_format=self.image_format,
-                brightness=draw(-32, 32, 0),
-                contrast=draw(0.5, 1.5, 1),
-                saturation=draw(0.5, 1.5, 1),
-                hue=draw(-0.1, 0.1, 0),
-                contrast_first=np.random.rand() < 0.5,
-            )
-        )
-
-
-def adjust_color(
-    image: np.ndarray,
-    *,
-    image_format: str,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
-    contrast_first: bool,
-) -> np.ndarray:
-    """Changes the colours of an image.
-
-    Args:
-        image: (H, W, 3) uint8.
-        image_format: "RGB" or "BGR".
-        brightness: added to all channels, in grey levels.
-        contrast: factor of all channels.
-        saturation: factor of the saturation.
-        hue: added to the hue, as a share of the full circle.
-        contrast_first: whether contrast changes before saturation and hue, or after.
-
-    Returns:
-        (H, W, 3) uint8, a new array.
-    """
-    image = image[:, :, ::-1] if image_format == "BGR" else image
-    image = _linear(image, contrast if contrast_first else 1, brightness)
-    if saturation != 1 or hue != 0:
-        hsv = np.array(Image.fromarray(image).convert("HSV"))
-        hsv[..., 0] += np.uint8(
-            round(hue * 256) % 256
-        )  # a circle of 256 steps: overflow is what we want
-        hsv[..., 1] = _linear(hsv[..., 1], saturation, 0)
-        channels = [Image.fromarray(channel) for channel in np.moveaxis(hsv, -1, 0)]
-        image = np.asarray(Image.merge("HSV", channels).convert("RGB"))
-    image = _linear(image, 1 if contrast_first else contrast, 0)
-    return image[:, :, ::-1] if image_format == "BGR" else image
-
-
-def _linear(values: np.ndarray, factor: float, offset: float) -> np.ndarray:
-    """factor * value + offset on uint8, clipped, through a table."""
-    return np.clip(np.arange(256) * factor + offset, 0, 255).round().astype(np.uint8)[values]
 
 
 def build_flips(name: str) -> list[T.Augmentation]:
@@ -165,7 +93,7 @@ def build_flips(name: str) -> list[T.Augmentation]:
     """
     if name not in FLIPS:
         raise ValueError(f"INPUT.RANDOM_FLIP is {name!r}; it must be one of {', '.join(FLIPS)}")
-    flips = []
+    flips: list[T.Augmentation] = []
     if name in ("horizontal", "both", "dihedral"):
         flips.append(T.RandomFlip(horizontal=True, vertical=False))
     if name in ("vertical", "both", "dihedral"):
@@ -177,7 +105,7 @@ def build_flips(name: str) -> list[T.Augmentation]:
 
 def build_augmentations(
     cfg: CfgNode, is_train: bool, ignored_category: int | None = None
-) -> list[T.Augmentation]:
+) -> list[T.Augmentation | T.Transform]:
     """Augmentations of a configuration.
 
     Args:
@@ -192,9 +120,9 @@ def build_augmentations(
     config = cfg.INPUT
     if not is_train:
         return [T.ResizeShortestEdge(config.MIN_SIZE_TEST, config.MAX_SIZE_TEST, "choice")]
-    augmentations = build_flips(config.RANDOM_FLIP)
+    augmentations: list[T.Augmentation | T.Transform] = [*build_flips(config.RANDOM_FLIP)]
     if config.COLOR_AUG_SSD:
-        augmentations.append(ColorJitter(config.FORMAT))
+        augmentations.append(_color_jitter(config.FORMAT))
     if config.LSJ.ENABLED:
         return [
             *augmentations,
@@ -215,3 +143,17 @@ def build_augmentations(
             )
         )
     return augmentations
+
+
+def _color_jitter(image_format: str) -> T.Transform:
+    """SSD's photometric distortion, which draws anew for each image.
+
+    Raises:
+        ValueError: the format is neither "RGB" nor "BGR".
+    """
+    # Detectron2 installs this project with itself; only where asked for, as it registers heads.
+    from detectron2.projects.point_rend import ColorAugSSDTransform
+
+    if image_format not in ("RGB", "BGR"):
+        raise ValueError(f"INPUT.COLOR_AUG_SSD needs INPUT.FORMAT RGB or BGR, not {image_format}")
+    return ColorAugSSDTransform(image_format)

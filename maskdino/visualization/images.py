@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.data.transforms import ResizeShortestEdge
 from PIL import Image, ImageOps
 
 ImageSource = str | os.PathLike | np.ndarray | Image.Image | torch.Tensor
@@ -126,20 +127,17 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
 
 
 def network_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
-    """The (height, width) at which the network reads a picture, as in detectron2's evaluation.
+    """The (height, width) at which the network reads an image, as in detectron2's evaluation.
 
     Args:
-        size: (height, width) of the picture.
+        size: (height, width) of the image.
         shortest: INPUT.MIN_SIZE_TEST, wanted pixels of the shorter edge; 0 keeps the size.
         longest: INPUT.MAX_SIZE_TEST, which the longer edge may not exceed.
     """
     if shortest == 0:
         return size
-    scale = shortest / min(size)
-    edges = [shortest if edge == min(size) else scale * edge for edge in size]
-    if max(edges) > longest:
-        edges = [edge * (longest / max(edges)) for edge in edges]
-    return tuple(max(1, int(edge + 0.5)) for edge in edges)
+    height, width = ResizeShortestEdge.get_output_shape(*size, shortest, longest)
+    return max(1, height), max(1, width)
 
 
 def fitting_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

@@ -1,30 +1,21 @@
-"""Augmentations: sizes, geometry, colours, and what the configuration chooses."""
+"""Augmentations: sizes, geometry, colors, and what the configuration chooses."""
 
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from detectron2.data import transforms as T
 
+from maskdino.data.stream import seeded
 from maskdino.data.transforms import (
-    ColorJitter,
     LargeScaleJitter,
     TransposeTransform,
-    adjust_color,
     build_augmentations,
     build_flips,
 )
-
-NEUTRAL = {
-    "image_format": "RGB",
-    "brightness": 0,
-    "contrast": 1,
-    "saturation": 1,
-    "hue": 0,
-    "contrast_first": True,
-}
 
 
 def apply(augmentation: T.Augmentation, image: np.ndarray) -> tuple[np.ndarray, T.Transform]:
@@ -65,7 +56,7 @@ def test_jitter_moves_points_with_the_image() -> None:
             assert result[int(y), int(x), 0] > 200
 
 
-def test_jitter_pads_masks_with_zeros_and_images_with_grey() -> None:
+def test_jitter_pads_masks_with_zeros_and_images_with_gray() -> None:
     np.random.seed(0)
     augmentation = LargeScaleJitter((64, 96), 0.5, 0.5)
     result, transform = apply(augmentation, np.full((64, 96, 3), 9, np.uint8))
@@ -108,46 +99,31 @@ def test_unknown_flip_is_named() -> None:
         build_flips("sideways")
 
 
-def test_neutral_colors_change_nothing() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (8, 9, 3)).astype(np.uint8)
-    assert (adjust_color(image, **NEUTRAL) == image).all()
-
-
-def test_brightness_and_contrast_are_linear_and_clipped() -> None:
-    image = np.array([[[0, 100, 250]]], np.uint8)
-    assert adjust_color(image, **{**NEUTRAL, "brightness": 20}).tolist() == [[[20, 120, 255]]]
-    assert adjust_color(image, **{**NEUTRAL, "contrast": 1.5}).tolist() == [[[0, 150, 255]]]
-
-
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
-def test_hue_turns_and_saturation_scales(image_format: str) -> None:
+def test_colors_vary_and_repeat_with_the_seeds_of_the_stream(
+    image_format: str, make_cfg: Callable
+) -> None:
+    options = ("INPUT.COLOR_AUG_SSD", True, "INPUT.FORMAT", image_format)
+    jitter = T.AugmentationList([build_augmentations(make_cfg(*options), is_train=True)[1]])
     order = slice(None) if image_format == "RGB" else slice(None, None, -1)
-    image = np.array([[[200, 100, 50]]], np.uint8)[..., order]
-    options = {**NEUTRAL, "image_format": image_format}
-    before = colorsys.rgb_to_hsv(*(image[0, 0, order] / 255))
-
-    turned = adjust_color(image, **{**options, "hue": -0.1})[0, 0, order] / 255
-    after = colorsys.rgb_to_hsv(*turned)
-    assert after[0] == pytest.approx((before[0] - 0.1) % 1, abs=0.01)
-    assert after[1:] == pytest.approx(before[1:], abs=0.02)
-
-    greyer = colorsys.rgb_to_hsv(
-        *adjust_color(image, **{**options, "saturation": 0.5})[0, 0, order]
-    )
-    assert greyer[1] == pytest.approx(before[1] / 2, abs=0.01)
-
-
-def test_color_jitter_moves_no_pixel_and_repeats_itself() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (8, 9, 3)).astype(np.uint8)
-    results = []
-    for _ in range(2):
-        np.random.seed(3)
-        result, transform = apply(ColorJitter("RGB"), image)
-        results.append(result)
+    image = np.full((8, 9, 3), (50, 200, 100), np.uint8)[..., order]
+    colors = []
+    for seed in (*range(100), 3):
+        with seeded(seed):
+            result, transform = apply(jitter, image)
+        assert result.dtype == np.uint8 and (result == result[0, 0]).all()
         assert (transform.apply_segmentation(image[..., 0]) == image[..., 0]).all()
-    assert (results[0] == results[1]).all() and (results[0] != image).any()
-    with pytest.raises(ValueError, match="YUV"):
-        ColorJitter("YUV-BT.601")
+        colors.append(colorsys.rgb_to_hsv(*(result[0, 0, order] / 255)))
+    assert colors[3] == colors[-1]
+    hues, saturations, values = np.array(colors).T
+    assert np.abs(hues - 140 / 360).max() < 0.12  # at most 36 degrees, and rounding
+    assert np.ptp(hues) > 0.1 and np.ptp(saturations) > 0.4 and np.ptp(values) > 0.5
+
+
+def test_colors_need_a_format_that_has_them(make_cfg: Callable) -> None:
+    options = ("INPUT.COLOR_AUG_SSD", True, "INPUT.FORMAT", "YUV-BT.601")
+    with pytest.raises(ValueError, match=r"INPUT\.FORMAT RGB or BGR, not YUV"):
+        build_augmentations(make_cfg(*options), is_train=True)
 
 
 def test_configuration_chooses_augmentations(make_cfg) -> None:
@@ -158,7 +134,7 @@ def test_configuration_chooses_augmentations(make_cfg) -> None:
     resize = ("INPUT.LSJ.ENABLED", False, "INPUT.RANDOM_FLIP", "none")
     crop = (*resize, "INPUT.CROP.ENABLED", True, "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA", 0.75)
     assert names() == ["RandomFlip", "LargeScaleJitter"]
-    assert names("INPUT.COLOR_AUG_SSD", True)[1] == "ColorJitter"
+    assert names("INPUT.COLOR_AUG_SSD", True)[1] == "ColorAugSSDTransform"
     assert names(*resize) == ["ResizeShortestEdge"]
     assert names(*crop) == ["ResizeShortestEdge", "RandomCrop"]
     assert names(*crop, ignored_category=0)[1] == "RandomCrop_CategoryAreaConstraint"
