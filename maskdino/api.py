@@ -1,11 +1,7 @@
-"""Mask DINO: detection and instance, panoptic and semantic segmentation with one transformer.
+"""All that importing the package loads and registers; the names are those of `maskdino`."""
 
-Importing this package registers the meta-architecture, the backbones and the datasets with
-detectron2, under names that are free; names that other packages are known to register too wait for
-`add_maskdino_config`.
-"""
-
-from maskdino import data, model_zoo
+import maskdino.data as data
+import maskdino.model_zoo as model_zoo
 from maskdino.backbones import TimmBackbone, build_backbone
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.compat import alias_cityscapes_scripts
@@ -19,12 +15,11 @@ from maskdino.data import (
 )
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
+from maskdino.plain_detectron2 import adapt_to_detectron2, build_optimizer
 from maskdino.registration import register_all
 from maskdino.visualization.results import ImageResult
 
 alias_cityscapes_scripts()
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ImageResult",
@@ -35,8 +30,10 @@ __all__ = [
     "PanopticMapper",
     "SemanticMapper",
     "TimmBackbone",
+    "adapt_to_detectron2",
     "add_maskdino_config",
     "build_backbone",
+    "build_optimizer",
     "build_train_mapper",
     "data",
     "model_zoo",

@@ -14,9 +14,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import NoReturn
 
 import numpy as np
 import torch.distributed
+from detectron2.config import CfgNode
+from detectron2.data import detection_utils
+from detectron2.solver.build import GradientClipType
 from detectron2.utils import comm
 from torch import nn
 
@@ -80,6 +84,36 @@ def cityscapes_scripts() -> Iterator[None]:
         scripts.writeDict2JSON = write
         if not has_in1d:
             del np.in1d
+
+
+def name_keys_of_our_trainer() -> None:
+    """Lets detectron2 (0.6 and main) say which key has a value that only our own trainer knows.
+
+    Its messages name neither the key nor what to do. A second call does nothing.
+    """
+
+    def refuse(key: str, value: object, known: str, instead: str) -> NoReturn:
+        raise ValueError(
+            f"{key} is {value!r}, which detectron2 itself does not know: use {known}, or {instead}"
+        )
+
+    def missing(_: type, value: object) -> NoReturn:
+        instead = "build the optimizer with maskdino.build_optimizer(cfg, model)"
+        refuse("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", value, "'norm' or 'value'", instead)
+
+    def build(cfg: CfgNode, is_train: bool) -> list:
+        if is_train and cfg.INPUT.RANDOM_FLIP not in flips:
+            instead = "call maskdino.adapt_to_detectron2(cfg)"
+            refuse(
+                "INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, " or ".join(map(repr, flips)), instead
+            )
+        return original(cfg, is_train)
+
+    flips = ("horizontal", "vertical", "none")
+    original = detection_utils.build_augmentation
+    if "_missing_" not in vars(GradientClipType):
+        GradientClipType._missing_ = classmethod(missing)
+        detection_utils.build_augmentation = build
 
 
 def create_local_process_group(processes: int) -> None:

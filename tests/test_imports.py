@@ -39,6 +39,7 @@ TENSORS = ("torch", "numpy")
 RULES = (
     Rule("structures", outside=TENSORS),
     Rule("registration", outside=()),
+    Rule("files", outside=()),
     Rule("compat"),
     Rule("config", ("registration",), outside=("detectron2.config",)),
     Rule("categories", outside=("detectron2.config", "detectron2.data")),
@@ -84,7 +85,7 @@ RULES = (
             "targets",
         ),
     ),
-    Rule("checkpoint", ("backbones", "config", "structures")),
+    Rule("checkpoint", ("backbones", "config", "files", "model", "modeling")),
     Rule("model_zoo", ("checkpoint", "config")),
     Rule("visualization", ("categories", "data", "rle", "structures")),
     Rule(
@@ -104,6 +105,7 @@ RULES = (
         "engine",
         ("checkpoint", "compat", "config", "data", "devices", "evaluation", "model", "precision"),
     ),
+    Rule("plain_detectron2", ("compat", "devices", "engine")),
     Rule(
         "inference",
         (
@@ -143,7 +145,8 @@ RULES = (
             "data",
             "engine",
             "evaluation",
-            "inference",
+            "files",
+            "model_zoo",
             "precision",
             "structures",
         ),
@@ -160,6 +163,7 @@ RULES = (
             "engine",
             "evaluation",
             "export",
+            "files",
             "inference",
             "model",
             "model_zoo",

@@ -18,7 +18,7 @@ POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 GradientClipper = Callable[[Iterable[nn.Parameter]], Tensor]
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+def build_optimizer(cfg: CfgNode, model: nn.Module, *, fused: bool = True) -> Optimizer:
     """Builds the optimizer that ``SOLVER.OPTIMIZER`` names.
 
     Parameters of equal learning rate and weight decay share a group: at most four with the default
@@ -28,6 +28,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         cfg: configuration; the node ``SOLVER`` is read.
         model: the model; parameters below ``backbone.`` learn ``SOLVER.BACKBONE_MULTIPLIER`` times
             as fast.
+        fused: whether a step is one kernel for many parameters, where the device has it.
 
     Raises:
         ValueError: if the optimizer is unknown, or the model has nothing to train.
@@ -45,7 +46,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     )
     if not groups:
         raise ValueError("The model has no trainable parameters; is everything frozen?")
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    devices = {p.device.type for group in groups for p in group["params"]}
+    fused = fused and devices <= {"cpu", "cuda"}
     if solver.OPTIMIZER == "ADAMW":
         return AdamW(groups, lr=solver.BASE_LR, fused=fused)
     if solver.OPTIMIZER == "SGD":

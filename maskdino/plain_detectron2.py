@@ -1,0 +1,99 @@
+"""For trainers of others, detectron2's first of all: our optimizer, and the keys that differ.
+
+Shape key: this module handles parameters of any shape.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from maskdino.compat import name_keys_of_our_trainer
+from maskdino.devices import configured_device
+from maskdino.engine import solver
+
+logger = logging.getLogger(__name__)
+
+name_keys_of_our_trainer()
+
+
+def adapt_to_detectron2(cfg: CfgNode) -> None:
+    """Sets the keys that detectron2's own trainer, mapper and evaluator read (in place).
+
+    One line of the log tells which. The learning rate schedule and the size of the batch are the
+    same keys there. ``INPUT.LSJ`` is read by the mappers of `maskdino.data` alone.
+
+    Args:
+        cfg: with Mask DINO's keys, after the last file and override; not frozen.
+
+    Raises:
+        ValueError: there is no such device here as MODEL.DEVICE names, though there are GPUs.
+    """
+    device = configured_device(cfg.MODEL.DEVICE)
+    wanted = {
+        "MODEL.DEVICE": str(device),
+        # Masks are read, as polygons or as run lengths, where the model learns them.
+        "MODEL.MASK_ON": cfg.MODEL.MASK_DINO.MASK_ON,
+        "INPUT.MASK_FORMAT": "bitmask",
+    }
+    if device.type != "cuda":
+        wanted["SOLVER.AMP.ENABLED"] = False
+    if cfg.INPUT.RANDOM_FLIP in ("both", "dihedral"):
+        wanted["INPUT.RANDOM_FLIP"] = "horizontal"
+    before = {name: _value(cfg, name) for name in wanted}
+    cfg.merge_from_list([word for item in wanted.items() for word in item])
+    changed = [f"{name} {value}" for name, value in wanted.items() if before[name] != value]
+    if changed:
+        logger.warning("Changed for detectron2's own trainer: %s.", ", ".join(changed))
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """Builds the optimizer of SOLVER, which clips gradients as SOLVER.CLIP_GRADIENTS says.
+
+    Args:
+        cfg: with Mask DINO's keys.
+        model: the model.
+
+    Raises:
+        ValueError: as `maskdino.engine.solver` says.
+    """
+    # Not fused: a fused step is given the gradients before mixed precision scales them back.
+    optimizer = solver.build_optimizer(cfg, model, fused=False)
+    return _clipped(optimizer, solver.build_gradient_clipper(cfg))
+
+
+def clipped_adamw(
+    params: Iterable[dict[str, Any]], lr: float, clip_norm: float, **options: Any
+) -> AdamW:
+    """Builds AdamW for detectron2's LazyConfig; before a step, the whole gradient is clipped.
+
+    Args:
+        params: groups, such as `maskdino.engine.solver.parameter_groups` makes.
+        lr: learning rate of groups that name none.
+        clip_norm: largest norm of the gradient of all parameters together.
+        options: more of `torch.optim.AdamW`.
+    """
+
+    def clip(parameters: Iterable[nn.Parameter]) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+    return _clipped(AdamW(params, lr=lr, **options), clip)
+
+
+def _clipped(optimizer: Any, clip: solver.GradientClipper) -> Any:
+    def before_step(optimizer: Optimizer, *_: object) -> None:
+        clip(p for group in optimizer.param_groups for p in group["params"])
+
+    optimizer.register_step_pre_hook(before_step)
+    return optimizer
+
+
+def _value(cfg: CfgNode, name: str) -> object:
+    for part in name.split("."):
+        cfg = cfg[part]
+    return cfg
