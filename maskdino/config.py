@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 
 from detectron2.config import CfgNode, get_cfg
 
+from maskdino.extensions import extend_config, read_header
 from maskdino.registration import register_postponed
 
 # Nodes of a file whose keys another library defines: arguments of a timm model, released Swin
 # configurations.
 _OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
+_OWN_KEYS = "a module of your own that adds it, in add_config(cfg), is imported with --import."
 
 
 def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
@@ -28,11 +30,12 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     """
     cfg = get_cfg()
     add_maskdino_config(cfg)
+    extend_config(cfg)
     known = dict.fromkeys(_key_names(cfg))
     if config_file:
         loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
         names = [name for name in _key_names(loaded) if not name.startswith(_OPEN_NODES)]
-        _check_keys(names, known, f"in {config_file}")
+        _check_keys(names, known, f"in {config_file}", read_header(config_file))
         cfg.merge_from_file(config_file, allow_unsafe=False)
     if len(overrides) % 2:
         raise ValueError(
@@ -52,12 +55,14 @@ def _key_names(node: dict, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _check_keys(names: Iterator[str] | Sequence[str], known: dict[str, None], where: str) -> None:
+def _check_keys(
+    names: Iterator[str] | Sequence[str], known: dict[str, None], where: str, header: str = ""
+) -> None:
     for name in names:
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=3) or _keys_ending_alike(name, known)
-            hint = f"; did you mean {' or '.join(similar)}?" if similar else "."
-            raise KeyError(f"Unknown configuration key {name} {where}{hint}")
+            hint = f"did you mean {' or '.join(similar)}?" if similar else _OWN_KEYS
+            raise KeyError(f"Unknown configuration key {name} {where}; {hint}{header}")
 
 
 def _keys_ending_alike(name: str, known: dict[str, None]) -> list[str]:
@@ -78,6 +83,8 @@ def add_maskdino_config(cfg: CfgNode) -> None:
     _add_test(cfg)
     _add_input(cfg)
     _add_solver(cfg)
+    _add_evaluation(cfg)
+    _add_log(cfg)
 
 
 def _add_model(cfg: CfgNode) -> None:
@@ -219,7 +226,8 @@ def _add_test(cfg: CfgNode) -> None:
 
 
 def _add_input(cfg: CfgNode) -> None:
-    # "instance", "panoptic" or "semantic": what the training mapper reads (maskdino.data).
+    # "instance", "panoptic", "semantic", or a name in MAPPER_REGISTRY (maskdino.extensions): what
+    # the training mapper reads (maskdino.data).
     cfg.INPUT.DATASET_MAPPER_NAME = "instance"
     # Large-scale jitter: resize by a random factor, then crop or pad to SIZE (height, width), in
     # pixels.
@@ -229,6 +237,8 @@ def _add_input(cfg: CfgNode) -> None:
     cfg.INPUT.LSJ.MIN_SCALE = 0.1
     cfg.INPUT.LSJ.MAX_SCALE = 2.0
     cfg.INPUT.COLOR_AUG_SSD = False  # SSD's colour jitter
+    # Names in AUGMENTATION_REGISTRY: applied in training, after resizing and cropping.
+    cfg.INPUT.AUGMENTATIONS = []
     # Semantic maps: crops are drawn anew, up to ten times, where one class covers more than this
     # share; 1 is off.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
@@ -248,3 +258,24 @@ def _add_solver(cfg: CfgNode) -> None:
     # Keep, evaluate and save an exponential moving average of the weights.
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998
+    # Keep the weights of the best evaluation in OUTPUT_DIR/best. An evaluation is judged by
+    # METRIC, as "segm/AP"; with several datasets in DATASETS.TEST, as "DATASET/segm/AP". Empty: off.
+    cfg.SOLVER.BEST = CfgNode()
+    cfg.SOLVER.BEST.METRIC = ""
+    cfg.SOLVER.BEST.LOWER_IS_BETTER = False  # for metrics that are errors
+    # Training ends after this number of evaluations in a row without a better one; 0: never.
+    cfg.SOLVER.BEST.PATIENCE = 0
+
+
+def _add_evaluation(cfg: CfgNode) -> None:
+    # Names in EVALUATOR_REGISTRY: they judge every dataset, beside the evaluators of its type.
+    cfg.TEST.EVALUATORS = []
+
+
+def _add_log(cfg: CfgNode) -> None:
+    log = cfg.LOG = CfgNode()
+    # Where scalars go beside the console and metrics.json: "tensorboard", "wandb", "mlflow", or
+    # names in WRITER_REGISTRY.
+    log.WRITERS = ["tensorboard"]
+    log.PROJECT = "maskdino"  # project of W&B, experiment of MLflow
+    log.RUN = ""  # name of the run there; empty: the name of the folder OUTPUT_DIR

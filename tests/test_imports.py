@@ -41,7 +41,8 @@ RULES = (
     Rule("registration", outside=()),
     Rule("files", outside=()),
     Rule("compat"),
-    Rule("config", ("registration",), outside=("detectron2.config",)),
+    Rule("extensions", outside=("fvcore",)),
+    Rule("config", ("extensions", "registration"), outside=("detectron2.config",)),
     Rule("categories", outside=("detectron2.config", "detectron2.data")),
     Rule("rle", outside=("numpy", "pycocotools")),
     Rule("devices"),
@@ -68,7 +69,7 @@ RULES = (
     ),
     Rule("cuda_graphs", ("modeling", "structures"), outside=TENSORS),
     Rule("backbones", ("compat", "registration")),
-    Rule("data", ("categories", "registration", "rle", "structures")),
+    Rule("data", ("categories", "extensions", "registration", "rle", "structures")),
     Rule(
         "model",
         (
