@@ -29,6 +29,7 @@ from maskdino.data.reading import (
     segment_indices,
 )
 from maskdino.data.transforms import build_augmentations
+from maskdino.extensions import MAPPER_REGISTRY
 
 
 class PinnableInstances(Instances):
@@ -339,7 +340,9 @@ class InferenceMapper(Mapper):
         return example
 
 
-MAPPERS = {"instance": InstanceMapper, "panoptic": PanopticMapper, "semantic": SemanticMapper}
+MAPPER_REGISTRY.register(InstanceMapper, name="instance")
+MAPPER_REGISTRY.register(PanopticMapper, name="panoptic")
+MAPPER_REGISTRY.register(SemanticMapper, name="semantic")
 
 
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
@@ -348,12 +351,7 @@ def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
     Raises:
         ValueError: there is none of this name.
     """
-    name = cfg.INPUT.DATASET_MAPPER_NAME
-    if name not in MAPPERS:
-        raise ValueError(
-            f"INPUT.DATASET_MAPPER_NAME is {name!r}; it must be one of {', '.join(MAPPERS)}"
-        )
-    return MAPPERS[name](cfg, is_train=True)
+    return MAPPER_REGISTRY.find(cfg.INPUT.DATASET_MAPPER_NAME)(cfg, is_train=True)
 
 
 def build_test_mapper(cfg: CfgNode) -> Callable[[dict], dict]:

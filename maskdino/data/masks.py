@@ -15,6 +15,7 @@ import pycocotools.mask as mask_util
 import torch
 from detectron2.data import transforms as T
 
+from maskdino.data.augmentations import split_at_pixels
 from maskdino.data.reading import DataError
 from maskdino.structures import PackedMasks
 
@@ -41,6 +42,12 @@ class CroppedMask:
             return None
         x0, x1 = int(columns[0]) + self.left, int(columns[-1]) + self.left + 1
         return x0, int(rows[0]) + self.top, x1, int(rows[-1]) + self.top + 1
+
+    def whole(self, size: tuple[int, int]) -> np.ndarray:
+        """Gives the mask of the whole image (height, width)."""
+        (height, width), (rows, columns) = size, self.mask.shape
+        bottom, right = height - self.top - rows, width - self.left - columns
+        return np.pad(self.mask, ((self.top, bottom), (self.left, right)))
 
 
 def pack(cropped: Sequence[CroppedMask | None], size: tuple[int, int]) -> PackedMasks:
@@ -80,9 +87,13 @@ def transform_mask(
     if isinstance(segmentation, dict):
         return CroppedMask(transforms.apply_segmentation(_decode(segmentation, before)))
     polygons = [_points(polygon) for polygon in segmentation]
-    return draw_polygons(
-        [transforms.apply_coords(points) for points in polygons if len(points) >= 3], after
+    transforms, size, of_pixels = split_at_pixels(transforms, after)
+    drawn = draw_polygons(
+        [transforms.apply_coords(points) for points in polygons if len(points) >= 3], size
     )
+    if drawn is None or of_pixels is None:
+        return drawn
+    return CroppedMask(of_pixels.apply_segmentation(drawn.whole(size)))
 
 
 def draw_polygons(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> CroppedMask | None:

@@ -11,6 +11,8 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
+from maskdino.data.augmentations import own_augmentations
+
 PADDING = 128.0  # gray, about the mean of photographs
 FLIPS = ("none", "horizontal", "vertical", "both", "dihedral")
 
@@ -120,6 +122,7 @@ def build_augmentations(
     config = cfg.INPUT
     if not is_train:
         return [T.ResizeShortestEdge(config.MIN_SIZE_TEST, config.MAX_SIZE_TEST, "choice")]
+    own = own_augmentations(cfg)
     augmentations: list[T.Augmentation | T.Transform] = [*build_flips(config.RANDOM_FLIP)]
     if config.COLOR_AUG_SSD:
         augmentations.append(_color_jitter(config.FORMAT))
@@ -127,6 +130,7 @@ def build_augmentations(
         return [
             *augmentations,
             LargeScaleJitter(config.LSJ.SIZE, config.LSJ.MIN_SCALE, config.LSJ.MAX_SCALE),
+            *own,
         ]
     augmentations.append(
         T.ResizeShortestEdge(
@@ -142,7 +146,7 @@ def build_augmentations(
                 config.CROP.TYPE, config.CROP.SIZE, max_area, ignored_category
             )
         )
-    return augmentations
+    return [*augmentations, *own]
 
 
 def _color_jitter(image_format: str) -> T.Transform:
