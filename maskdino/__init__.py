@@ -1,0 +1,16 @@
+"""Mask DINO: detection and instance, panoptic and semantic segmentation with one transformer.
+
+Importing this package registers the meta-architecture, the backbones and the datasets with
+detectron2, under names that are free; names that other packages are known to register too wait for
+`add_maskdino_config`.
+"""
+
+from maskdino import program
+from maskdino.program import VERSION as __version__  # noqa: F401
+
+if program.is_command() or program.is_script():
+    program.wait_briefly()
+if not program.is_command():  # which loads the rest when it is sure to need it
+    program.require_detectron2()
+    from maskdino.api import *  # noqa: F403
+    from maskdino.api import __all__  # noqa: F401

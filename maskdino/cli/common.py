@@ -1,0 +1,70 @@
+"""What the commands share: their parsers, and one line for what the user can mend."""
+
+from __future__ import annotations
+
+import argparse
+import dis
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+INTERRUPTED = 130  # the status of a program that Ctrl-C ended
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Makes a parser that shows a description as it is written.
+
+    Args:
+        description: docstring of a command's module.
+    """
+    return argparse.ArgumentParser(
+        prog=os.path.basename(sys.argv[0]),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+class CommandError(ValueError):
+    """What a command refuses, or finds wrong: its text is all that the user needs."""
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the process with one line for what the user can mend, and for Ctrl-C.
+
+    That is what the system refuses (`OSError`), a package that is not installed, and what a check
+    refuses: a `CommandError`, or a `KeyError`, `ValueError` or `ImportError` that a `raise`
+    statement made. The same errors from an expression, and all others, are faults of the program:
+    they keep their traceback. Serves as a decorator too.
+
+    Raises:
+        SystemExit: with the line, which makes status 1; or status 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (CommandError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except (KeyError, ValueError, ImportError) as error:
+        if not was_raised(error):
+            raise
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+
+
+def was_raised(error: BaseException) -> bool:
+    """Whether a check raised an error: a `raise` statement of this process, or a failed import.
+
+    Raised anew, with the traceback of another process in its text or cause, does not count.
+    """
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("maskdino"):
+        return True
+    trace = error.__traceback__
+    if trace is None or "Traceback" in f"{error} {error.__cause__}":
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    operation = trace.tb_frame.f_code.co_code[trace.tb_lasti]
+    return operation == dis.opmap["RAISE_VARARGS"]
