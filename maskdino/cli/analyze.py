@@ -20,7 +20,8 @@ from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskdino.engine.trainer import MaskDINOTrainer, load_config
+from maskdino.config import load_config
+from maskdino.engine.trainer import MaskDINOTrainer
 
 SAMPLING = "deformable sampling"
 MASKS = "masks of all queries"

@@ -14,7 +14,7 @@ import torch
 from timm.models import load_state_dict
 
 from maskdino.backbones import TimmBackbone, build_backbone, convert_backbone
-from maskdino.engine.trainer import load_config
+from maskdino.config import load_config
 
 
 def main(words: list[str] | None = None) -> None:

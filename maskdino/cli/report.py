@@ -13,7 +13,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from maskdino.engine.trainer import load_config
+from maskdino.config import load_config
 from maskdino.evaluation.report import report_paths, write_report
 from maskdino.inference.loading import find_config
 

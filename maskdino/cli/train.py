@@ -22,8 +22,10 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from maskdino.config import load_config
 from maskdino.devices import configured_device, settle_device
-from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights, launch, load_config
+from maskdino.engine.launch import launch
+from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
 from maskdino.evaluation.report import report_paths, write_report
 from maskdino.precision import check_precision
 

@@ -20,7 +20,7 @@ from maskdino.cli import visualize
 from maskdino.config import load_config
 from maskdino.custom import Request, Run, Sources, Wishes, plan_run, train_run
 from maskdino.devices import configured_device
-from maskdino.engine.trainer import launch
+from maskdino.engine.launch import launch
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from maskdino import build_train_mapper
 from maskdino.categories import Categories
-from maskdino.engine.trainer import load_config
+from maskdino.config import load_config
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.loading import find_config
 from maskdino.inference.predictor import MaskDINOPredictor

@@ -10,7 +10,8 @@ import torch
 
 from maskdino.custom.history import Evaluation, History
 from maskdino.custom.training import CustomTrainer
-from maskdino.engine.trainer import MaskDINOTrainer, launch
+from maskdino.engine.launch import launch
+from maskdino.engine.trainer import MaskDINOTrainer
 from tests.custom.runs import config, evaluate_as, run, run_in_process
 from tests.engine.stand_in import read_checkpoint
 

@@ -172,7 +172,7 @@ def test_torchrun_ends_although_one_process_waits(
     script = tmp_path / "run.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from maskdino.engine.trainer import launch\n"
+        "from maskdino.engine.launch import launch\n"
         "from tests.engine.test_errors import Labels, load_on_the_second\n"
         f"launch(load_on_the_second, Labels(Path({str(labels)!r})), processes=1)\n"
     )
