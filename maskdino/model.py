@@ -206,7 +206,10 @@ class MaskDINO(nn.Module):
         ]
         canvas = tuple(images.tensor.shape[-2:])
         instances = [x["instances"] for x in batched_inputs]
-        targets = prepare_targets(instances, canvas, self.is_thing, self.device, names)
+        learned = self.pixel_embedding is not None and self.criterion.weights.keys() & MASK_LOSSES
+        targets = prepare_targets(
+            instances, canvas, self.is_thing, self.device, names, with_masks=bool(learned)
+        )
         return self.losses(images.tensor, targets)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:

@@ -21,6 +21,8 @@ def prepare_targets(
     is_thing: Tensor,
     device: torch.device,
     names: Sequence[str] = (),
+    *,
+    with_masks: bool = False,
 ) -> Targets:
     """Collects the objects of a batch.
 
@@ -34,15 +36,22 @@ def prepare_targets(
             where that is decoupled (section 3.6).
         device: where the targets shall be.
         names: of the images, for messages.
+        with_masks: whether masks are learned: some image must then have `gt_masks`, or say by
+            `gt_has_mask` that it has none.
 
     Returns:
         Targets whose boxes are divided by the canvas.
 
     Raises:
         ValueError: an object's class is not among `is_thing`'s, an image is larger than the canvas,
-            an image has neither boxes nor masks, or masks have another size than their image.
+            an image has neither boxes nor masks, masks have another size than their image, or
+            masks are learned, and no image of the batch knows of any.
     """
     names = tuple(names) or tuple(f"number {i} of the batch" for i in range(len(instances)))
+    if with_masks and not any(
+        i.has("gt_masks") or i.has("gt_has_mask") for i in instances if len(i)
+    ):
+        _refuse_missing_masks(instances, names)
     height, width = canvas
     labels, boxes, masks, has_mask = [], [], [], []
     for image, name in zip(instances, names, strict=True):
@@ -64,6 +73,17 @@ def prepare_targets(
         counts=tuple(len(image) for image in instances),
         names=names,
     )
+
+
+def _refuse_missing_masks(instances: Sequence[Instances], names: Sequence[str]) -> None:
+    """Ends a training whose mask losses would stay 0 in silence."""
+    if any(len(image) for image in instances):
+        raise ValueError(
+            f"the model learns masks (MODEL.MASK_DINO.MASK_ON), but images {', '.join(names)} have "
+            "no gt_masks: detectron2's mapper reads masks where MODEL.MASK_ON is True "
+            "(maskdino.adapt_to_detectron2 sets it); data without masks need "
+            "MODEL.MASK_DINO.MASK_ON False"
+        )
 
 
 def _things(instances: Sequence[Instances], of_class: Tensor) -> Tensor:

@@ -187,8 +187,19 @@ def test_images_with_and_without_masks_mix(masks: bool) -> None:
     batch[0]["instances"] = drawn_instances(SIZE, 2, masks=False)
     if not masks:
         batch = batch[:1]
+        batch[0]["instances"].gt_has_mask = torch.zeros(2, dtype=torch.bool)
     losses = train_once(model, batch)
     assert (losses["loss_mask_bce"] > 0) == masks
+
+
+def test_masks_that_were_not_read_end_the_training_instead_of_losses_of_zero() -> None:
+    batch = drawn_batch([SIZE, SIZE], [2, 0], masks=False)
+    message = r"drawn_0\.png, drawn_1\.png have no gt_masks.* MODEL\.MASK_ON"
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(batch)
+    for overrides in ({"MASK_ON": False}, NO_MASK_LOSS):
+        train_once(tiny_model(**overrides), batch)
+    train_once(tiny_model(), drawn_batch([SIZE], [0], masks=False))
 
 
 def test_a_thousand_objects_of_one_pixel() -> None:

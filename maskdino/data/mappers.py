@@ -92,7 +92,7 @@ class Mapper:
 class InstanceMapper(Mapper):
     """Boxes, and masks where the data has them, of COCO-style annotations, but for crowd regions.
 
-    Without any mask in the annotations of an image there is no `gt_masks`. If only some have one,
+    Without any mask in the annotations of an image there is no `gt_masks`. If not all have one,
     `gt_has_mask` (N,) bool tells which.
     """
 
@@ -147,7 +147,10 @@ class InstanceMapper(Mapper):
                 cropped.append(mask)
         any_mask = self.use_masks and any(a.get("segmentation") for a in annotations)
         example["image"] = _image_tensor(aug_input.image)
-        example["instances"] = _instances(size, classes, boxes, cropped if any_mask else None)
+        instances = _instances(size, classes, boxes, cropped if any_mask else None)
+        if self.use_masks and not any_mask:  # known to have none, not forgotten
+            instances.gt_has_mask = torch.zeros(len(instances), dtype=torch.bool)
+        example["instances"] = instances
         return example
 
     def _transform(
