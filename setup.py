@@ -1,4 +1,4 @@
-"""Package metadata, and the build of the compiled operators under csrc/.
+"""The build of the compiled operators under csrc/; pyproject.toml says all else.
 
 Environment variables:
     MASKDINO_BUILD_OPS=0   build no operators: a pure Python install that runs the PyTorch forms.
@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -177,30 +177,6 @@ def relative(folder: str, pattern: str) -> list[str]:
 
 built_operators = operators()
 setup(
-    name="maskdino",
-    version="0.1.0",
-    description="Mask DINO: one transformer for detection and instance, panoptic and semantic "
-    "segmentation, as a detectron2 add-on",
-    packages=find_packages(include=["maskdino", "maskdino.*"]),
-    python_requires=">=3.10",
-    # requirements.txt says why. detectron2 is not on the index: tools/build_detectron2.py.
-    install_requires=[
-        "torch>=2.6",
-        "torchvision>=0.21",
-        "numpy>=1.26",
-        "scipy",
-        "timm>=1.0",
-        "pillow>=10.1",
-        "opencv-python-headless",
-        "pycocotools>=2.0.8",
-        "faster-coco-eval>=1.6",
-        "fvcore",
-        "iopath",
-        "matplotlib",
-        "tensorboard",
-        "tqdm",
-    ],
-    extras_require={"export": ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime"]},
     cmdclass={"build_py": BuildPython, **built_operators.pop("cmdclass", {})},
     **built_operators,
 )
