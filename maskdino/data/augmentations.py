@@ -89,7 +89,7 @@ class PixelAugmentation(T.Augmentation):
                 f"{changed.shape}: leave normalization and tensors to the model"
             )
         changed = np.ascontiguousarray(changed[..., ::-1]) if self.is_bgr else changed
-        if np.array_equal(found, sources):
+        if changed.shape == image.shape and np.array_equal(found, sources):
             return ImageTransform(changed)
         whole = found.round().astype(np.int64) - 1
         if found.shape != (*changed.shape[:2], 2) or (whole + 1 != found).any():
