@@ -96,6 +96,7 @@ RULES = (
             "categories",
             "compat",
             "data",
+            "extensions",
             "ops",
             "postprocess",
             "rle",
@@ -105,7 +106,18 @@ RULES = (
     ),
     Rule(
         "engine",
-        ("checkpoint", "compat", "config", "data", "devices", "evaluation", "model", "precision"),
+        (
+            "checkpoint",
+            "compat",
+            "config",
+            "data",
+            "devices",
+            "evaluation",
+            "extensions",
+            "files",
+            "model",
+            "precision",
+        ),
     ),
     Rule("plain_detectron2", ("compat", "devices", "engine")),
     Rule(

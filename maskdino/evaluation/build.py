@@ -19,6 +19,7 @@ from maskdino.evaluation import coco as coco_evaluation
 from maskdino.evaluation.coco import COCOInstanceEvaluator
 from maskdino.evaluation.panoptic import PanopticEvaluator
 from maskdino.evaluation.semantic import SemanticEvaluator
+from maskdino.extensions import EVALUATOR_REGISTRY
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,16 @@ EVALUATORS: dict[str, dict[str, _Builder]] = {
     "cityscapes_sem_seg": {"semantic": _cityscapes_semantic},
     "cityscapes_panoptic_seg": _CITYSCAPES,
 }
+# What the evaluators measure, but for the values of single classes, "AP-NAME".
+_OF_INSTANCES = {"bbox": coco_evaluation.METRICS, "segm": coco_evaluation.METRICS}
+METRICS: dict[_Builder, dict[str, tuple[str, ...]]] = {
+    _coco: _OF_INSTANCES,
+    _lvis: {task: (*names, "APr", "APc", "APf") for task, names in _OF_INSTANCES.items()},
+    _panoptic: {"panoptic_seg": tuple(f"{q}Q{of}" for of in ("", "_th", "_st") for q in "PSR")},
+    _semantic: {"sem_seg": ("mIoU", "fwIoU", "mACC", "pACC")},
+    _cityscapes_instance: {"segm": ("AP", "AP50")},
+    _cityscapes_semantic: {"sem_seg": ("IoU", "iIoU", "IoU_sup", "iIoU_sup")},
+}
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
@@ -105,17 +116,68 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
     Results go below ``OUTPUT_DIR/inference/<dataset name>``.
 
     Args:
-        cfg: configuration; ``MODEL.MASK_DINO.TEST`` says which tasks the model does.
-        dataset_name: name of a registered dataset.
+        cfg: configuration; ``MODEL.MASK_DINO.TEST`` says which tasks the model does, and
+            ``TEST.EVALUATORS`` which evaluators of users judge it too.
+        dataset_name: name of a registered dataset. The ``evaluator_type`` of its metadata is one of
+            EVALUATORS, or a name in EVALUATOR_REGISTRY.
 
     Raises:
         ValueError: if the dataset's type is unknown, or the model does nothing it can be judged by.
     """
+    folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+    request = _Request(dataset_name, folder, cfg.MODEL.MASK_DINO.MASK_ON)
+    own = [EVALUATOR_REGISTRY.find(name) for name in _own_evaluators(cfg, dataset_name)]
+    return DatasetEvaluators(
+        [build(request) for build in _builders(cfg, dataset_name)]
+        + [build(cfg, dataset_name, folder) for build in own]
+    )
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """Checks that there is something to evaluate each dataset of DATASETS.TEST with.
+
+    Raises:
+        ValueError: see `build_evaluator`.
+    """
+    for name in cfg.DATASETS.TEST:
+        _builders(cfg, name)
+        EVALUATOR_REGISTRY.check(_own_evaluators(cfg, name))
+
+
+def known_metrics(cfg: CfgNode, dataset_name: str) -> list[str] | None:
+    """Gives what the evaluation of a dataset measures, as "segm/AP", but for single classes.
+
+    None if an evaluator of the user's takes part, who alone knows what it measures.
+    """
+    if _own_evaluators(cfg, dataset_name):
+        return None
+    tables = [METRICS[builder] for builder in _builders(cfg, dataset_name)]
+    return [
+        f"{task}/{name}"
+        for table in tables
+        for task, names in table.items()
+        if task != "segm" or cfg.MODEL.MASK_DINO.MASK_ON
+        for name in names
+    ]
+
+
+def _own_evaluators(cfg: CfgNode, dataset_name: str) -> list[str]:
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    of_dataset = [kind] if kind not in EVALUATORS and kind in EVALUATOR_REGISTRY else []
+    return list(dict.fromkeys([*of_dataset, *cfg.TEST.EVALUATORS]))
+
+
+def _builders(cfg: CfgNode, dataset_name: str) -> list[_Builder]:
+    """Chooses evaluators of ours; there may be none beside those of the user's."""
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    own = _own_evaluators(cfg, dataset_name)
     if kind not in EVALUATORS:
+        if own:
+            return []
         raise ValueError(
             f"The dataset '{dataset_name}' has the evaluator type {kind!r}; known types are "
-            f"{', '.join(EVALUATORS)}. Set `evaluator_type` in its metadata."
+            f"{', '.join(EVALUATORS)}. Set `evaluator_type` in its metadata, or name evaluators of "
+            "your own in TEST.EVALUATORS (with --import)."
         )
     test = cfg.MODEL.MASK_DINO.TEST
     enabled = {
@@ -123,16 +185,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         "instance": test.INSTANCE_ON,
         "semantic": test.SEMANTIC_ON,
     }
-    request = _Request(
-        dataset_name,
-        os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
-        cfg.MODEL.MASK_DINO.MASK_ON,
-    )
     table = EVALUATORS[kind]
     builders = [table[task] for task, on in enabled.items() if on and task in table]
-    if not builders:
+    if not builders and not own:
         raise ValueError(
             f"Nothing to evaluate on '{dataset_name}': it serves {', '.join(table)}, "
             f"the model does {[task for task in enabled if enabled[task]]} (MODEL.MASK_DINO.TEST)."
         )
-    return DatasetEvaluators([builder(request) for builder in builders])
+    return builders
