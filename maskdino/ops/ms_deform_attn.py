@@ -239,6 +239,19 @@ def token_centres(
 def choose_backend(device_type: str, backend: str, index: int | None = None) -> str:
     """Decide between the compiled, the Triton and the reference form, and log each choice once.
 
+    Args and errors are those of :func:`explain_backend`.
+    """
+    choice, reason = explain_backend(device_type, backend, index)
+    if (device_type, choice) not in _logged_choices:
+        _logged_choices.add((device_type, choice))
+        why = f" ({reason})" if reason else ""
+        _logger.info("deformable attention on %s: %s operator%s", device_type, choice, why)
+    return choice
+
+
+def explain_backend(device_type: str, backend: str, index: int | None = None) -> tuple[str, str]:
+    """Tell which form runs, and why it is not a faster one (empty where it is the fastest).
+
     Args:
         device_type: such as ``"cpu"`` or ``"cuda"``.
         backend: one of ``BACKENDS``.
@@ -265,11 +278,7 @@ def choose_backend(device_type: str, backend: str, index: int | None = None) -> 
         if backend == "triton":
             raise RuntimeError(f"{origin} asks for the Triton operator, but {problem}")
         choice, reason = "reference", f"{reason}; {problem}"
-    if (device_type, choice) not in _logged_choices:
-        _logged_choices.add((device_type, choice))
-        why = f" ({reason})" if reason else ""
-        _logger.info("deformable attention on %s: %s operator%s", device_type, choice, why)
-    return choice
+    return choice, reason
 
 
 def _operators(
