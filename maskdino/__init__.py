@@ -12,5 +12,8 @@ if program.is_command() or program.is_script():
     program.wait_briefly()
 if not program.is_command():  # which loads the rest when it is sure to need it
     program.require_detectron2()
+    from maskdino import extensions
     from maskdino.api import *  # noqa: F403
     from maskdino.api import __all__  # noqa: F401
+
+    extensions.import_recorded()  # they may import this package, which is complete now

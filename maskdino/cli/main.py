@@ -111,6 +111,7 @@ def load_package() -> None:
     program.require_detectron2()
     package, api = map(importlib.import_module, ("maskdino", "maskdino.api"))
     vars(package).update({name: getattr(api, name) for name in ("__all__", *api.__all__)})
+    importlib.import_module("maskdino.extensions").import_recorded()
 
 
 def overview(name: str, command: Command) -> str:
