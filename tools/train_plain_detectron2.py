@@ -18,21 +18,21 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """AdamW; clips nothing."""
-        decay = cfg.SOLVER.WEIGHT_DECAY
-        return torch.optim.AdamW(model.parameters(), cfg.SOLVER.BASE_LR, weight_decay=decay)
+        """AdamW, and the clipping of SOLVER.CLIP_GRADIENTS."""
+        return maskdino.build_optimizer(cfg, model)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         """COCO's AP of boxes and masks."""
-        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR, use_fast_impl=False)
+        return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
 
 
 if __name__ == "__main__":
     cfg = get_cfg()
     maskdino.add_maskdino_config(cfg)
     cfg.merge_from_file(sys.argv[1])
-    cfg.merge_from_list(["MODEL.MASK_ON", True, *sys.argv[2:]])  # detectron2's mapper reads masks
+    cfg.merge_from_list(sys.argv[2:])
+    maskdino.adapt_to_detectron2(cfg)  # keys of detectron2's mapper; the CPU where there is no GPU
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
