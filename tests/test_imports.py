@@ -169,7 +169,7 @@ RULES = (
 ROOMS = tuple(rule.room for rule in RULES)
 RULES += (
     Rule("api", ROOMS, outside=()),
-    Rule("cli", ROOMS),
+    Rule("cli", (*ROOMS, "api")),
     Rule("__main__", ("cli",), outside=()),
 )
 
