@@ -1,26 +1,20 @@
-"""What `--input` names: pictures and videos, one by one, in folders, or by a pattern."""
+"""Images and videos that a user names, one by one, in folders, or by a pattern."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-# By suffix, as Pillow and OpenCV know them.
-PICTURES = frozenset(
-    f".{name}"
-    for group in ("jpg jpeg jpe jfif jp2 png webp avif gif", "bmp dib tif tiff tga pbm pgm pnm ppm")
-    for name in group.split()
-)
-VIDEOS = frozenset(
-    f".{name}"
-    for group in ("avi flv m4v mkv mov mp4 mpeg", "mpg mts ogv ts webm wmv")
-    for name in group.split()
-)
+# Suffixes, as Pillow and FFmpeg know them.
+_IMAGES = "jpg jpeg jpe jfif jp2 png webp avif gif bmp dib tif tiff tga pbm pgm pnm ppm"
+_VIDEOS = "avi flv m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
+IMAGES = frozenset(f".{name}" for name in _IMAGES.split())
+VIDEOS = frozenset(f".{name}" for name in _VIDEOS.split())
 
 
 def is_video(path: Path) -> bool:
-    """By the suffix; all other files are taken for pictures."""
+    """By the suffix; all other files are taken for images."""
     return path.suffix.lower() in VIDEOS
 
 
@@ -30,7 +24,7 @@ def find_inputs(words: Iterable[str]) -> list[Path]:
     A single name stands for itself, so that a file that is missing is reported like a broken one.
 
     Raises:
-        ValueError: a folder without pictures and videos, or a pattern that fits no file.
+        ValueError: a folder without images and videos, or a pattern that fits no file.
     """
     found: dict[Path, None] = {}
     for word in words:
@@ -46,11 +40,11 @@ def find_inputs(words: Iterable[str]) -> list[Path]:
 
 def _of_folder(folder: Path) -> list[Path]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    known = [path for path in files if path.suffix.lower() in PICTURES | VIDEOS]
+    known = [path for path in files if path.suffix.lower() in IMAGES | VIDEOS]
     if not known:
         raise ValueError(
-            f"the folder {folder} holds no picture or video ({len(files)} other files); "
-            f"known suffixes are {' '.join(sorted(PICTURES | VIDEOS))}"
+            f"the folder {folder} holds no image or video ({len(files)} other files); "
+            f"known suffixes are {' '.join(sorted(IMAGES | VIDEOS))}"
         )
     return known
 
@@ -68,7 +62,7 @@ def output_paths(
 ) -> dict[Path, Path]:
     """Where the drawing of each input goes: its name, made unique, in the output folder.
 
-    Pictures become .png, or .jpg if they were; videos .mp4.
+    Images become .png, or .jpg if they were; videos .mp4.
 
     Raises:
         ValueError: a drawing, or its JSON file, would replace an input, or another file beside one.
@@ -80,13 +74,10 @@ def output_paths(
     for path in inputs:
         suffix = ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
         suffix = ".mp4" if is_video(path) else suffix
-        target, number = folder / f"{path.stem}{suffix}", 1
-        while target in outputs.values():
-            number += 1
-            target = folder / f"{path.stem}_{number}{suffix}"
+        target = unused(folder / f"{path.stem}{suffix}", outputs.values())
         written = [target]
         if with_json and not is_video(path):
-            written.append(target.with_name(f"{target.name}.json"))
+            written.append(json_beside(target))
         for file in written:
             if file.resolve() in own:
                 raise ValueError(f"{file} is an input: choose another folder for --output")
@@ -98,10 +89,15 @@ def output_paths(
     return outputs
 
 
-def unused(path: Path) -> Path:
-    """The path, with a number behind its name if a file has it already."""
+def json_beside(path: Path) -> Path:
+    """Where the results of a drawn image go."""
+    return path.with_name(f"{path.name}.json")
+
+
+def unused(path: Path, used: Collection[Path]) -> Path:
+    """The path, with a number behind its name if it is used already."""
     candidate, number = path, 1
-    while candidate.exists():
+    while candidate in used:
         number += 1
         candidate = path.with_stem(f"{path.stem}_{number}")
     return candidate

@@ -1,4 +1,4 @@
-"""Which object of a frame is which of the frames before, so that it keeps its colour."""
+"""Which object of a frame is which of the frames before, so that it keeps its color."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class _Track:
 class Tracks:
     """Pairs boxes of one class from frame to frame, those that overlap most first.
 
-    It is made for steady colours, not for counting: objects that cross may swap numbers.
+    It is made for steady colors, not for counting: objects that cross may swap numbers.
     """
 
     def __init__(self, *, min_overlap: float = 0.3, patience: int = 10) -> None:
-        """
+        """Starts without objects.
+
         Args:
             min_overlap: intersection over union that makes two boxes one object, in (0, 1].
             patience: frames for which an object that is not seen is remembered.
@@ -61,7 +62,9 @@ class Tracks:
         overlap = box_iou(boxes, np.stack([track.box for track in self._tracks]))
         same = labels[:, None] == np.array([track.label for track in self._tracks])
         overlap = np.where(same, overlap, 0)
-        pairs, taken, continued = [], set(), set()
+        pairs: list[tuple[int, _Track]] = []
+        taken: set[int] = set()
+        continued: set[int] = set()
         for flat in np.argsort(-overlap, axis=None, kind="stable"):
             i, j = divmod(int(flat), overlap.shape[1])
             if overlap[i, j] < self._min_overlap:

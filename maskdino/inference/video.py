@@ -1,275 +1,287 @@
-"""Frames of videos and cameras: read with what is broken counted, written at the same rate."""
+"""Frames of videos and cameras with their times, and drawn videos that keep these times.
+
+Files go through PyAV (`pip install av`), which brings FFmpeg and an H.264 encoder; cameras through
+OpenCV. Images are (H, W, 3) uint8 RGB; times are seconds from the first frame on.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from containers import count_error, why_unreadable
-from damage import MAX_FAILURES
-
-# What goes wrong is reported here, once: OpenCV and FFmpeg need not tell, too.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "8")
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-
-import cv2  # reads the variables when it is imported
+import cv2
 import numpy as np
 
+if TYPE_CHECKING:
+    from av.container import InputContainer, OutputContainer
+    from av.packet import Packet
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+TimedImage = tuple[np.ndarray, float]
+
 DEFAULT_RATE = 25.0  # frames per second, where a file or camera names none
-MILLISECONDS = 1000.0  # a "rate" that is the unit of time stamps, in files of browsers
-GUESS_ERROR = 2  # frames; where OpenCV guesses how many there are
-CAMERA_PATIENCE = 5.0  # seconds in which a camera may give no picture
-CODEC = "mp4v"  # MPEG-4, which every build of OpenCV with FFmpeg can write
+MAX_RATE = 1000  # files of browsers give their unit of time as a rate
+TIME_UNIT = Fraction(1, 120_000)  # seconds; all usual rates, 24/1.001 to 60, are a multiple of it
+MICROSECONDS = 1_000_000  # in one second
+CAMERA_PATIENCE = 5.0  # seconds in which a camera may give no image
+BT709, LIMITED_RANGE = 1, 1  # FFmpeg's numbers for the colors and the range of HD video
 
 
 class VideoError(OSError):
     """A video that cannot be read or written; the message names it and says why."""
 
 
-@dataclass
-class VideoReader:
-    """Yields frames (H, W, 3) uint8 RGB; None for a frame that cannot be decoded.
+def require_pyav() -> ModuleType:
+    """The package `av`.
 
-    A decoder may leave out what it cannot decode; then the time stamps have a gap, and as many
-    frames are taken to be lost as fit into it. So a video of varying rate keeps its length, too.
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import av
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("videos need PyAV: pip install av") from error
+    return av
+
+
+class VideoReader:
+    """The frames of a file, turned upright; damaged ones are left out.
 
     Attributes:
-        name: path, or number of the camera.
-        rate: frames per second.
+        name: of the file, without its folder.
+        rate: frames per second, on average.
         frames: how many the file promises; None where it does not tell.
-        broken: numbers of the frames that could not be decoded, from 0.
-        missing: frames that were promised after the last one that could be read.
+        decoded: frames that were read so far.
     """
 
-    name: str
-    rate: float
-    frames: int | None
-    broken: list[int] = field(default_factory=list)
-    missing: int = 0
-    _capture: cv2.VideoCapture = field(default=None, repr=False)
-    _live: bool = field(default=False, repr=False)
-    _count_error: int | None = field(default=0, repr=False)  # of `frames`; None: a mere guess
-
-    @staticmethod
-    def of_file(path: Path) -> VideoReader:
+    def __init__(self, path: Path) -> None:
         """Opens a file.
 
         Raises:
-            VideoError: it is missing, no video, or its codec is not known here.
+            ModuleNotFoundError: PyAV is not installed.
+            VideoError: the file is missing, no video, or its codec is not known.
         """
+        av = require_pyav()
         if not path.is_file():
             raise VideoError(f"video {path} {'is a folder' if path.is_dir() else 'does not exist'}")
+        self.name, self.decoded, self._failed = path.name, 0, 0
+        self._decoding_error: type[Exception] = av.error.FFmpegError
         try:
-            path.open("rb").close()
-        except OSError as error:
-            raise VideoError(f"cannot read video {path}: {error.strerror}") from error
-        # From the root on: FFmpeg takes what stands before a colon for a protocol.
-        capture = cv2.VideoCapture(str(path.absolute()))
-        if not capture.isOpened() or capture.get(cv2.CAP_PROP_FRAME_WIDTH) < 1:
-            raise VideoError(f"cannot read video {path}: {why_unreadable(path)}")
-        frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        return VideoReader(
-            str(path),
-            _rate(capture),
-            frames if frames > 0 else None,
-            _capture=capture,
-            _count_error=count_error(path),
-        )
+            if path.stat().st_size == 0:
+                raise VideoError("it is empty")
+            # From the root on: FFmpeg takes what stands before a colon for a protocol.
+            self._container: InputContainer = av.open(str(path.absolute()))
+            if not self._container.streams.video:
+                raise VideoError("it has no video track")
+            self._stream = self._container.streams.video[0]
+            if self._stream.codec_context is None:
+                raise VideoError("PyAV has no decoder for its codec")
+        except av.error.InvalidDataError as error:
+            raise VideoError(f"cannot read video {path}: it is none, or is damaged") from error
+        except (av.error.FFmpegError, OSError) as error:
+            raise VideoError(f"cannot read video {path}: {_reason(error)}") from error
+        self.frames: int | None = self._stream.frames or None
+        rate = float(self._stream.average_rate or DEFAULT_RATE)
+        self.rate = rate if rate < MAX_RATE else DEFAULT_RATE
 
-    @staticmethod
-    def of_camera(number: int) -> VideoReader:
+    def __iter__(self) -> Iterator[TimedImage]:
+        """Images and their times, which increase from 0."""
+        seconds = 0.0
+        for frame in self._whole_frames():
+            if self.decoded > 0:
+                seconds = self._time(frame, seconds)
+            self.decoded += 1
+            image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+            yield np.ascontiguousarray(image), seconds
+
+    @property
+    def skipped(self) -> int:
+        """Frames that could not be decoded or, once all is read, were promised but not found."""
+        return max(self._failed, (self.frames or 0) - self.decoded)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._container.close()
+
+    def _whole_frames(self) -> Iterator[VideoFrame]:
+        """The frames of which the decoder had to make nothing up."""
+        for packet in self._packets():
+            try:
+                frames = packet.decode()
+            except self._decoding_error:
+                self._failed += 1
+                continue
+            for frame in frames:
+                if frame.is_corrupt:
+                    self._failed += 1
+                else:
+                    yield frame
+
+    def _packets(self) -> Iterator[Packet]:
+        try:
+            for packet in self._container.demux(self._stream):
+                if packet.is_discard and self.frames:
+                    self.frames -= 1  # whoever cut the video left it out
+                yield packet
+        except self._decoding_error:
+            self._failed += 1  # what comes after it cannot be found
+
+    def _time(self, frame: VideoFrame, last: float) -> float:
+        """When a frame comes; where the file's answer makes no sense, as at a constant rate."""
+        begin, length = self._stream.start_time or 0, self._container.duration
+        if frame.time is not None:
+            seconds = frame.time - begin * float(self._stream.time_base)
+            if last < seconds <= (math.inf if length is None else length / MICROSECONDS):
+                return seconds
+        return last + 1 / self.rate
+
+
+class VideoWriter:
+    """Writes an MP4 file in H.264, which gets its name when it is complete."""
+
+    def __init__(self, path: Path, rate: float = DEFAULT_RATE) -> None:
+        """Starts a file; nothing is written before the first image.
+
+        Args:
+            path: ends in .mp4; its folder is made.
+            rate: frames per second, on average.
+
+        Raises:
+            ModuleNotFoundError: PyAV is not installed.
+            VideoError: a folder has the name of the file.
+        """
+        self._av = require_pyav()
+        if path.is_dir():
+            raise VideoError(f"cannot write {path}: it is a folder")
+        self.path, self.frames = path, 0
+        self._rate = Fraction(rate).limit_denominator(1 << 16)
+        self._part = path.with_stem(f"{path.stem}.part")
+        self._output: tuple[OutputContainer, VideoStream] | None = None
+
+    def write(self, image: np.ndarray, seconds: float) -> None:
+        """Appends an image; the first one determines the size.
+
+        H.264 has even sizes only: an odd edge gets one more line, like its last.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            seconds: when it comes, after the one before.
+
+        Raises:
+            VideoError: the file cannot be written.
+        """
+        height, width = image.shape[:2]
+        even = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+        with self._errors():
+            container, stream = self._output or self._open(*even.shape[:2])
+            frame = self._av.VideoFrame.from_ndarray(even, format="rgb24").reformat(
+                stream.width, stream.height, "yuv420p", dst_colorspace="ITU709"
+            )
+            frame.pts, frame.time_base = round(seconds / TIME_UNIT), TIME_UNIT
+            container.mux(stream.encode(frame))
+        self.frames += 1
+
+    def close(self) -> None:
+        """Completes the file; without an image there is none.
+
+        Raises:
+            VideoError: the file cannot be written.
+        """
+        if self._output is None:
+            return
+        container, stream = self._output
+        with self._errors():
+            container.mux(stream.encode(None))
+            container.close()
+            os.replace(self._part, self.path)
+        self._output = None
+
+    def _open(self, height: int, width: int) -> tuple[OutputContainer, VideoStream]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        container = self._av.open(str(self._part.absolute()), "w", format="mp4")
+        stream = container.add_stream("h264", rate=self._rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.time_base = TIME_UNIT
+        context.max_b_frames = 0  # with them, files of varying rate end too early
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED_RANGE
+        self._output = container, stream
+        return self._output
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """An error removes the file, and its message names it."""
+        expected = (self._av.error.FFmpegError, OSError, ValueError)
+        try:
+            yield
+        except expected as error:
+            with suppress(*expected):
+                if self._output is not None:
+                    self._output[0].close()
+            with suppress(OSError):
+                self._part.unlink(missing_ok=True)
+            self._output = None
+            raise VideoError(f"cannot write {self.path}: {_reason(error)}") from error
+
+
+class Camera:
+    """What a camera sees.
+
+    Attributes:
+        name: "camera 0".
+        frames: None, as there is no end.
+    """
+
+    frames = None
+
+    def __init__(self, number: int) -> None:
         """Opens a camera, 0 the first.
 
         Raises:
             VideoError: there is none.
         """
-        capture = cv2.VideoCapture(number)
-        if not capture.isOpened():
-            raise VideoError(_why_no_camera(number))
-        capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest picture, not the oldest
-        return VideoReader(f"camera {number}", _rate(capture), None, _capture=capture, _live=True)
+        self.name = f"camera {number}"
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # said once, below
+        self._capture = cv2.VideoCapture(number)
+        if not self._capture.isOpened():
+            raise VideoError(
+                f"cannot open {self.name}: there is none, another program uses it, or you may not "
+                "use it; try --webcam with another number"
+            )
+        self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest image, not the oldest
 
-    def __iter__(self) -> Iterator[np.ndarray | None]:
-        try:
-            yield from self._of_camera() if self._live else self._of_file()
-        finally:
-            self._capture.release()
+    def __iter__(self) -> Iterator[TimedImage]:
+        """Images and their times by the clock; a lost one is made good by the next.
 
-    def _of_camera(self) -> Iterator[np.ndarray]:
-        """Frames without end; a picture that is lost on the way is made good by the next one."""
-        last = time.monotonic()
+        Raises:
+            VideoError: the camera gave no image for a while.
+        """
+        begin, last = None, time.monotonic()
         while time.monotonic() - last <= CAMERA_PATIENCE:
             readable, frame = self._capture.read()
+            now = time.monotonic()
             if readable:
-                yield np.ascontiguousarray(frame[..., ::-1])
-                last = time.monotonic()  # not before: whoever takes the frame may be slow
+                begin = now if begin is None else begin
+                yield np.ascontiguousarray(frame[..., ::-1]), now - begin
+                last = time.monotonic()  # not before: whoever takes the image may be slow
             else:
                 time.sleep(0.01)
-        raise VideoError(f"{self.name} gave no picture for {CAMERA_PATIENCE:g} s")
-
-    def _of_file(self) -> Iterator[np.ndarray | None]:
-        number = whole = failures = 0
-        unread: list[int] = []  # lost for certain, whatever time stamps say
-        last = math.nan
-        while failures < MAX_FAILURES:
-            readable, frame = self._capture.read()
-            if not readable:
-                # Frames after it may be whole; if none is, the file was cut off.
-                failures += 1
-                if number + failures > (self.frames or 0):
-                    break
-                continue
-            now = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-            lost = max(failures, self._gap(now - last))
-            unread += range(number, number + failures)
-            self.broken += range(number, number + lost)
-            yield from [None] * lost
-            yield np.ascontiguousarray(frame[..., ::-1])
-            number, whole, failures, last = number + lost + 1, whole + 1, 0, now
-        if whole >= (self.frames or 0) or self._count_error is None:
-            self.broken = unread  # no frame is known to be lost: the gaps may be meant
-        missing = (self.frames or 0) - number
-        tolerance = GUESS_ERROR if self._count_error is None else self._count_error
-        self.missing = missing if missing > tolerance else 0
-
-    def _gap(self, seconds: float) -> int:
-        """How many frames fit between two that were read one after the other."""
-        if not seconds * self.rate > 1.5:  # also for NaN
-            return 0
-        frames = round(seconds * self.rate) - 1
-        # A time stamp that is itself broken may claim days.
-        return frames if frames < (self.frames or 60 * self.rate) else 0
-
-    def problem(self) -> str:
-        """What was wrong with the frames, or ""."""
-        parts = []
-        if self.broken:
-            number = len(self.broken)
-            parts.append(
-                f"{number} broken frame{'s' * (number > 1)}, drawn like the one before: "
-                f"{ranges(self.broken)}"
-            )
-        if self.missing:
-            parts.append(
-                f"it ends after frame {self.frames - self.missing - 1}: {self.missing} of "
-                f"{self.frames} frames are missing, there or in between"
-            )
-        return "; ".join(parts)
-
-
-class VideoWriter:
-    """Writes frames into a file that can be played once it is closed, also after an error."""
-
-    def __init__(self, path: Path, rate: float, codec: str = CODEC) -> None:
-        """
-        Args:
-            path: .mp4 or whatever the codec goes with.
-            rate: frames per second.
-            codec: four letters.
-        """
-        if len(codec) != 4:
-            raise VideoError(f"codec {codec!r} must have four letters, as mp4v or avc1")
-        self.path, self.rate, self.codec, self.frames = path, rate, codec, 0
-        self._writer: cv2.VideoWriter | None = None
-        self._size: tuple[int, int] | None = None
-
-    def write(self, frame: np.ndarray) -> None:
-        """Appends a frame (H, W, 3) uint8 RGB; the first one determines the size.
-
-        Codecs, and OpenCV for all of them, know even sizes only: an odd edge gets one more line,
-        like its last.
-
-        Raises:
-            VideoError: the codec is missing, or the folder cannot be written.
-        """
-        height, width = frame.shape[:2]
-        if self._writer is None:
-            self._size = (width, height)
-            self._writer = self._open()
-        if (width, height) != self._size:
-            frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_AREA)
-        even = np.pad(frame, ((0, self._size[1] % 2), (0, self._size[0] % 2), (0, 0)), "edge")
-        self._writer.write(np.ascontiguousarray(even[..., ::-1]))
-        self.frames += 1
+        raise VideoError(f"{self.name} gave no image for {CAMERA_PATIENCE:g} s")
 
     def close(self) -> None:
-        """Completes the file.
-
-        Raises:
-            VideoError: frames did not arrive in it, which OpenCV does not tell when they are
-                written.
-        """
-        if self._writer is None:
-            return
-        self._writer.release()
-        self._writer = None
-        arrived = int(cv2.VideoCapture(str(self.path.absolute())).get(cv2.CAP_PROP_FRAME_COUNT))
-        if arrived < self.frames:
-            raise VideoError(
-                f"{self.path} holds {max(arrived, 0)} of {self.frames} frames: is the disk full?"
-            )
-
-    def _open(self) -> cv2.VideoWriter:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.open("wb").close()
-        except OSError as error:
-            raise VideoError(f"cannot write {self.path}: {error.strerror}") from error
-        fourcc = cv2.VideoWriter.fourcc(*self.codec)
-        width, height = (edge + edge % 2 for edge in self._size)
-        writer = cv2.VideoWriter(str(self.path.absolute()), fourcc, self.rate, (width, height))
-        if not writer.isOpened():
-            self.path.unlink(missing_ok=True)
-            raise VideoError(
-                f"cannot write {self.path}: OpenCV has no encoder for the codec {self.codec} in "
-                f"{self.path.suffix} files of {width} x {height} pixels; try --codec {CODEC}"
-            )
-        return writer
+        """Sets the camera free."""
+        self._capture.release()
 
 
-class LiveWriter:
-    """Repeats or drops frames so that the file of a camera plays as fast as life was."""
-
-    def __init__(self, writer: VideoWriter) -> None:
-        self._writer = writer
-        self._begin: float | None = None
-
-    def write(self, frame: np.ndarray) -> None:
-        """Writes the frame as often as time asks for, perhaps not at all."""
-        self._begin = self._begin or time.monotonic()
-        due = int((time.monotonic() - self._begin) * self._writer.rate) + 1
-        for _ in range(due - self._writer.frames):
-            self._writer.write(frame)
-
-
-def ranges(numbers: Iterable[int], most: int = 10) -> str:
-    """Increasing integers as text: "3, 5-8"; at most so many ranges."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    shown = [f"{low}" if low == high else f"{low}-{high}" for low, high in found[:most]]
-    return ", ".join([*shown, "..."] if len(found) > most else shown)
-
-
-def _rate(capture: cv2.VideoCapture) -> float:
-    rate = capture.get(cv2.CAP_PROP_FPS)
-    return rate if math.isfinite(rate) and 0 < rate < MILLISECONDS else DEFAULT_RATE
-
-
-def _why_no_camera(number: int) -> str:
-    if not sys.platform.startswith("linux"):
-        return f"there is no camera {number}, or another program uses it"
-    device = Path(f"/dev/video{number}")
-    if device.exists():
-        reason = "is no camera, is used by another program, or you may not read it"
-        return f"cannot open camera {number}: {device} {reason}"
-    others = ", ".join(map(str, sorted(device.parent.glob("video*")))) or "none"
-    return f"cannot open camera {number}: there is no {device} (there are: {others})"
+def _reason(error: Exception) -> str:
+    """What went wrong, without the path that FFmpeg and Python add."""
+    return getattr(error, "strerror", None) or str(error)

@@ -1,30 +1,74 @@
-"""The demo: what it finds, what it skips, and how it overlaps reading and writing."""
+"""Drawing images, videos and what a camera sees: which files come out, and what is said."""
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.demo.drawn import run_demo, save_picture
+from maskdino.cli import predict
+from maskdino.inference import video
+from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.model import MaskDINO
+from tests.helpers import tiny_cfg
+from tests.inference.media import (
+    FakeCapture,
+    damage_middle,
+    frames_of,
+    save_image,
+    save_noise,
+    save_video,
+)
+
+Run = Callable[..., int]
 
 
-def test_broken_pictures_are_named_and_the_others_drawn(
-    tmp_path: Path, model_arguments: list[str], capsys: pytest.CaptureFixture
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Command line of a narrow model with random weights."""
+    folder = tmp_path_factory.mktemp("model")
+    cfg = tiny_cfg()
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT = 64, 96, "RGB"
+    (folder / "config.yaml").write_text(cfg.dump())
+    torch.save({"model": MaskDINO(cfg).state_dict()}, folder / "weights.pth")
+    words = ["--config-file", str(folder / "config.yaml"), "--confidence-threshold", "0"]
+    return [*words, "--max-detections", "2", "--opts", "MODEL.WEIGHTS", str(folder / "weights.pth")]
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: list[str]) -> Run:
+    """Runs the command with its output in `out`; returns its exit status."""
+
+    def run(*words: str | Path) -> int:
+        out = [] if "--output" in words else ["--output", str(tmp_path / "out")]
+        try:
+            return predict.main([*map(str, words), *out, *model])
+        except SystemExit as end:  # as Python does at the end of a program
+            if isinstance(end.code, str):
+                sys.stderr.write(f"{end.code}\n")
+                return 1
+            return int(end.code or 0)
+
+    return run
+
+
+def test_broken_images_are_named_and_the_others_drawn(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in"
-    save_picture(folder / "a.png")
-    save_picture(folder / "b.jpg")
-    (folder / "broken.png").write_text("no picture")
+    save_image(folder / "a.png")
+    save_image(folder / "b.jpg")
+    (folder / "broken.png").write_text("no image")
     (folder / "notes.txt").write_text("not asked for")
-    status = run_demo([folder, tmp_path / "gone.png"], tmp_path / "out", model_arguments, "--json")
+    assert run("--input", folder, tmp_path / "gone.png", "--json") == 1
     printed = capsys.readouterr()
-    assert status == 1
     assert "2 of 4 files drawn" in printed.out
     assert "broken.png" in printed.err
     assert "gone.png does not exist" in printed.err
@@ -44,93 +88,80 @@ def test_broken_pictures_are_named_and_the_others_drawn(
     ],
 )
 def test_devices_that_do_not_exist(
-    tmp_path: Path,
-    model_arguments: list[str],
-    device: str,
-    message: str,
-    capsys: pytest.CaptureFixture,
+    tmp_path: Path, run: Run, device: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_picture(tmp_path / "in" / "a.png")
-    more = ("--device", device)
-    assert run_demo([tmp_path / "in"], tmp_path / "out", model_arguments, *more) == 1
+    assert run("--input", save_image(tmp_path / "a.png"), "--device", device) == 1
     printed = capsys.readouterr().err
     assert printed.startswith(f"error: {message}") and printed.count("\n") == 1
 
 
-def test_inputs(tmp_path: Path) -> None:
-    from sources import find_inputs, output_paths
-
-    first, second = save_picture(tmp_path / "a" / "x.png"), save_picture(tmp_path / "b" / "x.jpg")
-    third = save_picture(tmp_path / "b" / "x.tif")
-    found = find_inputs([str(tmp_path / "a"), str(tmp_path / "*" / "x.*"), "nowhere.png"])
-    assert found == [first, second, third, Path("nowhere.png")]
-    names = [path.name for path in output_paths(found, tmp_path / "out").values()]
-    assert names == ["x.png", "x.jpg", "x_2.png", "nowhere.png"]
-    with pytest.raises(ValueError, match="is an input"):
-        output_paths([first], tmp_path / "a")
-    with pytest.raises(ValueError, match="x.png exists, in the folder of an input"):
-        output_paths([save_picture(tmp_path / "a" / "x.bmp")], tmp_path / "a")
-    (tmp_path / "b" / "x.jpg.json").touch()
-    (tmp_path / "b" / "x.jpg").rename(tmp_path / "b" / "x.jpeg")
-    output_paths([tmp_path / "b" / "x.jpeg"], tmp_path / "b")
-    with pytest.raises(ValueError, match="x.jpg.json exists"):
-        output_paths([tmp_path / "b" / "x.jpeg"], tmp_path / "b", with_json=True)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no picture or video"):
-        find_inputs([str(tmp_path / "empty")])
-    with pytest.raises(ValueError, match="no file fits"):
-        find_inputs([str(tmp_path / "*.gif")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--input", "a.png", "--webcam"], "give either --input or --webcam"),
+        (["--webcam", "-1"], "--webcam -1: cameras are numbered from 0"),
+        (["--webcam", "--backend", "onnx"], "--backend onnx needs --model"),
+        (["--webcam", "--model", "m.onnx"], "takes no --model"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    run: Run, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_tracks_keep_their_numbers() -> None:
-    from tracks import Tracks
-
-    tracks = Tracks(patience=2)
-    left, right = np.array([0.0, 0, 10, 10]), np.array([20.0, 0, 30, 10])
-    labels = np.array([1, 1])
-    assert tracks.update(np.stack([left, right]), labels) == [0, 1]
-    assert tracks.update(np.stack([right + 2, left + 2]), labels) == [1, 0]
-    assert tracks.update(np.stack([left + 3, left + 4]), np.array([1, 2])) == [0, 2]
-    assert tracks.update(np.zeros((0, 4)), np.zeros(0, int)) == []
-    # The left one was seen two frames ago, the right one three: it is forgotten.
-    assert tracks.update(np.stack([right + 2, left + 3]), labels) == [3, 0]
+def test_weights_go_before_the_configuration(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--input", save_image(tmp_path / "a.png"), "--weights", tmp_path / "w.pth") == 1
+    assert f"there is no checkpoint {tmp_path / 'w.pth'}" in capsys.readouterr().err
 
 
-def test_overlap_keeps_order_and_hands_on_errors() -> None:
-    from overlap import Overlap
+def test_help_fits_a_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="0"):
+        predict.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 100
 
+
+def test_order_is_kept_and_errors_are_handed_on() -> None:
     written: list[int] = []
-    Overlap(range(10), lambda batch: [sum(batch)], written.append, batch_size=3).run()
+    predict.run_overlapped(range(10), lambda batch: [sum(batch)], written.append, 3)
     assert written == [3, 12, 21, 9]
 
     def failing() -> Iterator[int]:
         yield 1
         raise OSError("the disk is gone")
 
+    written.clear()
     with pytest.raises(OSError, match="the disk is gone"):
-        Overlap(failing(), list, written.append).run()
+        predict.run_overlapped(failing(), list, written.append, 1)
+    assert written == [1]
 
     def refuse(_: int) -> None:
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="the disk is full"):
-        Overlap(range(1000), list, refuse).run()
+        predict.run_overlapped(range(1000), list, refuse, 1)
 
 
 def test_reading_working_and_writing_overlap() -> None:
     """Each of the three waits for another one to be ahead or behind: in turn they would hang."""
-    from overlap import Overlap
-
-    read_third, working_on_second = threading.Event(), threading.Event()
+    read_second, working_on_second = threading.Event(), threading.Event()
 
     def read() -> Iterator[int]:
         for i in range(4):
-            if i == 2:
-                read_third.set()
+            if i == 1:
+                read_second.set()
             yield i
 
     def work(batch: list[int]) -> list[int]:
-        assert read_third.wait(timeout=30), "nothing was read while the first item was worked on"
+        assert read_second.wait(timeout=30), "nothing was read while the first item was worked on"
         if batch == [1]:
             working_on_second.set()
         return batch
@@ -139,4 +170,141 @@ def test_reading_working_and_writing_overlap() -> None:
         ahead = item > 0 or working_on_second.wait(timeout=30)
         assert ahead, "nothing was worked on while the first item was written"
 
-    Overlap(read(), work, write).run()
+    predict.run_overlapped(read(), work, write, 1)
+
+
+class TestVideos:
+    """What needs PyAV."""
+
+    @pytest.fixture(autouse=True)
+    def _pyav(self) -> None:
+        pytest.importorskip("av")
+
+    def test_rate_size_and_number_of_frames_are_kept(self, tmp_path: Path, run: Run) -> None:
+        clip = save_video(tmp_path / "clip.mp4")
+        assert run("--input", clip, "--batch-size", "4") == 0
+        rate, frames = frames_of(tmp_path / "out" / "clip.mp4")
+        assert (rate, len(frames), frames[0].shape) == (10, 6, (48, 64, 3))
+        changed = [
+            np.abs(a.astype(int) - b) for a, b in zip(frames, frames_of(clip)[1], strict=True)
+        ]
+        assert min(change.max() for change in changed) > 50
+
+    def test_damage_is_told_in_one_line(
+        self, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The others keep their times, and other files go on."""
+        clips = [tmp_path / "clip.mp4", tmp_path / "film.avi", tmp_path / "cut.mp4"]
+        for path, how in zip(clips, ("zeros", "cut", "cut"), strict=True):
+            content = save_noise(path, "mjpeg" if path.suffix == ".avi" else "libx264")
+            damage_middle(content, how)
+            path.write_bytes(content)
+        assert run("--input", *clips) == 1
+        printed = capsys.readouterr()
+        assert "2 of 3 files drawn" in printed.out
+        told = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        for path, line in zip(clips[:2], told, strict=False):
+            left = len(frames_of(tmp_path / "out" / f"{path.stem}.mp4")[1])
+            assert line == (
+                f"error: video {path}: {30 - left} of 30 frames are damaged or missing, and skipped"
+            )
+        assert told[2] == f"error: cannot read video {clips[2]}: it is none, or is damaged"
+
+    def test_nothing_of_it_can_be_decoded(
+        self, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        content = save_noise(tmp_path / "clip.mp4", "libx264")
+        begin = content.index(b"mdat") + 4
+        content[begin : content.index(b"moov") - 4] = bytes(content.index(b"moov") - 4 - begin)
+        (tmp_path / "clip.mp4").write_bytes(content)
+        assert run("--input", tmp_path / "clip.mp4") == 1
+        assert "clip.mp4: none of its frames can be decoded" in capsys.readouterr().err
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_output_that_cannot_be_written(
+        self, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        clip = save_video(tmp_path / "clip.mp4", 2)
+        (tmp_path / "out" / "clip.mp4").mkdir(parents=True)
+        assert run("--input", clip) == 1
+        assert f"cannot write {tmp_path / 'out' / 'clip.mp4'}: it is a folder" in (
+            capsys.readouterr().err
+        )
+        assert run("--input", clip, "--output", clip) == 1
+        assert "File exists" in capsys.readouterr().err
+
+    def test_interrupted_video_can_be_played(
+        self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        interrupt_after(3, monkeypatch)
+        assert run("--input", save_video(tmp_path / "clip.mp4", 8)) == 130
+        assert len(frames_of(tmp_path / "out" / "clip.mp4")[1]) == 3
+
+    def test_camera_until_interrupted(
+        self,
+        tmp_path: Path,
+        run: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        for name in ("camera_2.mp4", "camera_2_2.mp4"):  # the second keeps the first
+            use_camera([0, 50, None, *range(100, 120)], monkeypatch)
+            interrupt_after(4, monkeypatch)
+            assert run("--webcam", "2") == 130
+            path = tmp_path / "out" / name
+            assert f"leaves {path}" in capsys.readouterr().err
+            assert len(frames_of(path)[1]) == 4
+            monkeypatch.undo()
+
+    def test_camera_that_goes_away(
+        self,
+        tmp_path: Path,
+        run: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        capture = use_camera([0, 1, 2], monkeypatch)
+        assert run("--webcam") == 1
+        path = tmp_path / "out" / "camera_0.mp4"
+        message = f"error: camera 0 gave no image for 5 s; what it saw before is in {path}"
+        assert message in capsys.readouterr().err
+        assert len(frames_of(path)[1]) == 3
+        assert capture.released
+
+    def test_camera_that_does_not_exist(self, run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+        assert run("--webcam", "97") == 1
+        assert capfd.readouterr().err.startswith("error: cannot open camera 97: there is none")
+
+
+def interrupt_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presses Ctrl-C while the model works on the batch after so many."""
+    stream, done = MaskDINOPredictor.stream, []
+
+    def interrupted(self: MaskDINOPredictor, images: Iterator) -> Iterator:
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        done.append(1)
+        return stream(self, images)
+
+    monkeypatch.setattr(MaskDINOPredictor, "stream", interrupted)
+
+
+def use_camera(values: list[int | None], monkeypatch: pytest.MonkeyPatch) -> FakeCapture:
+    """Puts a stand-in in the place of all cameras."""
+    capture, opened = FakeCapture(values), cv2.VideoCapture
+    monkeypatch.setattr(
+        video.cv2, "VideoCapture", lambda x: capture if isinstance(x, int) else opened(x)
+    )
+    monkeypatch.setattr(video, "time", capture.clock)
+    return capture
+
+
+def test_without_pyav_only_videos_are_refused(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert run("--input", save_image(tmp_path / "a.png")) == 0
+    capsys.readouterr()
+    (tmp_path / "clip.mp4").touch()
+    assert run("--input", tmp_path / "a.png", tmp_path / "clip.mp4") == 1
+    assert capsys.readouterr().err == "error: videos need PyAV: pip install av\n"
