@@ -57,6 +57,17 @@ def configured_device(name: str, processes: int = 1) -> torch.device:
     return device
 
 
+def pick_device(wanted: str | torch.device | None, configured: str) -> torch.device:
+    """The device that was asked for, else the configured one, else, without a GPU, the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if wanted is None:
+        return configured_device(configured)
+    return find_device(wanted, "the device asked for")
+
+
 def settle_device(cfg: CfgNode) -> CfgNode:
     """Settles where a process of a training or an evaluation computes.
 

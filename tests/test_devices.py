@@ -9,10 +9,9 @@ import torch
 
 from maskdino.config import load_config
 from maskdino.devices import comm as devices_comm
-from maskdino.devices import configured_device, find_device, settle_device
+from maskdino.devices import configured_device, find_device, pick_device, settle_device
 from maskdino.engine.hooks import peak_memory_mb
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
-from maskdino.inference.loading import pick_device
 
 
 @pytest.fixture

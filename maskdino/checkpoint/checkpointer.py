@@ -1,24 +1,25 @@
-"""Checkpoints: read without executing code from the file, written whole or not at all, errors that
-say what differs.
-"""
+"""Checkpoints of Mask DINO: strict about what does not fit, with errors that say what differs."""
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
-from collections.abc import Mapping
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import Tensor, nn
+from torch import nn
 
+from maskdino.checkpoint.reading import read_checkpoint, shapes_of
 from maskdino.checkpoint.released_weights import (
-    DECODER_HEADS,
+    EMPTY_MASKS,
+    LARGEST_PROPOSALS,
     ReleasedStructure,
     convert_weights,
     is_released,
+    refuse_foreign,
 )
+from maskdino.files import written_whole
+from maskdino.model import MaskDINO
+from maskdino.modeling.query_selection import UnifiedQuerySelection
 
 # Tensors whose size depends on the classes or the number of learned queries: fine-tuning may start
 # them anew.
@@ -30,16 +31,6 @@ RESIZABLE = (
 )
 # Parts that a checkpoint may lack as a whole; their weights then stay as initialised.
 PARTS = ("pixel_embedding.", "heads.mask_head.", "denoising.", "query_selection.")
-# What a pickle of numpy arrays (ImageNet weights of detectron2's model zoo) may contain.
-_PICKLE_GLOBALS = {
-    "_codecs": {"encode"},
-    "collections": {"OrderedDict"},
-    "numpy": {"ndarray", "dtype"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.core.numeric": {"_frombuffer"},
-    "numpy._core.numeric": {"_frombuffer"},
-}
 
 
 class MaskDINOCheckpointer(DetectionCheckpointer):
@@ -67,73 +58,55 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
         self.require_all = require_all
 
     def save(self, name: str, **kwargs: object) -> None:
-        """Writes `<name>.pth` beside its place and moves it there, so that a killed run leaves no
-        broken file.
-        """
+        """Writes `<name>.pth`, whole or not at all."""
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
         data |= {key: item.state_dict() for key, item in self.checkpointables.items()} | kwargs
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        buffer = io.BytesIO()
-        torch.save(data, buffer)
-        _write_whole(path, buffer.getbuffer())
+        with written_whole(path) as temporary:
+            torch.save(data, temporary)
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Names the checkpoint that a resumed run starts from."""
-        _write_whole(
-            os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename.encode()
-        )
+        with written_whole(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
+            temporary.write_text(last_filename_basename)
 
     def _load_file(self, filename: str) -> dict:
         """Reads a file into a dict with the tensors under "model", by our names."""
-        data = _read_pickle(filename) if filename.endswith(".pkl") else _read_torch(filename)
-        if filename.endswith(".pkl") and "__author__" not in data:
-            state = data.get("blobs", data)
-            state = {name: value for name, value in state.items() if not name.endswith("_momentum")}
-            return {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
-        if "model" not in data:
-            data = {"model": data.get("model_state", data.get("state_dict", data))}
-        if is_released(data["model"]):
-            self.logger.info(
-                "%s is a released Mask DINO checkpoint: its tensors are renamed", filename
-            )
-            self._follow_released(filename, data["model"])
-            data = {"model": convert_weights(data["model"], self._encoder_heads())}
-        return data
+        data = read_checkpoint(filename)
+        state = data["model"]
+        refuse_foreign(state, filename)
+        if not is_released(state):
+            return data
+        if not isinstance(self.model, MaskDINO):
+            raise ValueError(f"{filename} holds a Mask DINO; the model is another")
+        self.logger.info("%s is a released Mask DINO checkpoint: its tensors are renamed", filename)
+        structure = ReleasedStructure.from_shapes(shapes_of(state))
+        self._warn_of_disagreement(filename, self.model.query_selection, structure)
+        return {"model": convert_weights(state, self.model.encoder.num_heads)}
 
-    def _encoder_heads(self) -> int:
-        """The number of attention heads in the model's encoder: no shape in a file tells it."""
-        encoder = getattr(self.model, "encoder", None)  # other models cannot take the file anyway
-        return DECODER_HEADS if encoder is None else encoder.num_heads
-
-    def _follow_released(self, filename: str, state: Mapping[str, Tensor]) -> None:
-        """Sets what the file's model does, but no tensor of it says.
-
-        Which level has the largest proposals follows from the order of the levels; empty masks give
-        anchors in the corner in all of them. A model that is evaluated follows the file. One that
-        is trained keeps to its configuration, which is all that will tell how its checkpoints are
-        to be read.
-        """
-        structure = ReleasedStructure.from_shapes({k: tuple(x.shape) for k, x in state.items()})
-        selection = getattr(self.model, "query_selection", None)
-        if self.require_all and hasattr(selection, "empty_masks"):
-            selection.empty_masks = "corner"
-        ours = getattr(selection, "coarsest_largest", structure.coarsest_first)
-        if ours == structure.coarsest_first:
-            return
-        level = "coarsest" if structure.coarsest_first else "finest"
-        self.logger.warning(
-            '%s was trained with MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS "%s", and this '
-            "configuration disagrees: %s",
-            filename,
-            level,
-            "the file is followed" if self.require_all else f'set it to "{level}"',
-        )
-        if self.require_all:
-            selection.coarsest_largest = structure.coarsest_first
+    def _warn_of_disagreement(
+        self, filename: str, selection: nn.Module, structure: ReleasedStructure
+    ) -> None:
+        """Tells where the model was not built as `maskdino.checkpoint.loading` would have it."""
+        if not isinstance(selection, UnifiedQuerySelection):
+            return  # learned queries, without proposals
+        ours = {
+            EMPTY_MASKS: selection.empty_masks,
+            LARGEST_PROPOSALS: "coarsest" if selection.coarsest_largest else "finest",
+        }
+        for key, value in structure.decided.items():
+            if ours[key] != value:
+                self.logger.warning(
+                    '%s was trained with %s "%s", and this model has "%s"',
+                    filename,
+                    key,
+                    value,
+                    ours[key],
+                )
 
     def _load_model(self, checkpoint: dict) -> object:
         whole = not checkpoint.get("matching_heuristics", False)
@@ -212,55 +185,3 @@ def _may_lack(name: str, known: set[str]) -> bool:
     part = _part(name)
     is_part = any(name.startswith(prefix) for prefix in PARTS)
     return is_part and not any(other.startswith(f"{part}.") for other in known)
-
-
-def _write_whole(path: str, content: bytes | memoryview) -> None:
-    temporary = f"{path}.tmp{os.getpid()}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-def _read_torch(path: str) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values, and is not loaded, because that "
-            "could run code; "
-            f'save its weights alone, as torch.save({{"model": model.state_dict()}}, path). '
-            f"({error})"
-        ) from error
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint, or was cut off: {error}") from error
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows numpy arrays and plain containers, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if name in _PICKLE_GLOBALS.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(
-            f"it asks for {module}.{name}, and only arrays are read from .pkl files"
-        )
-
-
-def _read_pickle(path: str) -> dict:
-    with open(path, "rb") as file:
-        try:
-            return _ArrayUnpickler(file, encoding="latin1").load()
-        except (pickle.UnpicklingError, EOFError) as error:  # refused, or cut off
-            raise ValueError(f"{path} is not loaded: {error}") from error
-
-
-def model_weights(path: str) -> Mapping[str, Tensor]:
-    """The tensors of a `.pth` file, under the names in the file."""
-    data = _read_torch(path)
-    return data.get("model", data)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 
@@ -91,3 +92,9 @@ class WeightAverage:
         for name, value in self._average.items():
             value.copy_(state[name])
         self.restored = True
+
+
+def build_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
+    """The average that SOLVER.EMA asks for, or None; errors as of `WeightAverage`."""
+    ema = cfg.SOLVER.EMA
+    return WeightAverage(model, ema.DECAY) if ema.ENABLED else None

@@ -8,13 +8,14 @@ once.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from maskdino.backbones.convert import is_unused_in_swin, swin_rules
+from maskdino.checkpoint.reading import shapes_of
 
 ENCODER = "sem_seg_head.pixel_decoder."
 DECODER = "sem_seg_head.predictor."
@@ -61,7 +62,45 @@ LEVEL_WISE = re.compile(
 )
 
 
-def is_released(names: Mapping[str, object]) -> bool:
+# What a released file decides and no tensor of it says: keys of the configuration.
+EMPTY_MASKS = "MODEL.MASK_DINO.QUERY_SELECTION.EMPTY_MASKS"
+LARGEST_PROPOSALS = "MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS"
+# Other models by a tensor that each has and Mask DINO lacks. The first that matches counts: those
+# above are built on those below.
+FOREIGN = tuple(
+    (model, re.compile(rf"(?:module\.|model\.|detr\.)*(?:{pattern})"))
+    for model, pattern in (
+        ("OneFormer", r"sem_seg_head\.predictor\.class_transformer\..*|task_mlp\..*"),
+        ("OpenSeeD", r"sem_seg_head\.predictor\.(?:lang_encoder\..*|lang_proj)"),
+        ("Mask2Former", rf"{DECODER}transformer_(?:self|cross)_attention_layers\..*"),
+        ("MaskFormer", rf"{DECODER}transformer\.(?:en|de)coder\..*"),
+        (
+            "Deformable DETR or DINO",
+            r"transformer\.(?:en|de)coder\.layers\.\d+\.(?:\w+_attn|attentions\.\d+)\."
+            r"sampling_offsets\..*",
+        ),
+        ("DETR", r"transformer\.(?:en|de)coder\.layers\.\d+\.self_attn\.in_proj_weight"),
+        ("an R-CNN or RetinaNet", r"(?:roi_heads|proposal_generator|head\.cls_subnet)\..*"),
+    )
+)
+
+
+def refuse_foreign(names: Iterable[str], path: str) -> None:
+    """Checks that the tensors of a file are not of another known model.
+
+    Raises:
+        ValueError: they are; the message names the model.
+    """
+    names = list(names)
+    for model, pattern in FOREIGN:
+        if any(pattern.fullmatch(name) for name in names):
+            raise ValueError(
+                f"{path} holds the weights of {model}, which no Mask DINO can take; give weights "
+                "of Mask DINO, or of a backbone alone"
+            )
+
+
+def is_released(names: Iterable[str]) -> bool:
     """Whether a checkpoint's tensors have released names."""
     return any(name.startswith(DECODER) for name in names)
 
@@ -73,11 +112,10 @@ class ReleasedStructure:
     num_levels: int
     num_features: int
     coarsest_first: bool  # "high2low": the encoder's levels are in the file coarsest first
-    num_heads: int  # of the encoder
 
     @staticmethod
-    def from_shapes(shapes: Mapping[str, tuple[int, ...]], num_heads: int = 8) -> ReleasedStructure:
-        """Reads the structure; the number of heads is in no shape.
+    def from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> ReleasedStructure:
+        """Reads the structure.
 
         Raises:
             KeyError: a tensor that every released model has is missing.
@@ -91,14 +129,19 @@ class ReleasedStructure:
         # Further levels are 3 x 3 convolutions.
         features = [shape for shape in projections if shape[2] == 1]
         coarsest_first = len(features) > 1 and features[0][1] > features[-1][1]
-        return ReleasedStructure(len(projections), len(features), coarsest_first, num_heads)
+        return ReleasedStructure(len(projections), len(features), coarsest_first)
+
+    @property
+    def decided(self) -> dict[str, str]:
+        """Values of our configuration keys that the file decides, though no tensor of it does."""
+        return decided_by(self.coarsest_first)
 
     def config_values(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
         """Values of our configuration keys that the shapes determine."""
         node = "MODEL.MASK_DINO."
         encoder, decoder = f"{ENCODER}transformer.encoder.layers.", f"{DECODER}decoder.layers."
         num_classes = shapes[f"{DECODER}label_enc.weight"][0]
-        values = {
+        values: dict[str, object] = {
             f"{node}HIDDEN_DIM": shapes[f"{ENCODER}transformer.level_embed"][1],
             f"{node}NUM_CLASSES": num_classes,
             f"{node}ENCODER.NUM_LEVELS": self.num_levels,
@@ -107,10 +150,7 @@ class ReleasedStructure:
             f"{node}DECODER.NUM_LAYERS": _count(shapes, decoder),
             f"{node}DECODER.FEEDFORWARD_DIM": shapes[f"{decoder}0.linear1.weight"][0],
             f"{node}QUERY_SELECTION.ENABLED": f"{DECODER}enc_output.weight" in shapes,
-            f"{node}QUERY_SELECTION.EMPTY_MASKS": "corner",
-            f"{node}QUERY_SELECTION.LARGEST_PROPOSALS": "coarsest"
-            if self.coarsest_first
-            else "finest",
+            **self.decided,
             f"{node}LOSS.CLASSIFICATION": (
                 "cross_entropy"
                 if shapes[f"{DECODER}class_embed.weight"][0] > num_classes
@@ -121,6 +161,15 @@ class ReleasedStructure:
         if learned in shapes:
             values[f"{node}QUERY_SELECTION.NUM_QUERIES"] = shapes[learned][0]
         return values
+
+
+def decided_by(coarsest_first: bool) -> dict[str, str]:
+    """What a released model does in either order of levels, as values of our configuration keys.
+
+    All of them put the anchor of an empty mask into the corner of the image, and give the level
+    that the encoder has first the largest proposals.
+    """
+    return {EMPTY_MASKS: "corner", LARGEST_PROPOSALS: "coarsest" if coarsest_first else "finest"}
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
@@ -184,12 +233,10 @@ def convert_weights(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Te
         KeyError: a tensor has no place.
         ValueError: tensors that are one module in this project differ from each other.
     """
-    structure = ReleasedStructure.from_shapes(
-        {name: tuple(x.shape) for name, x in state.items()}, num_heads
-    )
+    structure = ReleasedStructure.from_shapes(shapes_of(state))
     converted: dict[str, Tensor] = {}
     for name, ours in our_names(state, structure).items():
-        tensor = _finest_first(ours, state[name], structure)
+        tensor = _finest_first(ours, state[name], structure, num_heads)
         if ours in converted and not torch.equal(converted[ours], tensor):
             raise ValueError(
                 f"{name} differs from the other copies of {ours}, which all layers must share"
@@ -198,13 +245,15 @@ def convert_weights(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Te
     return converted
 
 
-def _finest_first(ours: str, tensor: Tensor, structure: ReleasedStructure) -> Tensor:
+def _finest_first(
+    ours: str, tensor: Tensor, structure: ReleasedStructure, encoder_heads: int
+) -> Tensor:
     """Reverses levels: in the encoder of coarsest-first models, in the decoder of the others."""
     if ours == "encoder.level_embed":
         return tensor.flip(0) if structure.coarsest_first else tensor
     found = LEVEL_WISE.fullmatch(ours)
     if found is None or structure.coarsest_first != (found[1] == "encoder"):
         return tensor
-    heads = structure.num_heads if found[1] == "encoder" else DECODER_HEADS
+    heads = encoder_heads if found[1] == "encoder" else DECODER_HEADS
     by_level = tensor.reshape(heads, structure.num_levels, -1)
     return by_level.flip(1).reshape(tensor.shape)

@@ -18,7 +18,8 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer, model_weights
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.checkpoint.reading import read_checkpoint, shapes_of
 from maskdino.checkpoint.released_config import convert_config, set_value
 from maskdino.checkpoint.released_weights import ReleasedStructure, convert_weights, is_released
 from maskdino.config import add_maskdino_config
@@ -36,7 +37,7 @@ def convert(config: Path, weights: Path, output: Path) -> list[str]:
         raise FileExistsError(
             f"{output} already has a config.yaml or model.pth; choose another folder"
         )
-    state = model_weights(str(weights))
+    state = read_checkpoint(str(weights))["model"]
     if not is_released(state):
         raise ValueError(
             f"{weights} has no released Mask DINO names; its first is {next(iter(state), None)!r}"
@@ -63,8 +64,8 @@ def _default_cfg() -> CfgNode:
 
 def _follow_weights(cfg: CfgNode, state: Mapping[str, torch.Tensor]) -> list[str]:
     """Sets what the checkpoint's shapes say, and tells where the configuration said otherwise."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    structure = ReleasedStructure.from_shapes(shapes, cfg.MODEL.MASK_DINO.ENCODER.NUM_HEADS)
+    shapes = shapes_of(state)
+    structure = ReleasedStructure.from_shapes(shapes)
     remarks = []
     for key, value in structure.config_values(shapes).items():
         node = cfg

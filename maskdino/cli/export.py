@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections import Counter
@@ -36,6 +35,8 @@ from detectron2.modeling import build_model
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from maskdino.checkpoint.loading import load_trained
+from maskdino.devices import pick_device
 from maskdino.export.onnx import METADATA_KEY, ExportedMetadata, open_session
 from maskdino.export.trace import (
     MASK_SIZES,
@@ -49,8 +50,9 @@ from maskdino.export.trace import (
     to_onnx,
     trace,
 )
-from maskdino.inference.loading import load_weights, pick_device, read_config
+from maskdino.files import written_whole
 from maskdino.model import MaskDINO
+from maskdino.model_zoo import read_config
 from maskdino.visualization.images import fitting_size, load_image, network_image, network_size
 
 BOUND = 1e-3  # of an output's largest magnitude
@@ -287,11 +289,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ExportError: the program differs from the model.
     """
-    cfg = read_config(args.config_file, None, args.opts)
+    cfg = read_config(args.config_file, None, args.opts, whole=True)
     cfg.MODEL.DEVICE = str(pick_device(args.device, cfg.MODEL.DEVICE))
     cfg.MODEL.MASK_DINO.TEST.PRECISION = "float32"  # in which programs are traced and compared
     model = build_model(cfg).eval()
-    load_weights(model, cfg)
+    load_trained(model, cfg)
     cfg.MODEL.WEIGHTS = ""  # the file holds its weights
     options = ExportOptions(
         args.outputs, args.mask_size, args.size and tuple(args.size), args.format == "tensorrt"
@@ -304,9 +306,8 @@ def run(args: argparse.Namespace) -> None:
     sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     batches = picture_batches(args.images, model, options, sizes, cfg.INPUT.FORMAT)
     traced, network, content = export(model, options, args.format, args.opset, cfg.dump())
-    partial = args.output.with_name(f"{args.output.name}.partial")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with written_whole(args.output) as partial:
         if content is None:
             torch.export.save(traced, partial)
             program = program_of_trace(torch.export.load(partial))
@@ -318,9 +319,6 @@ def run(args: argparse.Namespace) -> None:
         check(network, model, program, batches)
         if options.plugin:
             check_plugin_graph(content, plugin_nodes(model))
-        os.replace(partial, args.output)
-    finally:
-        partial.unlink(missing_ok=True)
     print(f"wrote {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)")
 
 

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 
 from maskdino.config import load_config
 from maskdino.evaluation.report import report_paths, write_report
-from maskdino.inference.loading import find_config
+from maskdino.model_zoo import find_config
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

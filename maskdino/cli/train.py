@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from maskdino.config import load_config
+from maskdino import model_zoo
 from maskdino.devices import configured_device, settle_device
 from maskdino.engine.launch import launch
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
@@ -61,22 +61,15 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
-    """Reads the configuration, and checks that the weights exist, and what the device must do.
+    """Reads the configuration, and checks the weights and what the device must do.
 
     Raises:
-        FileNotFoundError: if the configuration or ``MODEL.WEIGHTS`` does not exist.
-        KeyError, ValueError: see `maskdino.config.load_config`; or something asked for is missing.
+        OSError, KeyError, ValueError: see `maskdino.model_zoo.read_config`; or something asked for
+            is missing.
     """
-    if not PathManager.isfile(args.config_file):
-        raise FileNotFoundError(f"There is no configuration {args.config_file}")
-    cfg = load_config(args.config_file, args.opts)
-    weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not PathManager.isfile(weights):
-        raise FileNotFoundError(f"MODEL.WEIGHTS names the file {weights}, which does not exist")
-    if args.eval_only and not weights and not args.resume:
-        raise ValueError(
-            "--eval-only needs MODEL.WEIGHTS FILE, or --resume for the last checkpoint"
-        )
+    cfg = model_zoo.read_config(
+        args.config_file, overrides=args.opts, whole=args.eval_only, resume=args.resume
+    )
     if args.report and not cfg.DATASETS.TEST:
         raise ValueError("--report needs a dataset to evaluate, but DATASETS.TEST is empty")
     device = configured_device(cfg.MODEL.DEVICE, args.num_gpus)
@@ -126,7 +119,7 @@ def main(words: list[str] | None = None) -> None:
     args = parse_arguments(words)
     try:
         cfg = read_config(args)
-    except (KeyError, ValueError, FileNotFoundError) as error:
+    except (KeyError, ValueError, OSError) as error:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     if not torch.cuda.is_available() and args.num_gpus > 1:
         sys.exit(f"error: --num-gpus {args.num_gpus}, but there is no GPU; use --num-processes")

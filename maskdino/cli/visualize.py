@@ -27,8 +27,8 @@ from maskdino import build_train_mapper
 from maskdino.categories import Categories
 from maskdino.config import load_config
 from maskdino.inference.attention_maps import follow_queries
-from maskdino.inference.loading import find_config
 from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.model_zoo import find_config
 from maskdino.visualization.drawing import below, beside, enlarge
 from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of_example
 from maskdino.visualization.images import load_image

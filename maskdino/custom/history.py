@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from maskdino.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,6 @@ class History:
     def write(self) -> None:
         """Writes the file, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(entry) for entry in self.evaluations], indent=1))
-        os.replace(temporary, self.path)
+        with written_whole(self.path) as temporary:
+            entries = [asdict(entry) for entry in self.evaluations]
+            temporary.write_text(json.dumps(entries, indent=1))

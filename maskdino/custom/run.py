@@ -8,7 +8,6 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from maskdino.config import load_config
@@ -25,7 +24,7 @@ from maskdino.custom.plan import (
 from maskdino.custom.prepare import DATA_FOLDER, Sources, prepare_data, register_prepared
 from maskdino.custom.report import plan_text, results_text
 from maskdino.custom.training import BEST_FOLDER, BEST_NAME, CustomTrainer
-from maskdino.inference.loading import RELEASED, find_config, read_config
+from maskdino.model_zoo import read_config
 
 NO_WEIGHTS = "none"
 DEFAULT_CONFIGS = {"cuda": "custom/maskdino_R50", "cpu": "custom/maskdino_small"}
@@ -133,23 +132,8 @@ def read_start(config: str, request: Request) -> CfgNode:
         ConnectionError: the weights cannot be downloaded.
         KeyError: no weights were released for the configuration, or a key is unknown.
     """
-    if request.weights == RELEASED:
-        return read_config(config, RELEASED, request.overrides)
-    cfg = load_config(str(find_config(config)), request.overrides)
-    if request.weights is not None:
-        cfg.MODEL.WEIGHTS = "" if request.weights == NO_WEIGHTS else request.weights
-    weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not Path(weights).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {weights}")
-    if "://" in weights:
-        try:
-            PathManager.get_local_path(weights)
-        except OSError as error:  # what urllib raises for every failure of the network
-            raise ConnectionError(
-                f"cannot download {weights} ({error}); give a file with --weights FILE, or start "
-                f"from random weights with --weights {NO_WEIGHTS}"
-            ) from error
-    return cfg
+    weights = "" if request.weights == NO_WEIGHTS else request.weights
+    return read_config(config, weights, request.overrides)
 
 
 def train_run(run: Run, resume: bool, early_stop: int) -> None:

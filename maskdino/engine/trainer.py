@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
-from maskdino.checkpoint.ema import WeightAverage
+from maskdino.checkpoint.ema import build_average
+from maskdino.checkpoint.loading import load_trained
 from maskdino.config import load_config
 from maskdino.data import build_test_mapper, build_train_mapper, check_datasets
 from maskdino.data.stream import (
@@ -87,7 +88,7 @@ class MaskDINOTrainer(DefaultTrainer):
         self.training_data = self.build_train_loader(cfg)
         self._batches = None
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.average = _build_average(cfg, model)
+        self.average = build_average(cfg, model)
         self._trainer = TrainStep(
             _distribute(model),
             optimizer,
@@ -254,16 +255,8 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> OrderedDict:
     cfg = settle_device(cfg)
     check_datasets(cfg)
     model = MaskDINOTrainer.build_model(cfg)
-    average = _build_average(cfg, model)
-    parts = {} if average is None else {"ema": average}
-    checkpointer = MaskDINOCheckpointer(model, cfg.OUTPUT_DIR, require_all=True, **parts)
-    path = cfg.MODEL.WEIGHTS
-    if resume and checkpointer.has_checkpoint():
-        path = checkpointer.get_checkpoint_file()
-    checkpointer.load(path)
-    if average is not None and average.restored:
-        logger.info("Evaluating the averaged weights.")
-        model.load_state_dict(average.state_dict())
+    run = MaskDINOCheckpointer(model, cfg.OUTPUT_DIR)
+    load_trained(model, cfg, run.get_checkpoint_file() if resume and run.has_checkpoint() else None)
     if cfg.TEST.AUG.ENABLED:
         model = AugmentedSemanticModel(cfg, model)
     results = MaskDINOTrainer.test(cfg, model)
@@ -278,11 +271,6 @@ def write_results(folder: str, results: dict) -> None:
     PathManager.mkdirs(target)
     with PathManager.open(os.path.join(target, "results.json"), "w") as file:
         json.dump(results, file, indent=1)
-
-
-def _build_average(cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
-    ema = cfg.SOLVER.EMA
-    return WeightAverage(model, ema.DECAY) if ema.ENABLED else None
 
 
 def _draw_seed() -> int:

@@ -25,9 +25,11 @@ from detectron2.modeling import build_model
 from PIL import Image
 from torch import Tensor
 
-from maskdino.inference.loading import load_weights, pick_device, read_config
+from maskdino.checkpoint.loading import load_trained
+from maskdino.devices import pick_device
 from maskdino.inference.options import PredictorOptions
 from maskdino.model import InferenceOptions, MaskDINO
+from maskdino.model_zoo import read_config
 from maskdino.ops.host import Steps, pack_masks, run_steps, unpack_mask
 from maskdino.postprocess import (
     Frame,
@@ -115,8 +117,9 @@ class MaskDINOPredictor:
 
         Args:
             config: path of a YAML file, or its name below `configs`: "coco/instance/maskdino_R50".
-            weights: checkpoint, ours or a released one; "released": downloads the released weights
-                of this name; None: MODEL.WEIGHTS of the configuration.
+            weights: checkpoint, ours or a released one, by path, address, or name of the model zoo;
+                "released": what was released for this configuration; None: MODEL.WEIGHTS of the
+                configuration.
             device: None: the configuration's, or the CPU where there is no GPU.
             confidence_threshold: objects with a lower score are left out.
             tasks: of "instance", "panoptic" and "semantic"; None: those the model was trained for.
@@ -131,12 +134,12 @@ class MaskDINOPredictor:
             ConnectionError: the released weights cannot be downloaded.
             ValueError: the checkpoint does not fit, or an argument is out of range.
         """
-        cfg = read_config(config, weights, opts)
+        cfg = read_config(config, weights, opts, whole=True)
         cfg.MODEL.DEVICE = str(pick_device(device, cfg.MODEL.DEVICE))
         if max_detections is not None:
             cfg.TEST.DETECTIONS_PER_IMAGE = max_detections
         model = build_model(cfg)
-        load_weights(model, cfg)
+        load_trained(model, cfg)
         return cls.from_model(
             model,
             cfg,

@@ -5,17 +5,29 @@ model = model_zoo.get("coco/instance/maskdino_R50.yaml", trained=True)
 """
 
 from .catalogue import RELEASED, ReleasedModel, find_released
-from .zoo import download, get, get_checkpoint_url, get_config, get_config_file
+from .zoo import (
+    RELEASED_WEIGHTS,
+    download,
+    find_config,
+    get,
+    get_checkpoint_url,
+    get_config,
+    get_config_file,
+    read_config,
+)
 from .zoo import list_configs as list
 
 __all__ = [
     "RELEASED",
+    "RELEASED_WEIGHTS",
     "ReleasedModel",
     "download",
+    "find_config",
     "find_released",
     "get",
     "get_checkpoint_url",
     "get_config",
     "get_config_file",
     "list",
+    "read_config",
 ]

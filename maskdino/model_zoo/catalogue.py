@@ -1,14 +1,12 @@
 """The weights that the paper's authors released, and the results that they published for them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
+from maskdino.checkpoint.released_weights import decided_by
+
 RELEASE = "https://github.com/IDEA-Research/detrex-storage/releases/download/maskdino-v0.1.0/"
-# All place a query with an empty mask into the corner of the image.
-_CORNER = ("MODEL.MASK_DINO.QUERY_SELECTION.EMPTY_MASKS", "corner")
-# These models give the finest level the largest proposals, and their weights depend on it.
-_FINEST = ("MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS", "finest")
 
 
 @dataclass(frozen=True)
@@ -20,15 +18,14 @@ class ReleasedModel:
         file: name of the file in the release.
         results: published results in percent, by metric; `gflops` and `million_parameters` where
             published.
-        overrides: keys and values in turn in which the released model departs from the
-            configuration.
+        coarsest_first: the encoder has the coarsest level first; see `decided_by`.
         sha256: hexadecimal checksum of the file; None where nobody has published or computed one.
     """
 
     config: str
     file: str
     results: Mapping[str, float]
-    overrides: tuple[str, ...] = field(default=())
+    coarsest_first: bool = False
     sha256: str | None = None
 
     @property
@@ -36,15 +33,29 @@ class ReleasedModel:
         """Where the file is."""
         return RELEASE + self.file
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the model is called by: its configuration or file, with the ending or without."""
+        config, file = self.config.removesuffix(".yaml"), self.file.removesuffix(".pth")
+        return self.config, config, self.file, file
 
-def _released(config: str, file: str, *overrides: str, **results: float) -> ReleasedModel:
-    return ReleasedModel(config, file, MappingProxyType(results), (*_CORNER, *overrides))
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Keys and values in turn that the file decides, whatever its configuration says."""
+        return tuple(word for item in decided_by(self.coarsest_first).items() for word in item)
+
+
+def _released(
+    config: str, file: str, *, coarsest_first: bool = False, **results: float
+) -> ReleasedModel:
+    return ReleasedModel(config, file, MappingProxyType(results), coarsest_first)
 
 
 RELEASED = (
     _released(
         "coco/instance/maskdino_R50_ffn1024.yaml",
         "maskdino_r50_50ep_300q_hid1024_3sd1_instance_maskenhanced_mask46.1ap_box51.5ap.pth",
+        coarsest_first=True,
         mask_ap=46.1,
         box_ap=51.5,
         million_parameters=47,
@@ -53,7 +64,6 @@ RELEASED = (
     _released(
         "coco/instance/maskdino_R50.yaml",
         "maskdino_r50_50ep_300q_hid2048_3sd1_instance_maskenhanced_mask46.3ap_box51.7ap.pth",
-        *_FINEST,
         mask_ap=46.3,
         box_ap=51.7,
         million_parameters=52,
@@ -62,7 +72,6 @@ RELEASED = (
     _released(
         "coco/instance/maskdino_swinl_plain_anchors.yaml",
         "maskdino_swinl_50ep_300q_hid2048_3sd1_instance_mask52.1ap_box58.3ap.pth",
-        *_FINEST,
         mask_ap=52.1,
         box_ap=58.3,
         million_parameters=223,
@@ -71,7 +80,6 @@ RELEASED = (
     _released(
         "coco/instance/maskdino_swinl.yaml",
         "maskdino_swinl_50ep_300q_hid2048_3sd1_instance_maskenhanced_mask52.3ap_box59.0ap.pth",
-        *_FINEST,
         mask_ap=52.3,
         box_ap=59.0,
         million_parameters=223,
@@ -80,7 +88,6 @@ RELEASED = (
     _released(
         "coco/panoptic/maskdino_R50.yaml",
         "maskdino_r50_50ep_300q_hid2048_3sd1_panoptic_pq53.0.pth",
-        *_FINEST,
         pq=53.0,
         box_ap=48.8,
         mask_ap=44.3,
@@ -89,7 +96,6 @@ RELEASED = (
     _released(
         "coco/panoptic/maskdino_swinl.yaml",
         "maskdino_swinl_50ep_300q_hid2048_3sd1_panoptic_58.3pq.pth",
-        *_FINEST,
         pq=58.3,
         box_ap=56.2,
         mask_ap=50.6,
@@ -98,11 +104,13 @@ RELEASED = (
     _released(
         "ade20k/semantic/maskdino_R50.yaml",
         "maskdino_r50_50ep_100q_celoss_hid1024_3s_semantic_ade20k_48.7miou.pth",
+        coarsest_first=True,
         miou=48.7,
     ),
     _released(
         "cityscapes/semantic/maskdino_R50.yaml",
         "maskdino_r50_50ep_100q_celoss_hid1024_3s_semantic_cityscapes_79.8miou.pth",
+        coarsest_first=True,
         miou=79.8,
     ),
 )
@@ -118,10 +126,7 @@ def find_released(name: str) -> ReleasedModel:
         KeyError: if no weights were released under this name; the message lists those there are.
     """
     for model in RELEASED:
-        if name in (model.config, model.file) or name in (
-            model.config.removesuffix(".yaml"),
-            model.file.removesuffix(".pth"),
-        ):
+        if name in model.names:
             return model
     known = ", ".join(model.config for model in RELEASED)
     raise KeyError(f"no weights were released for {name!r}; there are some for {known}")

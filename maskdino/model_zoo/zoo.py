@@ -3,20 +3,25 @@
 import difflib
 import hashlib
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.checkpoint.loading import not_whole, settle_weights
+from maskdino.checkpoint.reading import fetch
 from maskdino.config import load_config
 
 from .catalogue import RELEASED, ReleasedModel, find_released
 
 logger = logging.getLogger(__name__)
+
+RELEASED_WEIGHTS = "released"  # in place of a path: those that were released for the configuration
 
 
 def _configs_folder() -> Path:
@@ -83,6 +88,73 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
     return load_config(path, [*model.overrides, "MODEL.WEIGHTS", model.url])
 
 
+def find_config(config: str | os.PathLike) -> Path:
+    """The path of a configuration, given as path or as name in the zoo.
+
+    Raises:
+        FileNotFoundError: if there is none; the message names those most like it.
+    """
+    return Path(config) if Path(config).is_file() else Path(get_config_file(str(config)))
+
+
+def read_config(
+    config: str | os.PathLike,
+    weights: str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    whole: bool = False,
+    resume: bool = False,
+) -> CfgNode:
+    """Reads a configuration, with weights, as the model is to be built: the way of all commands.
+
+    Args:
+        config: path of a YAML file, or name in the zoo.
+        weights: path or address of a checkpoint, ours or a released one; name of a released model;
+            "released": what was released for this configuration; "": random weights; None:
+            MODEL.WEIGHTS of the configuration.
+        overrides: keys and values in turn, which have the last word.
+        whole: the weights must be those of a whole model (to predict), not of a backbone alone.
+        resume: prefer the last checkpoint of OUTPUT_DIR, if there is one.
+
+    Returns:
+        The configuration, in which stands all that the weights decide; MODEL.WEIGHTS can be loaded.
+
+    Raises:
+        FileNotFoundError: if there is no such configuration or checkpoint.
+        ConnectionError: if the weights cannot be downloaded.
+        KeyError: if a key is unknown, or no weights were released for the configuration.
+        ValueError: if the weights are of another model, or `whole` and there are none.
+    """
+    cfg = load_config(str(find_config(config)), overrides)
+    if weights is not None:
+        cfg.MODEL.WEIGHTS = str(weights)
+    if cfg.MODEL.WEIGHTS == RELEASED_WEIGHTS:
+        cfg.MODEL.WEIGHTS = download(_name_of(config))
+    elif not Path(cfg.MODEL.WEIGHTS).is_file() and _is_released_name(cfg.MODEL.WEIGHTS):
+        cfg.MODEL.WEIGHTS = download(cfg.MODEL.WEIGHTS)
+    resume = resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
+    whole = whole and not resume
+    if whole and not cfg.MODEL.WEIGHTS:
+        raise ValueError(
+            "the configuration names no MODEL.WEIGHTS: give the path of a checkpoint, or "
+            f'"{RELEASED_WEIGHTS}"'
+        )
+    if whole and "://ImageNetPretrained/" in cfg.MODEL.WEIGHTS:
+        raise not_whole(cfg.MODEL.WEIGHTS)  # without downloading it
+    settle_weights(cfg, overrides, resume=resume, whole=whole)
+    return cfg
+
+
+def _name_of(config: str | os.PathLike) -> str:
+    """The name of a configuration in the zoo, of which the path may be given."""
+    path, folder = Path(config).resolve(), _configs_folder()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(config)
+
+
+def _is_released_name(name: str) -> bool:
+    return any(name in model.names for model in RELEASED)
+
+
 def get_checkpoint_url(name: str) -> str:
     """The address of released weights; `name` and errors as for `find_released`."""
     return find_released(name).url
@@ -103,13 +175,7 @@ def download(name: str) -> str:
         ValueError: if the file's checksum is not the one in the catalogue.
     """
     model = find_released(name)
-    try:
-        path = PathManager.get_local_path(model.url)
-    except OSError as error:  # what urllib raises for every failure of the network
-        raise ConnectionError(
-            f"cannot download {model.url} ({error}); without network, "
-            "copy the file to this machine and give its path as MODEL.WEIGHTS"
-        ) from error
+    path = fetch(model.url)
     _check_sha256(model, path)
     return path
 
@@ -142,9 +208,8 @@ def get(name: str, trained: bool = False, device: str | None = None) -> nn.Modul
         FileNotFoundError, KeyError, ConnectionError, ValueError: as `get_config` and `download`
         say.
     """
-    cfg = get_config(name, trained)
+    cfg = read_config(get_config_file(name), RELEASED_WEIGHTS if trained else None)
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    weights = download(name) if trained else cfg.MODEL.WEIGHTS
     model = build_model(cfg)
-    MaskDINOCheckpointer(model, require_all=trained).load(weights)
+    MaskDINOCheckpointer(model, require_all=trained).load(cfg.MODEL.WEIGHTS)
     return model

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskdino.checkpoint import checkpointer as checkpoint_module
-from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer, model_weights
+from maskdino import files
+from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.checkpoint.reading import read_checkpoint
 from maskdino.checkpoint.released_weights import DECODER, ENCODER
 from maskdino.model import MaskDINO
 from tests.checkpoint.test_released_weights import released_case_cfg, released_case_weights
@@ -38,7 +39,7 @@ def test_saved_weights_come_back(saved: tuple[MaskDINO, Path]) -> None:
     assert not same(other.state_dict(), model.state_dict())
     rest = MaskDINOCheckpointer(other, require_all=True).load(str(path))
     assert same(other.state_dict(), model.state_dict()) and rest["iteration"] == 7
-    assert same(model_weights(str(path)), model.state_dict())
+    assert same(read_checkpoint(str(path))["model"], model.state_dict())
     assert (path.parent / "last_checkpoint").read_text() == "model.pth"
     assert sorted(p.name for p in path.parent.iterdir()) == ["last_checkpoint", "model.pth"]
 
@@ -53,7 +54,7 @@ def test_a_failing_save_leaves_the_old_file(
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint_module.os, step, fail)
+    monkeypatch.setattr(files.os, step, fail)
     nn.init.zeros_(model.heads.class_head.weight)
     with pytest.raises(OSError, match="no space"):
         MaskDINOCheckpointer(model, str(path.parent)).save("model")
@@ -231,32 +232,28 @@ def test_the_model_tells_the_heads_of_a_released_encoder(heads: int, tmp_path: P
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
-def test_released_files_say_where_proposals_disagree(
-    evaluated: bool,
-    parity: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+def test_no_loader_changes_a_model(
+    evaluated: bool, parity: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """LARGEST_PROPOSALS has no tensor of its own, but the wrong one ruins a released model."""
+    """Two facts have no tensor, but wrong ones ruin a released model: then the loader says so."""
     path = tmp_path / "released.pth"
     torch.save({"model": released_case_weights(parity, "instance")}, path)
     cfg = released_case_cfg(parity, "instance")
-    assert cfg.MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS == "finest"
     MaskDINOCheckpointer(MaskDINO(cfg), require_all=evaluated).load(str(path))
-    assert "LARGEST_PROPOSALS" not in caplog.text
-    assert cfg.MODEL.MASK_DINO.QUERY_SELECTION.EMPTY_MASKS == "corner"
-    cfg.MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS = "coarsest"
-    cfg.MODEL.MASK_DINO.QUERY_SELECTION.EMPTY_MASKS = "box"
+    assert "was trained with" not in caplog.text
+    selection = cfg.MODEL.MASK_DINO.QUERY_SELECTION
+    assert (selection.LARGEST_PROPOSALS, selection.EMPTY_MASKS) == ("finest", "corner")
+    selection.LARGEST_PROPOSALS, selection.EMPTY_MASKS = "coarsest", "box"
     model = MaskDINO(cfg)
     with caplog.at_level(logging.WARNING):
         MaskDINOCheckpointer(model, require_all=evaluated).load(str(path))
-    assert 'LARGEST_PROPOSALS "finest"' in caplog.text
-    assert model.query_selection.coarsest_largest != evaluated
-    assert model.query_selection.empty_masks == ("corner" if evaluated else "box")
+    assert 'LARGEST_PROPOSALS "finest", and this model has "coarsest"' in caplog.text
+    assert 'EMPTY_MASKS "corner", and this model has "box"' in caplog.text
+    assert model.query_selection.coarsest_largest and model.query_selection.empty_masks == "box"
 
 
 def test_arrays_of_half_precision_and_scalars_are_read(tmp_path: Path) -> None:
     path = tmp_path / "arrays.pkl"
     path.write_bytes(pickle.dumps({"x": np.float32(2.5), "y": np.zeros((2, 3), np.float16)}))
-    data = checkpoint_module._read_pickle(str(path))
+    data = read_checkpoint(str(path))["model"]
     assert data["x"] == 2.5 and data["y"].shape == (2, 3)

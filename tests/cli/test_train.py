@@ -14,19 +14,19 @@ from tests.engine.stand_in import CONFIG, tiny_config
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config-file", "nowhere.yaml"], "no configuration nowhere.yaml"),
+        (["--config-file", "nowhere.yaml"], "no configuration 'nowhere.yaml'"),
         (["SOLVER.BASE_LRR", "1"], "Unknown configuration key SOLVER.BASE_LRR.*SOLVER.BASE_LR"),
         (["NUM_QUERIES", "1"], "did you mean MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES"),
         (["SOLVER.MAX_ITER"], "KEY VALUE pairs"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch.*SOLVER.MAX_ITER"),
-        (["MODEL.WEIGHTS", "lost.pth"], "MODEL.WEIGHTS names the file lost.pth"),
+        (["MODEL.WEIGHTS", "lost.pth"], "there is no checkpoint lost.pth"),
         (["MODEL.DEVICE", "gpu"], "MODEL.DEVICE is 'gpu', which is no device"),
         (["MODEL.MASK_DINO.TEST.PRECISION", "half"], "TEST.PRECISION is 'half'; it must be one of"),
         (
             ["MODEL.DEVICE", "cpu", "MODEL.MASK_DINO.TEST.PRECISION", "tf32"],
             "TEST.PRECISION is tf32, which the device cpu does not compute in; use auto or one of",
         ),
-        (["--eval-only"], "--eval-only needs MODEL.WEIGHTS"),
+        (["--eval-only"], "the configuration names no MODEL.WEIGHTS: give"),
         (["--report", "DATASETS.TEST", "()"], "--report needs a dataset.* DATASETS.TEST is empty"),
     ],
 )

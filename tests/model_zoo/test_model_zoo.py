@@ -138,7 +138,7 @@ def test_get_builds_and_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     path = tmp_path / "tiny.pth"
     torch.save({"model": weights}, path)
     cfg.MODEL.WEIGHTS = str(path)
-    monkeypatch.setattr(zoo, "get_config", lambda *_: cfg)
+    monkeypatch.setattr(zoo, "read_config", lambda *_: cfg)
     model = model_zoo.get("nuclei/instance/maskdino_tiny.yaml", device="cpu")
     assert model.training
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from maskdino.files import written_whole
+
 VOID = 255  # in maps of classes: no class
 
 
@@ -77,19 +79,17 @@ def run(
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
-    """Writes a PNG under a temporary name first: a file with its final name is complete."""
+    """Writes a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(pixels).save(temporary, format="PNG")
-    temporary.replace(path)
+    with written_whole(path, sync=False) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
 
 
 def save_json(path: Path, content: dict) -> None:
-    """Writes JSON under a temporary name first."""
+    """Writes JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 def is_done(path: Path, overwrite: bool) -> bool:
