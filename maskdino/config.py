@@ -11,7 +11,7 @@ from maskdino.registration import register_postponed
 # Nodes of a file whose keys another library defines: arguments of a timm model, released Swin
 # configurations.
 _OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
-_OWN_KEYS = "a module of your own that adds it, in add_config(cfg), is imported with --import."
+_OWN_KEYS = " A module of your own that adds it, in add_config(cfg), is imported with --import."
 
 
 def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
@@ -35,7 +35,7 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     if config_file:
         loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
         names = [name for name in _key_names(loaded) if not name.startswith(_OPEN_NODES)]
-        _check_keys(names, known, f"in {config_file}", read_header(config_file))
+        _check_keys(names, known, f"in {config_file}", read_header(config_file) or _OWN_KEYS)
         cfg.merge_from_file(config_file, allow_unsafe=False)
     if len(overrides) % 2:
         raise ValueError(
@@ -56,13 +56,13 @@ def _key_names(node: dict, prefix: str = "") -> Iterator[str]:
 
 
 def _check_keys(
-    names: Iterator[str] | Sequence[str], known: dict[str, None], where: str, header: str = ""
+    names: Iterator[str] | Sequence[str], known: dict[str, None], where: str, header: str = _OWN_KEYS
 ) -> None:
     for name in names:
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=3) or _keys_ending_alike(name, known)
-            hint = f"did you mean {' or '.join(similar)}?" if similar else _OWN_KEYS
-            raise KeyError(f"Unknown configuration key {name} {where}; {hint}{header}")
+            hint = f"; did you mean {' or '.join(similar)}?" if similar else "."
+            raise KeyError(f"Unknown configuration key {name} {where}{hint}{header}")
 
 
 def _keys_ending_alike(name: str, known: dict[str, None]) -> list[str]:
