@@ -56,7 +56,10 @@ def _key_names(node: dict, prefix: str = "") -> Iterator[str]:
 
 
 def _check_keys(
-    names: Iterator[str] | Sequence[str], known: dict[str, None], where: str, header: str = _OWN_KEYS
+    names: Iterator[str] | Sequence[str],
+    known: dict[str, None],
+    where: str,
+    header: str = _OWN_KEYS,
 ) -> None:
     for name in names:
         if name not in known:
@@ -258,8 +261,8 @@ def _add_solver(cfg: CfgNode) -> None:
     # Keep, evaluate and save an exponential moving average of the weights.
     cfg.SOLVER.EMA.ENABLED = False
     cfg.SOLVER.EMA.DECAY = 0.9998
-    # Keep the weights of the best evaluation in OUTPUT_DIR/best. An evaluation is judged by
-    # METRIC, as "segm/AP"; with several datasets in DATASETS.TEST, as "DATASET/segm/AP". Empty: off.
+    # Keep the weights of the best evaluation in OUTPUT_DIR/best. An evaluation is judged by METRIC,
+    # as "segm/AP"; with several datasets in DATASETS.TEST, as "DATASET/segm/AP". Empty: off.
     cfg.SOLVER.BEST = CfgNode()
     cfg.SOLVER.BEST.METRIC = ""
     cfg.SOLVER.BEST.LOWER_IS_BETTER = False  # for metrics that are errors
