@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from detectron2.engine import DefaultTrainer, TrainerBase
 
 from maskdino.custom import plan
-from maskdino.engine.trainer import MaskDINOTrainer
 
 IMPORT_ALL = """
 import importlib, os, pkgutil, sys
@@ -50,28 +48,3 @@ def test_free_memory_is_assumed_where_the_system_does_not_tell(
     monkeypatch.delattr(plan.os, "sysconf_names")
     monkeypatch.setattr(plan.Path, "is_file", lambda _: False)
     assert plan._free_memory_mb() == plan.ASSUMED_FREE_MB
-
-
-def test_a_trainer_inside_is_not_asked_for_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Newer releases' `DefaultTrainer` asks `_trainer` for a state, which a `TrainStep` lacks."""
-
-    def refuse(*_: object) -> None:
-        raise AttributeError("'TrainStep' object has no attribute 'state_dict'")
-
-    for name in ("state_dict", "load_state_dict"):
-        monkeypatch.setattr(DefaultTrainer, name, refuse)
-        monkeypatch.setattr(TrainerBase, name, lambda *_: {"iteration": 7})
-
-    class Part:
-        def state_dict(self) -> dict:
-            return {}
-
-        load_state_dict = is_enabled = lambda *_: False
-
-    trainer = MaskDINOTrainer.__new__(MaskDINOTrainer)
-    trainer.seed, trainer.scheduler, trainer._trainer = 3, Part(), Part()
-    trainer._trainer.optimizer, trainer._trainer.grad_scaler = Part(), Part()
-    trainer.cfg = type("Cfg", (), {"SEED": 3})()
-    state = trainer.state_dict()
-    assert state["iteration"] == 7 and state["seed"] == 3
-    trainer.load_state_dict(state)

@@ -142,7 +142,9 @@ class _MappedDataset(Dataset[dict]):
 
 
 class TrainingData:
-    """The training images of a configuration, as an iterable that starts where it is told to.
+    """The training images of a configuration, as a stream that starts where it is told to.
+
+    As a plain iterable it starts at the beginning, with seed 0.
 
     Args:
         records: detectron2's dataset dicts.
@@ -182,6 +184,9 @@ class TrainingData:
         self._share = batch_size // shares
         self._num_workers = num_workers
         self._pin_memory = pin_memory
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return self.start(seed=0, iteration=0)
 
     def start(self, seed: int, iteration: int) -> Iterator[list[dict]]:
         """Yields this process's micro-batches from ``iteration`` on, without end."""

@@ -1,29 +1,38 @@
-"""Training: detectron2's trainer with resumable data, averaged weights and one exact step."""
+"""Training as detectron2's users know it: resumable data, averaged weights, one exact step."""
 
+import contextlib
 import json
 import logging
 import os
 import weakref
-from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
 from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
-from detectron2.utils.events import JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import build_average
 from maskdino.checkpoint.loading import load_trained
-from maskdino.config import load_config
 from maskdino.data import build_test_mapper, build_train_mapper, check_datasets
 from maskdino.data.stream import (
     Purpose,
@@ -33,35 +42,31 @@ from maskdino.data.stream import (
     seed_everything,
 )
 from maskdino.devices import settle_device
-from maskdino.engine.hooks import (
-    ConsoleWriter,
-    PeriodicCheckpoint,
-    Resources,
-    SaveAverage,
-)
-from maskdino.engine.launch import launch
+from maskdino.engine.hooks import ConsoleWriter, PeriodicCheckpoint, Resources, SaveAverage
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
 from maskdino.evaluation.build import build_evaluator
 from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
-
-# All that the command for training needs.
-__all__ = ["MaskDINOTrainer", "evaluate_weights", "launch", "load_config"]
 
 logger = logging.getLogger(__name__)
 
 WRITE_PERIOD = 20  # iterations between lines of the log
 
 
-class MaskDINOTrainer(DefaultTrainer):
+class MaskDINOTrainer(TrainerBase):
     """Trains and evaluates what a configuration describes.
 
+    What users of detectron2's `DefaultTrainer` override (`build_*`, `test`) and read (`cfg`,
+    `model`, `optimizer`, `scheduler`, `checkpointer`) has the same names here.
+
     All randomness is a function of one seed and of the iteration: a run that was killed and is
-    resumed sees the same data, augmentation and noise as one that ran through. With ``SEED`` -1
-    the seed is drawn once, logged, and kept in the checkpoint.
+    resumed sees the same data, augmentation and noise as one that ran through. With `SEED` -1 the
+    seed is drawn once, logged, and kept in the checkpoint.
 
     Attributes:
+        cfg: configuration.
         seed: non-negative integer.
+        training_data: what `build_train_loader` returned.
         average: the averaged weights, or None.
         scheduler: learning-rate schedule.
         checkpointer: reads and writes the whole state.
@@ -74,10 +79,10 @@ class MaskDINOTrainer(DefaultTrainer):
             ValueError, OSError: if the configuration, its device, or a dataset that it names, is at
                 fault.
         """
-        TrainerBase.__init__(self)
+        super().__init__()
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = self.auto_scale_workers(settle_device(cfg), comm.get_world_size())
+        cfg = DefaultTrainer.auto_scale_workers(settle_device(cfg), comm.get_world_size())
         check_datasets(cfg)
         self.cfg = cfg
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
@@ -86,10 +91,10 @@ class MaskDINOTrainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.training_data = self.build_train_loader(cfg)
-        self._batches = None
+        self._batches: Iterator[list[dict]] = iter(())
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.average = build_average(cfg, model)
-        self._trainer = TrainStep(
+        self._train_step = TrainStep(
             _distribute(model),
             optimizer,
             build_gradient_clipper(cfg),
@@ -97,11 +102,22 @@ class MaskDINOTrainer(DefaultTrainer):
             mixed_precision=cfg.SOLVER.AMP.ENABLED,
         )
         self._plain_model = model
-        parts = {"trainer": weakref.proxy(self)}
+        self._results: dict[str, Any] = {}  # of the last evaluation
+        parts: dict[str, Any] = {"trainer": weakref.proxy(self)}
         if self.average is not None:
             parts["ema"] = self.average
         self.checkpointer = MaskDINOCheckpointer(self.model, cfg.OUTPUT_DIR, **parts)
         self.register_hooks(self.build_hooks())
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in training, with several processes wrapped for them."""
+        return self._train_step.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer."""
+        return self._train_step.optimizer
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -112,13 +128,22 @@ class MaskDINOTrainer(DefaultTrainer):
         return model
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """See `maskdino.engine.solver.build_optimizer`."""
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> TrainingData:
-        """Returns the training data; `train` starts it at the iteration it begins with."""
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+        """Detectron2's schedule of `SOLVER.LR_SCHEDULER_NAME`."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+        """Makes the training data: batches of one process, each for one forward pass.
+
+        `TrainingData` begins where a resumed run left off. Any other endless iterable, such as what
+        `detectron2.data.build_detection_train_loader` returns, begins anew with each run.
+        """
         return build_training_data(cfg, build_train_mapper(cfg))
 
     @classmethod
@@ -148,8 +173,8 @@ class MaskDINOTrainer(DefaultTrainer):
             result.append(hooks.PeriodicWriter(self.build_writers(), period=WRITE_PERIOD))
         return result
 
-    def build_writers(self) -> list:
-        """Returns the writers of the console, ``metrics.json`` and TensorBoard."""
+    def build_writers(self) -> list[EventWriter]:
+        """Returns the writers of the console, `metrics.json` and TensorBoard."""
         folder = self.cfg.OUTPUT_DIR
         PathManager.mkdirs(folder)
         return [
@@ -159,7 +184,7 @@ class MaskDINOTrainer(DefaultTrainer):
         ]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Goes on from the last checkpoint of ``OUTPUT_DIR``, or loads ``MODEL.WEIGHTS``.
+        """Goes on from the last checkpoint of `OUTPUT_DIR`, or loads `MODEL.WEIGHTS`.
 
         Args:
             resume: whether to look for a checkpoint; without one, training starts at the beginning.
@@ -175,19 +200,44 @@ class MaskDINOTrainer(DefaultTrainer):
                 logger.warning("The checkpoint has no averaged weights: the average starts now.")
             self.average.reset()
 
-    def train(self) -> OrderedDict | None:
-        """Trains from ``start_iter`` to ``SOLVER.MAX_ITER``; see `DefaultTrainer.train`."""
+    def train(self) -> dict[str, Any] | None:
+        """Trains from `start_iter` to `SOLVER.MAX_ITER`.
+
+        Returns:
+            The results of the last evaluation, in the main process; None in others, or where
+            nothing was evaluated.
+
+        Raises:
+            FloatingPointError: see `TrainStep.run`.
+        """
         logger.info("The seed is %d; training starts at iteration %d.", self.seed, self.start_iter)
-        self._batches = self.training_data.start(self.seed, self.start_iter)
+        data = self.training_data
+        if isinstance(data, TrainingData):
+            self._batches = data.start(self.seed, self.start_iter)
+        else:
+            self._batches = iter(data)
+            if self.start_iter:
+                logger.warning("The data of a %s begin anew.", type(data).__name__)
         try:
-            return super().train()
+            super().train(self.start_iter, self.max_iter)
         finally:
-            self._batches = None  # ends the loading processes
+            self._batches = iter(())  # ends the loading processes
+        if not self._results or not comm.is_main_process():
+            return None
+        if self.cfg.TEST.EXPECTED_RESULTS:
+            verify_results(self.cfg, self._results)
+        return self._results
 
     def run_step(self) -> None:
-        """Makes one optimizer step and records its scalars."""
+        """Makes one optimizer step and records its scalars.
+
+        Seeds Python's, NumPy's and PyTorch's global generators with a number that belongs to this
+        iteration and process, which makes a resumed run exact. Whoever draws random numbers of
+        their own, in a hook for one, should have a generator of their own: from the global ones,
+        one gets the same numbers whenever this iteration is trained.
+        """
         seed_everything(derive_seed(self.seed, Purpose.STEP, self.iter, comm.get_rank()))
-        scalars = self._trainer.run(self._batches)
+        scalars = self._train_step.run(self._batches)
         for name, value in scalars.items():
             self.storage.put_scalar(name, value)
         rate = max(group["lr"] for group in self.optimizer.param_groups)
@@ -198,36 +248,70 @@ class MaskDINOTrainer(DefaultTrainer):
 
     def check_gradient(self) -> None:
         """See `TrainStep.check_gradient`."""
-        self._trainer.check_gradient()
+        self._train_step.check_gradient()
 
-    def evaluate(self) -> OrderedDict:
+    def evaluate(self) -> dict[str, Any]:
         """Evaluates the averaged weights, if there are, else the model's; also to a JSON file."""
-        if self.average is None:
-            self._last_eval_results = self.test(self.cfg, self._plain_model)
-        else:
-            with self.average.applied():
-                self._last_eval_results = self.test(self.cfg, self._plain_model)
+        averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
+        with averaged:
+            self._results = self.test(self.cfg, self._plain_model)
         if comm.is_main_process():
-            write_results(self.cfg.OUTPUT_DIR, self._last_eval_results)
-        return self._last_eval_results
+            write_results(self.cfg.OUTPUT_DIR, self._results)
+        return self._results
 
-    def state_dict(self) -> dict:
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """Evaluates a model on `DATASETS.TEST`.
+
+        Args:
+            cfg: configuration.
+            model: with its weights.
+            evaluators: one for each dataset; None: those of `build_evaluator`.
+
+        Returns:
+            The numbers of the tasks of the dataset, or, with several datasets, a dict of them by
+            dataset; empty in all but the main process.
+
+        Raises:
+            ValueError: if there are more or fewer evaluators than datasets.
+        """
+        names = cfg.DATASETS.TEST
+        if isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
+        if evaluators is not None and len(evaluators) != len(names):
+            raise ValueError(f"{len(evaluators)} evaluators for {len(names)} datasets {names}")
+        results: dict[str, Any] = {}
+        for index, name in enumerate(names):
+            loader = cls.build_test_loader(cfg, name)
+            evaluator = cls.build_evaluator(cfg, name) if evaluators is None else evaluators[index]
+            results[name] = inference_on_dataset(model, loader, evaluator)
+            if comm.is_main_process():
+                logger.info("Results on %s:", name)
+                print_csv_format(results[name])
+        return results[names[0]] if len(names) == 1 else results
+
+    def state_dict(self) -> dict[str, Any]:
         """Returns all that a run needs to go on, but the weights.
 
-        Without `DefaultTrainer`'s part, which newer releases of detectron2 have: it asks a trainer
-        inside for its state, which ours keeps here.
+        That is the iteration, hooks' states, the seed (with the iteration, it gives the position in
+        the data), optimizer, schedule and the scale of float16 losses.
         """
         return {
-            **TrainerBase.state_dict(self),
+            **super().state_dict(),
             "seed": self.seed,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "grad_scaler": self._trainer.grad_scaler.state_dict(),
+            "grad_scaler": self._train_step.grad_scaler.state_dict(),
         }
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict`; the seed is the checkpoint's, so that the data go on."""
-        TrainerBase.load_state_dict(self, state_dict)
+        super().load_state_dict(state_dict)
         if self.cfg.SEED not in (-1, state_dict["seed"]):
             logger.warning(
                 "SEED is %d, but the run began with %d, which stays.",
@@ -237,15 +321,16 @@ class MaskDINOTrainer(DefaultTrainer):
         self.seed = state_dict["seed"]
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.scheduler.load_state_dict(state_dict["scheduler"])
-        if state_dict["grad_scaler"] and self._trainer.grad_scaler.is_enabled():
-            self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        grad_scaler = self._train_step.grad_scaler
+        if state_dict["grad_scaler"] and grad_scaler.is_enabled():
+            grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def evaluate_weights(cfg: CfgNode, resume: bool) -> OrderedDict:
-    """Evaluates ``MODEL.WEIGHTS``, or the last checkpoint of ``OUTPUT_DIR``, without training.
+def evaluate_weights(cfg: CfgNode, resume: bool) -> dict[str, Any]:
+    """Evaluates `MODEL.WEIGHTS`, or the last checkpoint of `OUTPUT_DIR`, without training.
 
-    With ``SOLVER.EMA.ENABLED``, the averaged weights of the file are used, if it has them. With
-    ``TEST.AUG.ENABLED``, semantic maps are means over several sizes of each image, and mirrored
+    With `SOLVER.EMA.ENABLED`, the averaged weights of the file are used, if it has them. With
+    `TEST.AUG.ENABLED`, semantic maps are means over several sizes of each image, and mirrored
     ones; evaluations during training are without, as they would take ten times as long.
 
     Args:
@@ -266,7 +351,7 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> OrderedDict:
 
 
 def write_results(folder: str, results: dict) -> None:
-    """Writes the numbers of an evaluation to ``<folder>/inference/results.json``."""
+    """Writes the numbers of an evaluation to `<folder>/inference/results.json`."""
     target = os.path.join(folder, "inference")
     PathManager.mkdirs(target)
     with PathManager.open(os.path.join(target, "results.json"), "w") as file:

@@ -74,6 +74,12 @@ def test_data_do_not_depend_on_workers_or_start() -> None:
     assert len(set(drawn)) == len(drawn)
 
 
+def test_data_are_an_iterable() -> None:
+    """As detectron2 expects of what `build_train_loader` returns."""
+    found, expected = (list(itertools.islice(x, 3)) for x in (data(), data().start(0, 0)))
+    assert str(found) == str(expected)
+
+
 def test_data_of_processes_and_micro_batches_are_parts_of_the_batch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

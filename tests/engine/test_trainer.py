@@ -1,19 +1,27 @@
 """Trainer, hooks and launch of maskdino.engine, with a stand-in for the model."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import TrainerBase
+from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 from maskdino.checkpoint.ema import WeightAverage
-from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights, launch
-from tests.helpers import NARROW, NODE
+from maskdino.data import build_train_mapper
+from maskdino.engine.launch import launch
+from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
 from tests.engine.stand_in import read_checkpoint, tiny_config, train, train_in_process
+from tests.helpers import NARROW, NODE
 
 EMA = ("SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", 0.5)
 
@@ -57,6 +65,75 @@ def test_killed_and_resumed_run_ends_the_same(whole_run: Path, tmp_path: Path) -
     resumed = train(cfg, resume=True)
     assert resumed.start_iter == 4
     assert_same(read_checkpoint(tmp_path), read_checkpoint(whole_run))
+
+
+def test_trainer_rests_on_the_base_class_alone(whole_run: Path) -> None:
+    """`DefaultTrainer` differs between releases, and keeps its state elsewhere."""
+    assert MaskDINOTrainer.__bases__ == (TrainerBase,)
+    parts = {"iteration", "seed", "optimizer", "scheduler", "grad_scaler"}
+    assert read_checkpoint(whole_run)["trainer"].keys() == parts
+
+
+class LoadsOtherwise(MaskDINOTrainer):
+    """Overrides what users of detectron2 do."""
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+        mapper = build_train_mapper(cfg)
+        return build_detection_train_loader(cfg, mapper=mapper, num_workers=0)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), cfg.SOLVER.BASE_LR)
+
+    @classmethod
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=100)
+
+
+def test_overridden_parts_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also a loader of detectron2's, which cannot be resumed and says so."""
+    cfg = tiny_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()")
+    for iterations in (2, 4):
+        cfg.SOLVER.MAX_ITER = iterations
+        trainer = LoadsOtherwise(cfg)
+        trainer.resume_or_load(resume=iterations > 2)
+        with caplog.at_level(logging.WARNING, logger="maskdino"):
+            trainer.train()
+        assert type(trainer.optimizer) is torch.optim.SGD
+        assert trainer.optimizer.param_groups[0]["lr"] == cfg.SOLVER.BASE_LR / 2
+        assert ("begin anew" in caplog.text) == (iterations > 2)
+    assert read_checkpoint(tmp_path)["iteration"] == 3
+
+
+class Counts(DatasetEvaluator):
+    """Counts images."""
+
+    def reset(self) -> None:
+        self.images = 0
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        assert len(inputs) == len(outputs)
+        self.images += len(inputs)
+
+    def evaluate(self) -> dict:
+        return {"count": {"images": self.images}}
+
+
+def test_evaluators_of_the_caller(tmp_path: Path) -> None:
+    """One for each dataset; results of several datasets are kept apart."""
+    settings = ("INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 64, "DATASETS.TEST")
+    cfg = tiny_config(tmp_path, *settings, "('nuclei_val',)")
+    model = MaskDINOTrainer.build_model(cfg)
+    alone = MaskDINOTrainer.test(cfg, model, Counts())
+    assert alone["count"]["images"] > 0
+    cfg.DATASETS.TEST = ("nuclei_val", "nuclei_train")
+    both = MaskDINOTrainer.test(cfg, model, [Counts(), Counts()])
+    assert list(both) == ["nuclei_val", "nuclei_train"] and both["nuclei_val"] == alone
+    with pytest.raises(ValueError, match="1 evaluators for 2 datasets"):
+        MaskDINOTrainer.test(cfg, model, Counts())
 
 
 def test_drawn_seed_is_kept(tmp_path: Path) -> None:
@@ -178,7 +255,7 @@ def test_torchrun_trains_as_one_process(
     script = tmp_path / "run.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from maskdino.engine.trainer import launch\n"
+        "from maskdino.engine.launch import launch\n"
         "from tests.engine.stand_in import tiny_config, train_in_process\n"
         f"cfg = tiny_config(Path({str(tmp_path)!r}), *{PLAIN + EMA!r})\n"
         "launch(train_in_process, cfg, processes=1)\n"
