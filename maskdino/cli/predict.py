@@ -1,11 +1,12 @@
 """Draws what a trained model sees in images, in videos, and in front of a camera.
 
-  --config-file coco/instance/maskdino_R50 --weights W --input photo.jpg clip.mp4 --output out
-  --config-file F --weights W --input folder 'more/*.png' --json --output out
-  --config-file F --weights W --webcam --output out          (Ctrl-C ends it)
-  --backend onnx --model exported.onnx --input photo.jpg --output out
+    maskdino predict --config-file coco/instance/maskdino_R50 --weights W --input a.jpg --output DIR
+    maskdino predict --config-file F --weights W --input folder 'x/*.png' clip.mp4 --output DIR
+    maskdino predict --config-file F --weights W --webcam --output DIR
+    maskdino predict --backend onnx --model exported.onnx --input photo.jpg --output DIR
 
-A file that cannot be read is named, and the others go on; the exit status is then 1.
+A file that cannot be read is named, and the others go on; the exit status is then 1. Ctrl-C ends a
+video or a camera in a file that can be played.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from maskdino.cli.common import INTERRUPTED, errors_in_one_line, make_parser
 from maskdino.export.onnx import onnx_predictor
+from maskdino.extensions import add_import_option
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.inference.sources import find_inputs, is_video, json_beside, output_paths, unused
 from maskdino.inference.tracks import Tracks
@@ -66,6 +68,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, metavar="PIXELS", help="shorter edge at which the model reads images")
     add("--device", help="cpu, cuda, cuda:1, mps (default: MODEL.DEVICE)")
     add("--batch-size", type=int, default=1, metavar="N", help="images read at one time (1)")
+    add_import_option(parser)
     add("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values, at the end")
     args = parser.parse_args(words)
     if args.webcam is not None and args.webcam < 0:

@@ -99,8 +99,9 @@ class VideoReader:
             if self.decoded > 0:
                 seconds = self._time(frame, seconds)
             self.decoded += 1
-            image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-            yield np.ascontiguousarray(image), seconds
+            # Up to 16, PyAV follows the frame's own color space only where another one is named.
+            image = frame.reformat(format="rgb24", dst_colorspace="ITU601").to_ndarray()
+            yield np.ascontiguousarray(np.rot90(image, frame.rotation // 90)), seconds
 
     @property
     def skipped(self) -> int:
