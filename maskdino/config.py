@@ -2,12 +2,18 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from maskdino.extensions import extend_config, read_header
 from maskdino.registration import register_postponed
 
+_CONVERT = (
+    "Configurations of that code are converted by `maskdino convert released --config FILE "
+    "--output FOLDER` (tools/convert_released.py)."
+)
 # Nodes of a file whose keys another library defines: arguments of a timm model, released Swin
 # configurations.
 _OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
@@ -26,6 +32,7 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     Raises:
         FileNotFoundError: if there is no such file.
         KeyError: if a key does not exist; the message names it and those most like it.
+        ValueError: if the file is no YAML, or one of the released Mask DINO code.
         ValueError: if an override lacks its value, or a value has the wrong type.
     """
     cfg = get_cfg()
@@ -33,7 +40,7 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     extend_config(cfg)
     known = dict.fromkeys(_key_names(cfg))
     if config_file:
-        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+        loaded = _read_file(config_file)
         names = [name for name in _key_names(loaded) if not name.startswith(_OPEN_NODES)]
         _check_keys(names, known, f"in {config_file}", read_header(config_file) or _OWN_KEYS)
         cfg.merge_from_file(config_file, allow_unsafe=False)
@@ -45,6 +52,23 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     _check_keys(overrides[::2], known, "on the command line")
     cfg.merge_from_list(list(overrides))
     return cfg
+
+
+def _read_file(config_file: str) -> dict[str, Any]:
+    """The nested values of a YAML file, with those of its `_BASE_`."""
+    try:
+        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else config_file
+        hint = f". {_CONVERT}" if ":python/" in str(error.problem) else ""
+        raise ValueError(f"{where}: {error.problem}{hint}") from error
+    nodes = loaded.get("MODEL") or {}
+    if "MaskDINO" in nodes:
+        raise ValueError(f"{config_file} is of the released Mask DINO code. {_CONVERT}")
+    if "MASK_FORMER" in nodes:
+        raise ValueError(f"{config_file} is a configuration of Mask2Former or MaskFormer")
+    return loaded
 
 
 def _key_names(node: dict, prefix: str = "") -> Iterator[str]:

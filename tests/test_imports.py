@@ -43,7 +43,7 @@ RULES = (
     Rule("files", outside=()),
     Rule("compat"),
     Rule("extensions", outside=("fvcore",)),
-    Rule("config", ("extensions", "registration"), outside=("detectron2.config",)),
+    Rule("config", ("extensions", "registration"), outside=("detectron2.config", "yaml")),
     Rule("categories", outside=("detectron2.config", "detectron2.data")),
     Rule("rle", outside=("numpy", "pycocotools")),
     Rule("devices"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from detectron2.config import CfgNode
 
@@ -52,11 +53,10 @@ SAME_VALUE = {
     "INPUT.MAX_SCALE": "INPUT.LSJ.MAX_SCALE",
 }
 # Released key -> (value -> {our key: value}).
-CONVERTED = {
+CONVERTED: dict[str, Callable[[Any], dict[str, object]]] = {
     "MODEL.SEM_SEG_HEAD.FEATURE_ORDER": lambda v: {
         f"{NODE}QUERY_SELECTION.LARGEST_PROPOSALS": "finest" if v == "low2high" else "coarsest"
     },
-    "MODEL.SEM_SEG_HEAD.PROJECT_FEATURES": lambda _: {},
     "MODEL.MaskDINO.DN": lambda v: {
         f"{NODE}DENOISING.MODE": {"seg": "boxes_and_masks", "standard": "boxes", "no": "off"}[v]
     },
@@ -77,16 +77,12 @@ CONVERTED = {
     ),
     "MODEL.MaskDINO.TEST.TEST_FOUCUS_ON_BOX": lambda v: {f"{NODE}TEST.MASK_SCORING": not v},
     "INPUT.IMAGE_SIZE": lambda v: {"INPUT.LSJ.SIZE": [v, v]},
-    "INPUT.DATASET_MAPPER_NAME": lambda v: {
-        "INPUT.DATASET_MAPPER_NAME": next(
-            (task for task in ("instance", "panoptic") if task in v), "semantic"
-        ),
-        "INPUT.LSJ.ENABLED": v.endswith("lsj"),
-    },
+    "INPUT.DATASET_MAPPER_NAME": lambda v: _mapper(v),
 }
 # What a released configuration means by leaving a key out, where that is not our default.
-DEFAULTS = {
+DEFAULTS: dict[str, object] = {
     "MODEL.SEM_SEG_HEAD.DIM_FEEDFORWARD": 1024,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 0,
     "MODEL.SEM_SEG_HEAD.FEATURE_ORDER": "high2low",
     "MODEL.MaskDINO.DEC_LAYERS": 6,
     "MODEL.MaskDINO.NUM_OBJECT_QUERIES": 100,
@@ -98,14 +94,49 @@ DEFAULTS = {
     "MODEL.MaskDINO.TEST.OVERLAP_THRESHOLD": 0.0,
 }
 # Parts that the released code can switch on but no released model has.
-MUST_BE = {
+MUST_BE: dict[str, object] = {
     "MODEL.MaskDINO.LEARN_TGT": False,
     "MODEL.MaskDINO.PRE_NORM": False,
     "MODEL.MaskDINO.PRED_CONV": False,
     "MODEL.MaskDINO.ENFORCE_INPUT_PROJ": False,
     "MODEL.MaskDINO.DROPOUT": 0.0,
+    "MODEL.MaskDINO.TRANSFORMER_DECODER_NAME": "MaskDINODecoder",
     "MODEL.MaskDINO.TEST.PANO_TRANSFORM_EVAL": True,
+    "MODEL.SEM_SEG_HEAD.NAME": "MaskDINOHead",
+    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MaskDINOEncoder",
+    "MODEL.SEM_SEG_HEAD.NORM": "GN",
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": 4,
 }
+# Released key -> why nothing here stands for it.
+NO_MEANING = {
+    "Default_loading": "read by nothing",
+    "INPUT.SIZE_DIVISIBILITY": "the model pads its batches",
+    "MODEL.MaskDINO.ENC_LAYERS": "read by nothing",
+    "MODEL.MaskDINO.EVAL_FLAG": "read by nothing",
+    "MODEL.RESNETS.RES5_MULTI_GRID": "of DeepLab",
+    "MODEL.RESNETS.STEM_TYPE": "of DeepLab",
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": "MODEL.MaskDINO.NHEADS is read",
+    "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": "label maps ignore 255",
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES": "the encoder's, and the pixel embedding's, have own keys",
+    "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": "read by nothing",
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": "as MODEL.MASK_DINO.HIDDEN_DIM",
+    "MODEL.SEM_SEG_HEAD.NUM_FEATURE_LEVELS": "the number of ENCODER.IN_FEATURES",
+    "MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS": "of DeepLab",
+    "MODEL.SEM_SEG_HEAD.PROJECT_FEATURES": "of DeepLab",
+}
+MAPPERS = {  # of the released code, by its name -> ours, whether with large-scale jitter
+    "coco_instance_lsj": ("instance", True),
+    "coco_instance_detr": ("instance", False),
+    "coco_panoptic_lsj": ("panoptic", True),
+    "mask_former_semantic": ("semantic", False),
+    "MaskDINO_semantic": ("semantic", False),
+}
+
+
+def _mapper(name: str) -> dict[str, object]:
+    task = next((task for task in ("instance", "panoptic") if task in name), "semantic")
+    ours, jitter = MAPPERS.get(name, (task, name.endswith("lsj")))
+    return {"INPUT.DATASET_MAPPER_NAME": ours, "INPUT.LSJ.ENABLED": jitter}
 
 
 def convert_config(released: Mapping[str, object], cfg: CfgNode) -> list[str]:
@@ -116,29 +147,24 @@ def convert_config(released: Mapping[str, object], cfg: CfgNode) -> list[str]:
         cfg: our configuration, changed in place.
 
     Returns:
-        Released keys that have no meaning here and were left out.
+        What a user should know: keys that have no meaning here, and keys of neither code.
 
     Raises:
-        ValueError: the configuration asks for a part that this project does not have.
+        ValueError: the configuration asks for a part that this project does not have, or a value
+            has the wrong type.
     """
-    left_out = []
     flat = DEFAULTS | flatten(released)
+    foreign = []
     # Keys that the conversion sets last, so that they win over those that only carry a value.
     for key, value in sorted(flat.items(), key=lambda item: item[0] in CONVERTED):
-        if key in MUST_BE:
-            if value != MUST_BE[key]:
-                raise ValueError(f"{key} is {value!r}; only {MUST_BE[key]!r} is supported")
-        elif key in CONVERTED:
-            for ours, new in CONVERTED[key](value).items():
-                set_value(cfg, ours, new)
-        elif key in SAME_VALUE:
-            set_value(cfg, SAME_VALUE[key], value)
-        elif key.startswith("MODEL.SWIN."):
-            cfg.MODEL.SWIN[key.rsplit(".", 1)[1]] = value
-        elif _has(cfg, key):
-            set_value(cfg, key, value)
-        else:
-            left_out.append(key)
+        try:
+            ours = _ours(key, value, cfg)
+            for name, new in ours.items():
+                set_value(cfg, name, new)
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{key} is {value!r}: {error}") from error
+        if not ours and not (key in CONVERTED or key in MUST_BE or key in NO_MEANING):
+            foreign.append(key)
     node = cfg.MODEL.MASK_DINO
     node.QUERY_SELECTION.EMPTY_MASKS = "corner"
     # The released matcher is never told of decoupled boxes.
@@ -146,7 +172,40 @@ def convert_config(released: Mapping[str, object], cfg: CfgNode) -> list[str]:
     # Cross-entropy is for models that do semantic segmentation and nothing beside it.
     if node.TEST.PANOPTIC_ON or not node.TEST.SEMANTIC_ON:
         node.LOSS.CLASSIFICATION = "focal"
-    return left_out
+    return _remarks(flat, foreign, node.HIDDEN_DIM)
+
+
+def _ours(key: str, value: Any, cfg: CfgNode) -> dict[str, object]:
+    """Our keys and values for one released key; none for what is left out."""
+    if key in MUST_BE:
+        if value != MUST_BE[key]:
+            raise ValueError(f"only {MUST_BE[key]!r} is supported")
+        return {}
+    if key in CONVERTED:
+        return CONVERTED[key](value)
+    if key in SAME_VALUE:
+        return {SAME_VALUE[key]: value}
+    if key.startswith("MODEL.SWIN.") or (key not in NO_MEANING and _has(cfg, key)):
+        return {key: value}
+    return {}
+
+
+def _remarks(flat: Mapping[str, object], foreign: list[str], hidden_dim: int) -> list[str]:
+    mask_dim = flat.get("MODEL.SEM_SEG_HEAD.MASK_DIM", hidden_dim)
+    if mask_dim != hidden_dim:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.MASK_DIM is {mask_dim!r}: only MODEL.MaskDINO.HIDDEN_DIM, "
+            f"{hidden_dim}, is supported"
+        )
+    remarks = [f"left out, a key of neither code: {key}" for key in foreign]
+    mapper = flat.get("INPUT.DATASET_MAPPER_NAME")
+    if mapper is not None and mapper not in MAPPERS:
+        remarks.append(
+            f"INPUT.DATASET_MAPPER_NAME is {mapper!r}, a mapper of neither code: check what stands "
+            "for it now"
+        )
+    without = sorted(NO_MEANING.keys() & flat.keys())
+    return remarks + ([f"left out, without meaning here: {', '.join(without)}"] if without else [])
 
 
 def flatten(node: Mapping[str, object], prefix: str = "") -> dict[str, object]:
@@ -163,10 +222,18 @@ def flatten(node: Mapping[str, object], prefix: str = "") -> dict[str, object]:
 
 def set_value(cfg: CfgNode, key: str, value: object) -> None:
     """Sets a dotted key, with yacs' type checks, to which 2 is no float."""
-    node = cfg
+    if key.startswith("MODEL.SWIN."):  # whose keys are open
+        cfg.MODEL.SWIN[key.removeprefix("MODEL.SWIN.")] = value
+        return
+    whole = isinstance(value, int) and isinstance(get_value(cfg, key), float)
+    cfg.merge_from_list([key, float(value) if whole else value])
+
+
+def get_value(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
     for part in key.split("."):
-        node = node[part]
-    cfg.merge_from_list([key, float(value) if isinstance(node, float) else value])
+        cfg = cfg[part]
+    return cfg
 
 
 def _has(cfg: CfgNode, key: str) -> bool:

@@ -1,89 +1,115 @@
-"""Turns a configuration and a checkpoint of the released Mask DINO code into this project's.
+"""Turns a configuration of the released Mask DINO code, and its weights, into this project's.
 
-    python tools/convert_released.py --config maskdino_R50.yaml --weights maskdino_r50.pth \\
-        --output converted
+  --config maskdino_R50.yaml --weights maskdino_r50.pth --output converted
+  --config my_fork.yaml --output converted
 
-writes converted/config.yaml and converted/model.pth. (MODEL.WEIGHTS accepts a released checkpoint
-as it is, too; this tool is for its configuration, and says what of it the checkpoint contradicts.)
+writes converted/config.yaml and, of weights, converted/model.pth. MODEL.WEIGHTS accepts a released
+checkpoint as it is, too; of configurations of forks, keys that no code here knows are named.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.checkpoint.loading import load_trained
 from maskdino.checkpoint.reading import read_checkpoint, shapes_of
-from maskdino.checkpoint.released_config import convert_config, set_value
-from maskdino.checkpoint.released_weights import ReleasedStructure, convert_weights, is_released
-from maskdino.config import add_maskdino_config
+from maskdino.checkpoint.released_config import convert_config, get_value, set_value
+from maskdino.checkpoint.released_weights import (
+    ReleasedStructure,
+    convert_weights,
+    is_released,
+    refuse_foreign,
+)
+from maskdino.checkpoint.released_yaml import read_released_yaml
+from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
+from maskdino.config import load_config
+from maskdino.files import written_whole
 from maskdino.model import MaskDINO
 
+OTHER_MODELS = {
+    "MASK_DINO": "this project",
+    "MASK_FORMER": "Mask2Former or MaskFormer",
+    "ONE_FORMER": "OneFormer",
+    "DETR": "DETR",
+}
 
-def convert(config: Path, weights: Path, output: Path) -> list[str]:
+
+def convert(config: Path, weights: Path | None, output: Path) -> list[str]:
     """Writes the converted files and returns what a user should know.
 
+    Args:
+        config: released YAML file, or one of that style.
+        weights: released checkpoint; None: the configuration alone is converted.
+        output: folder to write to.
+
     Raises:
-        FileExistsError: the output is there already.
-        ValueError: the checkpoint is not a released one, or does not fit the configuration.
+        OSError: a file cannot be read, or the output is there already.
+        ValueError: a file is none, or the checkpoint does not fit the configuration.
     """
-    if (output / "model.pth").exists() or (output / "config.yaml").exists():
-        raise FileExistsError(
-            f"{output} already has a config.yaml or model.pth; choose another folder"
-        )
-    state = read_checkpoint(str(weights))["model"]
-    if not is_released(state):
-        raise ValueError(
-            f"{weights} has no released Mask DINO names; its first is {next(iter(state), None)!r}"
-        )
-    cfg = _default_cfg()
-    released = CfgNode.load_yaml_with_base(str(config))
-    remarks = [f"left out, without meaning here: {key}" for key in convert_config(released, cfg)]
-    remarks += _follow_weights(cfg, state)
-    cfg.MODEL.DEVICE = "cpu"
-    converted = convert_weights(state, cfg.MODEL.MASK_DINO.ENCODER.NUM_HEADS)
+    for name in ("config.yaml", "model.pth"):
+        if (output / name).exists():
+            raise FileExistsError(f"{output} already has a {name}; choose another folder")
+    cfg = load_config(None, ["MODEL.DEVICE", "cpu"])
+    remarks = convert_config(_read(config), cfg)
+    if weights is None:
+        if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS:
+            remarks.append(
+                f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}, a file of a backbone: `maskdino convert "
+                "backbone` makes of its source one that fits"
+            )
+        with torch.device("meta"):
+            MaskDINO(cfg)  # or its own error
+    else:
+        remarks += _convert_weights(weights, output, cfg)
     output.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": converted}, output / "model.pth")
-    cfg.MODEL.WEIGHTS = str(output / "model.pth")
-    MaskDINOCheckpointer(MaskDINO(cfg), require_all=True).load(cfg.MODEL.WEIGHTS)
-    (output / "config.yaml").write_text(yaml.safe_dump(differences(cfg), sort_keys=True))
+    with written_whole(output / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(differences(cfg, load_config()), sort_keys=True))
     return remarks
 
 
-def _default_cfg() -> CfgNode:
-    cfg = get_cfg()
-    add_maskdino_config(cfg)
-    return cfg
+def _read(config: Path) -> dict[str, Any]:
+    values = read_released_yaml(config)
+    model = values.get("MODEL")
+    nodes = model if isinstance(model, dict) else {}
+    for node, owner in OTHER_MODELS.items():
+        if node in nodes and "MaskDINO" not in nodes:
+            raise CommandError(f"{config} is a configuration of {owner}: it has MODEL.{node}")
+    return values
 
 
-def _follow_weights(cfg: CfgNode, state: Mapping[str, torch.Tensor]) -> list[str]:
-    """Sets what the checkpoint's shapes say, and tells where the configuration said otherwise."""
-    shapes = shapes_of(state)
-    structure = ReleasedStructure.from_shapes(shapes)
-    remarks = []
-    for key, value in structure.config_values(shapes).items():
-        node = cfg
-        for part in key.split("."):
-            node = node[part]
-        if node != value:
+def _convert_weights(weights: Path, output: Path, cfg: CfgNode) -> list[str]:
+    """Writes the weights, which decide where the configuration disagrees; returns remarks."""
+    state = read_checkpoint(str(weights))["model"]
+    refuse_foreign(state, str(weights))
+    if not is_released(state):
+        raise CommandError(
+            f"{weights} has no released Mask DINO names; its first is {next(iter(state), None)!r}"
+        )
+    shapes, remarks = shapes_of(state), []
+    for key, value in ReleasedStructure.from_shapes(shapes).config_values(shapes).items():
+        if (found := get_value(cfg, key)) != value:
             remarks.append(
-                f"the configuration disagrees with the checkpoint: {key} is {node!r}, set to "
+                f"the configuration disagrees with the checkpoint: {key} is {found!r}, set to "
                 f"{value!r}"
             )
             set_value(cfg, key, value)
+    model = MaskDINO(cfg)
+    output.mkdir(parents=True, exist_ok=True)
+    cfg.MODEL.WEIGHTS = str(output / "model.pth")
+    with written_whole(cfg.MODEL.WEIGHTS) as path:
+        torch.save({"model": convert_weights(state, model.encoder.num_heads)}, path)
+        load_trained(model, cfg, str(path))
     return remarks
 
 
-def differences(cfg: CfgNode, default: CfgNode | None = None) -> dict:
+def differences(cfg: CfgNode, default: CfgNode) -> dict[str, Any]:
     """The keys of `cfg` whose value is not the default, as plain nested values."""
-    default = _default_cfg() if default is None else default
-    changed = {}
+    changed: dict[str, Any] = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             inner = differences(value, default.get(key, CfgNode()))
@@ -94,21 +120,17 @@ def differences(cfg: CfgNode, default: CfgNode | None = None) -> dict:
     return changed
 
 
+@errors_in_one_line()
 def main(words: list[str] | None = None) -> int:
     """Runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="released YAML file")
-    parser.add_argument("--weights", type=Path, required=True, help="released .pth file")
+    parser.add_argument("--weights", type=Path, help="released .pth file")
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
     arguments = parser.parse_args(words)
-    try:
-        remarks = convert(arguments.config, arguments.weights, arguments.output)
-    except (OSError, ValueError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(remarks))
-    print(
-        f"wrote {arguments.output}/config.yaml and {arguments.output}/model.pth; every weight "
-        "has found its place"
-    )
+    for remark in convert(arguments.config, arguments.weights, arguments.output):
+        print(remark)
+    print(f"wrote {arguments.output / 'config.yaml'}")
+    if arguments.weights is not None:
+        print(f"wrote {arguments.output / 'model.pth'}; every weight has found its place")
     return 0

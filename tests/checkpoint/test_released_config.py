@@ -77,5 +77,5 @@ def test_cross_entropy_is_for_semantic_models_alone(tasks: dict[str, bool], loss
 
 
 def test_unsupported_parts_are_refused() -> None:
-    with pytest.raises(ValueError, match="PRE_NORM is True; only False"):
+    with pytest.raises(ValueError, match="PRE_NORM is True: only False"):
         converted(MODEL__MaskDINO__PRE_NORM=True)
