@@ -55,7 +55,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
     add = parser.add_argument
     add("--config-file", metavar="FILE", help="path of a configuration, or name below configs")
-    add("--weights", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS)")
+    add("--weights", metavar="FILE", help="checkpoint, or 'released' (MODEL.WEIGHTS)")
     add("--backend", choices=("torch", "onnx"), default="torch", help="what computes (torch)")
     add("--model", type=Path, metavar="FILE", help="exported network, for --backend onnx")
     add("--input", nargs="+", default=[], metavar="PATH", help="files, folders, 'patterns'")

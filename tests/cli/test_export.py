@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskdino.categories import Categories
-from maskdino.cli import export
+from maskdino.cli import export, predict
 from maskdino.export.trace import (
     PLUGIN,
     ExportableNetwork,
@@ -223,16 +222,10 @@ def test_fixed_canvas_takes_no_size(fixed_onnx: Path) -> None:
         onnx_predictor(fixed_onnx, size=128)
 
 
-def test_demo_draws_with_an_exported_network(
-    folder: Path, fixed_onnx: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
-) -> None:
-    monkeypatch.syspath_prepend(str(repository / "demo"))
-    import demo
-
-    module = demo if hasattr(demo, "main") else sys.modules["demo"]
+def test_predict_draws_with_an_exported_network(folder: Path, fixed_onnx: Path) -> None:
     words = ["--backend", "onnx", "--model", str(fixed_onnx), "--confidence-threshold", "0"]
     words += ["--input", str(folder / "high.png"), "--output", str(folder / "drawn")]
-    assert module.main(words) == 0
+    assert predict.main(words) == 0
     assert Image.open(folder / "drawn" / "high.png").size == (70, 120)
 
 

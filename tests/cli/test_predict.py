@@ -278,7 +278,8 @@ class TestVideos:
 
 def interrupt_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Presses Ctrl-C while the model works on the batch after so many."""
-    stream, done = MaskDINOPredictor.stream, []
+    stream = MaskDINOPredictor.stream
+    done: list[int] = []
 
     def interrupted(self: MaskDINOPredictor, images: Iterator) -> Iterator:
         if len(done) == calls:
