@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -26,49 +27,13 @@ from maskdino.modeling.denoising import (
 from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbedding
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.query_selection import build_query_selection
-from maskdino.ops.host import run_steps
-from maskdino.postprocess import Frame, instance_inference, panoptic_inference, semantic_inference
+from maskdino.postprocess import Frame, InferenceOptions, postprocess
 from maskdino.precision import check_precision, network_precision
 from maskdino.registration import offer_to
 from maskdino.structures import Memory, Outputs, Predictions, Targets, send
 from maskdino.targets import prepare_targets
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class InferenceOptions:
-    """MODEL.MASK_DINO.TEST, and the class scores that follow from the loss."""
-
-    instance_on: bool
-    panoptic_on: bool
-    semantic_on: bool
-    decoder_layer: int
-    max_detections: int
-    score_threshold: float
-    mask_scoring: bool
-    panoptic_score_threshold: float
-    panoptic_overlap_threshold: float
-    temperature: float
-    resize_before_sum: bool
-    cross_entropy: bool
-    precision: str
-    cuda_graphs: bool
-
-    def class_scores(self, class_logits: Tensor) -> Tensor:
-        """(..., K) logits to scores of the real classes."""
-        logits = class_logits.float()
-        return logits.softmax(-1)[..., :-1] if self.cross_entropy else logits.sigmoid()
-
-    @property
-    def sum_in_output_frame(self) -> bool:
-        """Whether masks are resized to the output before the class maps are summed up."""
-        return self.resize_before_sum or self.instance_on or self.panoptic_on
-
-    def class_probs(self, class_logits: Tensor) -> Tensor:
-        """(..., K) logits to probabilities of the real classes that compete with each other."""
-        scores = self.class_scores(class_logits)
-        return scores if self.cross_entropy else (scores / self.temperature).softmax(-1)
 
 
 @offer_to(META_ARCH_REGISTRY)
@@ -154,7 +119,8 @@ class MaskDINO(nn.Module):
                 logger.info("Frozen, as no loss trains it: the %s.", name)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Builds the parts that the configuration describes."""
         backbone = build_backbone(cfg)
         shape = backbone.output_shape()
         node = cfg.MODEL.MASK_DINO
@@ -168,7 +134,7 @@ class MaskDINO(nn.Module):
             "denoising": build_denoising(cfg),
             "decoder": Decoder(cfg),
             "criterion": Criterion(cfg),
-            "inference": inference_options(cfg),
+            "inference": InferenceOptions.from_config(cfg),
             "is_thing": Categories.from_config(cfg).is_thing,
             "size_divisibility": node.SIZE_DIVISIBILITY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -177,6 +143,7 @@ class MaskDINO(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.pixel_mean.device
 
     def train(self, mode: bool = True) -> MaskDINO:
@@ -213,7 +180,7 @@ class MaskDINO(nn.Module):
         return self.losses(images.tensor, targets)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
-        """Normalised images, padded at the right and at the bottom."""
+        """Normalized images, padded at the right and at the bottom."""
         images = [
             (send(x["image"], self.device) - self.pixel_mean) / self.pixel_std
             for x in batched_inputs
@@ -235,7 +202,7 @@ class MaskDINO(nn.Module):
         """Predictions of the tested decoder layer (TEST.DECODER_LAYER), and the pixel embedding.
 
         Args:
-            images: normalised and padded, (B, 3, height, width).
+            images: normalized and padded, (B, 3, height, width).
         """
         memory, pixel_embedding = self._encode(images)
         queries, _ = self.query_selection(memory, pixel_embedding, self.heads)
@@ -243,7 +210,8 @@ class MaskDINO(nn.Module):
         states = self.decoder(
             queries, memory, self.heads, num_layers=None if layers < 0 else layers
         )
-        return self._predict(states[-1:]).map(lambda x: x[0]), pixel_embedding
+        predictions = self._predict(states[-1:]).map(lambda x: x[0])
+        return replace(predictions, content=states[-1].content), pixel_embedding
 
     def _encode(self, images: Tensor) -> tuple[Memory, Tensor | None]:
         features = self.backbone(images)
@@ -268,78 +236,18 @@ class MaskDINO(nn.Module):
 
     @torch.no_grad()
     def _infer(self, batched_inputs: list[dict], images: ImageList) -> list[dict]:
-        predictions, pixels = self.predict_precisely(images.tensor)
-        canvas = tuple(images.tensor.shape[-2:])
+        predictions, pixel_embedding = self.predict_precisely(images.tensor)
+        height, width = images.tensor.shape[-2:]
+        names = {"instance": "instances", "panoptic": "panoptic_seg", "semantic": "sem_seg"}
         results = []
         for i, (inputs, size) in enumerate(zip(batched_inputs, images.image_sizes, strict=True)):
             output = (int(inputs.get("height", size[0])), int(inputs.get("width", size[1])))
-            frame = Frame(canvas, tuple(size), output)
-            of_image = predictions.map(lambda x, i=i: x[i])
-            results.append(self.postprocess(of_image, None if pixels is None else pixels[i], frame))
+            found = postprocess(
+                predictions.of_image(i),
+                None if pixel_embedding is None else pixel_embedding[i],
+                Frame((height, width), (size[0], size[1]), output),
+                self.inference,
+                self.is_thing,
+            )
+            results.append({names[task]: result for task, result in found.items()})
         return results
-
-    def postprocess(self, predictions: Predictions, pixels: Tensor | None, frame: Frame) -> dict:
-        """Results of one image from its predictions (Q, ...) and pixel embedding (C, H, W)."""
-        options, masks, results = self.inference, predictions.mask_embeddings, {}
-        if options.semantic_on:
-            results["sem_seg"] = semantic_inference(
-                options.class_probs(predictions.class_logits),
-                masks,
-                pixels,
-                frame,
-                sum_in_output_frame=options.sum_in_output_frame,
-            )
-        computations = {}
-        if options.panoptic_on:
-            best = options.class_scores(predictions.class_logits).amax(-1)
-            scores, labels = options.class_probs(predictions.class_logits).max(-1)
-            computations["panoptic_seg"] = panoptic_inference.steps(
-                best > options.panoptic_score_threshold,
-                scores,
-                labels,
-                masks,
-                pixels,
-                frame,
-                is_thing=self.is_thing,
-                overlap_threshold=options.panoptic_overlap_threshold,
-            )
-        if options.instance_on:
-            computations["instances"] = instance_inference.steps(
-                options.class_scores(predictions.class_logits),
-                predictions.boxes,
-                masks,
-                pixels,
-                frame,
-                max_detections=options.max_detections,
-                score_threshold=options.score_threshold,
-                mask_scoring=options.mask_scoring,
-                is_thing=self.is_thing if options.panoptic_on else None,
-            )
-        found = run_steps(list(computations.values()))
-        return results | dict(zip(computations, found, strict=True))
-
-
-def inference_options(cfg: CfgNode) -> InferenceOptions:
-    """How the configuration wants predictions to become results."""
-    node = cfg.MODEL.MASK_DINO.TEST
-    layers = cfg.MODEL.MASK_DINO.DECODER.NUM_LAYERS
-    if not -1 <= node.DECODER_LAYER <= layers:
-        raise ValueError(
-            f"MODEL.MASK_DINO.TEST.DECODER_LAYER is {node.DECODER_LAYER}; it must be -1 to {layers}"
-        )
-    return InferenceOptions(
-        instance_on=node.INSTANCE_ON,
-        panoptic_on=node.PANOPTIC_ON,
-        semantic_on=node.SEMANTIC_ON,
-        decoder_layer=node.DECODER_LAYER,
-        max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-        score_threshold=node.SCORE_THRESHOLD,
-        mask_scoring=node.MASK_SCORING,
-        panoptic_score_threshold=node.PANOPTIC_SCORE_THRESHOLD,
-        panoptic_overlap_threshold=node.PANOPTIC_OVERLAP_THRESHOLD,
-        temperature=node.TEMPERATURE,
-        resize_before_sum=node.RESIZE_BEFORE_SUM,
-        cross_entropy=cfg.MODEL.MASK_DINO.LOSS.CLASSIFICATION == "cross_entropy",
-        precision=node.PRECISION,
-        cuda_graphs=node.CUDA_GRAPHS,
-    )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SpatialShapes = tuple[tuple[int, int], ...]
+SpatialShapes = Sequence[tuple[int, int]]  # (height, width) of each level, finest first
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
@@ -40,7 +40,7 @@ class Memory:
     """Tokens of all levels, finest level first, row by row."""
 
     tokens: Tensor  # (B, S, C)
-    spatial_shapes: SpatialShapes  # (height, width) of each level; their areas add up to S
+    spatial_shapes: SpatialShapes  # a tuple; the areas of the levels add up to S
 
     def finest(self, num_levels: int) -> Memory:
         """The first levels alone."""
@@ -70,11 +70,20 @@ class Predictions:
     class_logits: Tensor  # ([O,] B, Q, K)
     boxes: Tensor  # ([O,] B, Q, 4) cx, cy, w, h in [0, 1]
     mask_embeddings: Tensor | None  # ([O,] B, Q, C)
+    content: Tensor | None = None  # (B, Q, C) what class and mask head read; of inference alone
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Predictions:
         """Applies a function of one tensor to each part."""
-        masks = None if self.mask_embeddings is None else function(self.mask_embeddings)
-        return Predictions(function(self.class_logits), function(self.boxes), masks)
+        optional = (self.mask_embeddings, self.content)
+        return Predictions(
+            function(self.class_logits),
+            function(self.boxes),
+            *(None if part is None else function(part) for part in optional),
+        )
+
+    def of_image(self, index: int) -> Predictions:
+        """Those of one image, (Q, ...), of one output."""
+        return self.map(lambda x: x[index])
 
     @staticmethod
     def cat(parts: Sequence[Predictions]) -> Predictions:
@@ -127,6 +136,7 @@ class Denoising:
 
     @property
     def num_queries(self) -> int:
+        """Noised queries of an image."""
         return self.num_groups * self.slots_per_group
 
 
@@ -243,6 +253,7 @@ class PackedMasks:
 
     @property
     def device(self) -> torch.device:
+        """Where the bits are."""
         return self.bits.device
 
     def __len__(self) -> int:

@@ -110,7 +110,7 @@ class PretendDevice(TorchDispatchMode):
 
     Attributes:
         waits: how often the host waits, by cause and by the place that is to blame
-            ("postprocess.py:instance_inference", "detectron2/structures/boxes.py:clip").
+            ("postprocess/results.py:postprocess", "detectron2/structures/boxes.py:clip").
         copies: asynchronous copies, likewise.
         launches: how often each operation was launched.
         lines: the lines of a place, for messages.

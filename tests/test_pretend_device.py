@@ -69,10 +69,7 @@ TO_HOST = {
     ("pinned to the host", "engine/train_step.py:__init__"): 1,
 }
 # Inference and post-processing of one image: how many objects there are, and then which.
-POSTPROCESSING, PREDICTING = (
-    (COPY, "model.py:postprocess"),
-    (COPY, "inference/predictor.py:_postprocess"),
-)
+POSTPROCESSING = (COPY, "postprocess/results.py:postprocess")
 INFERENCE = {
     "instance": {POSTPROCESSING: 2},
     "panoptic": {POSTPROCESSING: 2},
@@ -82,11 +79,11 @@ INFERENCE = {
 }
 # The predictor brings the maps of segments and classes to the host as well.
 PREDICTOR = {
-    "instance": {PREDICTING: 2},
-    "panoptic": {PREDICTING: 3},
-    "semantic": {PREDICTING: 1},
-    "detection": {PREDICTING: 2},
-    "bitmask": {PREDICTING: 2},
+    "instance": {POSTPROCESSING: 2},
+    "panoptic": {POSTPROCESSING: 3},
+    "semantic": {POSTPROCESSING: 1},
+    "detection": {POSTPROCESSING: 2},
+    "bitmask": {POSTPROCESSING: 2},
 }
 # Evaluators, for one image.
 EVALUATION = {

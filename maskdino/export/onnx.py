@@ -22,7 +22,7 @@ from torch import Tensor
 from maskdino.categories import Categories
 from maskdino.config import add_maskdino_config
 from maskdino.inference.predictor import MaskDINOPredictor, PredictorOptions
-from maskdino.model import inference_options
+from maskdino.postprocess import InferenceOptions
 from maskdino.structures import Predictions
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def onnx_predictor(
     return MaskDINOPredictor(
         network,
         categories=categories,
-        inference=inference_options(cfg),
+        inference=InferenceOptions.from_config(cfg),
         is_thing=torch.tensor(categories.is_thing),
         options=replace(options, canvas=network.canvas),
     )

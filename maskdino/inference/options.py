@@ -7,22 +7,25 @@ from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 
-from maskdino.visualization.images import fitting_size, network_size
+from maskdino.postprocess import InferenceOptions
+from maskdino.visualization.images import fitting_size, network_size, padded_size
 from maskdino.visualization.results import TASKS
 
 
 @dataclass(frozen=True)
 class PredictorOptions:
-    """How pictures are read, and what is kept of the predictions.
+    """How images are read, and what is kept of the predictions.
 
     Attributes:
         tasks: which of "instance", "panoptic" and "semantic" results hold.
         confidence_threshold: objects with a lower score are left out, in [0, 1].
-        shortest, longest: pixels of the edges at which the network reads a picture.
+        shortest: pixels of the shorter edge at which the network reads an image; 0: the image's.
+        longest: pixels that the longer edge may have.
         image_format: INPUT.FORMAT, "RGB" or "BGR".
         size_divisibility: canvases are a multiple of this many pixels.
-        batch_size: pictures that the network reads at one time.
-        canvas: (height, width) of a network that takes no other; pictures are fitted into it.
+        batch_size: images that the network reads at one time.
+        features: whether results hold the content feature of each object.
+        canvas: (height, width) of a network that takes no other; images are fitted into it.
             None: it takes any size.
     """
 
@@ -33,6 +36,7 @@ class PredictorOptions:
     image_format: str
     size_divisibility: int
     batch_size: int
+    features: bool = False
     canvas: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -50,20 +54,19 @@ class PredictorOptions:
     def from_config(
         cfg: CfgNode,
         *,
-        confidence_threshold: float,
-        tasks: Sequence[str] | None,
-        size: int | None,
-        batch_size: int,
+        confidence_threshold: float = 0.5,
+        tasks: Sequence[str] | None = None,
+        size: int | None = None,
+        batch_size: int = 1,
+        features: bool = False,
     ) -> PredictorOptions:
         """See `MaskDINOPredictor.from_config`.
 
         Raises:
             ValueError: the model cannot do a task, or an argument is out of range.
         """
-        test, node = cfg.MODEL.MASK_DINO.TEST, cfg.MODEL.MASK_DINO
-        switches = (test.INSTANCE_ON, test.PANOPTIC_ON, test.SEMANTIC_ON)
-        able = tuple(task for task, on in zip(TASKS, switches, strict=True) if on)
-        tasks = able if tasks is None else tuple(tasks)
+        node = cfg.MODEL.MASK_DINO
+        tasks = InferenceOptions.from_config(cfg).tasks if tasks is None else tuple(tasks)
         if not node.MASK_ON and set(tasks) - {"instance"}:
             raise ValueError(f"a model without masks cannot do {tasks}; it gives boxes only")
         shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
@@ -77,12 +80,12 @@ class PredictorOptions:
             image_format=cfg.INPUT.FORMAT,
             size_divisibility=node.SIZE_DIVISIBILITY,
             batch_size=batch_size,
+            features=features,
         )
 
     def sizes_of(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The (height, width) at which the network reads a picture of a size, and of its canvas."""
+        """The (height, width) at which the network reads an image of a size, and of its canvas."""
         if self.canvas is not None:
             return fitting_size(size, self.canvas), self.canvas
         size = network_size(size, self.shortest, self.longest)
-        multiple = max(1, self.size_divisibility)
-        return size, tuple(-(-edge // multiple) * multiple for edge in size)
+        return size, padded_size(size, self.size_divisibility)

@@ -9,10 +9,9 @@ Shape key: N masks, H, W pixels, P bytes of a packed mask.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -51,17 +50,6 @@ def run_steps(computations: Sequence[Steps]) -> list:
             number: list(itertools.islice(copies, len(asked))) for number, asked in requests.items()
         }
     return results
-
-
-def in_steps(function: Callable[..., Steps[Result]]) -> Callable[..., Result]:
-    """Makes a function of a generator function; its attribute `steps` is the latter."""
-
-    @functools.wraps(function)
-    def run(*args: object, **kwargs: object) -> Result:
-        return run_steps([function(*args, **kwargs)])[0]
-
-    run.steps = function
-    return run
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,19 @@ def network_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[in
         return size
     height, width = ResizeShortestEdge.get_output_shape(*size, shortest, longest)
     return max(1, height), max(1, width)
+
+
+def padded_size(size: Sequence[int], multiple: int, smallest: int = 0) -> tuple[int, int]:
+    """The (height, width) of the canvas of an image: its edges rounded up.
+
+    Args:
+        size: (height, width) of the image.
+        multiple: each edge of the canvas is one of so many pixels; 0 as 1.
+        smallest: the least edge of a canvas, a multiple itself.
+    """
+    unit = max(1, multiple)
+    height, width = (max(smallest, -(-edge // unit) * unit) for edge in size)
+    return height, width
 
 
 def fitting_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:

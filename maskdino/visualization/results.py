@@ -41,6 +41,8 @@ class ImageResult:
         panoptic_ids: (H, W) int32 segment of each pixel, 0 for none.
         segments: for each segment "id", "category_id" (class number), "isthing" and, for
             predicted things, "score".
+        features: (N, C) float32 what the decoder knows of each object, as its class and mask head
+            read it; None where nobody asked for it.
         label_map: (H, W) uint8 or int32 class of each pixel; 255 is ignored in ground truth.
         source: the picture: its path, or (H, W, 3) uint8 RGB.
     """
@@ -52,6 +54,7 @@ class ImageResult:
     scores: np.ndarray | None = None
     class_ids: np.ndarray | None = None
     rles: tuple[dict, ...] | None = None
+    features: np.ndarray | None = None
     panoptic_ids: np.ndarray | None = None
     segments: tuple[dict, ...] | None = None
     label_map: np.ndarray | None = None
@@ -91,7 +94,7 @@ class ImageResult:
         index = np.arange(len(self._objects("boxes")))[keep]
         parts = {
             name: None if (part := getattr(self, name)) is None else part[index]
-            for name in ("boxes", "scores", "class_ids")
+            for name in ("boxes", "scores", "class_ids", "features")
         }
         rles = None if self.rles is None else tuple(self.rles[i] for i in index)
         return replace(self, **parts, rles=rles)

@@ -11,10 +11,10 @@ import torch
 from detectron2.config import CfgNode
 from PIL import Image
 
-import maskdino.inference.predictor as predictor_module
-from maskdino import postprocess
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
+from maskdino.postprocess import frame as frame_module
+from maskdino.postprocess import instances as instances_module
 from maskdino.visualization.images import ImageError
 from maskdino.visualization.results import ImageResult
 from tests.helpers import NUM_CLASSES, tiny_cfg
@@ -99,9 +99,9 @@ def test_few_masks_at_a_time_change_nothing(
 ) -> None:
     image = picture(64, 80)
     whole = predictor(image)
-    monkeypatch.setattr(postprocess, "ELEMENTS_AT_ONCE", 3 * 64 * 80)
+    monkeypatch.setattr(frame_module, "ELEMENTS_AT_ONCE", 3 * 64 * 80)
     for limit in (1, 4 * 64 * 80 // 8):  # after each three masks, after each six
-        monkeypatch.setattr(predictor_module, "MASK_BYTES_AT_ONCE", limit)
+        monkeypatch.setattr(instances_module, "MASK_BYTES_AT_ONCE", limit)
         assert_equal(whole, predictor(image))
 
 
@@ -137,7 +137,7 @@ def test_maps_of_huge_pictures_are_enlarged(
 ) -> None:
     image = picture(128, 160)
     exact = predictor(image)
-    monkeypatch.setattr(predictor_module, "MAP_VALUES_AT_ONCE", 1)
+    monkeypatch.setattr(frame_module, "MAP_VALUES_AT_ONCE", 1)
     rough = predictor(image)
     assert rough.label_map.shape == rough.panoptic_ids.shape == (128, 160)
     assert (rough.label_map == exact.label_map).mean() > 0.9

@@ -13,7 +13,6 @@ from torch import Tensor
 from maskdino.ops import host
 from maskdino.ops.host import (
     Steps,
-    in_steps,
     pack_masks,
     run_steps,
     to_device,
@@ -40,12 +39,6 @@ def test_what_is_asked_for_in_one_round_is_one_copy() -> None:
     assert results == [[[0], [0, 1], [0, 1, 2]], [], [[20], [20, 21]]]
     assert [len(call.args[0]) for call in copy.call_args_list[:3]] == [2, 4, 3]
     assert run_steps([]) == []
-
-
-def test_a_function_in_steps_also_runs_alone() -> None:
-    function = in_steps(counted)
-    assert function(2, first=5) == [[5], [5, 6]]
-    assert run_steps([function.steps(1, 1), function.steps(1, 2)]) == [[[1]], [[2]]]
 
 
 def test_errors_of_a_computation_are_not_swallowed() -> None:

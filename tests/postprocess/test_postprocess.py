@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as mask_utils
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskdino import postprocess
 from maskdino.ops import host
-from maskdino.ops.host import Steps, run_steps
-from maskdino.postprocess import (
-    Frame,
-    instance_inference,
-    output_boxes,
-    output_masks,
-    panoptic_inference,
-    semantic_inference,
-)
+from maskdino.postprocess import Frame, InferenceOptions, postprocess
+from maskdino.postprocess import frame as frame_module
+from maskdino.postprocess import instances as instances_module
+from maskdino.postprocess.frame import output_boxes, output_masks
+from maskdino.structures import Predictions
+from tests.helpers import tiny_cfg
 
 QUERIES, CLASSES, CHANNELS = 14, 4, 6
+THINGS = torch.ones(CLASSES, dtype=torch.bool)
 FRAMES = (
     Frame((32, 64), (32, 64), (32, 64)),
     Frame((32, 64), (27, 50), (41, 83)),
@@ -40,6 +40,20 @@ def drawn(frame: Frame) -> tuple[Tensor, Tensor]:
     return torch.randn(QUERIES, CHANNELS) * 3, pixels
 
 
+def options(**changes: object) -> InferenceOptions:
+    """How results are made: all queries, and all pairs that are there."""
+    known = InferenceOptions.from_config(tiny_cfg())
+    return replace(known, **({"max_detections": 20, "score_threshold": 0.0} | changes))
+
+
+def logits_of(scores: Tensor, labels: Tensor) -> Tensor:
+    """(Q, K + 1) logits whose softmax is the score at the class, and the rest at none."""
+    probs = torch.zeros(len(scores), CLASSES + 1)
+    probs[torch.arange(len(scores)), labels] = scores
+    probs[:, -1] = 1 - scores
+    return probs.log()
+
+
 def plain_masks(embeddings: Tensor, pixels: Tensor, frame: Frame, *, output: bool = True) -> Tensor:
     """Mask logits of all queries in the frame of the output, or of the image."""
     maps = torch.einsum("qc,chw->qhw", embeddings, pixels)[None]
@@ -53,7 +67,7 @@ def plain_masks(embeddings: Tensor, pixels: Tensor, frame: Frame, *, output: boo
 @pytest.fixture(params=[1, 1 << 25], ids=["one at a time", "all at once"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes masks one by one, or all together."""
-    monkeypatch.setattr(postprocess, "ELEMENTS_AT_ONCE", request.param)
+    monkeypatch.setattr(frame_module, "ELEMENTS_AT_ONCE", request.param)
 
 
 def test_boxes_in_the_output_frame() -> None:
@@ -87,17 +101,10 @@ def test_instances_are_those_of_the_plain_way(frame: Frame, mask_scoring: bool) 
         final = score * quality.item() if mask_scoring else score
         if is_thing[k] and final >= threshold:
             expected.append((final, q, k, foreground))
-    found = instance_inference(
-        scores,
-        boxes,
-        embeddings,
-        pixels,
-        frame,
-        max_detections=20,
-        score_threshold=threshold,
-        mask_scoring=mask_scoring,
-        is_thing=is_thing,
-    )
+    predictions = Predictions(scores.logit(), boxes, embeddings)
+    asked = options(score_threshold=threshold, mask_scoring=mask_scoring, panoptic_on=True)
+    make = partial(postprocess, predictions, pixels, frame, asked, is_thing, tasks=["instance"])
+    found = make()["instance"]
     assert found.image_size == frame.output and len(found) == len(expected)
     assert found.pred_classes.tolist() == [k for _, _, k, _ in expected]
     torch.testing.assert_close(found.scores, torch.tensor([s for s, *_ in expected]))
@@ -106,37 +113,52 @@ def test_instances_are_those_of_the_plain_way(frame: Frame, mask_scoring: bool) 
     for mask, (*_, foreground) in zip(found.pred_masks, expected, strict=True):
         assert (mask != foreground).float().mean() < 0.01  # rounding at the borders
     assert found.pred_masks.dtype == torch.bool
+    compact = make(compact=True)["instance"]
+    assert torch.equal(compact.pred_boxes.tensor, found.pred_boxes.tensor)
+    assert torch.equal(compact.scores, found.scores)
+    assert torch.equal(compact.pred_classes, found.pred_classes)
+    for rle, mask in zip(compact.pred_rles, found.pred_masks, strict=True):
+        assert (mask_utils.decode(rle) == mask.numpy()).all()
 
 
 def test_detections_without_masks_and_more_than_there_are() -> None:
     scores = torch.rand(3, 2)
-    found = instance_inference(
-        scores,
-        torch.rand(3, 4),
-        None,
-        None,
-        FRAMES[1],
-        max_detections=100,
-        score_threshold=0.0,
-        mask_scoring=True,
-    )
+    predictions = Predictions(scores.logit(), torch.rand(3, 4), None)
+    found = postprocess(predictions, None, FRAMES[1], options(), THINGS)["instance"]
     assert len(found) == 6 and not found.has("pred_masks")
-    assert found.scores.tolist() == scores.flatten().sort(descending=True).values.tolist()
+    expected = scores.flatten().sort(descending=True).values
+    torch.testing.assert_close(found.scores, expected)
+    for task in ("panoptic", "semantic"):
+        with pytest.raises(ValueError, match="without masks gives boxes only"):
+            postprocess(predictions, None, FRAMES[1], options(), THINGS, tasks=[task])
 
 
-def test_nothing_above_the_threshold() -> None:
+@pytest.mark.parametrize("compact", [True, False])
+def test_nothing_above_the_threshold(compact: bool) -> None:
     embeddings, pixels = drawn(FRAMES[1])
-    found = instance_inference(
-        torch.rand(QUERIES, CLASSES),
-        torch.rand(QUERIES, 4),
-        embeddings,
-        pixels,
-        FRAMES[1],
-        max_detections=20,
-        score_threshold=1.5,
-        mask_scoring=True,
-    )
-    assert len(found) == 0 and found.pred_masks.shape == (0, 41, 83)
+    predictions = Predictions(torch.randn(QUERIES, CLASSES), torch.rand(QUERIES, 4), embeddings)
+    nothing = options(score_threshold=1.5, mask_scoring=True)
+    found = postprocess(predictions, pixels, FRAMES[1], nothing, THINGS, compact=compact)
+    assert len(found["instance"]) == 0
+    if compact:
+        assert found["instance"].pred_rles == []
+    else:
+        assert found["instance"].pred_masks.shape == (0, 41, 83)
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_features_are_those_of_the_queries(compact: bool) -> None:
+    embeddings, pixels = drawn(FRAMES[1])
+    content = torch.arange(QUERIES)[:, None].repeat(1, 3).bfloat16()
+    boxes = torch.rand(QUERIES, 4)
+    predictions = Predictions(torch.randn(QUERIES, CLASSES), boxes, embeddings, content)
+    arguments = (predictions, pixels, FRAMES[1], options(score_threshold=0.1), THINGS)
+    objects = postprocess(*arguments, compact=compact, features=True)["instance"]
+    assert len(objects) > 0 and objects.features.shape == (len(objects), 3)
+    queries = objects.features[:, 0].long()
+    torch.testing.assert_close(objects.pred_boxes.tensor, output_boxes(boxes[queries], FRAMES[1]))
+    assert objects.features.dtype == torch.float32
+    assert not postprocess(*arguments, compact=compact)["instance"].has("features")
 
 
 @pytest.mark.usefixtures("chunks")
@@ -144,7 +166,8 @@ def test_nothing_above_the_threshold() -> None:
 @pytest.mark.parametrize("frame", FRAMES)
 def test_semantic(frame: Frame, in_output: bool) -> None:
     embeddings, pixels = drawn(frame)
-    probs = torch.rand(QUERIES, CLASSES)
+    logits = torch.randn(QUERIES, CLASSES + 1)
+    probs = logits.softmax(-1)
     masks = plain_masks(embeddings, pixels, frame, output=in_output).sigmoid()
     expected = torch.zeros(CLASSES, *masks.shape[1:])
     for q in range(QUERIES):
@@ -154,9 +177,13 @@ def test_semantic(frame: Frame, in_output: bool) -> None:
         expected = F.interpolate(
             expected[None], frame.output, mode="bilinear", align_corners=False
         )[0]
-    found = semantic_inference(probs, embeddings, pixels, frame, sum_in_output_frame=in_output)
+    asked = options(cross_entropy=True, instance_on=in_output, semantic_on=True)
+    predictions = Predictions(logits, torch.rand(QUERIES, 4), embeddings)
+    make = partial(postprocess, predictions, pixels, frame, asked, THINGS, tasks=["semantic"])
+    found = make()["semantic"]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(make(compact=True)["semantic"], found.argmax(0).to(torch.uint8))
 
 
 def slow_panoptic(
@@ -189,25 +216,37 @@ def slow_panoptic(
     return ids, segments
 
 
+def merged(
+    scores: Tensor,
+    labels: Tensor,
+    embeddings: Tensor,
+    pixels: Tensor,
+    frame: Frame,
+    is_thing: Tensor = THINGS,
+    threshold: float = 0.0,
+) -> tuple[Tensor, list[dict]]:
+    """Panoptic results of queries whose scores and classes are given; compact ones are equal."""
+    predictions = Predictions(logits_of(scores, labels), torch.rand(len(scores), 4), embeddings)
+    asked = options(
+        cross_entropy=True, panoptic_score_threshold=threshold, panoptic_overlap_threshold=0.8
+    )
+    make = partial(postprocess, predictions, pixels, frame, asked, is_thing, tasks=["panoptic"])
+    ids, segments = make()["panoptic"]
+    again, same = make(compact=True)["panoptic"]
+    assert torch.equal(ids, again) and same == segments
+    return ids, segments
+
+
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("frame", FRAMES[1:3])
 def test_panoptic_merge(frame: Frame, seed: int) -> None:
     torch.manual_seed(seed)
     embeddings, pixels = drawn(frame)
-    keep, scores = torch.rand(QUERIES) < 0.8, torch.rand(QUERIES)
-    labels = torch.randint(0, CLASSES, (QUERIES,))
-    is_thing = torch.tensor([True, False, False, True])
-    found, segments = panoptic_inference(
-        keep,
-        scores,
-        labels,
-        embeddings,
-        pixels,
-        frame,
-        is_thing=is_thing,
-        overlap_threshold=0.8,
-    )
+    # A few queries far above the others: what they win is most of their masks.
+    scores, labels = torch.rand(QUERIES) ** 4, torch.randint(0, CLASSES, (QUERIES,))
+    keep, is_thing = scores > 0.01, torch.tensor([True, False, False, True])
+    found, segments = merged(scores, labels, embeddings, pixels, frame, is_thing, threshold=0.01)
     probs = plain_masks(embeddings, pixels, frame).sigmoid()
     ids, expected = slow_panoptic(keep, scores, labels, probs, is_thing)
     assert found.dtype == torch.int32 and found.shape == frame.output
@@ -226,15 +265,13 @@ def test_stuff_of_one_class_is_one_segment() -> None:
     pixels[:, :, 4:] = -1
     frame = Frame((32, 32), (32, 32), (32, 32))
     for thing in (True, False):
-        ids, segments = panoptic_inference(
-            torch.tensor([True, True]),
+        ids, segments = merged(
             torch.tensor([0.9, 0.8]),
             torch.tensor([0, 0]),
             torch.tensor([[20.0], [-20.0]]),
             pixels,
             frame,
-            is_thing=torch.tensor([thing]),
-            overlap_threshold=0.8,
+            torch.tensor([thing] * CLASSES),
         )
         assert len(segments) == (2 if thing else 1)
         assert ids[:, :15].unique().tolist() == [1]
@@ -244,75 +281,27 @@ def test_stuff_of_one_class_is_one_segment() -> None:
 def test_covered_segments_are_dropped() -> None:
     """The weaker of two equal masks has nothing left."""
     frame = Frame((32, 32), (32, 32), (32, 32))
-    ids, segments = panoptic_inference(
-        torch.tensor([True, True]),
-        torch.tensor([0.3, 0.9]),
-        torch.tensor([0, 0]),
-        torch.full((2, 1), 9.0),
-        torch.ones(1, 8, 8),
-        frame,
-        is_thing=torch.tensor([True]),
-        overlap_threshold=0.8,
-    )
+    scores, labels = torch.tensor([0.3, 0.9]), torch.tensor([0, 0])
+    ids, segments = merged(scores, labels, torch.full((2, 1), 9.0), torch.ones(1, 8, 8), frame)
     assert [s["score"] for s in segments] == [pytest.approx(0.9)]
     assert (ids == 1).all()
 
 
 def test_panoptic_of_no_queries() -> None:
     embeddings, pixels = drawn(FRAMES[1])
-    ids, segments = panoptic_inference(
-        torch.zeros(QUERIES, dtype=torch.bool),
-        torch.rand(QUERIES),
-        torch.zeros(QUERIES, dtype=torch.int64),
-        embeddings,
-        pixels,
-        FRAMES[1],
-        is_thing=torch.tensor([True]),
-        overlap_threshold=0.8,
-    )
+    scores, labels = torch.rand(QUERIES), torch.zeros(QUERIES, dtype=torch.int64)
+    ids, segments = merged(scores, labels, embeddings, pixels, FRAMES[1], threshold=1.0)
     assert segments == [] and ids.shape == (41, 83) and not ids.any()
 
 
-def drawn_instances(frame: Frame) -> Steps:
-    embeddings, pixels = drawn(frame)
-    return instance_inference.steps(
-        torch.rand(QUERIES, CLASSES),
-        torch.rand(QUERIES, 4),
-        embeddings,
-        pixels,
-        frame,
-        max_detections=20,
-        score_threshold=0.2,
-        mask_scoring=True,
-    )
-
-
-def drawn_segments(frame: Frame) -> Steps:
-    embeddings, pixels = drawn(frame)
-    return panoptic_inference.steps(
-        torch.rand(QUERIES) < 0.8,
-        torch.rand(QUERIES),
-        torch.randint(0, CLASSES, (QUERIES,)),
-        embeddings,
-        pixels,
-        frame,
-        is_thing=torch.tensor([True, False, False, True]),
-        overlap_threshold=0.8,
-    )
-
-
-def rounds(*computations: Steps) -> int:
-    """How often the host asks for something."""
+@pytest.mark.parametrize("tasks", [["instance"], ["panoptic"], ["instance", "panoptic"]])
+def test_the_host_asks_twice_whatever_the_tasks(tasks: list[str]) -> None:
+    embeddings, pixels = drawn(FRAMES[1])
+    predictions = Predictions(torch.randn(QUERIES, CLASSES), torch.rand(QUERIES, 4), embeddings)
+    asked = options(score_threshold=0.2, panoptic_score_threshold=0.2)
     with mock.patch.object(host, "to_host", wraps=host.to_host) as copy:
-        run_steps(computations)
-    return sum(bool(call.args[0]) for call in copy.call_args_list)
-
-
-def test_the_host_asks_twice_whatever_the_tasks() -> None:
-    frame = FRAMES[1]
-    assert rounds(drawn_instances(frame)) == 2
-    assert rounds(drawn_segments(frame)) == 2
-    assert rounds(drawn_instances(frame), drawn_segments(frame)) == 2
+        postprocess(predictions, pixels, FRAMES[1], asked, THINGS, tasks=tasks)
+    assert sum(bool(call.args[0]) for call in copy.call_args_list) == 2
 
 
 @pytest.mark.parametrize("index", [[], [0], [3, 4, 8], [1, 2, 3, 5, 6, 7, 8]])
@@ -320,10 +309,10 @@ def test_the_host_asks_twice_whatever_the_tasks() -> None:
 def test_masks_that_are_left_move_up(
     index: list[int], masks_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postprocess, "ELEMENTS_AT_ONCE", masks_at_once * 20)
+    monkeypatch.setattr(frame_module, "ELEMENTS_AT_ONCE", masks_at_once * 20)
     masks, index = torch.rand(9, 4, 5) > 0.5, torch.tensor(index, dtype=torch.int64)
     expected = masks[index]
-    found = postprocess._moved_up(masks, index)
+    found = instances_module._moved_up(masks, index)
     assert torch.equal(found, expected)
     assert found.untyped_storage().data_ptr() == masks.untyped_storage().data_ptr()
 
@@ -360,19 +349,14 @@ def test_masks_of_a_large_image_are_held_once(
 ) -> None:
     queries, frame = 60, Frame((64, 64), (64, 64), (512, 768))
     pixels = 512 * 768
-    monkeypatch.setattr(postprocess, "ELEMENTS_AT_ONCE", pixels)
+    monkeypatch.setattr(frame_module, "ELEMENTS_AT_ONCE", pixels)
     _, pixel_embedding = drawn(frame)
+    embeddings = torch.randn(queries, CHANNELS) * 3
+    scores = torch.rand(queries, 1) / 2 + 0.5
+    predictions = Predictions(scores.logit(), torch.rand(queries, 4), embeddings)
+    asked = options(max_detections=queries, score_threshold=threshold, mask_scoring=True)
     with Memory() as memory:
-        found = instance_inference(
-            torch.rand(queries, 1) / 2 + 0.5,
-            torch.rand(queries, 4),
-            torch.randn(queries, CHANNELS) * 3,
-            pixel_embedding,
-            frame,
-            max_detections=queries,
-            score_threshold=threshold,
-            mask_scoring=True,
-        )
+        found = postprocess(predictions, pixel_embedding, frame, asked, THINGS)["instance"]
     assert len(found) == queries if threshold == 0 else 20 < len(found) < queries
     # Beside all masks, a map in float32, its resized form and a product; a few single masks.
     assert len(found) * pixels <= memory.most < (queries + 3 * 4 + 4) * pixels

@@ -1,0 +1,97 @@
+"""Between the frames of the network, the image and the output.
+
+Shape key: Q queries, R of them, C channels; canvas H, W; image h, w; output OH, OW pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskdino.ops.boxes import cxcywh_to_xyxy
+from maskdino.structures import Predictions
+
+ELEMENTS_AT_ONCE = 1 << 25  # resized mask probabilities that exist at one time (128 MiB of float32)
+MAP_VALUES_AT_ONCE = 1 << 28  # values of compact maps; those of larger images are enlarged
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Sizes (height, width) in pixels: padded canvas, the image on it, the output asked for."""
+
+    canvas: tuple[int, int]
+    image: tuple[int, int]
+    output: tuple[int, int]
+
+
+def resize_to_canvas(maps: Tensor, frame: Frame) -> Tensor:
+    """(R, H/4, W/4) to (R, h, w): resized to the padded canvas, then cropped to the image."""
+    maps = F.interpolate(maps[None], size=frame.canvas, mode="bilinear", align_corners=False)[0]
+    return maps[:, : frame.image[0], : frame.image[1]]
+
+
+def resize_to_output(maps: Tensor, frame: Frame) -> Tensor:
+    """(R, h, w) to (R, OH, OW)."""
+    if frame.output == frame.image:
+        return maps
+    return F.interpolate(maps[None], size=frame.output, mode="bilinear", align_corners=False)[0]
+
+
+def maps_at_once(area: int) -> int:
+    """How many maps of so many pixels may be worked on at one time."""
+    return max(1, ELEMENTS_AT_ONCE // max(1, area))
+
+
+def output_masks(embeddings: Tensor, pixel_embedding: Tensor, frame: Frame) -> Iterator[Tensor]:
+    """Mask logits of queries in the output frame, a few queries at a time: (r, OH, OW).
+
+    They are float32, and not rounded to the type of the embeddings on the way.
+    """
+    at_once = maps_at_once(max(math.prod(frame.canvas), math.prod(frame.output)))
+    embeddings, features = embeddings.float(), pixel_embedding.flatten(1).float()
+    for begin in range(0, len(embeddings), at_once):  # nothing at all where there are no queries
+        with torch.autocast(features.device.type, enabled=False):
+            maps = torch.mm(embeddings[begin : begin + at_once], features)
+        maps = maps.unflatten(1, pixel_embedding.shape[1:])
+        yield resize_to_output(resize_to_canvas(maps, frame), frame)
+
+
+def output_boxes(boxes: Tensor, frame: Frame) -> Tensor:
+    """(R, 4) cx, cy, w, h of the canvas to xyxy pixels of the output."""
+    height, width = (
+        output * canvas / image
+        for output, canvas, image in zip(frame.output, frame.canvas, frame.image, strict=True)
+    )
+    x, y = cxcywh_to_xyxy(boxes.float()).unflatten(-1, (2, 2)).unbind(-1)
+    return torch.stack([x * width, y * height], dim=-1).flatten(-2)
+
+
+def mask_parts(predictions: Predictions, pixel_embedding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What masks are made of: mask embeddings (..., Q, C) and the pixel embedding.
+
+    Raises:
+        ValueError: the model has no mask branch.
+    """
+    if predictions.mask_embeddings is None or pixel_embedding is None:
+        raise ValueError("a model without masks gives boxes only")
+    return predictions.mask_embeddings, pixel_embedding
+
+
+def coarse_frame(frame: Frame, values_per_pixel: int) -> Frame:
+    """The frame, or for huge images one whose output has the network's size."""
+    values = values_per_pixel * math.prod(frame.output)
+    return frame if values <= MAP_VALUES_AT_ONCE else replace(frame, output=frame.image)
+
+
+def full_size(labels: Tensor, frame: Frame) -> Tensor:
+    """A map of integers at the size of the output."""
+    if tuple(labels.shape) == frame.output:
+        return labels
+    # Integers below 2 ** 24 are exact in float32, which all interpolation knows.
+    enlarged = F.interpolate(labels[None, None].float(), size=frame.output, mode="nearest-exact")
+    return enlarged[0, 0].to(labels.dtype)

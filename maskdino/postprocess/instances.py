@@ -1,0 +1,223 @@
+"""Detection and instance segmentation of one image.
+
+Shape key: Q queries, K classes, N best pairs of query and class, R pairs that are kept, U different
+queries among them, C channels; output OH, OW pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from maskdino.ops.host import Steps, pack_masks, true_first, unpack_mask
+from maskdino.postprocess.frame import Frame, maps_at_once, mask_parts, output_boxes, output_masks
+from maskdino.postprocess.options import InferenceOptions
+from maskdino.rle import encode_mask
+from maskdino.structures import Predictions
+
+MASK_BYTES_AT_ONCE = 1 << 27  # packed masks of one image that exist on the device at one time
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The best pairs of a query and a class, best first by class score."""
+
+    scores: Tensor  # (R,)
+    queries: Tensor  # (R,) int64
+    labels: Tensor  # (R,) int64
+    different: Tensor  # (U,) int64 the queries, each once, in ascending order
+    which: Tensor  # (R,) int64 index into `different`
+    counts: tuple[int, ...]  # U numbers of pairs, on the host
+
+
+def top_pairs(
+    class_logits: Tensor, options: InferenceOptions, is_thing: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chooses the best pairs of a query and a class.
+
+    Args:
+        class_logits: (..., Q, K).
+        options: thresholds.
+        is_thing: (K,) bool; only of panoptic models pairs with stuff are left out.
+
+    Returns:
+        (..., N) each: class scores, best first; queries; classes; and whether to keep a pair.
+    """
+    class_scores = options.class_scores(class_logits)
+    num_queries, num_classes = class_scores.shape[-2:]
+    number = min(options.max_detections, num_queries * num_classes)
+    scores, index = class_scores.flatten(-2).topk(number, sorted=True)
+    queries, labels = index // num_classes, index % num_classes
+    # A mask's quality is at most 1: what is below stays below.
+    kept = scores >= options.score_threshold
+    if options.panoptic_on:
+        kept = kept & is_thing[labels]
+    return scores, queries, labels, kept
+
+
+def _best_pairs(class_logits: Tensor, options: InferenceOptions, is_thing: Tensor) -> Steps[Pairs]:
+    """The pairs that are kept. Asks the host once, for the numbers."""
+    scores, queries, labels, kept = top_pairs(class_logits, options, is_thing)
+    counts = queries.new_zeros(class_logits.shape[0]).scatter_add_(0, queries, kept.long())
+    (on_host,) = yield (counts,)
+    numbers = tuple(count for count in on_host.tolist() if count)
+    first = true_first(kept)[: sum(numbers)]
+    used = counts > 0
+    return Pairs(
+        scores[first],
+        queries[first],
+        labels[first],
+        true_first(used)[: len(numbers)],
+        (used.cumsum(0) - 1)[queries[first]],
+        numbers,
+    )
+
+
+def instance_steps(
+    predictions: Predictions,
+    pixel_embedding: Tensor | None,
+    frame: Frame,
+    options: InferenceOptions,
+    is_thing: Tensor,
+    compact: bool,
+    features: bool,
+) -> Steps[Instances]:
+    """Detection and instance segmentation; see `postprocess`."""
+    if torch.jit.is_tracing():
+        return _traced(predictions, pixel_embedding, frame, options, is_thing)
+    pairs = yield from _best_pairs(predictions.class_logits, options, is_thing)
+    fields = {
+        "pred_boxes": output_boxes(predictions.boxes[pairs.queries], frame),
+        "scores": pairs.scores,
+        "pred_classes": pairs.labels,
+    }
+    if features and predictions.content is not None:
+        fields["features"] = predictions.content[pairs.queries].float()
+    masks, packed, quality = None, None, []
+    if predictions.mask_embeddings is not None:
+        embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
+        parts = _foregrounds(embeddings[pairs.different], pixel_embedding, frame, quality)
+        if compact:
+            packed = yield from _packed(parts)
+        else:
+            masks = _written(parts, pairs, frame)
+    if options.mask_scoring and quality:
+        fields["scores"] = pairs.scores * torch.cat(quality)[pairs.which]
+    if compact:
+        kept = fields["scores"] >= options.score_threshold
+        return (yield from _on_host(fields, kept, pairs.which, packed, frame))
+    if options.mask_scoring and masks is not None:
+        kept = fields["scores"] >= options.score_threshold
+        (number,) = yield (kept.sum(),)
+        if number < len(kept):
+            index = true_first(kept)[: int(number)]
+            fields = {name: value[index] for name, value in fields.items()}
+            masks = _moved_up(masks, index)
+    return _as_instances(fields | ({} if masks is None else {"pred_masks": masks}), frame)
+
+
+def _traced(
+    predictions: Predictions,
+    pixel_embedding: Tensor | None,
+    frame: Frame,
+    options: InferenceOptions,
+    is_thing: Tensor,
+) -> Instances:
+    """`instance_steps` for torch.jit.trace: no number of one image may shape the program.
+
+    So masks are made of every pair, also of those that share a query or are left out.
+    """
+    scores, queries, labels, kept = top_pairs(predictions.class_logits, options, is_thing)
+    fields = {"pred_boxes": output_boxes(predictions.boxes[queries], frame), "pred_classes": labels}
+    if predictions.mask_embeddings is not None:
+        embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
+        quality: list[Tensor] = []
+        parts = _foregrounds(embeddings[queries], pixel_embedding, frame, quality)
+        fields["pred_masks"] = torch.cat(list(parts))
+        scores = scores * torch.cat(quality) if options.mask_scoring else scores
+        kept = kept & (scores >= options.score_threshold)
+    fields["scores"] = scores
+    return _as_instances({name: value[kept] for name, value in fields.items()}, frame)
+
+
+def _as_instances(fields: dict, frame: Frame) -> Instances:
+    fields["pred_boxes"] = Boxes(fields["pred_boxes"])
+    return Instances(frame.output, **fields)
+
+
+def mean_probability(probs: Tensor, foreground: Tensor) -> Tensor:
+    """Mean of probabilities (..., OH, OW) over each mask, bool of this shape: (...)."""
+    return (probs * foreground).sum((-2, -1)) / (foreground.sum((-2, -1)) + 1e-6)
+
+
+def _foregrounds(
+    embeddings: Tensor, pixel_embedding: Tensor, frame: Frame, quality: list[Tensor]
+) -> Iterator[Tensor]:
+    """Masks (r, OH, OW) bool, a few at a time; `quality` gets the mean probability over each."""
+    for logits in output_masks(embeddings, pixel_embedding, frame):
+        foreground = logits > 0
+        quality.append(mean_probability(logits.sigmoid_(), foreground))
+        yield foreground
+
+
+def _written(parts: Iterator[Tensor], pairs: Pairs, frame: Frame) -> Tensor:
+    """Masks (R, OH, OW) bool of the pairs, from those of the U queries.
+
+    Each mask is written where it belongs: a large image has no room for another copy of all.
+    """
+    shape = (len(pairs.scores), *frame.output)
+    masks = torch.empty(shape, dtype=torch.bool, device=pairs.scores.device)
+    rows, begin, end = pairs.which.argsort(stable=True), 0, 0
+    for foreground in parts:
+        first, last = end, end + sum(pairs.counts[begin : begin + len(foreground)])
+        for some in rows[first:last].split(len(foreground)):
+            masks.index_copy_(0, some, foreground[pairs.which[some] - begin])
+        begin, end = begin + len(foreground), last
+    return masks
+
+
+def _packed(parts: Iterator[Tensor]) -> Steps[tuple[list[Tensor], list[Tensor]]]:
+    """Packed masks of the U queries: those that are on the host already, and the last ones."""
+    on_host: list[Tensor] = []
+    packed: list[Tensor] = []
+    for foreground in parts:
+        packed.append(pack_masks(foreground))
+        if sum(part.numel() for part in packed) >= MASK_BYTES_AT_ONCE:
+            on_host += yield packed
+            packed = []
+    return on_host, packed
+
+
+def _on_host(
+    fields: dict[str, Tensor],
+    kept: Tensor,
+    which: Tensor,
+    packed: tuple[list[Tensor], list[Tensor]] | None,
+    frame: Frame,
+) -> Steps[Instances]:
+    """The objects that are kept, on the host; `which` (R,) of the packed masks each has."""
+    before, last = ([], []) if packed is None else packed
+    found = iter((yield (*fields.values(), kept, which, *last)))
+    values = {name: next(found) for name in fields}
+    kept, which = next(found), next(found)
+    index = kept.nonzero()[:, 0]
+    result = {name: value[index] for name, value in values.items()}
+    if packed is None:
+        return _as_instances(result, frame)
+    masks = [mask for part in (*before, *found) for mask in part.numpy()]
+    rows = which[index].tolist()
+    rles = {row: encode_mask(unpack_mask(masks[row], frame.output)) for row in set(rows)}
+    return _as_instances(result | {"pred_rles": [dict(rles[row]) for row in rows]}, frame)
+
+
+def _moved_up(masks: Tensor, index: Tensor) -> Tensor:
+    """`masks[index]` for ascending (r,) int64 indices, in the memory of `masks`."""
+    at_once = maps_at_once(masks[0].numel())
+    for begin in range(0, len(index), at_once):
+        some = index[begin : begin + at_once]
+        masks[begin : begin + len(some)] = masks[some]
+    return masks[: len(index)]

@@ -1,0 +1,87 @@
+"""How predictions become results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from detectron2.config import CfgNode
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """MODEL.MASK_DINO.TEST, and the class scores that follow from the loss."""
+
+    instance_on: bool
+    panoptic_on: bool
+    semantic_on: bool
+    decoder_layer: int
+    max_detections: int
+    score_threshold: float
+    mask_scoring: bool
+    panoptic_score_threshold: float
+    panoptic_overlap_threshold: float
+    temperature: float
+    resize_before_sum: bool
+    cross_entropy: bool
+    precision: str
+    cuda_graphs: bool
+
+    @staticmethod
+    def from_config(cfg: CfgNode) -> InferenceOptions:
+        """How the configuration wants predictions to become results.
+
+        Raises:
+            ValueError: there is no such decoder layer.
+        """
+        node = cfg.MODEL.MASK_DINO.TEST
+        layers = cfg.MODEL.MASK_DINO.DECODER.NUM_LAYERS
+        if not -1 <= node.DECODER_LAYER <= layers:
+            raise ValueError(
+                f"MODEL.MASK_DINO.TEST.DECODER_LAYER is {node.DECODER_LAYER}; it must be -1 to "
+                f"{layers}"
+            )
+        return InferenceOptions(
+            instance_on=node.INSTANCE_ON,
+            panoptic_on=node.PANOPTIC_ON,
+            semantic_on=node.SEMANTIC_ON,
+            decoder_layer=node.DECODER_LAYER,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            score_threshold=node.SCORE_THRESHOLD,
+            mask_scoring=node.MASK_SCORING,
+            panoptic_score_threshold=node.PANOPTIC_SCORE_THRESHOLD,
+            panoptic_overlap_threshold=node.PANOPTIC_OVERLAP_THRESHOLD,
+            temperature=node.TEMPERATURE,
+            resize_before_sum=node.RESIZE_BEFORE_SUM,
+            cross_entropy=cfg.MODEL.MASK_DINO.LOSS.CLASSIFICATION == "cross_entropy",
+            precision=node.PRECISION,
+            cuda_graphs=node.CUDA_GRAPHS,
+        )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Which of "instance", "panoptic" and "semantic" the model does."""
+        switches = {
+            "instance": self.instance_on,
+            "panoptic": self.panoptic_on,
+            "semantic": self.semantic_on,
+        }
+        return tuple(task for task, on in switches.items() if on)
+
+    @property
+    def sum_in_output_frame(self) -> bool:
+        """Whether masks are resized to the output before the class maps are summed up.
+
+        So it is in models that also do instance or panoptic segmentation.
+        """
+        return self.resize_before_sum or self.instance_on or self.panoptic_on
+
+    def class_scores(self, class_logits: Tensor) -> Tensor:
+        """(..., K) logits to scores of the real classes."""
+        logits = class_logits.float()
+        return logits.softmax(-1)[..., :-1] if self.cross_entropy else logits.sigmoid()
+
+    def class_probs(self, class_logits: Tensor) -> Tensor:
+        """(..., K) logits to probabilities of the real classes that compete with each other."""
+        scores = self.class_scores(class_logits)
+        return scores if self.cross_entropy else (scores / self.temperature).softmax(-1)
