@@ -1,8 +1,8 @@
 """Counts the parameters and the multiply-adds of a model, part by part.
 
-    python tools/analyze_model.py --config-file configs/coco/instance/maskdino_R50.yaml
-    python tools/analyze_model.py --config-file F --size 1024 1024
-    python tools/analyze_model.py --config-file F --dataset coco_2017_val   # mean over its images
+    maskdino analyze --config-file coco/instance/maskdino_R50
+    maskdino analyze --config-file F --size 1024 1024
+    maskdino analyze --config-file F --dataset coco_2017_val   # mean over its images
 
 Nothing is computed or downloaded: the network runs on tensors without values. Counted are the
 products of convolutions, linear layers and attention, as papers do (and call them FLOPs), and on
@@ -20,8 +20,10 @@ from detectron2.data.transforms import ResizeShortestEdge
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.engine.trainer import MaskDINOTrainer
+from maskdino.model_zoo import find_config
 
 SAMPLING = "deformable sampling"
 MASKS = "masks of all queries"
@@ -151,17 +153,16 @@ def print_table(parameters: dict[str, int], products: dict[str, float]) -> None:
     print(f"{SAMPLING:<24}{'':>16}{products[SAMPLING] / 1e9:>20.2f}   (not in the total)")
 
 
+@errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser = make_parser(__doc__)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--dataset", metavar="NAME", help="mean over the images of this dataset")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(words)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(str(find_config(args.config_file)), args.opts)
     if args.dataset:
         sizes = sizes_of_dataset(cfg, args.dataset)
         print(f"Mean over the {sizes.total()} images of {args.dataset}:")

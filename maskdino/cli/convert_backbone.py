@@ -1,6 +1,7 @@
 """Converts ImageNet weights of a backbone to a file that `MODEL.WEIGHTS` takes.
 
-  swin_large_patch4_window12_384_22k.pth swinl.pth --config-file coco/instance/maskdino_swinl
+    maskdino convert backbone swin_large_patch4_window12_384_22k.pth swinl.pth \\
+        --config-file coco/instance/maskdino_swinl
 
 Reads Swin files as their authors publish them and state dicts of timm (.pth, .bin, .safetensors).
 ResNet needs no conversion: detectron2 reads `detectron2://ImageNetPretrained/torchvision/R-50.pkl`

@@ -8,6 +8,7 @@ Ends with status 1 where something that every command needs is missing or broken
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -125,12 +126,12 @@ def check_packages(findings: Findings) -> None:
 
 
 def version_of(module: ModuleType) -> str:
-    """The version of an imported package, as it tells or as it was installed."""
+    """The version of an imported package: as it says or as it was installed, the longer one."""
     name = module.__name__
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        version = getattr(module, "__version__", "of unknown version")
+    known = [getattr(module, "__version__", "")]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        known.append(importlib.metadata.version(name))
+    version = max(known, key=len)
     if name == "detectron2":
         comm = importlib.import_module("detectron2.utils.comm")
         newer = hasattr(comm, "create_local_process_group")

@@ -1,17 +1,16 @@
 """Draws the curves of a training: losses, learning rate, average precision, throughput, memory.
 
-    python tools/plot_metrics.py output/nuclei            # writes output/nuclei/metrics.png
+    maskdino plot output/nuclei            # writes output/nuclei/metrics.png
 
 It reads the folder's metrics.json, also while the training runs.
 """
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.evaluation.charts import draw_lines
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name -> iterations, values
@@ -95,20 +94,21 @@ def plot(curves: Curves, title: str, target: Path) -> None:
     figure.savefig(target, dpi=110)
 
 
+@errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("output_dir", type=Path, help="the OUTPUT_DIR of a training")
     parser.add_argument("--output", type=Path, help="default: metrics.png in that folder")
     args = parser.parse_args(words)
     source = args.output_dir / "metrics.json"
     if not source.is_file():
-        sys.exit(f"error: {source} does not exist; is {args.output_dir} the folder of a training?")
+        raise CommandError(
+            f"{source} does not exist; is {args.output_dir} the folder of a training?"
+        )
     curves = read_metrics(source)
     if not choose_panels(curves):
-        sys.exit(f"error: {source} holds no metrics yet")
+        raise CommandError(f"{source} holds no metrics yet")
     target = args.output or args.output_dir / "metrics.png"
     plot(curves, str(args.output_dir), target)
     print(f"{len(curves)} curves read, image written to {target}")

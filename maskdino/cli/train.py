@@ -1,9 +1,9 @@
 """Trains and evaluates Mask DINO.
 
-    python tools/train_net.py --config-file configs/coco/instance/maskdino_R50.yaml --num-gpus 8
-    python tools/train_net.py --config-file F --resume
-    python tools/train_net.py --config-file F --eval-only --report MODEL.WEIGHTS model_final.pth
-    torchrun --nproc-per-node 8 tools/train_net.py --config-file F
+    maskdino train --config-file coco/instance/maskdino_R50 --num-gpus 8
+    maskdino train --config-file F --resume
+    maskdino evaluate --config-file F --report MODEL.WEIGHTS model_final.pth
+    torchrun --nproc-per-node 8 -m maskdino train --config-file F
 
 Keys and values at the end override the file: SOLVER.IMS_PER_BATCH 8 OUTPUT_DIR output/small
 """
@@ -23,10 +23,12 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from maskdino import model_zoo
+from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.devices import configured_device, settle_device
 from maskdino.engine.launch import launch
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
 from maskdino.evaluation.report import report_paths, write_report
+from maskdino.extensions import add_import_option
 from maskdino.precision import check_precision
 
 logger = logging.getLogger("maskdino.train_net")
@@ -34,26 +36,24 @@ logger = logging.getLogger("maskdino.train_net")
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; ``words`` stands in for it in tests."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file")
+    parser = make_parser(__doc__)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--eval-only", action="store_true", help="do not train")
     parser.add_argument(
         "--report", action="store_true", help="leave an HTML page of the last evaluation"
     )
-    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs of this machine to use")
+    for option, default, about in (
+        ("--num-gpus", 1, "GPUs of this machine to use"),
+        ("--num-processes", 1, "processes on a machine without GPU"),
+        ("--num-machines", 1, "each starts this command"),
+        ("--machine-rank", 0, "number of this machine, from 0"),
+    ):
+        parser.add_argument(option, type=int, default=default, metavar="N", help=about)
     parser.add_argument(
-        "--num-processes", type=int, default=1, help="processes on a machine without GPU"
+        "--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of the first machine"
     )
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument(
-        "--machine-rank", type=int, default=0, help="number of this machine, from 0"
-    )
-    parser.add_argument(
-        "--dist-url", default="auto", help="tcp://HOST:PORT of the first of several machines"
-    )
+    add_import_option(parser)
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="values that override the file"
     )
@@ -114,15 +114,13 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
             logger.info("The report is %s", write_report(path, dataset, folder))
 
 
+@errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(words)
-    try:
-        cfg = read_config(args)
-    except (KeyError, ValueError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    cfg = read_config(args)
     if not torch.cuda.is_available() and args.num_gpus > 1:
-        sys.exit(f"error: --num-gpus {args.num_gpus}, but there is no GPU; use --num-processes")
+        raise CommandError(f"--num-gpus {args.num_gpus}, but there is no GPU; use --num-processes")
     launch(
         run,
         args,

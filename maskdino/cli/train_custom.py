@@ -1,9 +1,9 @@
 """Trains Mask DINO on own data in COCO's format, in one command.
 
-    python tools/train_custom.py --train-json A.json --train-images DIR --output OUT
-    python tools/train_custom.py --train-json A.json --train-images DIR \\
+    maskdino train-custom --train-json A.json --train-images DIR --output OUT
+    maskdino train-custom --train-json A.json --train-images DIR \\
         --val-json B.json --val-images DIR --weights W --epochs 50 --early-stop 5 --output OUT
-    python tools/train_custom.py --output OUT --resume
+    maskdino train-custom --output OUT --resume
 
 The data are checked first. Classes, tasks, image size, batch and schedule follow from them and from
 this machine; what was chosen is printed, and is in OUT/config.yaml. Without validation data, a part
@@ -11,23 +11,22 @@ of the images is set aside. Keys and values at the end have the last word: SOLVE
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
 from maskdino.cli import visualize
+from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.custom import Request, Run, Sources, Wishes, plan_run, train_run
 from maskdino.devices import configured_device
 from maskdino.engine.launch import launch
+from maskdino.extensions import add_import_option
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; `words` stands in for it in tests."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--train-json", type=Path, metavar="FILE", help="annotations")
     data.add_argument("--train-images", type=Path, metavar="DIR", help="folder of their images")
@@ -56,6 +55,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-pictures", type=int, default=8, metavar="N")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    add_import_option(parser)
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="have the last word"
     )
@@ -129,12 +129,10 @@ def finish(run: Run, num_pictures: int) -> None:
             print(f"{path}: {what}")
 
 
+@errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(words)
-    try:
-        run = prepare(args)
-    except (KeyError, ValueError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    run = prepare(args)
     launch(train_run, run, args.resume, args.early_stop, processes=args.num_gpus)
     finish(run, args.num_pictures)

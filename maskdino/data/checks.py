@@ -18,14 +18,14 @@ from maskdino.data.datasets import OWN_ROOT_VARIABLE, ROOT_VARIABLE, own_dataset
 from maskdino.data.reading import DataError
 from maskdino.registration import register_postponed
 
-# What the name of a missing path tells about the script that makes it.
-_PREPARE_SCRIPTS = {
-    "annotations_detectron2": "prepare_ade20k.py",
-    "ade20k_": "prepare_ade20k.py",
-    "panoptic_semseg_": "prepare_coco_semantic.py",
-    "cityscapes_panoptic_": "prepare_cityscapes.py",
-    "objects365_": "prepare_objects365.py",
-    "nuclei/semantic_": "prepare_semantic_from_instances.py",
+# What the name of a missing path tells about the preparation that makes it.
+_PREPARATIONS = {
+    "annotations_detectron2": "ade20k",
+    "ade20k_": "ade20k",
+    "panoptic_semseg_": "coco-semantic",
+    "cityscapes_panoptic_": "cityscapes",
+    "objects365_": "objects365",
+    "nuclei/semantic_": "semantic-from-instances",
 }
 _PATHS = (
     "json_file",
@@ -100,12 +100,12 @@ def _check_paths(name: str, metadata: Metadata, unused: set[str]) -> None:
         path = metadata.get(key)
         if key in unused or path is None or PathManager.exists(path):
             continue
-        script = next((s for part, s in _PREPARE_SCRIPTS.items() if part in path), None)
-        made = f"; `python datasets/{script}` makes it from the downloaded files" if script else ""
+        command = next((c for part, c in _PREPARATIONS.items() if part in path), None)
+        made = f"; `maskdino prepare {command}` makes it from the downloaded files"
         raise DataError(
             f"dataset {name!r}: {path} does not exist. The environment variable {variable} (now "
             f"{root or 'not set: ./datasets'}) names the folder of the datasets, and "
-            f"datasets/README.md shows what it must hold{made}"
+            f"datasets/README.md shows what it must hold{made if command else ''}"
         )
 
 

@@ -23,6 +23,7 @@ from maskdino.data import (
     register_coco_folder,
     register_panoptic_folder,
 )
+from maskdino.registration import register_postponed
 from tests.data import synthetic
 from tests.data.synthetic import Scene, make_scenes
 
@@ -85,15 +86,17 @@ def test_coco_semantic_maps(tmp_path: Path, scenes: dict) -> None:
 
 
 def test_missing_segments_and_folders_are_errors(tmp_path: Path, scenes: dict) -> None:
-    with pytest.raises(RuntimeError, match="panoptic_train2017.json does not exist"):
+    with pytest.raises(common.PreparationError, match="panoptic_train2017.json does not exist"):
         prepare("coco_semantic", "--root", tmp_path)
     folder = synthetic.write_coco(tmp_path, scenes)
     png = folder / "panoptic_train2017/000000000001.png"
     Image.fromarray(np.zeros_like(read(png))).save(png)
-    with pytest.raises(RuntimeError, match="000000000001.png has no pixel of its segment"):
+    with pytest.raises(
+        common.PreparationError, match="000000000001.png has no pixel of its segment"
+    ):
         prepare("coco_semantic", "--root", tmp_path)
     png.write_bytes(b"broken")
-    with pytest.raises(RuntimeError, match="cannot read .*000000000001.png"):
+    with pytest.raises(common.PreparationError, match="cannot read .*000000000001.png"):
         prepare("coco_semantic", "--root", tmp_path)
 
 
@@ -124,6 +127,7 @@ def test_ade20k(tmp_path: Path, scenes: dict, make_cfg: Callable, registered: li
     register_coco_folder(instance, folder / "ade20k_instance_train.json", images)
     pngs = folder / "ade20k_panoptic_train"
     register_panoptic_folder(panoptic, pngs.with_suffix(".json"), images, pngs, categories)
+    register_postponed()
     shown = MetadataCatalog.get("ade20k_panoptic_train")
     assert [c["id"] for c in categories if c["isthing"]] == list(datasets.ADE20K_THING_IDS)
     assert [c["name"] for c in categories] == shown.stuff_classes

@@ -171,7 +171,7 @@ def test_missing_folders_name_the_path_and_the_variable(
         check_datasets(make_cfg("DATASETS.TRAIN", (name,)))
 
 
-def test_made_files_name_their_script(
+def test_made_files_name_their_preparation(
     make_cfg: Callable, coco: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(coco.parent))
@@ -188,10 +188,10 @@ def test_made_files_name_their_script(
     )
     options = ("MODEL.MASK_DINO.NUM_CLASSES", 4)
     check_datasets(make_cfg("DATASETS.TRAIN", (name,), *options))  # evaluation alone needs maps
-    with pytest.raises(DataError, match=rf"{coco.parent}.*prepare_coco_semantic.py"):
+    with pytest.raises(DataError, match=rf"{coco.parent}.*maskdino prepare coco-semantic"):
         check_datasets(make_cfg("DATASETS.TEST", (name,), *options))
     semantic = ("INPUT.DATASET_MAPPER_NAME", "semantic")
-    with pytest.raises(DataError, match=r"prepare_coco_semantic.py"):
+    with pytest.raises(DataError, match=r"maskdino prepare coco-semantic"):
         check_datasets(make_cfg("DATASETS.TRAIN", (name,), *options, *semantic))
     with pytest.raises(DataError, match="has 4 classes.*NUM_CLASSES is 5"):
         check_datasets(make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 5))

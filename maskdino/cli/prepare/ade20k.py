@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 
+from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     PreparationError,
     colors_of_ids,
     describe_segments,
-    errors_in_one_line,
     find_files,
     ids_of_colors,
     image_size,
@@ -172,8 +172,15 @@ def prepare_semantic(folder: Path, split: str, workers: int, overwrite: bool) ->
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        choices=TASKS,
+        metavar="TASK",
+        help=" ".join(TASKS),
+    )
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=list(SPLITS))
     arguments = parser.parse_args(words)
     folder = require(arguments.root / "ADEChallengeData2016", "ADE20K as it is downloaded")

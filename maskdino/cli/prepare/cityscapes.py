@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 
+from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     VOID,
     PreparationError,
     colors_of_ids,
     describe_segments,
-    errors_in_one_line,
     find_files,
     ids_of_colors,
     image_size,
@@ -124,7 +124,7 @@ def prepare_train_ids(folder: Path, split: str, workers: int, overwrite: bool) -
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS)
     arguments = parser.parse_args(words)
     folder = require(arguments.root / "cityscapes", "Cityscapes as it is downloaded")

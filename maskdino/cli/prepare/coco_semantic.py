@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     VOID,
     PreparationError,
-    errors_in_one_line,
     ids_of_colors,
     make_parser,
     read_pixels,
@@ -61,7 +61,7 @@ def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwri
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--splits", nargs="+", default=["train", "val"], choices=["train", "val"])
     parser.add_argument("--json", type=Path, help="panoptic annotations of another dataset")
     parser.add_argument("--panoptic", type=Path, help="with --json: its folder of PNG files")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from maskdino.cli import common
+from maskdino.cli.common import CommandError
 from maskdino.files import written_whole
 
 VOID = 255  # in maps of classes: no class
 
 
-class PreparationError(RuntimeError):
+class PreparationError(CommandError):
     """Something is missing or wrong in the downloaded files."""
 
 
@@ -30,9 +31,9 @@ def say(text: str) -> None:
     tqdm.write(text)
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that all preparations have."""
-    parser = argparse.ArgumentParser(description=description)
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Makes a parser with the options that all preparations have."""
+    parser = common.make_parser(description)
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     parser.add_argument(
         "--root", type=Path, default=Path(root), help="folder of the datasets [%(default)s]"
@@ -67,7 +68,9 @@ def run(
     """Applies a picklable function to items in several processes; results in the items' order."""
     if workers <= 1:
         return [function(item) for item in tqdm(items, desc=description)]
-    with ProcessPoolExecutor(workers) as pool:
+    # Of Ctrl-C, this process alone speaks.
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
         chunk = max(len(items) // (workers * 32), 1)
         results = pool.map(function, items, chunksize=chunk)
         try:
@@ -155,12 +158,3 @@ def describe_segments(ids: np.ndarray, category_of_id: Callable[[int], int]) -> 
         for number, area, start, end in zip(numbers, areas, low, high, strict=True)
         if number
     ]
-
-
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Ends the process with one line where the downloaded files are at fault."""
-    try:
-        yield
-    except PreparationError as error:
-        sys.exit(f"error: {error}")

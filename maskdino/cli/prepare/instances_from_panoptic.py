@@ -3,7 +3,7 @@
 COCO, ADE20K and Cityscapes come with their own instances. This is for datasets in COCO's panoptic
 format that have none: with them a panoptic model is also judged by its box AP and mask AP.
 
-    python datasets/prepare_instances_from_panoptic.py --json panoptic_val.json \\
+    maskdino prepare instances-from-panoptic --json panoptic_val.json \\
         --panoptic panoptic_val --output instances_val.json
 """
 
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 
+from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     PreparationError,
-    errors_in_one_line,
     ids_of_colors,
     is_done,
     make_parser,
@@ -75,7 +75,7 @@ def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwri
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--json", type=Path, required=True, help="panoptic annotations")
     parser.add_argument("--panoptic", type=Path, required=True, help="its folder of PNG files")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the instances")

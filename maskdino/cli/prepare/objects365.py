@@ -15,9 +15,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     PreparationError,
-    errors_in_one_line,
     is_done,
     make_parser,
     require,
@@ -68,7 +68,7 @@ def prepare(folder: Path, split: str, max_images: int | None, workers: int) -> d
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS)
     parser.add_argument("--max-images", type=int, help="take a random subset of each split")
     arguments = parser.parse_args(words)

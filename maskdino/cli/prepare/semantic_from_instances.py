@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 
+from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     VOID,
-    errors_in_one_line,
     make_parser,
     require,
     run,
@@ -74,7 +74,7 @@ def prepare(json_file: Path, output: Path, workers: int, overwrite: bool) -> Non
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--json", type=Path, help="annotations of another dataset")
     parser.add_argument("--output", type=Path, help="with --json: folder of the maps")
     arguments = parser.parse_args(words)

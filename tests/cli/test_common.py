@@ -1,0 +1,106 @@
+"""One line for what the user can mend; a traceback for what only we can."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from maskdino.cli.common import CommandError, errors_in_one_line
+from maskdino.config import load_config
+from tests.engine.stand_in import CONFIG
+
+
+def refuse(kind: type[Exception] = ValueError) -> None:
+    raise kind("SOLVER.MAX_ITER is -1")
+
+
+def fail_with_key() -> object:
+    return {"a": 1}["b"]
+
+
+def fail_with_value() -> object:
+    return int("many")
+
+
+def fail_in_a_worker() -> None:
+    with ProcessPoolExecutor(1) as pool:
+        pool.submit(fail_with_key).result()
+
+
+@pytest.mark.parametrize(
+    ("action", "expected"),
+    [
+        (refuse, "SOLVER.MAX_ITER is -1"),
+        (lambda: refuse(KeyError), "SOLVER.MAX_ITER is -1"),
+        (lambda: refuse(ImportError), "SOLVER.MAX_ITER is -1"),
+        (lambda: refuse(CommandError), "SOLVER.MAX_ITER is -1"),
+        (lambda: Path("/nowhere/at all").read_text(), ".*No such file.*'/nowhere/at all'"),
+        (lambda: __import__("no_such_package"), "No module named 'no_such_package'"),
+        (lambda: load_config(str(CONFIG), ["SOLVER.MAX_ITERS", "1"]), ".*SOLVER.MAX_ITERS.*"),
+    ],
+)
+def test_mistakes_of_users_are_one_line(action: Callable[[], object], expected: str) -> None:
+    with pytest.raises(SystemExit, match=f"^error: {expected}$"), errors_in_one_line():
+        action()
+
+
+@pytest.mark.parametrize(
+    ("action", "kind"),
+    [
+        (fail_with_key, KeyError),
+        (fail_with_value, ValueError),
+        (fail_in_a_worker, KeyError),
+        (lambda: refuse(RuntimeError), RuntimeError),
+        (lambda: refuse(AssertionError), AssertionError),
+        (lambda: __import__("maskdino.no_such_module"), ModuleNotFoundError),
+    ],
+)
+def test_faults_of_the_program_keep_their_traceback(
+    action: Callable[[], object], kind: type[Exception]
+) -> None:
+    with pytest.raises(kind), errors_in_one_line():
+        action()
+
+
+def test_interruption_is_one_line_and_its_status(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, errors_in_one_line():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal as Ctrl-C does")
+def test_interrupted_preparation_leaves_no_traceback(tmp_path: Path) -> None:
+    code = (
+        "import time\n"
+        "from maskdino.cli.common import errors_in_one_line\n"
+        "from maskdino.cli.prepare.common import run\n"
+        "def work(item):\n"
+        "    print('works', flush=True)\n"
+        "    time.sleep(0.2)\n"
+        "with errors_in_one_line():\n"
+        "    run(work, range(1000), 2, 'work')\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches all processes of a terminal's group
+    )
+    assert process.stdout.readline() == "works\n"
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
