@@ -183,6 +183,9 @@ def _add_backbone(cfg: CfgNode) -> None:
     # models).
     timm.NAME = "resnet50"
     timm.PRETRAINED = False  # load timm's weights; left out where MODEL.WEIGHTS gives a file
+    # A file with weights of the backbone alone, as timm or its authors publish them (.pth,
+    # .safetensors); left out where MODEL.WEIGHTS gives a file.
+    timm.WEIGHTS = ""
     timm.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     timm.OUTPUT_NORM = False  # a layer norm on each output, as Swin detectors have
     timm.BATCH_NORM = "FrozenBN"  # or "BN", "SyncBN"; for models with batch norm
@@ -190,6 +193,11 @@ def _add_backbone(cfg: CfgNode) -> None:
     # Recompute activations in the backward pass: less memory, more time.
     timm.ACTIVATION_CHECKPOINT = False
     timm.ARGS = CfgNode(new_allowed=True)  # more arguments of timm.create_model, such as embed_dim
+    # Plain vision transformers: timm's models of one stride, through a simple feature pyramid.
+    vit = cfg.MODEL.VIT = CfgNode()
+    vit.PYRAMID_CHANNELS = 256
+    vit.WINDOW_SIZE = 0  # tokens; 0: every block sees all tokens
+    vit.GLOBAL_BLOCKS = []  # blocks that see all tokens beside windows; []: the last of each quarter
     # Keys of released Swin configurations, read where MODEL.BACKBONE.NAME is "D2SwinTransformer".
     cfg.MODEL.SWIN = CfgNode(new_allowed=True)
 
@@ -276,6 +284,8 @@ def _add_input(cfg: CfgNode) -> None:
 def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "ADAMW"  # or "SGD"
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1  # factor of the learning rate of the backbone
+    # Factor of the learning rate per block of a plain vision transformer, counted from its end.
+    cfg.SOLVER.LAYER_DECAY = 1.0
     cfg.SOLVER.WEIGHT_DECAY_EMBED = 0.0  # weight decay of embeddings and position tables
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of the whole model's
     # gradient.

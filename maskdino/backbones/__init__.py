@@ -3,9 +3,11 @@
 from .build import D2SwinTransformer, build_backbone, build_timm_backbone
 from .convert import convert_backbone, convert_swin, swin_rules
 from .timm_backbone import TimmBackbone
+from .vit import PlainViTBackbone
 
 __all__ = [
     "D2SwinTransformer",
+    "PlainViTBackbone",
     "TimmBackbone",
     "build_backbone",
     "build_timm_backbone",

@@ -8,8 +8,10 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from maskdino.registration import offer_to, register_postponed
 
+from .convert import load_backbone
 from .frozen_norm import keep_frozen_norms
 from .timm_backbone import TimmBackbone
+from .vit import PlainViTBackbone, is_plain_vit
 
 # Released Swin configurations give every dimension themselves; any Swin of timm can carry them.
 _SWIN_FOR_DIMENSIONS = "swin_tiny_patch4_window7_224"
@@ -41,7 +43,7 @@ def build_backbone(cfg: CfgNode) -> Backbone:
 
 
 @offer_to(BACKBONE_REGISTRY)
-def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
+def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """Builder for plain detectron2 models, which want a registered name; takes MODEL.TIMM.NAME."""
     return _timm_backbone(cfg, cfg.MODEL.TIMM.NAME, input_shape)
 
@@ -89,19 +91,33 @@ def swin_options(swin: CfgNode) -> dict[str, Any]:
     }
 
 
-def _timm_backbone(cfg: CfgNode, name: str, input_shape: ShapeSpec) -> TimmBackbone:
+def _timm_backbone(cfg: CfgNode, name: str, input_shape: ShapeSpec) -> Backbone:
     options = cfg.MODEL.TIMM
-    return TimmBackbone(
-        name=name,
-        in_channels=input_shape.channels,
-        out_features=options.OUT_FEATURES,
-        # Weights of the whole model would overwrite the backbone's at once, and must load without a
-        # network.
-        pretrained=options.PRETRAINED and not cfg.MODEL.WEIGHTS,
-        output_norm=options.OUTPUT_NORM,
-        batch_norm=options.BATCH_NORM,
-        drop_path_rate=options.DROP_PATH_RATE,
-        activation_checkpoint=options.ACTIVATION_CHECKPOINT,
-        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
-        arguments=options.ARGS,
-    )
+    # Weights of the whole model would overwrite the backbone's at once, and must load without a
+    # network and without the backbone's own file.
+    trained = bool(cfg.MODEL.WEIGHTS)
+    common: dict[str, Any] = {
+        "name": name,
+        "in_channels": input_shape.channels,
+        "out_features": options.OUT_FEATURES,
+        "pretrained": options.PRETRAINED and not trained and not options.WEIGHTS,
+        "drop_path_rate": options.DROP_PATH_RATE,
+        "activation_checkpoint": options.ACTIVATION_CHECKPOINT,
+        "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
+        "arguments": options.ARGS,
+    }
+    if is_plain_vit(name):
+        vit = cfg.MODEL.VIT
+        backbone: Backbone = PlainViTBackbone(
+            pyramid_channels=vit.PYRAMID_CHANNELS,
+            window_size=vit.WINDOW_SIZE,
+            global_blocks=vit.GLOBAL_BLOCKS,
+            **common,
+        )
+    else:
+        backbone = TimmBackbone(
+            output_norm=options.OUTPUT_NORM, batch_norm=options.BATCH_NORM, **common
+        )
+    if options.WEIGHTS and not trained:
+        load_backbone(options.WEIGHTS, backbone)
+    return backbone

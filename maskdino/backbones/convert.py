@@ -1,19 +1,28 @@
-"""Names of backbone weights in other files -> names in `TimmBackbone`.
+"""Names of backbone weights in other files -> names in our backbones.
 
-Three kinds of file are known: Swin of released detectors (`layers.0.downsample`, `norm0`..`norm3`),
-Swin as its authors publish it for ImageNet (the same, with one `norm` and `head`), and state dicts
-of timm (any model). Both Swins merge patches in the same order (down, then right), so no weight has
-to be permuted.
+Known are Swin of released detectors (`layers.0.downsample`, `norm0`..`norm3`), Swin as its authors
+publish it for ImageNet (the same, with one `norm` and `head`), state dicts of timm (any model),
+plain transformers as their authors publish them (what timm can read), and detectron2's ViTDet. Both
+Swins merge patches in the same order (down, then right), so no weight has to be permuted.
 """
 
+import logging
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from pickle import UnpicklingError
 from typing import Any
 
-from timm.layers import resize_rel_pos_bias_table
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
 from .timm_backbone import TimmBackbone
+from .vit import PlainViTBackbone
+
+logger = logging.getLogger(__name__)
 
 # Tables that follow from the window size, and the classifier behind the last stage: no weights of a
 # backbone.
@@ -52,8 +61,41 @@ def convert_swin(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {ours: state_dict[name] for name, ours in swin_rules(state_dict).items()}
 
 
-def convert_backbone(checkpoint: Mapping[str, Any], backbone: TimmBackbone) -> dict[str, Tensor]:
-    """Converts the content of a weight file (Swin or timm) for `backbone`.
+def read_tensors(path: str) -> Mapping[str, Any]:
+    """Reads a file of tensors (.pth, .bin, .safetensors); nothing in it is executed.
+
+    Raises:
+        ValueError: if there is no such file, or it holds something else.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as weights: {error}") from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} holds no state dict, but {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def load_backbone(path: str, backbone: TimmBackbone | PlainViTBackbone) -> None:
+    """Loads a file of weights (see `convert_backbone`) into the trunk of a backbone.
+
+    Raises:
+        ValueError: if the file cannot be read, or is not of this model.
+    """
+    try:
+        weights = convert_backbone(read_tensors(path), backbone)
+    except ValueError as error:
+        raise ValueError(f"MODEL.TIMM.WEIGHTS: {error}") from error
+    backbone.load_state_dict(backbone.state_dict() | weights)
+    logger.info("backbone: %d weights from %s", len(weights), path)
+
+
+def convert_backbone(
+    checkpoint: Mapping[str, Any], backbone: TimmBackbone | PlainViTBackbone
+) -> dict[str, Tensor]:
+    """Converts the content of a weight file (Swin, a plain transformer, timm) for `backbone`.
 
     Args:
         checkpoint: names and tensors, or a dictionary that holds them as "model", "state_dict" or
@@ -63,15 +105,18 @@ def convert_backbone(checkpoint: Mapping[str, Any], backbone: TimmBackbone) -> d
             serves.
 
     Returns:
-        a state dict of `backbone`, complete but for `norms.*`, which ImageNet files do not have.
-        Bias tables of another window size are interpolated.
+        a state dict of `backbone`, complete but for `norms.*` and `pyramid.*`, which ImageNet files
+        do not have. Bias tables of another window size, positions of other images and patches of
+        another size are interpolated.
 
     Raises:
         ValueError: if weights of the backbone's trunk are missing, left over, or of another shape.
     """
     source = _unwrapped(checkpoint)
     wanted = backbone.state_dict()
-    if any(re.match(r"layers\.\d+\.blocks\.", name) for name in source):
+    if isinstance(backbone, PlainViTBackbone):
+        converted = _vit_weights(source, backbone)
+    elif any(re.match(r"layers\.\d+\.blocks\.", name) for name in source):
         converted = convert_swin(source)
     else:
         converted = {_timm_name(name, wanted): tensor for name, tensor in source.items()}
@@ -82,6 +127,41 @@ def convert_backbone(checkpoint: Mapping[str, Any], backbone: TimmBackbone) -> d
     converted = {n: _resized(n, t, backbone) for n, t in converted.items() if n not in unused}
     _check_complete(converted, wanted)
     return converted
+
+
+def _vit_weights(source: dict[str, Tensor], backbone: PlainViTBackbone) -> dict[str, Tensor]:
+    """Weights of a plain transformer by timm's own reading of the authors' files."""
+    model = backbone.body.model
+    if any(name.startswith("net.blocks.") for name in source):
+        source = _vitdet_trunk(source, model.pos_embed)
+    read = sys.modules[type(model).__module__].checkpoint_filter_fn
+    try:
+        weights = read(source, model)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"no weights of a {type(model).__name__}: {error}") from error
+    parts = {name.partition(".")[0] for name in model.state_dict()}
+    return {f"body.model.{n}": t for n, t in weights.items() if n.partition(".")[0] in parts}
+
+
+def _vitdet_trunk(source: Mapping[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """The trunk of a ViTDet of detectron2 as timm's `samvit_*` (windows, relative positions).
+
+    Args:
+        source: weights of ViTDet's backbone; positions (1, 1 + n x n, C) of a pre-training with a
+            class token, which a detector leaves out.
+        positions: (1, h, w, C) of the model that takes them.
+    """
+    trunk = {n.removeprefix("net."): t for n, t in source.items() if n.startswith("net.")}
+    learned = trunk["pos_embed"]
+    if positions.ndim != 4 or "blocks.0.attn.rel_pos_h" not in trunk:
+        raise ValueError(
+            "these are weights of detectron2's ViTDet, which fit timm's samvit_base_patch16, "
+            "samvit_large_patch16 and samvit_huge_patch16"
+        )
+    resampled = resample_abs_pos_embed(
+        learned, list(positions.shape[1:3]), num_prefix_tokens=1, antialias=False
+    )
+    return {**trunk, "pos_embed": resampled[:, 1:].reshape(positions.shape)}
 
 
 def _swin_name(name: str, merge_ends_stage: bool) -> str:
@@ -113,7 +193,7 @@ def _is_absent_counter(name: str, wanted: Mapping[str, Tensor]) -> bool:
 
 
 def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in ("state_dict", "model", "state_dict"):
+    for key in ("model_ema", "teacher", "state_dict", "model", "state_dict"):
         checkpoint = checkpoint.get(key, checkpoint)
     tensors = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
     prefix = "backbone."
@@ -122,7 +202,7 @@ def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _resized(name: str, tensor: Tensor, backbone: TimmBackbone) -> Tensor:
+def _resized(name: str, tensor: Tensor, backbone: TimmBackbone | PlainViTBackbone) -> Tensor:
     """Interpolates a table of relative position biases to the window of `backbone`; others stay."""
     if not name.endswith("attn.relative_position_bias_table"):
         return tensor
@@ -134,7 +214,8 @@ def _resized(name: str, tensor: Tensor, backbone: TimmBackbone) -> Tensor:
 
 
 def _check_complete(converted: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    missing = [name for name in wanted if name not in converted and not name.startswith("norms.")]
+    ours = ("norms.", "pyramid.")
+    missing = [name for name in wanted if name not in converted and not name.startswith(ours)]
     left = [name for name in converted if name not in wanted]
     shapes = [
         f"{name} {tuple(tensor.shape)} instead of {tuple(wanted[name].shape)}"

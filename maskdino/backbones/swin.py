@@ -18,10 +18,9 @@ SWIN_MODULES = ("swin_transformer", "swin_transformer_v2")
 
 
 def swin_arguments(name: str) -> dict[str, bool]:
-    """Arguments of `timm.create_model` with which a Swin takes images of every size; empty for
-    other models.
+    """Arguments of `timm.create_model` with which a Swin takes images of every size.
 
-    timm shrinks windows, and stops shifting them, where the training resolution is one window or
+    Other models need none. timm shrinks windows, and stops shifting them, where the training resolution is one window or
     less; `always_partition` keeps both as they are, because detectors run at other resolutions.
     """
     if timm.models.is_model_in_modules(name, SWIN_MODULES):

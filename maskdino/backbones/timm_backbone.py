@@ -66,7 +66,7 @@ class TimmBackbone(Backbone):
         options = {"in_chans": in_channels, **swin_arguments(name), **arguments}
         if drop_path_rate > 0:  # not every model of timm knows this argument
             options["drop_path_rate"] = drop_path_rate
-        self._out_features = _checked_out_features(out_features)
+        self._out_features = checked_out_features(out_features)
         strides = [STRIDES[feature] for feature in self._out_features]
         self.body = _create_extractor(name, strides, pretrained, options)
         self._channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
@@ -78,12 +78,12 @@ class TimmBackbone(Backbone):
             self.norms.update({f: nn.LayerNorm(c) for f, c in self._out_feature_channels.items()})
 
         if drop_path_rate == 0:
-            _disable_drop_path(self.body)
+            disable_drop_path(self.body)
         pad_before_shift(self.body)
         freeze_stages(self.body, freeze_at)
         self.body = _with_batch_norm(self.body, batch_norm)
         if activation_checkpoint:
-            _enable_checkpointing(self.body)
+            enable_checkpointing(self.body)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Computes the feature pyramid.
@@ -127,7 +127,7 @@ class TimmBackbone(Backbone):
         return max(self._out_feature_strides.values())
 
 
-def _checked_out_features(out_features: Sequence[str]) -> list[str]:
+def checked_out_features(out_features: Sequence[str]) -> list[str]:
     unknown = sorted(set(out_features) - set(STRIDES))
     if unknown or not out_features:
         raise ValueError(
@@ -137,13 +137,16 @@ def _checked_out_features(out_features: Sequence[str]) -> list[str]:
 
 
 def _create_extractor(
-    name: str, strides: Sequence[int], pretrained: bool, options: Mapping[str, Any]
+    name: str,
+    strides: Sequence[int],
+    pretrained: bool,
+    options: Mapping[str, Any],
 ) -> nn.Module:
     """Makes timm's feature extractor with one output for each stride, in the order of `strides`."""
     _check_name(name)
     # The first model tells which features there are; it is kept if its outputs happen to be the
     # wanted ones.
-    body = _features_only(name, options)
+    body = extractor(name, options)
     reductions = [info["reduction"] for info in body.feature_info.info]
     missing = [stride for stride in strides if stride not in reductions]
     if missing:
@@ -157,9 +160,9 @@ def _create_extractor(
     }  # the deepest of a stride
     indices = tuple(last[stride] for stride in strides)
     if pretrained:
-        return _pretrained(name, {**options, "out_indices": indices})
+        return extractor(name, {**options, "out_indices": indices}, pretrained)
     if indices != tuple(body.feature_info.out_indices):
-        body = _features_only(name, {**options, "out_indices": indices})
+        body = extractor(name, {**options, "out_indices": indices})
     return body
 
 
@@ -176,7 +179,20 @@ def _check_name(name: str) -> None:
     )
 
 
-def _features_only(name: str, options: Mapping[str, Any]) -> nn.Module:
+def extractor(name: str, options: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """Makes timm's feature extractor of a model.
+
+    Args:
+        name: of the model.
+        options: further arguments of `timm.create_model`.
+        pretrained: load timm's weights.
+
+    Raises:
+        ValueError: if timm does not know the name or an option.
+        RuntimeError: when the weights cannot be had.
+    """
+    if pretrained:
+        return _pretrained(name, options)
     try:
         return timm.create_model(name, features_only=True, **options)
     except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
@@ -191,8 +207,8 @@ def _pretrained(name: str, options: Mapping[str, Any]) -> nn.Module:
         return timm.create_model(name, features_only=True, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
         raise RuntimeError(
-            f"timm's weights of {name!r} cannot be loaded ({error}); without network, convert a "
-            "file with tools/convert_backbone.py and give it as MODEL.WEIGHTS"
+            f"timm's weights of {name!r} cannot be loaded ({error}); without network, name a file "
+            "in MODEL.TIMM.WEIGHTS, or set MODEL.TIMM.PRETRAINED False to start from random weights"
         ) from error
 
 
@@ -208,14 +224,14 @@ def _with_batch_norm(body: nn.Module, batch_norm: str) -> nn.Module:
     return body
 
 
-def _disable_drop_path(body: nn.Module) -> None:
+def disable_drop_path(body: nn.Module) -> None:
     """Switches off stochastic depth, which some models (Swin) have unless told otherwise."""
     for module in body.modules():
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
 
 
-def _enable_checkpointing(body: nn.Module) -> None:
+def enable_checkpointing(body: nn.Module) -> None:
     """Switches on activation checkpointing: inside stages where timm can, else of whole stages."""
     inner = [m for m in body.modules() if m is not body and hasattr(m, "grad_checkpointing")]
     for module in inner or [body]:

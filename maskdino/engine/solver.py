@@ -3,7 +3,7 @@
 Shape key: this module handles parameters of any shape.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from detectron2.config import CfgNode
@@ -11,22 +11,32 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD, AdamW, Optimizer
 
+from maskdino.backbones import PlainViTBackbone
+
 NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-# Position tables of window transformers are plain parameters, not nn.Embedding.
-POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
+# Positions and extra tokens of transformers are plain parameters, not nn.Embedding.
+POSITION_TABLES = (
+    "relative_position_bias_table",
+    "absolute_pos_embed",
+    "pos_embed",
+    "rel_pos_h",
+    "rel_pos_w",
+    "cls_token",
+    "reg_token",
+)
 
 GradientClipper = Callable[[Iterable[nn.Parameter]], Tensor]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module, *, fused: bool = True) -> Optimizer:
-    """Builds the optimizer that ``SOLVER.OPTIMIZER`` names.
+    """Builds the optimizer that `SOLVER.OPTIMIZER` names.
 
     Parameters of equal learning rate and weight decay share a group: at most four with the default
     keys, so that a step is a few fused kernels.
 
     Args:
-        cfg: configuration; the node ``SOLVER`` is read.
-        model: the model; parameters below ``backbone.`` learn ``SOLVER.BACKBONE_MULTIPLIER`` times
+        cfg: configuration; the node `SOLVER` is read.
+        model: the model; parameters below `backbone.` learn `SOLVER.BACKBONE_MULTIPLIER` times
             as fast.
         fused: whether a step is one kernel for many parameters, where the device has it.
 
@@ -43,6 +53,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module, *, fused: bool = True) -> Op
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         weight_decay_embed=solver.WEIGHT_DECAY_EMBED,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        rate_factors=_layer_factors(model, solver.LAYER_DECAY),
     )
     if not groups:
         raise ValueError("The model has no trainable parameters; is everything frozen?")
@@ -71,28 +82,31 @@ def parameter_groups(
     weight_decay_norm: float,
     weight_decay_embed: float,
     weight_decay_bias: float | None,
+    rate_factors: Mapping[str, float] | None = None,
 ) -> list[dict]:
     """Sorts the trainable parameters by (learning rate, weight decay).
 
     Args:
         model: the model; a parameter that several modules share is taken once.
         learning_rate: of everything outside the backbone.
-        backbone_multiplier: factor for parameters below ``backbone.``.
+        backbone_multiplier: factor for parameters below `backbone.`.
         bias_multiplier: factor for biases.
         weight_decay: of all that the following do not name.
-        weight_decay_norm: of normalisation layers, their biases included.
-        weight_decay_embed: of ``nn.Embedding`` and position tables.
-        weight_decay_bias: of other biases; None means ``weight_decay``.
+        weight_decay_norm: of normalization layers, their biases included.
+        weight_decay_embed: of `nn.Embedding` and position tables.
+        rate_factors: further factors of the learning rate, by the names of parameters.
+        weight_decay_bias: of other biases; None means `weight_decay`.
 
     Returns:
-        Groups with the keys ``params``, ``lr`` and ``weight_decay``, in the order of their first
+        Groups with the keys `params`, `lr` and `weight_decay`, in the order of their first
         parameter.
     """
     bias_decay = weight_decay if weight_decay_bias is None else weight_decay_bias
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    factors = rate_factors or {}
     for module, name, parameter in _trainable_parameters(model):
         leaf = name.rpartition(".")[2]
-        rate = learning_rate
+        rate = learning_rate * factors.get(name, 1.0)
         if name.startswith("backbone."):
             rate *= backbone_multiplier
         if leaf == "bias":
@@ -108,6 +122,21 @@ def parameter_groups(
         {"params": parameters, "lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
+
+
+def _layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
+    """Factors of layer-wise decay (Bao et al., BEiT, arXiv:2106.08254): `decay ** depth`."""
+    if not 0 < decay <= 1:
+        raise ValueError(f"SOLVER.LAYER_DECAY must be above 0 and at most 1, got {decay}")
+    if decay == 1:
+        return {}
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, PlainViTBackbone):
+        raise ValueError(
+            f"SOLVER.LAYER_DECAY is {decay}, but the backbone is no plain vision transformer; set "
+            "it to 1.0 and use SOLVER.BACKBONE_MULTIPLIER"
+        )
+    return {f"backbone.{name}": decay**depth for name, depth in backbone.depths().items()}
 
 
 def _trainable_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -126,7 +155,7 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
     returns the norm of the whole model's gradient before clipping (0-d tensor on the model's
     device: reading it waits for the device, so leave that to the logger).
 
-    ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE``: "full_model" bounds the norm of all gradients together,
+    `SOLVER.CLIP_GRADIENTS.CLIP_TYPE`: "full_model" bounds the norm of all gradients together,
     "norm" that of each parameter, "value" each element.
 
     Raises:

@@ -229,9 +229,9 @@ def test_unknown_name_suggests_close_ones() -> None:
 def test_model_without_pyramid_names_the_missing_strides() -> None:
     with pytest.raises(
         ValueError,
-        match=r"'vit_tiny_patch16_224' .* strides \[16\] .*res2 \(stride 4\), .*res5 \(stride 32\)",
+        match=r"'beit_base_patch16_224' .* strides \[16\] .*res2 \(stride 4\), .*res5 \(stride",
     ):
-        build_backbone(configuration("vit_tiny_patch16_224"))
+        build_backbone(configuration("beit_base_patch16_224"))
 
 
 def test_bad_options_name_the_value() -> None:
@@ -259,7 +259,7 @@ def test_pretrained_weights_are_asked_for_unless_a_file_is_given(
 
     monkeypatch.setattr(timm, "create_model", without_network)
     cfg = configuration("resnet18", PRETRAINED=True)
-    with pytest.raises(RuntimeError, match=r"resnet18.*no network here.*MODEL.WEIGHTS"):
+    with pytest.raises(RuntimeError, match=r"resnet18.*no network here.*MODEL.TIMM.WEIGHTS"):
         build_backbone(cfg)
     cfg.MODEL.WEIGHTS = "model_final.pth"
     build_backbone(cfg)
