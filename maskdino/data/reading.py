@@ -1,4 +1,4 @@
-"""Pictures and label maps from files; whatever is wrong with one names the file."""
+"""Images and label maps from files; whatever is wrong with one names the file."""
 
 from __future__ import annotations
 
@@ -9,22 +9,11 @@ MOST_CLASSES = 255  # of a label map with 8 bits, one value of which stands for 
 
 
 class DataError(ValueError):
-    """Something is wrong with a dataset: the message names the file, the value, and what to do.
-
-    Where a process that loads data raises it, PyTorch raises it again in the process that trains,
-    and puts the whole traceback into its message; that is taken out again.
-    """
-
-    def __init__(self, message: str) -> None:
-        if message.startswith("Caught DataError in "):
-            # As tracebacks name this class; the last one is what ended the process.
-            name = f"{type(self).__module__}.{type(self).__qualname__}: "
-            message = message[message.rfind(f"\n{name}") + 1 :].removeprefix(name).rstrip("\n")
-        super().__init__(message)
+    """Something is wrong with a dataset: the message names the file, the value, and what to do."""
 
 
 def read_image(file_name: str, image_format: str | None) -> np.ndarray:
-    """Reads a picture, turned upright as its EXIF orientation says.
+    """Reads an image, turned upright as its EXIF orientation says.
 
     Args:
         file_name: a path, or whatever detectron2's path manager knows.
@@ -35,7 +24,7 @@ def read_image(file_name: str, image_format: str | None) -> np.ndarray:
         one channel.
 
     Raises:
-        DataError: the file is missing, truncated, or no picture.
+        DataError: the file is missing, truncated, or no image.
     """
     try:
         # Pillow's memory is read-only, which PyTorch, used by fvcore's transforms, warns of.
@@ -87,7 +76,7 @@ def read_label_map(file_name: str, num_classes: int, ignore_label: int) -> np.nd
 def check_same_size(
     image: np.ndarray, labels: np.ndarray, image_name: str, label_name: str
 ) -> None:
-    """Raises a DataError unless the label map has the picture's height and width."""
+    """Raises a DataError unless the label map has the image's height and width."""
     if image.shape[:2] != labels.shape[:2]:
         raise DataError(
             f"label map {label_name} has (height, width) {labels.shape[:2]}, "

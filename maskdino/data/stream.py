@@ -11,20 +11,24 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from maskdino.data.mappers import build_test_mapper
+from maskdino.data.reading import DataError
+
 logger = logging.getLogger(__name__)
 
-Mapper = Callable[[dict], dict]
+Mapper = Callable[[dict], Any]  # from a dataset dict to what the model reads
 Location = tuple[int, int]  # position in the stream, index in the dataset
 
 
@@ -141,6 +145,42 @@ class _MappedDataset(Dataset[dict]):
             return self._mapper(self._records[index])
 
 
+class _ErrorsAsValues:
+    """A mapper that returns a `DataError` where `mapper` raises one, for `LoadedBatches`."""
+
+    def __init__(self, mapper: Mapper) -> None:
+        self._mapper = mapper
+
+    def __call__(self, record: dict) -> dict | DataError:
+        try:
+            return self._mapper(record)
+        except DataError as error:
+            return error
+
+
+class LoadedBatches:
+    """Batches from processes that load them: raises here what `_ErrorsAsValues` kept there.
+
+    PyTorch would raise an error with the traceback of that process as its text instead.
+
+    Args:
+        loader: yields lists of images or errors.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        for batch in self._loader:
+            for item in batch:
+                if isinstance(item, DataError):
+                    raise item
+            yield batch
+
+
 class TrainingData:
     """The training images of a configuration, as a stream that starts where it is told to.
 
@@ -178,7 +218,7 @@ class TrainingData:
                 "SOLVER.ACCUMULATION_STEPS."
             )
         self._records = DatasetFromList(records, copy=False)
-        self._mapper = mapper
+        self._mapper = _ErrorsAsValues(mapper)
         self._repeat_factors = repeat_factors
         self._batch_size = batch_size
         self._share = batch_size // shares
@@ -191,18 +231,17 @@ class TrainingData:
     def start(self, seed: int, iteration: int) -> Iterator[list[dict]]:
         """Yields this process's micro-batches from ``iteration`` on, without end."""
         stream = ShuffledStream(self._repeat_factors, seed)
-        return iter(
-            DataLoader(
-                _MappedDataset(self._records, self._mapper, seed),
-                batch_sampler=_BatchSampler(stream, iteration * self._batch_size, self._share),
-                num_workers=self._num_workers,
-                collate_fn=_as_list,
-                worker_init_fn=_one_thread,
-                pin_memory=self._pin_memory,
-                # Of its own, so that workers draw nothing from the generator of the training.
-                generator=torch.Generator().manual_seed(seed),
-            )
+        loader = DataLoader(
+            _MappedDataset(self._records, self._mapper, seed),
+            batch_sampler=_BatchSampler(stream, iteration * self._batch_size, self._share),
+            num_workers=self._num_workers,
+            collate_fn=_as_list,
+            worker_init_fn=_one_thread,
+            pin_memory=self._pin_memory,
+            # Of its own, so that workers draw nothing from the generator of the training.
+            generator=torch.Generator().manual_seed(seed),
         )
+        return iter(LoadedBatches(loader))
 
 
 def build_training_data(cfg: CfgNode, mapper: Mapper) -> TrainingData:
@@ -225,6 +264,12 @@ def build_training_data(cfg: CfgNode, mapper: Mapper) -> TrainingData:
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
     )
+
+
+def build_test_data(cfg: CfgNode, dataset_name: str) -> LoadedBatches:
+    """Builds the images of a dataset, one by one, as the evaluation sees them."""
+    mapper = _ErrorsAsValues(build_test_mapper(cfg))
+    return LoadedBatches(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
 
 def _repeat_factors(cfg: CfgNode, records: list[dict]) -> Tensor:

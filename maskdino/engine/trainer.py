@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import (
     DatasetEvaluator,
@@ -21,22 +20,22 @@ from detectron2.evaluation import (
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import build_average
 from maskdino.checkpoint.loading import load_trained
-from maskdino.data import build_test_mapper, build_train_mapper, check_datasets
+from maskdino.data import DataError, build_train_mapper, check_datasets
 from maskdino.data.stream import (
     Purpose,
     TrainingData,
+    build_test_data,
     build_training_data,
     derive_seed,
     seed_everything,
@@ -66,6 +65,7 @@ class MaskDINOTrainer(TrainerBase):
     Attributes:
         cfg: configuration.
         seed: non-negative integer.
+        stopped: whether training ends here; hooks may set it, the same in all processes.
         training_data: what `build_train_loader` returned.
         average: the averaged weights, or None.
         scheduler: learning-rate schedule.
@@ -92,6 +92,7 @@ class MaskDINOTrainer(TrainerBase):
         optimizer = self.build_optimizer(cfg, model)
         self.training_data = self.build_train_loader(cfg)
         self._batches: Iterator[list[dict]] = iter(())
+        self.stopped = False
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.average = build_average(cfg, model)
         self._train_step = TrainStep(
@@ -147,9 +148,9 @@ class MaskDINOTrainer(TrainerBase):
         return build_training_data(cfg, build_train_mapper(cfg))
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        """Returns the images of a dataset, one by one, as the evaluation sees them."""
-        return build_detection_test_loader(cfg, dataset_name, mapper=build_test_mapper(cfg))
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        """See `maskdino.data.stream.build_test_data`."""
+        return build_test_data(cfg, dataset_name)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -208,6 +209,7 @@ class MaskDINOTrainer(TrainerBase):
             nothing was evaluated.
 
         Raises:
+            DataError: the data are at fault; nothing is logged, as the message says it all.
             FloatingPointError: see `TrainStep.run`.
         """
         logger.info("The seed is %d; training starts at iteration %d.", self.seed, self.start_iter)
@@ -219,7 +221,7 @@ class MaskDINOTrainer(TrainerBase):
             if self.start_iter:
                 logger.warning("The data of a %s begin anew.", type(data).__name__)
         try:
-            super().train(self.start_iter, self.max_iter)
+            self._iterate()
         finally:
             self._batches = iter(())  # ends the loading processes
         if not self._results or not comm.is_main_process():
@@ -227,6 +229,26 @@ class MaskDINOTrainer(TrainerBase):
         if self.cfg.TEST.EXPECTED_RESULTS:
             verify_results(self.cfg, self._results)
         return self._results
+
+    def _iterate(self) -> None:
+        """Makes all steps, with hooks as in `TrainerBase.train`, which cannot end early."""
+        self.stopped = False
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                while self.iter < self.max_iter and not self.stopped:
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                    self.iter += not self.stopped
+            except DataError:
+                raise
+            except Exception:
+                logger.exception("The training ended at iteration %d:", self.iter)
+                raise
+            finally:
+                self.after_train()
 
     def run_step(self) -> None:
         """Makes one optimizer step and records its scalars.

@@ -2,12 +2,19 @@
 
 import itertools
 import random
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
+from PIL import Image
 
-from maskdino.data.stream import ShuffledStream, TrainingData
+from maskdino.data import DataError
+from maskdino.data.reading import read_image
+from maskdino.data.stream import ShuffledStream, TrainingData, build_test_data
 from maskdino.data.stream import comm as stream_comm
 
 FACTORS = {
@@ -111,3 +118,51 @@ def test_loading_leaves_random_numbers_alone(num_workers: int) -> None:
 def test_batch_that_does_not_divide_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"IMS_PER_BATCH is 4; .* 1 processes x 3"):
         data(accumulation_steps=3)
+
+
+def broken_mapper(record: dict) -> dict:
+    """Reads an image that is no image."""
+    if record["index"] == 3:
+        read_image(record["file_name"], "RGB")
+    return record
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_errors_of_loading_processes_lose_their_traceback(num_workers: int, tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no image")
+    records = [{"index": index, "file_name": str(path)} for index in range(7)]
+    source = TrainingData(
+        records,
+        broken_mapper,
+        repeat_factors=torch.ones(7),
+        batch_size=1,
+        accumulation_steps=1,
+        num_workers=num_workers,
+        pin_memory=False,
+    )
+    with pytest.raises(DataError) as caught:
+        list(itertools.islice(source.start(9, 0), 7))
+    assert re.fullmatch(
+        rf"cannot read image {path}: .*\. Replace the file or remove its annotations",
+        str(caught.value),
+    )
+
+
+def test_errors_of_an_evaluation_lose_their_traceback(
+    make_cfg: Callable, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    image = tmp_path / "image.png"
+    Image.new("RGB", (40, 30)).save(image)
+    records = [
+        {"file_name": str(image), "image_id": i, "height": 30, "width": 40} for i in range(2)
+    ]
+    records[1]["file_name"] = str(tmp_path / "lost.png")
+    DatasetCatalog.register("lost_test", lambda: records)
+    request.addfinalizer(lambda: DatasetCatalog.remove("lost_test"))
+    batches = build_test_data(make_cfg("DATALOADER.NUM_WORKERS", 1), "lost_test")
+    assert len(batches) == 2
+    loaded = iter(batches)
+    assert [entry["image_id"] for entry in next(loaded)] == [0]
+    with pytest.raises(DataError, match=rf"^image {tmp_path}/lost\.png does not exist$"):
+        next(loaded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from maskdino.engine.launch import free_port, launch
+from maskdino.engine.launch import launch
 from maskdino.ops.points import PointSampler
-from tests.helpers import NARROW
 from tests.engine.stand_in import read_checkpoint, tiny_config, train, train_in_process
+from tests.helpers import NARROW
 
 # What depends on the batch of a process, or is drawn at random, differs by design: noised queries
 # (padded to the most objects of an image of the batch) are off, points are fixed below. Adam would
@@ -101,7 +102,9 @@ def test_two_processes_train_masks_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_machines_train_as_one(alone: Path, tmp_path: Path, repository: Path) -> None:
     """Two launchers that know each other by address alone, as on two machines."""
-    url = f"tcp://127.0.0.1:{free_port()}"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     script = (
         "import sys\n"
         "from pathlib import Path\n"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import TrainerBase
+from detectron2.engine import HookBase, TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 from maskdino.checkpoint.ema import WeightAverage
-from maskdino.data import build_train_mapper
+from maskdino.data import DataError, build_train_mapper
 from maskdino.engine.launch import launch
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
 from tests.engine.stand_in import read_checkpoint, tiny_config, train, train_in_process
@@ -303,3 +303,34 @@ def test_too_many_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="2 GPUs asked for, but 1 found"):
         launch(print, processes=2)
+
+
+def test_training_ends_where_a_hook_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Stop(HookBase):
+        def after_step(self) -> None:
+            self.trainer.stopped = self.trainer.iter == 1
+
+    trainer = MaskDINOTrainer(tiny_config(tmp_path, "SOLVER.MAX_ITER", 6))
+    trainer.register_hooks([Stop()])
+    trainer.train()
+    assert trainer.iter == 1
+    assert not (tmp_path / "model_final.pth").exists()
+    trainer.start_iter = 2
+    trainer.train()
+    assert trainer.iter == 6
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize(("kind", "logged"), [(DataError, False), (ZeroDivisionError, True)])
+def test_errors_of_the_data_are_not_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: type[Exception], logged: bool
+) -> None:
+    class Fail(HookBase):
+        def before_step(self) -> None:
+            raise kind("of no use")
+
+    trainer = MaskDINOTrainer(tiny_config(tmp_path, "SOLVER.MAX_ITER", 2))
+    trainer.register_hooks([Fail()])
+    with pytest.raises(kind):
+        trainer.train()
+    assert ("Traceback" in caplog.text) is logged
