@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -83,6 +84,18 @@ def clipped_adamw(
         return nn.utils.clip_grad_norm_(parameters, clip_norm)
 
     return _clipped(AdamW(params, lr=lr, **options), clip)
+
+
+def feature_shapes(**channels: int) -> dict[str, ShapeSpec]:
+    """Shapes of a backbone's features by their names, for LazyConfig: res2 has stride 4.
+
+    Args:
+        channels: of each feature, such as ``res2=256``.
+    """
+    return {
+        name: ShapeSpec(channels=number, stride=2 ** int(name.removeprefix("res")))
+        for name, number in channels.items()
+    }
 
 
 def _clipped(optimizer: Any, clip: solver.GradientClipper) -> Any:
