@@ -5,9 +5,11 @@ detectron2, under names that are free; names that other packages are known to re
 `add_maskdino_config`.
 """
 
-from maskdino import program
+from maskdino import program, released_names
 from maskdino.program import VERSION as __version__  # noqa: F401
+from maskdino.released_names import missing_attribute as __getattr__  # noqa: F401
 
+released_names.install()
 if program.is_command() or program.is_script():
     program.wait_briefly()
 if not program.is_command():  # which loads the rest when it is sure to need it

@@ -41,6 +41,7 @@ RULES = (
     Rule("structures", outside=TENSORS),
     Rule("registration", outside=()),
     Rule("files", outside=()),
+    Rule("released_names", outside=()),
     Rule("compat"),
     Rule("extensions", outside=("fvcore",)),
     Rule("config", ("extensions", "registration"), outside=("detectron2.config", "yaml")),
