@@ -20,7 +20,7 @@ from detectron2.evaluation import (
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import EventStorage, EventWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -41,9 +41,12 @@ from maskdino.data.stream import (
     seed_everything,
 )
 from maskdino.devices import settle_device
-from maskdino.engine.hooks import ConsoleWriter, PeriodicCheckpoint, Resources, SaveAverage
+from maskdino.engine.before_training import check_settings, warn_of_schedule
+from maskdino.engine.best_checkpoint import BestCheckpoint
+from maskdino.engine.hooks import PeriodicCheckpoint, Resources, SaveAverage
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
+from maskdino.engine.writers import WriteScalars, build_writers
 from maskdino.evaluation.build import build_evaluator
 from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
 
@@ -83,7 +86,9 @@ class MaskDINOTrainer(TrainerBase):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = DefaultTrainer.auto_scale_workers(settle_device(cfg), comm.get_world_size())
+        check_settings(cfg)
         check_datasets(cfg)
+        warn_of_schedule(cfg)
         self.cfg = cfg
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.seed = cfg.SEED if cfg.SEED >= 0 else _draw_seed()
@@ -169,20 +174,18 @@ class MaskDINOTrainer(TrainerBase):
             result.append(SaveAverage(checkpointer, self.average))
         # Before the evaluation: should that fail, the weights are safe.
         result.append(PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
-        result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
+        if cfg.SOLVER.BEST.METRIC:
+            best = BestCheckpoint(cfg, self._plain_model, self.average)
+            result += [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, best.evaluate), best]
+        else:
+            result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
         if comm.is_main_process():
-            result.append(hooks.PeriodicWriter(self.build_writers(), period=WRITE_PERIOD))
+            result.append(WriteScalars(self.build_writers(), period=WRITE_PERIOD))
         return result
 
     def build_writers(self) -> list[EventWriter]:
-        """Returns the writers of the console, `metrics.json` and TensorBoard."""
-        folder = self.cfg.OUTPUT_DIR
-        PathManager.mkdirs(folder)
-        return [
-            ConsoleWriter(self.max_iter),
-            JSONWriter(os.path.join(folder, "metrics.json")),
-            TensorboardXWriter(folder),
-        ]
+        """See `maskdino.engine.writers.build_writers`."""
+        return build_writers(self.cfg, self.max_iter)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Goes on from the last checkpoint of `OUTPUT_DIR`, or loads `MODEL.WEIGHTS`.

@@ -1,0 +1,60 @@
+"""What a configuration asks of a run, checked before the run takes any time."""
+
+import logging
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from maskdino.engine.best_checkpoint import check_best
+from maskdino.engine.writers import check_writers
+from maskdino.evaluation.build import check_evaluators
+from maskdino.extensions import AUGMENTATION_REGISTRY, MAPPER_REGISTRY
+
+logger = logging.getLogger(__name__)
+
+STEPPED = ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR")  # schedules that read SOLVER.STEPS
+
+
+def check_settings(cfg: CfgNode, *, trains: bool = True) -> None:
+    """Checks names that a configuration refers to: of mappers, augmentations, evaluators, writers.
+
+    Evaluators depend on the datasets; those that are not registered are left to `check_datasets`.
+
+    Args:
+        cfg: configuration.
+        trains: whether there will be a training, or only an evaluation.
+
+    Raises:
+        ValueError: a name is unknown, or SOLVER.BEST cannot be followed.
+    """
+    is_known = set(cfg.DATASETS.TEST) <= set(DatasetCatalog.list())
+    if is_known:
+        check_evaluators(cfg)
+    if trains:
+        MAPPER_REGISTRY.check([cfg.INPUT.DATASET_MAPPER_NAME])
+        AUGMENTATION_REGISTRY.check(cfg.INPUT.AUGMENTATIONS)
+        check_writers(cfg)
+        if is_known:
+            check_best(cfg)
+
+
+def warn_of_schedule(cfg: CfgNode) -> None:
+    """Warns of parts of the schedule that the run is too short for."""
+    solver = cfg.SOLVER
+    beyond = [step for step in solver.STEPS if step >= solver.MAX_ITER]
+    if beyond and solver.LR_SCHEDULER_NAME in STEPPED:
+        logger.warning(
+            "SOLVER.STEPS %s are not reached in SOLVER.MAX_ITER %d iterations: the learning rate "
+            "falls %d times, not %d. Write earlier steps, or () for none.",
+            beyond,
+            solver.MAX_ITER,
+            len(solver.STEPS) - len(beyond),
+            len(solver.STEPS),
+        )
+    if solver.WARMUP_ITERS >= solver.MAX_ITER and solver.WARMUP_FACTOR != 1:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS %d is no less than SOLVER.MAX_ITER %d: the learning rate never "
+            "gets to SOLVER.BASE_LR.",
+            solver.WARMUP_ITERS,
+            solver.MAX_ITER,
+        )
