@@ -49,9 +49,22 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
             f"Overrides are KEY VALUE pairs, but these are {len(overrides)} words: "
             f"{list(overrides)}"
         )
-    _check_keys(overrides[::2], known, "on the command line")
+    names = [name for name in overrides[::2] if not name.startswith(_OPEN_NODES)]
+    _check_keys(names, known, "on the command line")
+    _make_open_keys(cfg, overrides[::2])
     cfg.merge_from_list(list(overrides))
     return cfg
+
+
+def _make_open_keys(cfg: CfgNode, names: Sequence[str]) -> None:
+    """Gives the keys of open nodes a place, as a list of values can only replace what is there."""
+    for name in names:
+        if name.startswith(_OPEN_NODES):
+            *nodes, last = name.split(".")
+            node = cfg
+            for part in nodes:
+                node = node[part]
+            node.setdefault(last, None)
 
 
 def _read_file(config_file: str) -> dict[str, Any]:
@@ -192,7 +205,8 @@ def _add_backbone(cfg: CfgNode) -> None:
     timm.DROP_PATH_RATE = 0.0  # largest probability that a block is skipped in training
     # Recompute activations in the backward pass: less memory, more time.
     timm.ACTIVATION_CHECKPOINT = False
-    timm.ARGS = CfgNode(new_allowed=True)  # more arguments of timm.create_model, such as embed_dim
+    # More arguments of timm.create_model, such as embed_dim; null takes one of a `_BASE_` back.
+    timm.ARGS = CfgNode(new_allowed=True)
     # Plain vision transformers: timm's models of one stride, through a simple feature pyramid.
     vit = cfg.MODEL.VIT = CfgNode()
     vit.PYRAMID_CHANNELS = 256

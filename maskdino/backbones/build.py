@@ -104,7 +104,7 @@ def _timm_backbone(cfg: CfgNode, name: str, input_shape: ShapeSpec) -> Backbone:
         "drop_path_rate": options.DROP_PATH_RATE,
         "activation_checkpoint": options.ACTIVATION_CHECKPOINT,
         "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
-        "arguments": options.ARGS,
+        "arguments": {key: value for key, value in options.ARGS.items() if value is not None},
     }
     if is_plain_vit(name):
         vit = cfg.MODEL.VIT

@@ -1,6 +1,7 @@
 """The adapter from timm to detectron2: outputs, options, errors."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_model
 from torch import Tensor, nn
 
 from maskdino.backbones import TimmBackbone, build_backbone
-from maskdino.config import add_maskdino_config
+from maskdino.config import add_maskdino_config, load_config
 
 TINY_SWIN = {"embed_dim": 12, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 3, 4]}
 SWIN = "swin_tiny_patch4_window7_224"
@@ -263,3 +264,14 @@ def test_pretrained_weights_are_asked_for_unless_a_file_is_given(
         build_backbone(cfg)
     cfg.MODEL.WEIGHTS = "model_final.pth"
     build_backbone(cfg)
+
+
+def test_arguments_of_another_backbone_can_be_taken_back(tmp_path: Path) -> None:
+    base = "MODEL: {BACKBONE: {NAME: %s}, TIMM: {ARGS: {embed_dim: 12, depths: [2, 2, 2, 2]}}}"
+    (tmp_path / "base.yaml").write_text(base % SWIN)
+    own = "_BASE_: base.yaml\nMODEL: {BACKBONE: {NAME: resnet10t}, TIMM: {ARGS: {%s}}}"
+    (tmp_path / "own.yaml").write_text(own % "embed_dim: null, depths: null")
+    cfg = load_config(str(tmp_path / "own.yaml"), ["MODEL.TIMM.ARGS.output_stride", "32"])
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    assert build_backbone(cfg).output_shape()["res5"].channels == 512
+    assert load_config(str(tmp_path / "own.yaml")).MODEL.TIMM.ARGS.embed_dim is None
