@@ -101,8 +101,7 @@ def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
             args.config_file, args.weights, opts=args.opts, **common
         )
     task = next(task for task in TASKS if task in predictor.options.tasks)
-    predictor.options = replace(predictor.options, tasks=(task,))
-    return predictor
+    return predictor.with_options(tasks=(task,))
 
 
 def run_overlapped(

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from PIL import Image
 
-from maskdino import build_train_mapper
 from maskdino.categories import Categories
 from maskdino.config import load_config
+from maskdino.data import build_train_mapper
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model_zoo import find_config
@@ -36,7 +36,7 @@ from maskdino.visualization.results import ImageResult
 
 COLUMNS = 5  # decoder layers in a row
 LAYER_PIXELS = 380  # as the next one, for decoder layers
-PANEL_PIXELS = 560  # smaller pictures are enlarged to about this, so that lines look thin
+PANEL_PIXELS = 560  # smaller images are enlarged to about this, so that lines look thin
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -83,7 +83,7 @@ def spread(records: list[dict], number: int) -> list[dict]:
 
 
 def enlargement(size: tuple[int, int]) -> int:
-    """Whole factor that brings a picture near to `PANEL_PIXELS`."""
+    """Whole factor that brings an image near to `PANEL_PIXELS`."""
     return max(1, round(PANEL_PIXELS / max(size)))
 
 
@@ -92,7 +92,7 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def pixels(size: Sequence[int]) -> str:
+def in_pixels(size: Sequence[int]) -> str:
     """(height, width, ...) in words."""
     return f"{size[1]} x {size[0]} px"
 
@@ -100,48 +100,44 @@ def pixels(size: Sequence[int]) -> str:
 def caption(heading: str, result: ImageResult, task: str) -> str:
     """What stands above a panel."""
     if task == "instance":
-        return f"{heading}: {counted(len(result.boxes), 'object')}"
+        return f"{heading}: {counted(len(result), 'object')}"
     if task == "panoptic":
-        return f"{heading}: {counted(len(result.segments), 'segment')}"
+        return f"{heading}: {counted(len(result.segments or ()), 'segment')}"
     return f"{heading}: classes"
 
 
 def comparison(truth: ImageResult, predicted: ImageResult, threshold: float) -> np.ndarray:
-    """One row for each task: the picture, ground truth where there is any, and predictions."""
+    """One row for each task: ground truth where there is any, and predictions."""
     scale = enlargement(truth.size)
     rows = []
     for task in predicted.tasks:
         panels = []
         if task in truth.tasks:
-            picture = truth.draw(task, scale=scale)
-            panels.append((caption("ground truth", truth, task), picture))
+            drawn = truth.draw(task, scale=scale)
+            panels.append((caption("ground truth", truth, task), drawn))
         heading = f"predicted, score {threshold:g}+" if task == "instance" else "predicted"
-        picture = predicted.draw(task, scale=scale)
-        panels.append((caption(heading, predicted, task), picture))
+        drawn = predicted.draw(task, scale=scale)
+        panels.append((caption(heading, predicted, task), drawn))
         rows.append(beside(panels))
     return below(rows)
 
 
 def draw_predictions(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
-    """Writes one picture for each image; returns the paths."""
+    """Writes one figure for each image; returns the paths."""
     name = args.dataset or cfg.DATASETS.TEST[0]
-    if name not in DatasetCatalog.list():
-        raise ValueError(f"there is no dataset {name!r}; registered are {DatasetCatalog.list()}")
     predictor = MaskDINOPredictor.from_config(
         args.config_file,
         args.weights,
         device=args.device,
         confidence_threshold=args.confidence_threshold,
+        dataset=name,
         opts=args.opts,
     )
     records = spread(DatasetCatalog.get(name), args.num_images)
-    # Class names are known once the annotations were read.
-    categories = Categories.from_metadata(MetadataCatalog.get(name), len(predictor.categories))
-    predictor.categories = categories
     paths = []
     results = predictor.stream(record["file_name"] for record in records)
     for record, predicted in zip(records, results, strict=True):
-        truth = ground_truth_of(record, categories)
+        truth = ground_truth_of(record, predictor.categories)
         sheet = comparison(truth, predicted, args.confidence_threshold)
         paths.append(args.output / f"{Path(record['file_name']).stem}.png")
         Image.fromarray(sheet).save(paths[-1])
@@ -149,15 +145,14 @@ def draw_predictions(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
 
 
 def draw_attention(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
-    """Writes one picture for each image and query; returns the paths."""
-    predictor = MaskDINOPredictor.from_config(
-        args.config_file, args.weights, device=args.device, opts=args.opts
-    )
-    names = args.input
-    if not names:
-        records = spread(DatasetCatalog.get(cfg.DATASETS.TEST[0]), args.num_images)
+    """Writes one figure for each image and query; returns the paths."""
+    names, dataset = args.input, None if args.input else cfg.DATASETS.TEST[0]
+    if dataset is not None:
+        records = spread(DatasetCatalog.get(dataset), args.num_images)
         names = [record["file_name"] for record in records]
-        predictor.categories = Categories.from_config(cfg)
+    predictor = MaskDINOPredictor.from_config(
+        args.config_file, args.weights, device=args.device, dataset=dataset, opts=args.opts
+    )
     paths = []
     for name in names:
         image = load_image(name)
@@ -175,7 +170,7 @@ def draw_attention(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
 
 
 def draw_data(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
-    """Writes one picture for each training example; returns the paths."""
+    """Writes one figure for each training example; returns the paths."""
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -188,9 +183,12 @@ def draw_data(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
         seen = ground_truth_of_example(example, categories, cfg.INPUT.FORMAT)
         original = load_image(record["file_name"])
         panels = [
-            (f"file, {pixels(original.shape)}", enlarge(original, enlargement(original.shape[:2]))),
             (
-                caption(f"augmented, {pixels(seen.size)}", seen, "instance"),
+                f"file, {in_pixels(original.shape)}",
+                enlarge(original, enlargement(original.shape[:2])),
+            ),
+            (
+                caption(f"augmented, {in_pixels(seen.size)}", seen, "instance"),
                 seen.draw("instance", scale=enlargement(seen.size), show_boxes=True),
             ),
         ]
@@ -209,4 +207,4 @@ def main(words: list[str] | None = None) -> None:
         paths = draw[args.view](args, cfg)
     except (KeyError, ValueError, OSError) as error:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
-    print(f"{counted(len(paths), 'picture')} in {args.output}")
+    print(f"{counted(len(paths), 'figure')} in {args.output}")

@@ -17,20 +17,22 @@ from torch import Tensor, nn
 
 from maskdino.inference.predictor import MaskDINOPredictor, TorchNetwork
 from maskdino.model import MaskDINO
+from maskdino.modeling.attention import MultiScaleDeformableAttention
 from maskdino.modeling.decoder import DecoderState
 from maskdino.ops.ms_deform_attn import locations_and_weights
-from maskdino.postprocess import Frame, output_boxes, output_masks
+from maskdino.postprocess import Frame
+from maskdino.postprocess.frame import output_boxes, output_masks
 from maskdino.rle import encode_mask
 from maskdino.structures import SpatialShapes
 from maskdino.visualization.drawing import Region, draw_regions, line_width
-from maskdino.visualization.images import ImageSource, load_image, network_image, network_size
+from maskdino.visualization.images import ImageSource, load_image, network_image
 
 RED, GREEN, BLUE = (230, 30, 30), (30, 220, 30), (40, 90, 255)
 
 
 @dataclass(frozen=True)
 class LayerView:
-    """One query at one layer, in pixels of the picture.
+    """One query at one layer, in pixels of the image.
 
     Attributes:
         layer: 0 for the query before the first decoder layer.
@@ -55,15 +57,15 @@ class LayerView:
         regions = [Region(GREEN, box=tuple(self.box.tolist()))]
         if self.rle is not None:
             regions.append(Region(RED, rle=self.rle))
-        picture = Image.fromarray(draw_regions(image, regions, scale=scale, show_boxes=True))
-        drawing = ImageDraw.Draw(picture)
+        drawn = Image.fromarray(draw_regions(image, regions, scale=scale, show_boxes=True))
+        drawing = ImageDraw.Draw(drawn)
         unit = max(1.5, line_width(image) * scale / 2)
         # Of M heads with L * P points each, an average point weighs M / number of points.
         average = max(float(self.weights.mean()), 1e-6) if len(self.weights) else 1.0
         for (x, y), weight in zip(scale * self.points, self.weights, strict=True):
             radius = unit * (0.6 + min(1.5, 0.7 * np.sqrt(weight / average)))
             drawing.ellipse([x - radius, y - radius, x + radius, y + radius], fill=BLUE)
-        return np.array(picture)
+        return np.array(drawn)
 
 
 @torch.inference_mode()
@@ -74,7 +76,7 @@ def follow_queries(
 
     Args:
         predictor: of a model in PyTorch.
-        source: one picture.
+        source: one image.
         queries: numbers of queries; or how many of those with the best final class scores.
 
     Returns:
@@ -87,17 +89,17 @@ def follow_queries(
         raise ValueError("only a model in PyTorch shows its layers")
     model, options = predictor.network.model, predictor.options
     image = load_image(source)
-    size = network_size(image.shape[:2], options.shortest, options.longest)
+    size, _ = options.sizes_of((image.shape[0], image.shape[1]))
     tensor = network_image(image, size, options.image_format)
     batch = model.preprocess([{"image": tensor}]).tensor
     with _recorded(model) as record:
-        _, pixels = model.predict(batch)
-    frame = Frame(tuple(batch.shape[-2:]), size, image.shape[:2])
+        _, pixel_embedding = model.predict(batch)
+    frame = Frame((batch.shape[2], batch.shape[3]), size, (image.shape[0], image.shape[1]))
     scores = model.inference.class_scores(_classes(model, record.states[-1])[0][0]).amax(-1)
     chosen = _chosen(queries, scores)
     index = torch.tensor(chosen, device=scores.device)
     layers = [
-        _views(model, record, layer, index, None if pixels is None else pixels[0], frame)
+        _views(model, record, layer, index, pixel_embedding, frame)
         for layer in range(len(record.states))
     ]
     return [(number, [views[i] for views in layers]) for i, number in enumerate(chosen)]
@@ -123,15 +125,19 @@ def _recorded(model: MaskDINO) -> Iterator[_Record]:
     def at_end(_: nn.Module, __: tuple, states: list[DecoderState]) -> None:
         record.states.extend(states)
 
-    handles = [
-        layer.cross_attn.register_forward_pre_hook(at_sampling) for layer in model.decoder.layers
-    ]
+    handles = [attention.register_forward_pre_hook(at_sampling) for attention in _attentions(model)]
     handles.append(model.decoder.register_forward_hook(at_end))
     try:
         yield record
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _attentions(model: MaskDINO) -> list[MultiScaleDeformableAttention]:
+    """The deformable attention of each decoder layer."""
+    modules = model.decoder.modules()
+    return [module for module in modules if isinstance(module, MultiScaleDeformableAttention)]
 
 
 def _classes(model: MaskDINO, state: DecoderState) -> tuple[Tensor, Tensor | None]:
@@ -143,14 +149,17 @@ def _chosen(queries: int | Sequence[int], scores: Tensor) -> list[int]:
         return scores.topk(min(queries, len(scores))).indices.tolist()
     wrong = [query for query in queries if not 0 <= query < len(scores)]
     if wrong:
-        raise ValueError(
-            f"there is no query {wrong[0]}: the model has {len(scores)} on this picture"
-        )
+        raise ValueError(f"there is no query {wrong[0]}: the model has {len(scores)} on this image")
     return list(queries)
 
 
 def _views(
-    model: MaskDINO, record: _Record, layer: int, index: Tensor, pixels: Tensor | None, frame: Frame
+    model: MaskDINO,
+    record: _Record,
+    layer: int,
+    index: Tensor,
+    pixel_embedding: Tensor | None,
+    frame: Frame,
 ) -> list[LayerView]:
     """All chosen queries at one layer."""
     state = record.states[layer]
@@ -158,9 +167,9 @@ def _views(
     scores, labels = model.inference.class_scores(class_logits[0, index]).max(-1)
     boxes = output_boxes(state.boxes[0, index], frame).cpu().numpy()
     rles: list[dict | None] = [None] * len(index)
-    if embeddings is not None:
-        logits = (x for part in output_masks(embeddings[0, index], pixels, frame) for x in part)
-        rles = [encode_mask((x > 0).cpu().numpy()) for x in logits]
+    if embeddings is not None and pixel_embedding is not None:
+        parts = output_masks(embeddings[0, index], pixel_embedding[0], frame)
+        rles = [encode_mask(mask) for part in parts for mask in (part > 0).cpu().numpy()]
     points = np.zeros((len(index), 0, 2), np.float32)
     weights = np.zeros((len(index), 0), np.float32)
     if layer > 0:
@@ -174,8 +183,8 @@ def _views(
 def _sampling(
     model: MaskDINO, record: _Record, layer: int, index: Tensor, frame: Frame
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Points (q, M * L * P, 2) in pixels of the picture, and their weights (q, M * L * P)."""
-    attention = model.decoder.layers[layer].cross_attn
+    """Points (q, M * L * P, 2) in pixels of the image, and their weights (q, M * L * P)."""
+    attention = _attentions(model)[layer]
     queries, tokens, spatial_shapes, reference = record.sampled[layer]
     queries, reference = queries[:, index], reference[:, index]
     both = (attention.sampling_offsets(queries), attention.attention_weights(queries))
@@ -187,7 +196,7 @@ def _sampling(
         attention.num_points,
     )
     points = locations[0].flatten(1, 3)  # (q, M * L * P, 2) in [0, 1] of the canvas
-    # As boxes without extent, points take the way of boxes to the picture.
+    # As boxes without extent, points take the way of boxes to the image.
     boxes = torch.cat([points, torch.zeros_like(points)], dim=-1)
     corners = output_boxes(boxes.flatten(0, 1), frame)[:, :2].view_as(points)
     return corners.cpu().numpy(), weights[0].flatten(1).cpu().numpy()

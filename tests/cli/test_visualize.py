@@ -47,7 +47,7 @@ def test_views_of_the_nuclei(config: Path, tmp_path: Path, capsys: pytest.Captur
     visualize.main(["attention", *common, "--input", str(one), "--num-queries", "1"])
     (followed,) = output.glob("*_query*.png")
     assert np.array(Image.open(followed)).std() > 10
-    assert "1 picture in" in capsys.readouterr().out
+    assert "1 figure in" in capsys.readouterr().out
 
 
 def test_errors_are_sentences(config: Path, tmp_path: Path) -> None:

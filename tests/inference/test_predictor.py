@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from maskdino.inference.predictor import MaskDINOPredictor
@@ -17,7 +18,7 @@ from maskdino.postprocess import frame as frame_module
 from maskdino.postprocess import instances as instances_module
 from maskdino.visualization.images import ImageError
 from maskdino.visualization.results import ImageResult
-from tests.helpers import NUM_CLASSES, tiny_cfg
+from tests.helpers import CHANNELS, NUM_CLASSES, tiny_cfg
 
 TASKS = ("instance", "panoptic", "semantic")
 
@@ -227,6 +228,48 @@ def test_from_config_loads_the_checkpoint(
     other = ["MODEL.MASK_DINO.NUM_CLASSES", str(NUM_CLASSES + 1)]
     with pytest.raises(ValueError, match="does not fit"):
         MaskDINOPredictor.from_config(*arguments, opts=other)
+
+
+def test_classes_of_a_dataset_by_its_name(model: MaskDINO, cfg: CfgNode, tmp_path: Path) -> None:
+    """Names that only its annotations tell, in the predictor's own way; nobody assigns them."""
+    names = ["a", "b", "c", "d", "e"]
+    metadata = MetadataCatalog.get("predictor_test_dataset")
+    DatasetCatalog.register(
+        "predictor_test_dataset", lambda: metadata.set(thing_classes=names) and []
+    )
+    try:
+        (tmp_path / "config.yaml").write_text(cfg.dump())
+        torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+        predictor = MaskDINOPredictor.from_config(
+            tmp_path / "config.yaml", tmp_path / "weights.pth", dataset="predictor_test_dataset"
+        )
+    finally:
+        DatasetCatalog.remove("predictor_test_dataset")
+        MetadataCatalog.remove("predictor_test_dataset")
+    assert list(predictor.categories.names) == names
+    few = predictor.with_options(tasks=("instance",), confidence_threshold=0.3)
+    assert predictor.options.tasks == TASKS
+    result = few(picture(64, 80))
+    assert result.tasks == ("instance",)
+    assert result.class_names == [names[label] for label in result.class_ids]
+    with pytest.raises(ValueError, match="there is no dataset 'nowhere'"):
+        MaskDINOPredictor.from_model(model, cfg, dataset="nowhere")
+
+
+def test_features_of_objects(model: MaskDINO, cfg: CfgNode) -> None:
+    """What the decoder knows of an object: its class head makes the object's class of it."""
+    asked = {"confidence_threshold": 0.3, "tasks": ("instance",)}
+    plain = MaskDINOPredictor.from_model(model, cfg, **asked)(picture(64, 80))
+    result = MaskDINOPredictor.from_model(model, cfg, **asked, features=True)(picture(64, 80))
+    assert plain.features is None
+    assert_equal(plain, result)
+    assert result.features.shape == (len(result), CHANNELS) and result.features.dtype == np.float32
+    with torch.no_grad():
+        logits, _ = model.heads.classes_and_masks(torch.from_numpy(result.features))
+    scores = logits.sigmoid()[torch.arange(len(result)), torch.from_numpy(result.class_ids)]
+    assert len(result) > 1 and (scores >= torch.from_numpy(result.scores) - 1e-5).all()
+    few = result.select(np.array([1]))
+    np.testing.assert_array_equal(few.features, result.features[1:2])
 
 
 def test_wrong_arguments_are_named(cfg: CfgNode, tmp_path: Path) -> None:
