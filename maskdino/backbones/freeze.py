@@ -1,10 +1,13 @@
 """Freezing of the first stages of a timm feature extractor, counted as detectron2 counts them."""
 
+from typing import Any
+
+from typing import Any
+
 from timm.utils import freeze
-from torch import nn
 
 
-def freeze_stages(body: nn.Module, freeze_at: int) -> None:
+def freeze_stages(body: Any, freeze_at: int) -> None:
     """Freezes parameters and batch-norm statistics of the first stages (in place).
 
     Args:
@@ -45,10 +48,11 @@ def _topmost_until(names: list[str], last: int) -> list[str]:
     return chosen
 
 
-def _stage_name(body: nn.Module, stride: int) -> str:
+def _stage_name(body: Any, stride: int) -> str:
     """Name inside `body` of the module that gives the last feature of this stride."""
     modules = dict(body.named_modules())
-    named = [info["module"] for info in body.feature_info.info if info["reduction"] == stride]
+    features: Any = body.feature_info
+    named = [info["module"] for info in features.info if info["reduction"] == stride]
     if not named:
         raise ValueError(
             f"MODEL.BACKBONE.FREEZE_AT asks for a stage of stride {stride}; there is none"

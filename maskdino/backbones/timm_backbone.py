@@ -48,6 +48,8 @@ class TimmBackbone(Backbone):
         RuntimeError: when the pretrained weights cannot be had.
     """
 
+    body: Any  # timm's extractor, which tells its features as attributes
+
     def __init__(
         self,
         *,
@@ -179,7 +181,7 @@ def _check_name(name: str) -> None:
     )
 
 
-def extractor(name: str, options: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+def extractor(name: str, options: Mapping[str, Any], pretrained: bool = False) -> Any:
     """Makes timm's feature extractor of a model.
 
     Args:
@@ -233,6 +235,8 @@ def disable_drop_path(body: nn.Module) -> None:
 
 def enable_checkpointing(body: nn.Module) -> None:
     """Switches on activation checkpointing: inside stages where timm can, else of whole stages."""
-    inner = [m for m in body.modules() if m is not body and hasattr(m, "grad_checkpointing")]
+    inner: list[Any] = [
+        m for m in body.modules() if m is not body and hasattr(m, "grad_checkpointing")
+    ]
     for module in inner or [body]:
         module.grad_checkpointing = True

@@ -41,7 +41,7 @@ def _token_options(name: str) -> dict[str, Any]:
     """Arguments with which timm makes this model for patches of 16 pixels and any image size."""
     try:
         with torch.device("meta"):
-            model = timm.create_model(name)
+            model: Any = timm.create_model(name)
     except (RuntimeError, TypeError, AssertionError) as error:
         raise ValueError(f"timm cannot make {name!r}: {error}") from error
     patch, size = model.patch_embed.patch_size, model.patch_embed.img_size
@@ -83,6 +83,8 @@ class PlainViTBackbone(Backbone):
         ValueError: for a name that is no plain ViT, or a bad option.
         RuntimeError: when the weights cannot be had.
     """
+
+    body: Any  # timm's extractor; the transformer is `body.model`
 
     def __init__(
         self,
@@ -208,7 +210,7 @@ class SimpleFeaturePyramid(nn.Module):
         # hundreds of times larger than others.
         self.norm = LayerNorm2d(in_channels)
         half, quarter = in_channels // 2, in_channels // 4
-        scales = {
+        scales: dict[str, tuple[list[nn.Module], int]] = {
             "res2": (
                 [nn.ConvTranspose2d(in_channels, half, 2, stride=2), LayerNorm2d(half), nn.GELU()]
                 + [nn.ConvTranspose2d(half, quarter, 2, stride=2)],
