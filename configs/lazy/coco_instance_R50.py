@@ -35,7 +35,7 @@ from maskdino.plain_detectron2 import clipped_adamw, feature_shapes
 from maskdino.postprocess.options import InferenceOptions
 
 gpu = torch.cuda.is_available()
-num_classes = 80
+num_classes = "${model.heads.num_classes}"  # which own data change, and model.is_thing
 width = 256  # of tokens and queries
 shapes = L(feature_shapes)(res2=256, res3=512, res4=1024, res5=2048)
 sizes = L(LayerSizes)(
@@ -61,9 +61,7 @@ model = L(MaskDINO)(
         activation_checkpoint=False,
     ),
     pixel_embedding=L(PixelEmbedding)(input_shape=shapes, in_feature="res2", hidden_dim=width),
-    heads=L(PredictionHeads)(
-        hidden_dim=width, num_classes=num_classes, no_object=False, mask_on=True
-    ),
+    heads=L(PredictionHeads)(hidden_dim=width, num_classes=80, no_object=False, mask_on=True),
     query_selection=L(UnifiedQuerySelection)(
         hidden_dim=width,
         num_queries=300,
@@ -122,7 +120,7 @@ model = L(MaskDINO)(
         precision="auto",
         cuda_graphs=True,
     ),
-    is_thing=[True] * num_classes,
+    is_thing=[True] * 80,
     size_divisibility=32,
     pixel_mean=[123.675, 116.28, 103.53],
     pixel_std=[58.395, 57.12, 57.375],
@@ -147,7 +145,9 @@ dataloader.train = L(build_detection_train_loader)(
 dataloader.test = L(build_detection_test_loader)(
     dataset=L(get_detection_dataset_dicts)(names="coco_2017_val", filter_empty=False),
     mapper=L(InferenceMapper)(
-        augmentations=[L(ResizeShortestEdge)(short_edge_length=800, max_size=1333)],
+        augmentations=[
+            L(ResizeShortestEdge)(short_edge_length=800, max_size=1333, sample_style="choice")
+        ],
         image_format="RGB",
         num_classes=num_classes,
     ),

@@ -13,7 +13,7 @@ __all__ = ["dataloader", "lr_multiplier", "model", "optimizer", "train"]
 
 things, num_classes = 80, 133
 model.is_thing = [number < things for number in range(num_classes)]
-model.heads.num_classes = model.denoising.num_classes = num_classes
+model.heads.num_classes = num_classes
 model.query_selection.mask_enhanced_anchors = "none"
 model.inference.panoptic_on = model.inference.semantic_on = True
 
@@ -22,11 +22,10 @@ dataloader.train.dataset.names = "coco_2017_train_panoptic"
 dataloader.train.mapper = L(PanopticMapper)(
     augmentations=mapper.augmentations,
     image_format=mapper.image_format,
-    num_classes=num_classes,
+    num_classes="${model.heads.num_classes}",
     thing_classes=list(range(things)),
 )
 dataloader.test.dataset.names = "coco_2017_val_panoptic_with_sem_seg"
-dataloader.test.mapper.num_classes = num_classes
 where = {
     "dataset_name": "${dataloader.test.dataset.names}",
     "output_folder": "${train.output_dir}",
