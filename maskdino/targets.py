@@ -62,12 +62,12 @@ def prepare_targets(
         boxes.append(_boxes(image, packed, name))
         masks.append(PackedMasks.empty(len(image), (0, 0)) if packed is None else packed)
         has_mask.append(image.gt_has_mask if image.has("gt_has_mask") else known)
-    labels = send(torch.cat(labels), device)
+    all_labels = send(torch.cat(labels), device)
     size = torch.tensor([width, height, width, height], dtype=torch.float32)
     return Targets(
-        labels=labels,
+        labels=all_labels,
         boxes=send(xyxy_to_cxcywh(torch.cat(boxes)) / size, device),
-        is_thing=_things(instances, is_thing.to(device)[labels]),
+        is_thing=_things(instances, is_thing.to(device)[all_labels]),
         has_mask=send(torch.cat(has_mask), device),
         masks=PackedMasks.join(masks, canvas, device),
         counts=tuple(len(image) for image in instances),

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from maskdino.checkpoint.loading import load_trained
 from maskdino.devices import pick_device
-from maskdino.export.onnx import METADATA_KEY, ExportedMetadata, open_session
+from maskdino.export.onnx import METADATA_KEY, ExportedMetadata, batch_of, open_session
 from maskdino.export.trace import (
     MASK_SIZES,
     OUTPUTS,
@@ -141,21 +141,19 @@ def _difference(name: str, expected: Tensor, found: Tensor) -> Difference:
 
 
 def check(
-    network: ExportableNetwork, model: MaskDINO, program: Program, batches: list[list[Tensor]]
+    model: MaskDINO, options: ExportOptions, program: Program, batches: list[list[Tensor]]
 ) -> None:
-    """Prints the largest differences between a program and the model over batches of pictures.
+    """Prints the largest differences between a program and the model over batches of images.
 
     Raises:
         ExportError: they are too large.
     """
-    for module, original in zip(network.model.modules(), model.modules(), strict=True):
-        if hasattr(module, "operator"):  # compare with what the model itself runs
-            module.operator = original.operator
+    network = ExportableNetwork(model, options, traceable=False)
     worst: dict[str, Difference] = {}
     for arguments in batches:
         with torch.no_grad():
             expected = {k: v.cpu() for k, v in network(*arguments).items()}
-        for new in compare(expected, program(arguments), network.options.outputs):
+        for new in compare(expected, program(arguments), options.outputs):
             old = worst.get(new.name, new)
             worst[new.name] = Difference(
                 new.name, max(old.largest, new.largest), max(old.share_beyond, new.share_beyond)
@@ -170,38 +168,34 @@ def check(
         )
 
 
-def picture_batches(
+def image_batches(
     paths: Sequence[str], model: MaskDINO, options: ExportOptions, sizes: tuple[int, int], form: str
 ) -> list[list[Tensor]]:
-    """Arguments of the program for each picture, and for a batch of two different ones.
+    """Arguments of the program for each image, and for a batch of two different ones.
 
     Args:
-        paths: picture files.
+        paths: of images.
         model: says how canvases are padded.
         options: of the program.
         sizes: INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
         form: INPUT.FORMAT.
     """
-    pictures = []
+    images = []
     for path in paths:
         image = load_image(path)
-        fitted = options.size and fitting_size(image.shape[:2], options.size)
-        pictures.append(network_image(image, fitted or network_size(image.shape[:2], *sizes), form))
-    groups = [[picture] for picture in pictures]
-    groups.append([pictures[0], pictures[-1].flip(2)])
+        own = (image.shape[0], image.shape[1])
+        fitted = options.size and fitting_size(own, options.size)
+        images.append(network_image(image, fitted or network_size(own, *sizes), form))
+    groups = [[image] for image in images]
+    groups.append([images[0], images[-1].flip(2)])
     return [_arguments(group, model, options) for group in groups]
 
 
-def _arguments(pictures: list[Tensor], model: MaskDINO, options: ExportOptions) -> list[Tensor]:
-    unit, smallest = size_unit(model), smallest_size(model)
-    sizes = torch.tensor([picture.shape[1:] for picture in pictures])
-    needed = sizes.amax(0).tolist()
-    canvas = options.size or tuple(max(smallest, -(-edge // unit) * unit) for edge in needed)
+def _arguments(images: list[Tensor], model: MaskDINO, options: ExportOptions) -> list[Tensor]:
+    sizes = torch.tensor([image.shape[1:] for image in images])
     mean = model.pixel_mean.cpu()
-    images = mean.expand(len(pictures), -1, *canvas).clone()
-    for place, picture in zip(images, pictures, strict=True):
-        place[:, : picture.shape[1], : picture.shape[2]] = picture
-    arguments = [images, sizes] if options.needs_image_sizes else [images]
+    batch = batch_of(images, mean, options.size, size_unit(model), smallest_size(model))
+    arguments = [batch, sizes] if options.needs_image_sizes else [batch]
     return [argument.to(model.device) for argument in arguments]
 
 
@@ -258,22 +252,22 @@ def check_plugin_graph(content: bytes, expected: int) -> None:
     )
 
 
-def export(model: MaskDINO, options: ExportOptions, form: str, opset: int, config: str) -> tuple:
+def export(
+    model: MaskDINO, options: ExportOptions, form: str, opset: int, config: str
+) -> tuple[torch.export.ExportedProgram, bytes | None]:
     """Traces and translates.
 
     Returns:
-        The traced program, the network it was traced from, and the content of the ONNX file, or
-        None with the form "torch".
+        The traced program, and the content of the ONNX file, or None with the form "torch".
     """
-    network = ExportableNetwork(model, options)
-    traced = trace(network)
+    traced = trace(ExportableNetwork(model, options))
     if form == "torch":
-        return traced, network, None
+        return traced, None
     metadata = ExportedMetadata(
         config, options.outputs, options.mask_size, size_unit(model), smallest_size(model)
     )
     onnx_model = to_onnx(traced, options, opset=opset, metadata={METADATA_KEY: metadata.to_json()})
-    return traced, network, onnx_model.SerializeToString()
+    return traced, onnx_model.SerializeToString()
 
 
 def plugin_nodes(model: MaskDINO) -> int:
@@ -304,8 +298,8 @@ def run(args: argparse.Namespace) -> None:
             "an hour and more; --size HEIGHT WIDTH is a matter of minutes"
         )
     sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    batches = picture_batches(args.images, model, options, sizes, cfg.INPUT.FORMAT)
-    traced, network, content = export(model, options, args.format, args.opset, cfg.dump())
+    batches = image_batches(args.images, model, options, sizes, cfg.INPUT.FORMAT)
+    traced, content = export(model, options, args.format, args.opset, cfg.dump())
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(args.output) as partial:
         if content is None:
@@ -315,9 +309,9 @@ def run(args: argparse.Namespace) -> None:
             partial.write_bytes(content)
             plugin = options.plugin
             program = program_of_trace(traced) if plugin else program_of_onnx(content, options)
-        print(f"{len(args.images)} pictures, program against model:")
-        check(network, model, program, batches)
-        if options.plugin:
+        print(f"{len(args.images)} images, program against model:")
+        check(model, options, program, batches)
+        if options.plugin and content is not None:
             check_plugin_graph(content, plugin_nodes(model))
     print(f"wrote {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)")
 

@@ -378,7 +378,7 @@ def _image_tensor(image: np.ndarray) -> torch.Tensor:
 def _instances(
     size: tuple[int, int],
     classes: Sequence[int],
-    boxes: Sequence[Sequence[float]],
+    boxes: Sequence[Sequence[float] | None],
     cropped: Sequence[masks.CroppedMask | None] | None,
 ) -> Instances:
     """Puts N objects together; `cropped` is None where the image has no masks."""

@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import os
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -29,7 +29,7 @@ from maskdino.rle import encode_mask, to_json
 try:
     import faster_coco_eval
 except ImportError:  # optional: pycocotools computes the same numbers
-    faster_coco_eval: ModuleType | None = None
+    faster_coco_eval = None
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def _number_images(images: list[dict], annotations: list[dict], predictions: lis
         entry["image_id"] = numbers[entry["image_id"]]
 
 
-def _run(evaluation: object) -> None:
+def _run(evaluation: Any) -> None:
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()

@@ -95,7 +95,8 @@ def panoptic_metrics(quality: PQStat, categories: dict[int, dict]) -> dict[str, 
         quality: panopticapi's counts by category id.
         categories: the dataset's, with "isthing" and "name", by id.
     """
-    results, measured = {}, {}
+    results: dict[str, float] = {}
+    measured: dict[int, dict] = {}
     for suffix, is_thing in GROUPS.items():
         known = {}
         for label, category in categories.items():

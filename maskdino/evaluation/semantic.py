@@ -81,7 +81,7 @@ class SemanticEvaluator(DatasetEvaluator):
             predicted = scores.argmax(0).to(torch.int32).cpu().numpy()
             self._counts += count_pixels(labels, predicted, number)
             if self._output_folder:
-                self._write(image["file_name"], predicted)
+                self._write(self._output_folder, image["file_name"], predicted)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns the metrics under "sem_seg" on the main process; None on the others."""
@@ -101,8 +101,8 @@ class SemanticEvaluator(DatasetEvaluator):
         logger.info("Evaluation results for sem_seg:\n%s", create_small_table(means))
         return {"sem_seg": results}
 
-    def _write(self, file_name: str, predicted: np.ndarray) -> None:
-        folder = os.path.join(self._output_folder, SEMANTIC_FOLDER)
+    def _write(self, output_folder: str, file_name: str, predicted: np.ndarray) -> None:
+        folder = os.path.join(output_folder, SEMANTIC_FOLDER)
         PathManager.mkdirs(folder)
         pixels = predicted.astype(np.uint8)  # `read_label_map` refused more classes
         with PathManager.open(os.path.join(folder, self._pngs[file_name]), "wb") as file:
@@ -153,7 +153,7 @@ def semantic_metrics(counts: np.ndarray, names: list[str]) -> dict[str, float]:
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole; NaN where the whole is 0."""
+    """Gives part / whole; NaN where the whole is 0."""
     return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
 
 

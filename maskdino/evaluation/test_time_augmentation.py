@@ -32,7 +32,8 @@ class AugmentedSemanticModel(nn.Module):
         flip: bool,
         image_format: str,
     ) -> None:
-        """
+        """Takes what the versions are made by.
+
         Args:
             model: predicts `sem_seg`; called with one image at a time.
             min_sizes: shortest edges of the versions, in pixels.
@@ -74,7 +75,8 @@ class AugmentedSemanticModel(nn.Module):
         }
 
     def forward(self, batched_inputs: list[dict]) -> list[dict[str, Tensor]]:
-        """
+        """Predicts.
+
         Args:
             batched_inputs: detectron2's dicts with `file_name`; `height` and `width` of the output,
                 if they differ from the file's. An `image` in them is not used.
@@ -94,13 +96,16 @@ class AugmentedSemanticModel(nn.Module):
             int(inputs.get(key, size))
             for key, size in zip(("height", "width"), image.shape[:2], strict=True)
         )
-        total, number = None, 0
+        total: Tensor | None = None
+        number = 0
         for version, flipped in self._versions(image):
             example = {"image": version, "height": height, "width": width}
             scores = self.model([example])[0]["sem_seg"]
             scores = scores.flip(-1) if flipped else scores
             total = scores if total is None else total.add_(scores)
             number += 1
+        if total is None:
+            raise ValueError("there is no size to test at")  # the constructor refuses that
         return total / number
 
     def _versions(self, image: np.ndarray) -> Iterator[tuple[Tensor, bool]]:

@@ -13,22 +13,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from torch import Tensor
 
 from maskdino.categories import Categories
-from maskdino.config import add_maskdino_config
+from maskdino.config import load_config
 from maskdino.inference.predictor import MaskDINOPredictor, PredictorOptions
 from maskdino.postprocess import InferenceOptions
 from maskdino.structures import Predictions
+from maskdino.visualization.images import padded_size
 
 if TYPE_CHECKING:
     import onnxruntime
 
 METADATA_KEY = "maskdino"
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,12 @@ class ExportedMetadata:
     smallest: int
 
     def to_json(self) -> str:
+        """As the file holds it."""
         return json.dumps(vars(self))
 
     def cfg(self) -> CfgNode:
         """The configuration of the model."""
-        cfg = get_cfg()
-        add_maskdino_config(cfg)
+        cfg = load_config()
         cfg.merge_from_other_cfg(CfgNode.load_cfg(self.config))
         return cfg
 
@@ -77,7 +79,7 @@ def open_session(
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise FileNotFoundError(f"there is no ONNX file {model}")
     device = torch.device(device)
-    providers = ["CPUExecutionProvider"]
+    providers: list[Any] = ["CPUExecutionProvider"]
     if device.type != "cpu":
         wanted = f"{device.type.upper()}ExecutionProvider"
         if wanted not in onnxruntime.get_available_providers():
@@ -102,7 +104,8 @@ class OnnxNetwork:
     """An exported network; called like `maskdino.inference.predictor.TorchNetwork`."""
 
     def __init__(self, path: str | os.PathLike, device: torch.device | str = "cpu") -> None:
-        """
+        """Opens the file.
+
         Args:
             path: written by tools/export_model.py with `--outputs predictions`.
             device: where onnxruntime computes; results come back to the CPU.
@@ -130,7 +133,8 @@ class OnnxNetwork:
         fixed = isinstance(height, int) and isinstance(width, int)
         return (height, width) if fixed else None
 
-    def __call__(self, images: list[Tensor]) -> tuple[Predictions, Tensor | None, tuple[int, int]]:
+    def __call__(self, images: list[Tensor]) -> tuple[Predictions, Tensor | None, Size]:
+        """See `maskdino.inference.predictor.Network`."""
         batch = self.batch(images)
         names = [output.name for output in self.session.get_outputs()]
         values = self.session.run(names, {"images": batch.numpy()})
@@ -138,44 +142,54 @@ class OnnxNetwork:
         predictions = Predictions(
             found["class_logits"], found["boxes"], found.get("mask_embeddings")
         )
-        return predictions, found.get("pixel_embedding"), tuple(batch.shape[2:])
+        return predictions, found.get("pixel_embedding"), (batch.shape[2], batch.shape[3])
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
-        """Pictures (3, h, w) on one canvas: (B, 3, height, width) float32.
+        """Images (3, h, w) on one canvas: (B, 3, height, width) float32; see `batch_of`."""
+        return batch_of(images, self._mean, self.canvas, self.metadata.unit, self.metadata.smallest)
 
-        Raises:
-            ValueError: a picture is larger than the canvas.
-        """
-        largest = [max(image.shape[axis] for image in images) for axis in (1, 2)]
-        unit = self.metadata.unit
-        canvas = self.canvas or tuple(
-            max(self.metadata.smallest, -(-edge // unit) * unit) for edge in largest
-        )
-        if any(edge > room for edge, room in zip(largest, canvas, strict=True)):
-            raise ValueError(f"a picture of {largest} pixels does not fit on the canvas {canvas}")
-        batch = self._mean.expand(len(images), -1, *canvas).clone()
-        for place, image in zip(batch, images, strict=True):
-            place[:, : image.shape[1], : image.shape[2]] = image
-        return batch
+
+def batch_of(
+    images: Sequence[Tensor], fill: Tensor, canvas: Size | None, unit: int, smallest: int
+) -> Tensor:
+    """Images (3, h, w) on one canvas: (B, 3, height, width) float32.
+
+    Args:
+        images: B of them.
+        fill: (3, 1, 1), the value of what is outside of an image.
+        canvas: (height, width); None: the least in which all fit.
+        unit: edges of canvases are multiples of so many pixels.
+        smallest: the least edge of a canvas.
+
+    Raises:
+        ValueError: an image is larger than the canvas.
+    """
+    largest = [max(image.shape[axis] for image in images) for axis in (1, 2)]
+    canvas = padded_size(largest, unit, smallest) if canvas is None else canvas
+    if any(edge > room for edge, room in zip(largest, canvas, strict=True)):
+        raise ValueError(f"an image of {largest} pixels does not fit on the canvas {canvas}")
+    batch = fill.expand(len(images), -1, *canvas).clone()
+    for place, image in zip(batch, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return batch
 
 
 def onnx_predictor(
     path: str | os.PathLike,
     *,
     device: torch.device | str | None = None,
-    confidence_threshold: float = 0.5,
-    tasks: Sequence[str] | None = None,
     size: int | None = None,
     max_detections: int | None = None,
-    batch_size: int = 1,
+    **asked: Any,
 ) -> MaskDINOPredictor:
     """A predictor that computes in onnxruntime; the file also holds the configuration.
 
     Args:
         path: as for `OnnxNetwork`.
         device: None: the CPU.
-        confidence_threshold, tasks, size, max_detections, batch_size: as for
-            `MaskDINOPredictor.from_config`. A file with a fixed canvas determines the size.
+        size: as for `MaskDINOPredictor.from_config`; a file with a fixed canvas determines it.
+        max_detections: likewise.
+        asked: likewise, `confidence_threshold`, `tasks` and `batch_size`.
 
     Raises:
         FileNotFoundError, ValueError: as `OnnxNetwork` says, or a size for a fixed canvas.
@@ -186,18 +200,13 @@ def onnx_predictor(
         raise ValueError(f"{path} has the fixed canvas {network.canvas}: size {size} cannot be had")
     if max_detections is not None:
         cfg.TEST.DETECTIONS_PER_IMAGE = max_detections
-    options = PredictorOptions.from_config(
-        cfg,
-        confidence_threshold=confidence_threshold,
-        tasks=tasks,
-        size=size,
-        batch_size=batch_size,
-    )
     categories = Categories.from_config(cfg)
     return MaskDINOPredictor(
         network,
         categories=categories,
         inference=InferenceOptions.from_config(cfg),
         is_thing=torch.tensor(categories.is_thing),
-        options=replace(options, canvas=network.canvas),
+        options=replace(
+            PredictorOptions.from_config(cfg, size=size, **asked), canvas=network.canvas
+        ),
     )

@@ -1,6 +1,6 @@
 """The network as a program that runs without this package: torch.export and ONNX.
 
-A program reads pictures on a padded canvas and gives the predictions of the network, or the results
+A program reads images on a padded canvas and gives the predictions of the network, or the results
 of one task. Nothing in it is a custom operator: deformable attention is spelled out with bilinear
 sampling, or, for TensorRT, kept as the node of TensorRT's own plugin.
 
@@ -14,16 +14,17 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from maskdino.export.postprocess import inside_image, instances, panoptic, semantic
 from maskdino.model import MaskDINO
-from maskdino.modeling.attention import MultiScaleDeformableAttention
+from maskdino.modeling.attention import DeformableAttention, deformable_attention_by
 from maskdino.ops.ms_deform_attn import (
     locations_and_weights,
+    ms_deform_attn_fused,
     ms_deform_attn_fused_reference,
     ms_deform_attn_reference,
 )
@@ -77,21 +78,24 @@ class ExportOptions:
 
     @property
     def input_names(self) -> list[str]:
+        """Of the program."""
         return ["images", "image_sizes"] if self.needs_image_sizes else ["images"]
 
 
 class ExportableNetwork(nn.Module):
-    """Pictures to predictions or results, in a form that can be traced.
+    """Images to predictions or results, in a form that can be traced.
 
-    The model is copied: what is exported may not change while it is, and the copy spells deformable
-    attention out.
+    The model is copied: what is exported may not change while it is.
     """
 
-    def __init__(self, model: MaskDINO, options: ExportOptions) -> None:
-        """
+    def __init__(self, model: MaskDINO, options: ExportOptions, *, traceable: bool = True) -> None:
+        """Copies the model.
+
         Args:
             model: a trained model.
             options: what the program shall give.
+            traceable: whether deformable attention is spelled out, or as the model computes it, to
+                compare with.
 
         Raises:
             ValueError: the model has no masks, and the options ask for them.
@@ -101,18 +105,17 @@ class ExportableNetwork(nn.Module):
             raise ValueError(f"outputs {options.outputs!r} need masks, and this model gives none")
         self.options = options
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        operator = plugin_attention if options.plugin else ms_deform_attn_fused_reference
-        for module in self.model.modules():
-            if isinstance(module, MultiScaleDeformableAttention):
-                module.operator = operator
+        self.operator: DeformableAttention = ms_deform_attn_fused
+        if traceable:
+            self.operator = plugin_attention if options.plugin else ms_deform_attn_fused_reference
 
     def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> dict[str, Tensor]:
         """Computes a batch.
 
         Args:
-            images: (B, 3, height, width) float32 in [0, 255], in INPUT.FORMAT. What is outside of a
-                picture (at the right and at the bottom) has the value MODEL.PIXEL_MEAN.
-            image_sizes: (B, 2) int64 height and width of the pictures, for "instance" and
+            images: (B, 3, height, width) float32 in [0, 255], in INPUT.FORMAT. What is outside of
+                an image (at the right and at the bottom) has the value MODEL.PIXEL_MEAN.
+            image_sizes: (B, 2) int64 height and width of the images, for "instance" and
                 "panoptic".
 
         Returns:
@@ -121,27 +124,31 @@ class ExportableNetwork(nn.Module):
             (B, C, height / 4, width / 4); else what `maskdino.export.postprocess` tells.
         """
         model, options = self.model, self.options
-        canvas = tuple(images.shape[2:])
-        predictions, pixels = model.predict((images - model.pixel_mean) / model.pixel_std)
+        canvas = (images.shape[2], images.shape[3])
+        with deformable_attention_by(self.operator):
+            predictions, pixel_embedding = model.predict(
+                (images - model.pixel_mean) / model.pixel_std
+            )
         if options.outputs == "predictions":
-            found = {"class_logits": predictions.class_logits, "boxes": predictions.boxes}
-            if pixels is None:
-                return found
-            return {
-                **found,
+            found = {
+                "class_logits": predictions.class_logits,
+                "boxes": predictions.boxes,
                 "mask_embeddings": predictions.mask_embeddings,
-                "pixel_embedding": pixels,
+                "pixel_embedding": pixel_embedding,
             }
-        quarter = canvas if pixels is None else tuple(pixels.shape[2:])
-        masks = canvas if options.mask_size == "full" else quarter
+            return {name: value for name, value in found.items() if value is not None}
+        masks = canvas
+        if options.mask_size == "quarter" and pixel_embedding is not None:
+            masks = (pixel_embedding.shape[2], pixel_embedding.shape[3])
+        common = (model.inference, model.is_thing)
         if options.outputs == "semantic":
-            return semantic(predictions, pixels, masks, model.inference)
+            return semantic(predictions, pixel_embedding, masks, model.inference)
+        if image_sizes is None:
+            raise ValueError(f"outputs {options.outputs!r} need the sizes of the images")
         inside = inside_image(image_sizes, canvas, masks)
         if options.outputs == "panoptic":
-            return panoptic(predictions, pixels, inside, masks, model.inference, model.is_thing)
-        return instances(
-            predictions, pixels, inside, canvas, masks, model.inference, model.is_thing
-        )
+            return panoptic(predictions, pixel_embedding, inside, masks, *common)
+        return instances(predictions, pixel_embedding, inside, canvas, masks, *common)
 
 
 def size_unit(model: MaskDINO) -> int:
@@ -167,7 +174,9 @@ def trace(network: ExportableNetwork) -> torch.export.ExportedProgram:
     options, model = network.options, network.model
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     axes = {0: batch}
-    extra = _deferred_checks() if options.size is None or options.plugin else {}
+    extra: dict[str, Any] = {}
+    if options.size is None or options.plugin:
+        extra = _deferred_checks()
     if options.size is None:
         unit, least = size_unit(model), smallest_size(model)
         height, width = (
@@ -180,7 +189,8 @@ def trace(network: ExportableNetwork) -> torch.export.ExportedProgram:
     else:
         size = options.size
     images = torch.zeros(2, 3, *size, device=model.device)
-    arguments, shapes = (images,), {"images": axes}
+    arguments: tuple[Tensor, ...] = (images,)
+    shapes = {"images": axes}
     if options.needs_image_sizes:
         arguments += (torch.tensor([size, size], device=model.device),)
         shapes["image_sizes"] = {0: batch}
@@ -193,7 +203,7 @@ def traces_any_size() -> bool:
     return DEFERRED_CHECKS in inspect.signature(torch.export.export).parameters
 
 
-def _deferred_checks() -> dict[str, bool]:
+def _deferred_checks() -> dict[str, Any]:
     """Relations between sizes that only the running program can check are checked there."""
     if not traces_any_size():
         raise RuntimeError(
@@ -225,7 +235,7 @@ def to_onnx(
         raise ValueError(f"opset {opset} has no bilinear sampling; take {FIRST_OPSET} or newer")
     names = [spec.arg.name for spec in program.graph_signature.output_specs]
     outputs = list(torch.utils._pytree.tree_unflatten(names, program.call_spec.out_spec))
-    exported = torch.onnx.export(
+    exported: Any = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=opset,

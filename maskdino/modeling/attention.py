@@ -4,6 +4,8 @@ Shape key: B images, Q queries, S tokens, C channels, M heads, L levels, P point
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +61,23 @@ class SelfAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
 
+DeformableAttention = Callable[[Tensor, SpatialShapes, Tensor, Tensor | None, int], Tensor]
+_operators: list[DeformableAttention] = [ms_deform_attn_fused]
+
+
+@contextmanager
+def deformable_attention_by(operator: DeformableAttention) -> Iterator[None]:
+    """Within, all layers compute deformable attention by another form of the operator.
+
+    So programs are traced from a form that other runtimes know. One thread at a time.
+    """
+    _operators.append(operator)
+    try:
+        yield
+    finally:
+        _operators.pop()
+
+
 class MultiScaleDeformableAttention(nn.Module):
     """Attention to a few points of every level, near a cell or in a box (Deformable DETR)."""
 
@@ -67,7 +86,6 @@ class MultiScaleDeformableAttention(nn.Module):
         hidden_dim, num_heads = sizes.hidden_dim, sizes.num_heads
         num_levels, num_points = sizes.num_levels, sizes.num_points
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
-        self.operator = ms_deform_attn_fused  # export puts a form in its place that can be traced
         samples = num_heads * num_levels * num_points
         self.sampling_offsets = nn.Linear(hidden_dim, samples * 2)  # (head, level, point, xy)
         self.attention_weights = nn.Linear(hidden_dim, samples)  # logits (head, level, point)
@@ -105,8 +123,8 @@ class MultiScaleDeformableAttention(nn.Module):
             tokens: (B, S, C) of all levels.
             spatial_shapes: (height, width) of each level.
             reference: boxes (B, Q, 4) cx, cy, w, h in [0, 1]: samples lie at
-                `centre + offset / P * size / 2`. None when queries are the tokens: samples lie
-                `offset` cells from the centre of the token's own cell.
+                `center + offset / P * size / 2`. None when queries are the tokens: samples lie
+                `offset` cells from the center of the token's own cell.
 
         Returns:
             (B, Q, C).
@@ -117,7 +135,8 @@ class MultiScaleDeformableAttention(nn.Module):
             torch.cat([self.sampling_offsets.weight, self.attention_weights.weight]),
             torch.cat([self.sampling_offsets.bias, self.attention_weights.bias]),
         )
-        out = self.operator(value, spatial_shapes, offsets_and_logits, reference, self.num_points)
+        operator = _operators[-1]
+        out = operator(value, spatial_shapes, offsets_and_logits, reference, self.num_points)
         return self.output_proj(out)
 
 
@@ -132,4 +151,5 @@ class FeedForward(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
         return self.linear2(F.relu(self.linear1(x), inplace=True))

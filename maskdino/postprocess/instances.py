@@ -97,7 +97,7 @@ def instance_steps(
     }
     if features and predictions.content is not None:
         fields["features"] = predictions.content[pairs.queries].float()
-    masks, packed, quality = None, None, []
+    masks, packed, quality = None, None, list[Tensor]()
     if predictions.mask_embeddings is not None:
         embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
         parts = _foregrounds(embeddings[pairs.different], pixel_embedding, frame, quality)

@@ -72,9 +72,10 @@ def panoptic_steps(
         winner, inside, own = _winners(scores, embeddings[chosen], pixel_embedding, made)
         won, left = _pixels_won(winner, inside, len(chosen))
         table = torch.stack([own, won, left, labels, is_thing[labels].long()])
-        numbers, segments = _segments(*(yield table, scores), options)
-        numbers = to_device(numbers, torch.int32, winner.device)
-        ids = torch.where(inside, numbers[winner], 0).to(torch.int32)
+        table, scores = yield table, scores
+        numbers, segments = _segments(table, scores, options)
+        number_of = to_device(numbers, torch.int32, winner.device)
+        ids = torch.where(inside, number_of[winner], 0).to(torch.int32)
     if compact:
         (ids,) = yield (full_size(ids, frame),)
     return ids, segments
@@ -128,7 +129,7 @@ def _segments(
     own, won, left, labels, things = table
     valid = is_segment(own.double(), won, left, options)
     leading = leading_queries(labels, valid, things.bool()).tolist()
-    numbers, segments = [0] * len(leading), []
+    numbers, segments = [0] * len(leading), list[dict]()
     for query in valid.nonzero()[:, 0].tolist():
         if leading[query] == query:
             thing = bool(things[query])

@@ -1,6 +1,6 @@
-"""Draws regions, boxes and labels on pictures, and puts pictures side by side.
+"""Draws regions, boxes and labels on images, and puts images side by side.
 
-Colours are (red, green, blue), 0 to 255. Pictures are (H, W, 3) uint8 RGB.
+Colors are (red, green, blue), 0 to 255. Images are (H, W, 3) uint8 RGB.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_utils
 
 Color = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 FILL_OPACITY = 0.35
-MAX_LABELS = 30  # with more regions than this, labels would hide the picture
+MAX_LABELS = 30  # with more regions than this, labels would hide the image
 GOLDEN_RATIO = 0.618033988749895
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # share of red, green and blue
 MIN_LUMINANCE = 0.4
@@ -44,14 +46,15 @@ class Region:
 
 @lru_cache(maxsize=4096)
 def color_of(index: int) -> Color:
-    """A bright colour; neighbouring numbers get colours that are far apart."""
+    """A bright color; neighboring numbers get colors that are far apart."""
     hue = (index * GOLDEN_RATIO + 0.02) % 1
     saturation = (0.95, 0.6, 0.8)[index % 3]
     value = (1.0, 1.0, 0.8)[(index // 3) % 3]
     color = np.array(colorsys.hsv_to_rgb(hue, saturation, value))
-    # Pure blue and violet are too dark to be seen on a dark picture: mix in white.
+    # Pure blue and violet are too dark to be seen on a dark image: mix in white.
     white = max(0.0, (MIN_LUMINANCE - color @ LUMINANCE) / (1 - color @ LUMINANCE))
-    return tuple(int(part) for part in (255 * (color + white * (1 - color))).round())
+    red, green, blue = (int(part) for part in (255 * (color + white * (1 - color))).round())
+    return red, green, blue
 
 
 def draw_regions(
@@ -66,8 +69,8 @@ def draw_regions(
 
     Args:
         image: (H, W, 3) uint8; left as it is.
-        regions: their masks have the size of the picture.
-        scale: whole factor by which the picture is enlarged first, so that thin lines show.
+        regions: their masks have the size of the image.
+        scale: whole factor by which the image is enlarged first, so that thin lines show.
         show_boxes: None: boxes of regions without a mask, and of those that carry a label.
         max_labels: with more regions than this, no label is drawn.
 
@@ -78,9 +81,9 @@ def draw_regions(
     width = line_width(canvas)
     for region in sorted(regions, key=_area, reverse=True):
         if region.rle is not None:
-            _draw_mask(canvas, region, scale, width)
+            _draw_mask(canvas, region, region.rle, scale, width)
     labelled = len(regions) <= max_labels
-    drawing = ImageDraw.Draw(picture := Image.fromarray(canvas))
+    drawing = ImageDraw.Draw(drawn := Image.fromarray(canvas))
     for region in regions:
         explained = (labelled and region.label) or region.rle is None
         if region.box is not None and (explained if show_boxes is None else show_boxes):
@@ -91,23 +94,22 @@ def draw_regions(
         for region in regions:
             if region.label:
                 _draw_label(drawing, region, scale, font)
-    return np.array(picture)
+    return np.array(drawn)
 
 
 def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
-    """A copy with every pixel repeated `scale` times in both directions."""
-    return (
-        np.array(image).repeat(scale, axis=0).repeat(scale, axis=1) if scale > 1 else image.copy()
-    )
+    """A copy, uint8, with every pixel repeated `scale` times in both directions."""
+    size = (scale * image.shape[1], scale * image.shape[0])
+    return cv2.resize(image.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
 
 
 def line_width(image: np.ndarray) -> int:
-    """Pixels of lines that look thin at the size of a picture."""
+    """Pixels of lines that look thin at the size of an image."""
     return max(1, round(max(image.shape[:2]) / 900))
 
 
 def font_size(image: np.ndarray) -> int:
-    """Pixels of letters that can be read at the size of a picture."""
+    """Pixels of letters that can be read at the size of an image."""
     return int(np.clip(max(image.shape[:2]) / 55, 10, 200))
 
 
@@ -124,21 +126,20 @@ def _ordered(box: Sequence[float]) -> list[float]:
     return [x0, y0, max(x0, x1), max(y0, y1)]
 
 
-def _draw_mask(canvas: np.ndarray, region: Region, scale: int, width: int) -> None:
+def _draw_mask(canvas: np.ndarray, region: Region, rle: dict, scale: int, width: int) -> None:
     """Fills and outlines in place; touches the mask's surroundings only."""
-    mask, (top, left) = crop_mask(region.rle)
+    mask, (top, left) = crop_mask(rle)
     if mask.size == 0:
         return
-    mask = enlarge(mask, scale)
+    mask = enlarge(mask, scale).astype(bool)
     rows = slice(top * scale, top * scale + mask.shape[0])
     columns = slice(left * scale, left * scale + mask.shape[1])
     window = canvas[rows, columns]
     if region.fill:
         values = np.arange(256)[:, None] * (1 - FILL_OPACITY)
         blended = (values + np.multiply(region.color, FILL_OPACITY)).round().astype(np.uint8)
-        for channel in range(3):  # by table: many times faster than arithmetic on chosen pixels
-            pixels = window[..., channel]
-            np.copyto(pixels, blended[pixels, channel], where=mask)
+        # By table: many times faster than arithmetic on chosen pixels.
+        np.copyto(window, cv2.LUT(window, blended[:, None]), where=mask[..., None])
     window[contour(mask, width)] = region.color
 
 
@@ -151,17 +152,18 @@ def crop_mask(rle: dict) -> tuple[np.ndarray, tuple[int, int]]:
 
 def contour(mask: np.ndarray, width: int = 1) -> np.ndarray:
     """(H, W) bool: the foreground pixels that are at most `width` pixels from the background."""
-    inner = np.pad(mask, 1)
-    for _ in range(width):
-        core = inner.copy()
-        core[1:-1, 1:-1] &= inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
-        inner = core
-    return mask & ~inner[1:-1, 1:-1]
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    inner = cv2.erode(
+        mask.astype(np.uint8),
+        cross,
+        iterations=width,
+        borderType=cv2.BORDER_CONSTANT,
+        borderValue=0,
+    )
+    return mask & (inner == 0)
 
 
-def _draw_label(
-    drawing: ImageDraw.ImageDraw, region: Region, scale: int, font: ImageFont.FreeTypeFont
-) -> None:
+def _draw_label(drawing: ImageDraw.ImageDraw, region: Region, scale: int, font: Font) -> None:
     """Writes above the upper left corner of the box, or on the middle of the mask."""
     left, top, right, bottom = drawing.textbbox((0, 0), region.label, font=font)
     width, height = right - left + 4, bottom - top + 4
@@ -176,6 +178,8 @@ def _draw_label(
 def _label_place(region: Region, width: float, height: float, scale: int) -> tuple[float, float]:
     if region.box is not None:
         return scale * region.box[0], scale * region.box[1] - height
+    if region.rle is None:
+        return 0, 0
     mask, (top, left) = crop_mask(region.rle)
     rows, columns = np.nonzero(mask)
     if len(rows) == 0:
@@ -187,39 +191,40 @@ def _label_place(region: Region, width: float, height: float, scale: int) -> tup
 
 
 def beside(panels: Sequence[tuple[str, np.ndarray]], *, gap: int = 8) -> np.ndarray:
-    """Puts pictures side by side on white, each below its caption.
+    """Puts images side by side on white, each below its caption.
 
     Args:
-        panels: caption and picture; pictures may differ in size.
-        gap: pixels between the pictures.
+        panels: caption and image; images may differ in size.
+        gap: pixels between the images.
     """
-    size = max(12, min(28, max(picture.shape[1] for _, picture in panels) // 32))
+    size = max(12, min(28, max(image.shape[1] for _, image in panels) // 32))
     font = ImageFont.load_default(size=size)
     strip = size + 10
-    height = strip + max(picture.shape[0] for _, picture in panels)
-    width = sum(picture.shape[1] for _, picture in panels) + gap * (len(panels) - 1)
+    height = strip + max(image.shape[0] for _, image in panels)
+    width = sum(image.shape[1] for _, image in panels) + gap * (len(panels) - 1)
     sheet = Image.new("RGB", (width, height), "white")
     drawing, x = ImageDraw.Draw(sheet), 0
-    for caption, picture in panels:
-        text = _shortened(caption, picture.shape[1], font)
+    for caption, image in panels:
+        text = _shortened(caption, image.shape[1], font)
         drawing.text((x + 2, 4), text, fill="black", font=font)
-        sheet.paste(Image.fromarray(picture), (x, strip))
-        x += picture.shape[1] + gap
+        sheet.paste(Image.fromarray(image), (x, strip))
+        x += image.shape[1] + gap
     return np.array(sheet)
 
 
-def below(pictures: Sequence[np.ndarray], *, gap: int = 8) -> np.ndarray:
-    """Puts pictures one below the other, on white."""
-    width = max(picture.shape[1] for picture in pictures)
-    height = sum(picture.shape[0] for picture in pictures) + gap * (len(pictures) - 1)
-    sheet, y = np.full((height, width, 3), 255, np.uint8), 0
-    for picture in pictures:
-        sheet[y : y + picture.shape[0], : picture.shape[1]] = picture
-        y += picture.shape[0] + gap
-    return sheet
+def below(images: Sequence[np.ndarray], *, gap: int = 8) -> np.ndarray:
+    """Puts images one below the other, on white."""
+    width = max(image.shape[1] for image in images)
+    padded = [
+        cv2.copyMakeBorder(
+            image, 0, gap, 0, width - image.shape[1], cv2.BORDER_CONSTANT, value=(255,) * 3
+        )
+        for image in images
+    ]
+    return np.concatenate(padded)[: -gap or None]
 
 
-def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def _shortened(text: str, width: int, font: Font) -> str:
     """The text, its middle left out where it is too long for `width` pixels."""
     if font.getlength(text) <= width:
         return text

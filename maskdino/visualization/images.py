@@ -1,4 +1,4 @@
-"""Pictures of any kind to (H, W, 3) uint8 RGB, and to what the network reads."""
+"""Images of any kind to (H, W, 3) uint8 RGB, and to what the network reads."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CHANNEL_ORDERS = ("RGB", "BGR")
 
 
 class ImageError(ValueError):
-    """Something is no picture that can be read; the message names it and says why."""
+    """Something is no image that can be read; the message names it and says why."""
 
 
 def load_image(source: ImageSource, channel_order: str = "RGB") -> np.ndarray:
-    """Reads a picture.
+    """Reads an image.
 
-    Grey becomes RGB, transparency is laid on white, 16-bit values are divided by 257, and pictures
+    Gray becomes RGB, transparency is laid on white, 16-bit values are divided by 257, and images
     are turned upright as their EXIF orientation says.
 
     Args:
@@ -36,7 +36,7 @@ def load_image(source: ImageSource, channel_order: str = "RGB") -> np.ndarray:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        ImageError: a file that is missing, truncated or no picture; an array of another shape,
+        ImageError: a file that is missing, truncated or no image; an array of another shape,
             type or range.
         TypeError: the source is something else altogether.
     """
@@ -48,13 +48,13 @@ def load_image(source: ImageSource, channel_order: str = "RGB") -> np.ndarray:
         return _from_pillow(source)
     if isinstance(source, torch.Tensor):
         if source.ndim not in (2, 3):
-            raise ImageError(f"a tensor of shape {tuple(source.shape)} is no picture (C, H, W)")
+            raise ImageError(f"a tensor of shape {tuple(source.shape)} is no image (C, H, W)")
         array = source.detach().cpu()
         source = (array.movedim(0, -1) if array.ndim == 3 else array).numpy()
     if isinstance(source, np.ndarray):
         return _from_array(source, channel_order)
     raise TypeError(
-        f"a picture is a path, an array, a Pillow image or a tensor, not {type(source).__name__}"
+        f"an image is a path, an array, a Pillow image or a tensor, not {type(source).__name__}"
     )
 
 
@@ -64,7 +64,7 @@ def _from_file(path: Path) -> np.ndarray:
         raise ImageError(f"image {path} {reason}")
     try:
         with warnings.catch_warnings():
-            # Large pictures are welcome; Pillow refuses by itself what looks like an attack.
+            # Large images are welcome; Pillow refuses by itself what looks like an attack.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 return _from_pillow(image)
@@ -86,7 +86,7 @@ def _from_pillow(image: Image.Image) -> np.ndarray:
 
 
 def _wide_values(image: Image.Image) -> np.ndarray:
-    """Values of a grey picture with more than 8 bits; Pillow may give 16 bits as 32."""
+    """Values of a gray image with more than 8 bits; Pillow may give 16 bits as 32."""
     values = np.array(image)
     if values.dtype.kind == "f":
         return values
@@ -99,7 +99,7 @@ def _from_array(array: np.ndarray, channel_order: str) -> np.ndarray:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
         raise ImageError(
-            f"an array of shape {array.shape} is no picture: (height, width) with 1, 3 or 4 "
+            f"an array of shape {array.shape} is no image: (height, width) with 1, 3 or 4 "
             "channels last, and at least one pixel"
         )
     array = _to_uint8(array.reshape(*array.shape[:2], channels))
@@ -155,11 +155,12 @@ def padded_size(size: Sequence[int], multiple: int, smallest: int = 0) -> tuple[
 
 
 def fitting_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
-    """The largest (height, width) of a picture that fits on a canvas, shape kept."""
+    """The largest (height, width) of an image that fits on a canvas, shape kept."""
     scale = min(room / edge for edge, room in zip(size, canvas, strict=True))
-    return tuple(
+    height, width = (
         min(room, max(1, int(edge * scale + 0.5))) for edge, room in zip(size, canvas, strict=True)
     )
+    return height, width
 
 
 def network_image(image: np.ndarray, size: tuple[int, int], image_format: str) -> torch.Tensor:

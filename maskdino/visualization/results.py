@@ -1,6 +1,6 @@
-"""What is known of one picture, predicted or true: to be drawn, saved or converted.
+"""What is known of one image, predicted or true: to be drawn, saved or converted.
 
-Shape key: N objects, H, W pixels of the picture.
+Shape key: N objects, H, W pixels of the image.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +29,10 @@ IGNORED = 255  # in label maps
 
 @dataclass(frozen=True)
 class ImageResult:
-    """Objects, segments or classes of one picture; what was not asked for is None.
+    """Objects, segments or classes of one image; what was not asked for is None.
 
     Attributes:
-        name: of the picture, as its file's path.
+        name: of the image, as its file's path.
         size: (H, W) in pixels.
         categories: the classes.
         boxes: (N, 4) float32 x0, y0, x1, y1 in pixels, best object first.
@@ -44,7 +45,7 @@ class ImageResult:
         features: (N, C) float32 what the decoder knows of each object, as its class and mask head
             read it; None where nobody asked for it.
         label_map: (H, W) uint8 or int32 class of each pixel; 255 is ignored in ground truth.
-        source: the picture: its path, or (H, W, 3) uint8 RGB.
+        source: the image: its path, or (H, W, 3) uint8 RGB.
     """
 
     name: str
@@ -73,31 +74,32 @@ class ImageResult:
     @property
     def class_names(self) -> list[str]:
         """Name of each object's class."""
-        return [self.categories.names[label] for label in self._objects("class_ids")]
+        return [self.categories.names[label] for label in self._known("class_ids")]
 
     @property
     def masks(self) -> np.ndarray:
         """(N, H, W) bool, decoded at each access."""
-        if not self._objects("rles"):
+        rles = self._known("rles")
+        if not rles:
             return np.zeros((0, *self.size), bool)
-        return mask_utils.decode(list(self.rles)).transpose(2, 0, 1).astype(bool)
+        return mask_utils.decode(list(rles)).transpose(2, 0, 1).astype(bool)
 
     @property
     def image(self) -> np.ndarray:
-        """(H, W, 3) uint8 RGB; read again where the picture is a file."""
+        """(H, W, 3) uint8 RGB; read again where the image is a file."""
         if self.source is None:
-            raise ValueError(f"the result of {self.name} was made without its picture")
+            raise ValueError(f"the result of {self.name} was made without its image")
         return load_image(self.source)
 
     def select(self, keep: np.ndarray) -> ImageResult:
         """The result with some of its objects: `keep` are indices, or (N,) bool."""
-        index = np.arange(len(self._objects("boxes")))[keep]
-        parts = {
+        index = np.arange(len(self._known("boxes")))[keep]
+        parts: dict[str, Any] = {
             name: None if (part := getattr(self, name)) is None else part[index]
             for name in ("boxes", "scores", "class_ids", "features")
         }
-        rles = None if self.rles is None else tuple(self.rles[i] for i in index)
-        return replace(self, **parts, rles=rles)
+        parts["rles"] = None if self.rles is None else tuple(self.rles[i] for i in index)
+        return replace(self, **parts)
 
     def segment_boxes(self) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (S, 4) float64 x0, y0, x1, y1 and class numbers (S,) of the panoptic segments."""
@@ -109,26 +111,29 @@ class ImageResult:
     def to_instances(self) -> Instances:
         """The objects as detectron2's evaluators and visualisers take them, on the CPU."""
         instances = Instances(self.size)
-        instances.pred_boxes = Boxes(torch.from_numpy(self._objects("boxes").copy()))
+        instances.pred_boxes = Boxes(torch.from_numpy(self._known("boxes").copy()))
         if self.scores is not None:
             instances.scores = torch.from_numpy(self.scores.copy())
-        instances.pred_classes = torch.from_numpy(self.class_ids.copy())
+        instances.pred_classes = torch.from_numpy(self._known("class_ids").copy())
         if self.rles is not None:
             instances.pred_masks = torch.from_numpy(self.masks)
         return instances
 
-    def to_coco(self, image_id: int | str | None = None) -> list[dict]:
-        """Objects, else panoptic segments, else classes, as a list in the form of COCO's results.
+    def to_coco(self, image_id: int | str | None = None, task: str | None = None) -> list[dict]:
+        """Objects, segments or classes as a list in the form of COCO's results.
 
         Args:
-            image_id: the picture's number in the dataset; None: its name.
+            image_id: the image's number in the dataset; None: its name.
+            task: one of `tasks`; None for the first: objects, which alone have scores that COCO's
+                evaluation ranks, if there are, else panoptic segments, else classes.
 
         Returns:
             "image_id", "category_id" (the dataset's), "category_name", "bbox" (x, y, w, h) and,
             where known, "score" and "segmentation"; plain values that JSON can hold.
         """
         image_id = self.name if image_id is None else image_id
-        return [{"image_id": image_id, **entry} for entry in self._coco_entries(self.tasks[0])]
+        task = self.tasks[0] if task is None else task
+        return [{"image_id": image_id, **entry} for entry in self._coco_entries(task)]
 
     def to_dict(self) -> dict:
         """All of the result as plain values that JSON can hold."""
@@ -148,16 +153,16 @@ class ImageResult:
         max_labels: int = MAX_LABELS,
         colors: Sequence[int] | None = None,
     ) -> np.ndarray:
-        """Draws on the picture.
+        """Draws on the image.
 
         Args:
             task: one of `tasks`; None for panoptic segments if there are, else objects, else
                 classes.
-            scale: whole factor by which the picture is enlarged first.
+            scale: whole factor by which the image is enlarged first.
             show_boxes: of objects; None: where they carry a label, or there is no mask.
             max_labels: with more objects or segments than this, names are left out.
             colors: a number for each object or segment; things with equal numbers get equal
-                colours. None: all differ.
+                colors. None: all differ.
 
         Returns:
             (scale * H, scale * W, 3) uint8 RGB.
@@ -171,8 +176,8 @@ class ImageResult:
             max_labels=max_labels,
         )
 
-    def save(self, path: str | os.PathLike, **drawing: object) -> Path:
-        """Writes the drawn picture, or with the suffix .json all of `to_dict`.
+    def save(self, path: str | os.PathLike, **drawing: Any) -> Path:
+        """Writes the drawn image, or with the suffix .json all of `to_dict`.
 
         Args:
             path: its suffix names the format; folders are made.
@@ -195,38 +200,42 @@ class ImageResult:
         regions = []
         for number, (label, rle, score) in enumerate(self._map_regions(task)):
             thing = task == "panoptic" and self.categories.is_thing[label]
-            # Far from the colours of other classes, and of other objects.
+            # Far from the colors of other classes, and of other objects.
             own_color = number if colors is None else colors[number]
             color = color_of(len(self.categories) + own_color if thing else label)
             regions.append(Region(color, _label(self.categories.names[label], score), rle=rle))
         return regions
 
     def _object_region(self, i: int, colors: Sequence[int] | None) -> Region:
-        label = int(self.class_ids[i])
+        label = int(self._known("class_ids")[i])
         thing = self.categories.is_thing[label]
         own_color = i if thing else label
         color = color_of(own_color if colors is None else colors[i])
         name = self.categories.names[label] if len(self.categories) > 1 else ""
         score = None if self.scores is None else float(self.scores[i])
         rle = None if self.rles is None else self.rles[i]
-        box = tuple(self.boxes[i].tolist()) if thing or rle is None else None
+        box = tuple(self._known("boxes")[i].tolist()) if thing or rle is None else None
         return Region(color, _label(name, score), box, rle)
 
     def _map_regions(self, task: str) -> Iterator[tuple[int, dict, float | None]]:
         """Class number, mask and score of each panoptic segment, or each class of the label map."""
         if task == "panoptic":
-            for segment in self.segments:
+            for segment in self._known("segments"):
                 rle = encode_mask(self.panoptic_ids == segment["id"])
                 yield segment["category_id"], rle, segment.get("score")
             return
-        for label in np.unique(self.label_map):
+        for label in np.unique(self._known("label_map")):
             if label != IGNORED and label < len(self.categories):
                 yield int(label), encode_mask(self.label_map == label), None
 
     def _coco_entries(self, task: str) -> Iterator[dict]:
+        if task not in self.tasks:
+            raise ValueError(f"the result of {self.name} holds {self.tasks}, not {task!r}")
         if task == "instance":
-            for i, label in enumerate(self.class_ids):
-                x0, y0, x1, y1 = (float(value) for value in self.boxes[i])
+            boxes = self._known("boxes").tolist()
+            for i, (label, (x0, y0, x1, y1)) in enumerate(
+                zip(self._known("class_ids"), boxes, strict=True)
+            ):
                 entry = self._coco_entry(int(label), [x0, y0, x1 - x0, y1 - y0])
                 if self.scores is not None:
                     entry["score"] = float(self.scores[i])
@@ -243,7 +252,8 @@ class ImageResult:
         names, ids = self.categories.names, self.categories.dataset_ids
         return {"category_id": ids[label], "category_name": names[label], "bbox": box}
 
-    def _objects(self, field: str) -> np.ndarray | tuple[dict, ...]:
+    def _known(self, field: str) -> Any:
+        """What the result must have."""
         value = getattr(self, field)
         if value is None:
             raise ValueError(f"the result of {self.name} has no {field}; it holds {self.tasks}")

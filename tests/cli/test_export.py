@@ -280,14 +280,16 @@ def test_onnx_with_postprocessing_takes_any_size(folder: Path) -> None:
 @torch.no_grad()
 def test_check_refuses_a_wrong_program(capsys: pytest.CaptureFixture) -> None:
     model = small_model()
-    right = ExportableNetwork(model, ExportOptions())
-    wrong = ExportableNetwork(model, ExportOptions())
+    options = ExportOptions()
+    right, wrong = ExportableNetwork(model, options), ExportableNetwork(model, options)
     wrong.model.decoder.layers[0].cross_attn.sampling_offsets.bias += 0.5
     batches = [[torch.rand(2, 3, *CANVAS) * 255]]
-    export.check(right, model, lambda arguments: right(*arguments), batches)
+    own = ExportableNetwork(model, options, traceable=False)
+    export.check(model, options, lambda arguments: own(*arguments), batches)
     assert "largest difference 0.0e+00" in capsys.readouterr().out
+    export.check(model, options, lambda arguments: right(*arguments), batches)
     with pytest.raises(export.ExportError, match="class_logits.*nothing is written"):
-        export.check(right, model, lambda arguments: wrong(*arguments), batches)
+        export.check(model, options, lambda arguments: wrong(*arguments), batches)
 
 
 def test_refused_programs_are_not_written(
