@@ -160,6 +160,7 @@ RULES = (
             "data",
             "engine",
             "evaluation",
+            "extensions",
             "files",
             "model_zoo",
             "precision",

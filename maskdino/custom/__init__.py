@@ -1,7 +1,6 @@
 """Training on own data: checks, a plan that follows from data and machine, training, a report."""
 
 from maskdino.custom.checks import Finding, check
-from maskdino.custom.history import Evaluation, History
 from maskdino.custom.plan import Machine, Wishes
 from maskdino.custom.prepare import PreparedData, Sources, prepare_data, register_prepared
 from maskdino.custom.run import Request, Run, plan_run, train_run
@@ -9,9 +8,7 @@ from maskdino.custom.training import CustomTrainer
 
 __all__ = [
     "CustomTrainer",
-    "Evaluation",
     "Finding",
-    "History",
     "Machine",
     "PreparedData",
     "Request",

@@ -8,9 +8,9 @@ from datetime import timedelta
 from detectron2.config import CfgNode
 
 from maskdino.custom.annotations import Summary
-from maskdino.custom.history import Evaluation
 from maskdino.custom.plan import Cost, Machine
 from maskdino.custom.prepare import PreparedData
+from maskdino.engine.best_checkpoint import Evaluation
 
 TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
 METRICS = ("AP", "AP50", "AP75")

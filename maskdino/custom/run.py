@@ -12,7 +12,6 @@ from detectron2.utils.logger import setup_logger
 
 from maskdino.config import load_config
 from maskdino.custom.annotations import read_annotations, summarise
-from maskdino.custom.history import History
 from maskdino.custom.plan import (
     VALIDATION_NAME,
     Wishes,
@@ -23,7 +22,9 @@ from maskdino.custom.plan import (
 )
 from maskdino.custom.prepare import DATA_FOLDER, Sources, prepare_data, register_prepared
 from maskdino.custom.report import plan_text, results_text
-from maskdino.custom.training import BEST_FOLDER, BEST_NAME, CustomTrainer
+from maskdino.custom.training import CustomTrainer
+from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
+from maskdino.extensions import config_header
 from maskdino.model_zoo import read_config
 
 NO_WEIGHTS = "none"
@@ -85,7 +86,9 @@ class Run:
 
     def results(self) -> str:
         """A table of the best evaluation."""
-        best = History.read(self.output / BEST_FOLDER / "history.json").best
+        judged = load_config(str(self.config)).SOLVER.BEST
+        path = self.output / BEST_FOLDER / HISTORY_NAME
+        best = History.read(path, judged.METRIC, judged.LOWER_IS_BETTER).best
         if best is None:
             return "no evaluation yet"
         json_file = self.output / DATA_FOLDER / f"{VALIDATION_NAME}.json"
@@ -116,12 +119,19 @@ def plan_run(request: Request) -> tuple[Run, str]:
     epochs = apply_schedule(cfg, data.train, machine, wishes, cost)
     cfg.OUTPUT_DIR = str(request.output)
     cfg.merge_from_list(list(request.overrides))
+    judge_by_masks(cfg)
     text = plan_text(cfg, data, machine, epochs, cost)
     if data.notes:
         text += "\n" + "\n".join(data.notes)
     (request.output / "plan.txt").write_text(f"{text}\n")
-    run.config.write_text(cfg.dump())  # last: it says that the run is planned
+    run.config.write_text(config_header() + cfg.dump())  # last: it says that the run is planned
     return run, text
+
+
+def judge_by_masks(cfg: CfgNode) -> None:
+    """Judges evaluations by mask AP or, without masks, box AP, if nothing else was asked for."""
+    if not cfg.SOLVER.BEST.METRIC:
+        cfg.SOLVER.BEST.METRIC = "segm/AP" if cfg.MODEL.MASK_DINO.MASK_ON else "bbox/AP"
 
 
 def read_start(config: str, request: Request) -> CfgNode:
@@ -142,7 +152,8 @@ def train_run(run: Run, resume: bool, early_stop: int) -> None:
     Args:
         run: a planned one.
         resume: go on from its last checkpoint, if there is one.
-        early_stop: see `CustomTrainer`.
+        early_stop: evaluations without a better result after which training ends; 0: as
+            SOLVER.BEST.PATIENCE says.
     """
     for name in ("fvcore", "detectron2", "maskdino"):
         setup_logger(str(run.output), distributed_rank=comm.get_rank(), name=name)
@@ -150,7 +161,9 @@ def train_run(run: Run, resume: bool, early_stop: int) -> None:
     register_prepared(run.output)
     cfg = load_config(str(run.config))
     cfg.OUTPUT_DIR = str(run.output)  # the folder may have been moved
+    judge_by_masks(cfg)  # as runs of earlier versions do not say
+    cfg.SOLVER.BEST.PATIENCE = early_stop or cfg.SOLVER.BEST.PATIENCE
     cfg.freeze()
-    trainer = CustomTrainer(cfg, early_stop)
+    trainer = CustomTrainer(cfg)
     trainer.resume_or_load(resume)
     trainer.train()

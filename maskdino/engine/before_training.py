@@ -41,15 +41,14 @@ def check_settings(cfg: CfgNode, *, trains: bool = True) -> None:
 def warn_of_schedule(cfg: CfgNode) -> None:
     """Warns of parts of the schedule that the run is too short for."""
     solver = cfg.SOLVER
-    beyond = [step for step in solver.STEPS if step >= solver.MAX_ITER]
-    if beyond and solver.LR_SCHEDULER_NAME in STEPPED:
+    within = [step for step in solver.STEPS if step < solver.MAX_ITER]
+    if len(within) < len(solver.STEPS) and solver.LR_SCHEDULER_NAME in STEPPED:
         logger.warning(
-            "SOLVER.STEPS %s are not reached in SOLVER.MAX_ITER %d iterations: the learning rate "
-            "falls %d times, not %d. Write earlier steps, or () for none.",
-            beyond,
+            "SOLVER.STEPS %s lie beyond SOLVER.MAX_ITER %d: the learning rate %s. Write earlier "
+            "steps, or () for none.",
+            [step for step in solver.STEPS if step not in within],
             solver.MAX_ITER,
-            len(solver.STEPS) - len(beyond),
-            len(solver.STEPS),
+            f"falls at {within} alone" if within else "never falls",
         )
     if solver.WARMUP_ITERS >= solver.MAX_ITER and solver.WARMUP_FACTOR != 1:
         logger.warning(

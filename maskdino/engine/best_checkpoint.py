@@ -78,9 +78,8 @@ class History:
 
     @property
     def best(self) -> Evaluation | None:
-        """The first one with the best value; None as long as nothing could be measured."""
-        measured = [entry for entry in self.evaluations if entry.value(self.metric) is not None]
-        return max(measured, key=self.score, default=None)
+        """The first one with the best value; what could not be measured is the worst."""
+        return max(self.evaluations, key=self.score, default=None)
 
     def score(self, entry: Evaluation) -> float:
         """Gives the value of an evaluation as a number of which more is better."""
@@ -96,7 +95,9 @@ class History:
     def since_best(self) -> int:
         """Counts evaluations after the best one; none as long as nothing was found (AP 0)."""
         best = self.best
-        if best is None or (not self.lower_is_better and self.score(best) <= 0):
+        if best is None or self.score(best) == -math.inf:
+            return 0
+        if self.score(best) <= 0 and not self.lower_is_better:
             return 0
         return sum(entry.iteration > best.iteration for entry in self.evaluations)
 
@@ -220,11 +221,11 @@ class BestCheckpoint(HookBase):
         metric, best = self.history.metric, self.history.best
         if best is not None:
             logger.info(
-                "%s %.2f after iteration %d; the best is %.2f after iteration %d.",
+                "%s %s after iteration %d; the best is %s after iteration %d.",
                 metric,
-                evaluation.value(metric) or 0.0,
+                _shown(evaluation.value(metric)),
                 iteration + 1,
-                best.value(metric),
+                _shown(best.value(metric)),
                 best.iteration + 1,
             )
 
@@ -235,6 +236,10 @@ class BestCheckpoint(HookBase):
             logger.info(
                 "Stopped: %d evaluations in a row were not better than the best.", self._patience
             )
+
+
+def _shown(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f}"
 
 
 def _flatten(results: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from maskdino.cli import train_custom
 from maskdino.config import load_config
-from maskdino.custom import History
+from maskdino.engine.best_checkpoint import History
 from maskdino.inference.predictor import MaskDINOPredictor
 from tests.custom.drawn import Drawn, write_drawn
 from tests.helpers import NARROW
@@ -44,7 +44,7 @@ def test_from_files_to_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (6, 3)
     assert len(list((out / "predictions").glob("*.png"))) == 1
     assert (out / "best" / "model_best.pth").is_file()
-    history = History.read(out / "best" / "history.json")
+    history = History.read(out / "best" / "history.json", cfg.SOLVER.BEST.METRIC)
     assert [entry.iteration for entry in history.evaluations] == [2, 5]
     assert "AP-person" in history.best.results["segm"]
     # Annotations are numbered from 1, categories keep their ids.
