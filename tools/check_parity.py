@@ -164,10 +164,8 @@ class Case:
         Reordering levels does not change a norm.
         """
         parameters = dict(self.model.named_parameters())
-        heads = self.cfg.MODEL.MASK_DINO.ENCODER.NUM_HEADS
-        structure = ReleasedStructure.from_shapes(
-            {k: tuple(v.shape) for k, v in self.weights.items()}, heads
-        )
+        shapes = {k: tuple(v.shape) for k, v in self.weights.items()}
+        structure = ReleasedStructure.from_shapes(shapes)
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         return {
             f"grad_norm/{name}": gradients[ours].norm().item() if ours in gradients else 0.0
