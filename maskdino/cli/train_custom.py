@@ -18,7 +18,7 @@ import torch
 from maskdino.cli import visualize
 from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
-from maskdino.custom import Request, Run, Sources, Wishes, plan_run, train_run
+from maskdino.custom import Request, Run, plan_run, train_run
 from maskdino.devices import configured_device
 from maskdino.engine.launch import launch
 from maskdino.extensions import add_import_option
@@ -91,17 +91,20 @@ def prepare(args: argparse.Namespace) -> Run:
     if not torch.cuda.is_available() and args.num_gpus > 1:
         raise ValueError(f"--num-gpus {args.num_gpus}, but there is no GPU")
     configured_device(load_config(None, args.opts).MODEL.DEVICE, args.num_gpus)
-    sources = Sources(
-        args.train_json, args.train_images, args.val_json, args.val_images, args.skip_invalid
-    )
-    wishes = Wishes(args.epochs, args.batch_size, args.image_size, args.boxes_only)
     run, text = plan_run(
         Request(
-            sources,
-            args.output,
+            train_json=args.train_json,
+            train_images=args.train_images,
+            val_json=args.val_json,
+            val_images=args.val_images,
+            skip_invalid=args.skip_invalid,
+            output=args.output,
             config=args.config_file,
             weights=args.weights,
-            wishes=wishes,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            image_size=args.image_size,
+            boxes_only=args.boxes_only,
             processes=args.num_gpus,
             overrides=args.opts,
         )
@@ -111,17 +114,17 @@ def prepare(args: argparse.Namespace) -> Run:
 
 
 def finish(run: Run, num_pictures: int) -> None:
-    """Prints the result, draws pictures, and tells where everything is."""
+    """Prints the result, draws predictions, and tells where everything is."""
     print(f"\n{run.results()}\n")
     if num_pictures > 0:
         words = ["--config-file", run.config, "--weights", run.best_weights]
-        words += ["--output", run.pictures, "--num-images", num_pictures]
+        words += ["--output", run.drawings, "--num-images", num_pictures]
         visualize.main(["predictions", *map(str, words)])
     for path, what in (
         (run.best_weights, "the best model"),
         (run.config, "the whole configuration"),
         (run.output / "best" / "history.json", "results of all evaluations, of each class"),
-        (run.pictures, "predictions beside ground truth"),
+        (run.drawings, "predictions beside ground truth"),
         (run.output / "metrics.json", "losses and results over time"),
         (run.output / "data", "annotations as they were trained on, and what was found in them"),
     ):

@@ -1,9 +1,10 @@
 """Training on own data: checks, a plan that follows from data and machine, training, a report."""
 
 from maskdino.custom.checks import Finding, check
-from maskdino.custom.plan import Machine, Wishes
-from maskdino.custom.prepare import PreparedData, Sources, prepare_data, register_prepared
-from maskdino.custom.run import Request, Run, plan_run, train_run
+from maskdino.custom.plan import Machine
+from maskdino.custom.prepare import PreparedData, prepare_data, register_prepared
+from maskdino.custom.request import Request
+from maskdino.custom.run import Run, plan_run, train_run
 from maskdino.custom.training import CustomTrainer
 
 __all__ = [
@@ -13,8 +14,6 @@ __all__ = [
     "PreparedData",
     "Request",
     "Run",
-    "Sources",
-    "Wishes",
     "check",
     "plan_run",
     "prepare_data",

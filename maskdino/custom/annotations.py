@@ -88,15 +88,12 @@ class Summary:
 
 
 def read_annotations(json_file: str | Path, image_root: str | Path) -> Annotations:
-    """Reads an annotation file; looks no deeper than its three lists.
+    """Reads an annotation file; looks no deeper than its three lists, and at no image.
 
     Raises:
-        DataError: the file or folder is missing, or the file is not COCO's; then the message says
-            what it looks like.
+        DataError: the file is missing, or not COCO's; then the message says what it looks like.
     """
     json_file, image_root = Path(json_file), Path(image_root)
-    if not image_root.is_dir():
-        raise DataError(f"{image_root} is no folder: give the one that holds the images")
     try:
         content = json.loads(json_file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -129,7 +126,7 @@ def _format_problem(content: object) -> str | None:
     return None
 
 
-def summarise(data: Annotations) -> Summary:
+def summarize(data: Annotations) -> Summary:
     """Counts what is in annotations that were found in order."""
     objects = data.objects()
     by_category = Counter(a["category_id"] for a in objects)

@@ -1,4 +1,4 @@
-"""What is wrong with annotations and their images, and what is merely odd."""
+"""Errors in annotations and their images, and warnings about what is unusual."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXIF_ORIENTATION = 0x0112
 MAX_COORDINATE = 1e5  # pixels; pycocotools walks along every edge
 TINY = 4  # pixels of the shorter side
 RARE = 10  # objects of a class
-IMBALANCE = 20  # objects of the commonest class for each one of the rarest
+IMBALANCE = 20  # objects of the most common class for each one of the rarest
 OVERLAP = 0.5  # least intersection over union of a box and its mask's box
 READERS = 8  # threads
 # What Pillow raises for broken files.
@@ -34,7 +34,7 @@ class Finding:
 
     Attributes:
         kind: what it is; findings of a kind are printed together.
-        detail: which object it is about, and the value at fault.
+        detail: which object it is about, and the wrong value.
         fatal: whether training cannot start with it.
         image: position of the image that could be left out instead, or None.
         annotation: position of the annotation that could be left out instead, or None.
@@ -58,7 +58,7 @@ def check(data: Annotations, *, need_all_masks: bool = False) -> list[Finding]:
     Args:
         data: what was read.
         need_all_masks: whether objects without a mask are wrong where others have one (mask AP
-            cannot be measured), or only odd.
+            cannot be measured), or only worth a warning.
     """
     findings = [*_check_categories(data.categories), *_check_images(data)]
     if any(finding.image is None for finding in findings):
@@ -71,7 +71,7 @@ def check(data: Annotations, *, need_all_masks: bool = False) -> list[Finding]:
     findings += _check_masks_complete(data, fatal=need_all_masks)
     if not data.objects():
         findings.append(Finding("there are no objects", f"{len(data.annotations)} annotations"))
-    return [*findings, *_oddities(data)]
+    return [*findings, *_warnings(data)]
 
 
 def drop(data: Annotations, findings: Iterable[Finding]) -> Annotations:
@@ -170,12 +170,12 @@ def file_problem(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
     if not path.is_file():
         return "image file is missing", "no such file"
     try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
             # JPEG files are decoded at an eighth of their size: faster, and cut ends still show.
-            picture.draft(None, (max(width // 8, 1), max(height // 8, 1)))
-            picture.load()
+            image.draft(None, (max(width // 8, 1), max(height // 8, 1)))
+            image.load()
     except Image.DecompressionBombError as error:
         return "image is too large", str(error)
     except READ_ERRORS as error:
@@ -219,7 +219,7 @@ def _check_annotations(data: Annotations, sizes: dict) -> Iterator[Finding]:
         if problem:
             yield Finding(problem[0], f"{where}: {problem[1]}", annotation=index)
         elif image in sizes:
-            for kind, detail in _odd_geometry(annotation, sizes[image]):
+            for kind, detail in _geometry_warnings(annotation, sizes[image]):
                 yield Finding(kind, f"{where}: {detail}", fatal=False)
 
 
@@ -283,7 +283,7 @@ def _run_lengths_problem(rle: object, size: tuple[int, int]) -> str | None:
     return None
 
 
-def _odd_geometry(annotation: dict, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
+def _geometry_warnings(annotation: dict, size: tuple[int, int]) -> Iterator[tuple[str, str]]:
     box, segmentation = annotation.get("bbox"), annotation.get("segmentation")
     if not box:
         return
@@ -318,31 +318,31 @@ def _check_masks_complete(data: Annotations, *, fatal: bool) -> Iterator[Finding
         )
 
 
-def _oddities(data: Annotations) -> Iterator[Finding]:
+def _warnings(data: Annotations) -> Iterator[Finding]:
     """What is unusual about the data as a whole."""
 
-    def odd(kind: str, details: Iterable[str]) -> Iterator[Finding]:
+    def warn(kind: str, details: Iterable[str]) -> Iterator[Finding]:
         return (Finding(kind, detail, fatal=False) for detail in details)
 
     used = {str(annotation.get("image_id")) for annotation in data.annotations}
     unused = (x for x in data.images if str(x.get("id")) not in used)
-    yield from odd("image without objects", (str(x.get("file_name")) for x in unused))
+    yield from warn("image without objects", (str(x.get("file_name")) for x in unused))
     repeats = Counter(
         str((x.get("image_id"), x.get("category_id"), x["bbox"]))
         for x in data.annotations
         if x.get("bbox")
     )
     numbers = (f"{n} times {text}" for text, n in repeats.items() if n > 1)
-    yield from odd("the same object more than once (image, category, box)", numbers)
+    yield from warn("the same object more than once (image, category, box)", numbers)
     by_category = Counter(str(x.get("category_id")) for x in data.objects())
     counts = {x["name"]: by_category[str(x["id"])] for x in data.categories}
-    yield from odd("class without objects", (n for n, c in counts.items() if c == 0))
+    yield from warn("class without objects", (n for n, c in counts.items() if c == 0))
     rare = (f"{name}: {count} objects" for name, count in counts.items() if 0 < count < RARE)
-    yield from odd("rare class", rare)
+    yield from warn("rare class", rare)
     present = [count for count in counts.values() if count]
     if present and max(present) > IMBALANCE * min(present):
         listed = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-        yield from odd("unbalanced classes", [listed])
+        yield from warn("unbalanced classes", [listed])
 
 
 def check_pair(train: Annotations, validation: Annotations) -> list[Finding]:

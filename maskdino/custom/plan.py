@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 
 from maskdino.custom.annotations import Summary
+from maskdino.custom.request import Request
 from maskdino.data import DataError
 from maskdino.engine.hooks import peak_memory_mb
 from maskdino.engine.trainer import MaskDINOTrainer
@@ -66,16 +67,6 @@ class Cost:
     image_seconds: float
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What was asked for; None leaves the choice to the plan."""
-
-    epochs: int | None = None
-    batch_size: int | None = None
-    image_size: int | None = None
-    boxes_only: bool = False
-
-
 def find_machine(processes: int) -> Machine:
     """Looks at the GPU, or else at the memory of this machine."""
     if torch.cuda.is_available():
@@ -99,12 +90,12 @@ def _free_memory_mb() -> float:
     return free / 2**20
 
 
-def apply_data(cfg: CfgNode, summary: Summary, machine: Machine, wishes: Wishes) -> None:
+def apply_data(cfg: CfgNode, summary: Summary, machine: Machine, request: Request) -> None:
     """Sets what follows from the data: classes, tasks, image size, queries (in place)."""
     node = cfg.MODEL.MASK_DINO
     node.NUM_CLASSES = len(summary.counts)
     node.CLASS_NAMES = list(summary.counts)
-    node.MASK_ON = summary.has_masks and not wishes.boxes_only
+    node.MASK_ON = summary.has_masks and not request.boxes_only
     if not node.MASK_ON:
         node.QUERY_SELECTION.MASK_ENHANCED_ANCHORS = "none"
         if node.DENOISING.MODE == "boxes_and_masks":
@@ -121,7 +112,7 @@ def apply_data(cfg: CfgNode, summary: Summary, machine: Machine, wishes: Wishes)
     cores = os.cpu_count() or 1
     cfg.DATALOADER.NUM_WORKERS = max(1, min(8 if machine.device == "cuda" else 1, cores // 2))
     most = MAX_SIZE_GPU if machine.device == "cuda" else MAX_SIZE_CPU
-    size = wishes.image_size or min(max(summary.longest_side, MIN_SIZE), most)
+    size = request.image_size or min(max(summary.longest_side, MIN_SIZE), most)
     _set_size(cfg, _round_up(size, SIZE_STEP))
 
 
@@ -132,7 +123,7 @@ def _set_size(cfg: CfgNode, size: int) -> None:
     cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = size
 
 
-def fit_memory(cfg: CfgNode, summary: Summary, machine: Machine, wishes: Wishes) -> Cost:
+def fit_memory(cfg: CfgNode, summary: Summary, machine: Machine, request: Request) -> Cost:
     """Measures a training step, and makes images smaller until one fits (in place).
 
     Raises:
@@ -143,7 +134,7 @@ def fit_memory(cfg: CfgNode, summary: Summary, machine: Machine, wishes: Wishes)
         cost = measure(cfg, summary.most_objects)
         if cost is not None and _fitting(cost, machine) >= 1:
             return cost
-        if wishes.image_size or size <= MIN_SIZE:
+        if request.image_size or size <= MIN_SIZE:
             needed = (
                 "more than there is" if cost is None else f"{cost.fixed_mb + cost.image_mb:.0f}"
             )
@@ -161,7 +152,7 @@ def _fitting(cost: Cost, machine: Machine) -> int:
 
 
 def apply_schedule(
-    cfg: CfgNode, summary: Summary, machine: Machine, wishes: Wishes, cost: Cost | None
+    cfg: CfgNode, summary: Summary, machine: Machine, request: Request, cost: Cost | None
 ) -> int:
     """Sets batch size, learning rate and schedule (in place), and returns the number of epochs.
 
@@ -172,14 +163,14 @@ def apply_schedule(
         cfg: configuration to which `apply_data` was applied.
         summary: of the training data.
         machine: where it will train.
-        wishes: what was asked for.
+        request: what was asked for.
         cost: measured; may be None if epochs and batch size were asked for.
     """
     solver = cfg.SOLVER
-    batch = wishes.batch_size or _batch_size(solver.IMS_PER_BATCH, summary, machine, cost)
+    batch = request.batch_size or _batch_size(solver.IMS_PER_BATCH, summary, machine, cost)
     solver.BASE_LR = float(f"{solver.BASE_LR * math.sqrt(batch / solver.IMS_PER_BATCH):.3g}")
     solver.IMS_PER_BATCH = batch
-    epochs = wishes.epochs or _epochs(summary, machine, cost)
+    epochs = request.epochs or _epochs(summary, machine, cost)
     per_epoch = max(1, math.ceil(summary.images / batch))
     iterations = epochs * per_epoch
     solver.MAX_ITER = iterations

@@ -13,32 +13,16 @@ from maskdino.custom.annotations import (
     Annotations,
     Summary,
     read_annotations,
-    summarise,
+    summarize,
     write_annotations,
 )
 from maskdino.custom.checks import Finding, check, check_pair, describe, drop
 from maskdino.custom.plan import TRAIN_NAME, VALIDATION_NAME
+from maskdino.custom.request import Request
 from maskdino.custom.split import split
 from maskdino.data import DataError, register_coco_folder
 
 DATA_FOLDER, INDEX_NAME, FINDINGS_NAME = "data", "datasets.json", "check.txt"
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where data come from.
-
-    Attributes:
-        train_json, train_images: annotations, and the folder of their images.
-        val_json, val_images: likewise for validation; None: a part of the training data.
-        skip_invalid: leave out images and annotations that are wrong, instead of an error.
-    """
-
-    train_json: Path
-    train_images: Path
-    val_json: Path | None = None
-    val_images: Path | None = None
-    skip_invalid: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,7 +32,7 @@ class PreparedData:
     Attributes:
         train, validation: what they hold.
         was_split: whether the validation data were set aside from the training data.
-        notes: what is odd, and what was left out, as lines of text.
+        notes: warnings, and what was left out, as lines of text.
     """
 
     train: Summary
@@ -57,28 +41,28 @@ class PreparedData:
     notes: list[str]
 
 
-def prepare_data(sources: Sources, output: Path) -> PreparedData:
+def prepare_data(request: Request) -> PreparedData:
     """Reads, checks and, if need be, splits data, and writes what training reads.
 
     ``<output>/data`` gets the annotations, their index, and all findings of the checks.
 
-    Args:
-        sources: where the data come from.
-        output: folder of the run.
-
     Raises:
         DataError: the data cannot be used; the message lists all that is wrong.
     """
-    train = read_annotations(sources.train_json, sources.train_images)
+    output, skip = request.output, request.skip_invalid
+    for folder in (request.train_images, request.val_images):
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"{folder} is no folder: give the one that holds the images")
+    train = read_annotations(request.train_json, request.train_images)
     notes: list[str] = []
     (output / DATA_FOLDER / FINDINGS_NAME).unlink(missing_ok=True)  # of an earlier attempt
-    train = _checked(train, check(train), sources.skip_invalid, output, notes)
-    if sources.val_json is None:
+    train = _checked(train, check(train), skip, output, notes)
+    if request.val_json is None or request.val_images is None:
         train, validation = split(train)
     else:
-        validation = read_annotations(sources.val_json, sources.val_images)
-        findings = check(validation, need_all_masks=summarise(train).has_masks)
-        validation = _checked(validation, findings, sources.skip_invalid, output, notes)
+        validation = read_annotations(request.val_json, request.val_images)
+        findings = check(validation, need_all_masks=summarize(train).has_masks)
+        validation = _checked(validation, findings, skip, output, notes)
         validation = _checked(validation, check_pair(train, validation), False, output, notes)
     # Equal lists give equal class indices.
     validation = replace(validation, categories=train.categories)
@@ -88,10 +72,10 @@ def prepare_data(sources: Sources, output: Path) -> PreparedData:
         write_annotations(data, path)
         index[name] = {"json_file": path.name, "image_root": str(data.image_root.resolve())}
     (output / DATA_FOLDER / INDEX_NAME).write_text(json.dumps(index, indent=1))
-    summaries = summarise(train), summarise(validation)
+    summaries = summarize(train), summarize(validation)
     if summaries[0].has_masks and not summaries[1].has_masks:
         notes.append("no mask in the validation data: only box AP can be measured")
-    return PreparedData(*summaries, sources.val_json is None, notes)
+    return PreparedData(*summaries, request.val_json is None, notes)
 
 
 def _checked(
@@ -105,39 +89,50 @@ def _checked(
     if not findings:
         return data
     fatal = [finding for finding in findings if finding.fatal]
-    odd = [finding for finding in findings if not finding.fatal]
+    warnings = [finding for finding in findings if not finding.fatal]
     path = output / DATA_FOLDER / FINDINGS_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        for title, part in (("wrong", fatal), ("odd", odd)):
-            file.writelines(f"{line}\n" for line in [f"{data.json_file}, {title}:"] * bool(part))
+        for title, part in (("errors", fatal), ("warnings", warnings)):
+            if part:
+                file.write(f"{data.json_file}, {title}:\n")
             file.writelines(f"  {line}\n" for line in describe(part, most=None))
-    stuck = [finding for finding in fatal if not finding.droppable]
-    if stuck or (fatal and not skip):
-        raise DataError(_message(data, fatal, odd, path, can_skip=not stuck))
+    can_skip = all(finding.droppable for finding in fatal)
+    if fatal and not (skip and can_skip):
+        lines = [f"{data.json_file} cannot be trained on as it is. Errors:"]
+        lines += [f"  {line}" for line in describe(fatal)]
+        if warnings:
+            lines += ["Warnings:", *(f"  {line}" for line in describe(warnings))]
+        lines.append(f"The whole list is in {path}.")
+        if can_skip:
+            lines.append("Mend the data, or leave out what is wrong with --skip-invalid.")
+        raise DataError("\n".join(lines))
     if fatal:
         data = drop(data, fatal)
         notes.append(f"{data.json_file}: left out because it is wrong:")
         notes += [f"  {line}" for line in describe(fatal)]
         if not data.images or not data.objects():
             raise DataError(f"{data.json_file}: nothing is left; all that is wrong is in {path}")
-    if odd:
-        notes.append(f"{data.json_file}: odd, but no obstacle:")
-        notes += [f"  {line}" for line in describe(odd)]
+    if warnings:
+        notes.append(f"{data.json_file}: warnings:")
+        notes += [f"  {line}" for line in describe(warnings)]
     return data
 
 
-def _message(
-    data: Annotations, fatal: list[Finding], odd: list[Finding], path: Path, *, can_skip: bool
-) -> str:
-    lines = [f"{data.json_file} cannot be trained on as it is. Wrong:"]
-    lines += [f"  {line}" for line in describe(fatal)]
-    if odd:
-        lines += ["Odd, but no obstacle:", *(f"  {line}" for line in describe(odd))]
-    lines.append(f"The whole list is in {path}.")
-    if can_skip:
-        lines.append("Mend the data, or leave out what is wrong with --skip-invalid.")
-    return "\n".join(lines)
+def prepared_files(output: Path) -> dict[str, tuple[Path, Path]]:
+    """Annotation file and folder of images of each dataset of a run.
+
+    Raises:
+        DataError: the folder holds no prepared data.
+    """
+    folder = output / DATA_FOLDER
+    if not (folder / INDEX_NAME).is_file():
+        raise DataError(f"{folder} holds no data that were prepared for training")
+    index = json.loads((folder / INDEX_NAME).read_text())
+    return {
+        name: (folder / entry["json_file"], Path(entry["image_root"]))
+        for name, entry in index.items()
+    }
 
 
 def register_prepared(output: Path) -> None:
@@ -146,14 +141,10 @@ def register_prepared(output: Path) -> None:
     Raises:
         DataError: the folder holds no prepared data.
     """
-    folder = output / DATA_FOLDER
-    if not (folder / INDEX_NAME).is_file():
-        raise DataError(f"{folder} holds no data that were prepared for training")
-    for name, entry in json.loads((folder / INDEX_NAME).read_text()).items():
+    for name, (json_file, image_root) in prepared_files(output).items():
         if name in DatasetCatalog.list():
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        json_file = folder / entry["json_file"]
         # Written in the order of the class indices.
         names = [category["name"] for category in json.loads(json_file.read_text())["categories"]]
-        register_coco_folder(name, json_file, entry["image_root"], thing_classes=names)
+        register_coco_folder(name, json_file, image_root, thing_classes=names)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import timedelta
 
 from detectron2.config import CfgNode
+from tabulate import tabulate
 
 from maskdino.custom.annotations import Summary
 from maskdino.custom.plan import Cost, Machine
@@ -21,6 +21,7 @@ def plan_text(
 ) -> str:
     """The choices that were made, one in a line, each with what it follows from."""
     solver, size = cfg.SOLVER, cfg.INPUT.LSJ.SIZE[0]
+    queries = cfg.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES
     images = f"{data.train.images} to train on, {data.validation.images} to validate on"
     if data.was_split:
         images += " (set aside by a hash of the file names)"
@@ -38,14 +39,14 @@ def plan_text(
         ("images", images),
         ("machine", memory),
         ("image size", f"{size} pixels (median of the data: {data.train.longest_side})"),
-        ("queries", f"{_queries(cfg)} (fullest image: {data.train.most_objects} objects)"),
+        ("queries", f"{queries} (fullest image: {data.train.most_objects} objects)"),
         ("batch", batch),
         ("learning rate", f"{solver.BASE_LR:g}, {_decay(cfg)}"),
         ("schedule", schedule),
         ("evaluation", f"every {cfg.TEST.EVAL_PERIOD} iterations: COCO's AP"),
         ("starts from", cfg.MODEL.WEIGHTS or "random weights"),
     ]
-    return table(rows)
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
 def _decay(cfg: CfgNode) -> str:
@@ -54,12 +55,8 @@ def _decay(cfg: CfgNode) -> str:
     return f"{cfg.SOLVER.GAMMA:g} of it from each of the iterations {list(cfg.SOLVER.STEPS)} on"
 
 
-def _queries(cfg: CfgNode) -> int:
-    return cfg.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES
-
-
 def _counts(summary: Summary, most: int = 10) -> str:
-    """The commonest classes with their number of objects."""
+    """The most common classes with their number of objects."""
     common = sorted(summary.counts.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{name} ({count})" for name, count in common[:most])
     return listed + (f", and {len(common) - most} more" if len(common) > most else "")
@@ -80,20 +77,9 @@ def results_text(evaluation: Evaluation, validation: Summary) -> str:
             for m in METRICS
         ]
         rows.append([name, str(count), *cells])
-    return table(rows)
+    sides = ("left", *("right" for _ in head[1:]))
+    return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None or value != value else f"{value:.1f}"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, the first one and the last of two to the left, others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        pairs = zip(row[1:], widths[1:], strict=True)
-        cells += [cell if len(row) == 2 else cell.rjust(width) for cell, width in pairs]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -11,17 +11,17 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from maskdino.config import load_config
-from maskdino.custom.annotations import read_annotations, summarise
+from maskdino.custom.annotations import read_annotations, summarize
 from maskdino.custom.plan import (
     VALIDATION_NAME,
-    Wishes,
     apply_data,
     apply_schedule,
     find_machine,
     fit_memory,
 )
-from maskdino.custom.prepare import DATA_FOLDER, Sources, prepare_data, register_prepared
+from maskdino.custom.prepare import prepare_data, prepared_files, register_prepared
 from maskdino.custom.report import plan_text, results_text
+from maskdino.custom.request import Request
 from maskdino.custom.training import CustomTrainer
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
 from maskdino.extensions import config_header
@@ -29,30 +29,6 @@ from maskdino.model_zoo import read_config
 
 NO_WEIGHTS = "none"
 DEFAULT_CONFIGS = {"cuda": "custom/maskdino_R50", "cpu": "custom/maskdino_small"}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be trained, and on what.
-
-    Attributes:
-        sources: the data.
-        output: folder for everything that comes of it.
-        config: path or name of a configuration; None: one that suits the machine.
-        weights: path or address to start from, "released", or "none" for random weights; None: the
-            configuration's.
-        wishes: what the plan shall not choose.
-        processes: number of GPUs, or of processes without one.
-        overrides: keys and values, which have the last word.
-    """
-
-    sources: Sources
-    output: Path
-    config: str | None = None
-    weights: str | None = None
-    wishes: Wishes = Wishes()
-    processes: int = 1
-    overrides: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -76,7 +52,7 @@ class Run:
         return self.output / BEST_FOLDER / f"{BEST_NAME}.pth"
 
     @property
-    def pictures(self) -> Path:
+    def drawings(self) -> Path:
         """Folder of predictions beside ground truth."""
         return self.output / "predictions"
 
@@ -91,8 +67,7 @@ class Run:
         best = History.read(path, judged.METRIC, judged.LOWER_IS_BETTER).best
         if best is None:
             return "no evaluation yet"
-        json_file = self.output / DATA_FOLDER / f"{VALIDATION_NAME}.json"
-        summary = summarise(read_annotations(json_file, self.output))
+        summary = summarize(read_annotations(*prepared_files(self.output)[VALIDATION_NAME]))
         title = "Average precision on the validation images, in percent, best of all evaluations "
         return f"{title}(iteration {best.iteration + 1}):\n{results_text(best, summary)}"
 
@@ -104,19 +79,19 @@ def plan_run(request: Request) -> tuple[Run, str]:
         The run, and what was chosen and found odd, as text.
 
     Raises:
-        ValueError: the data or the wishes are at fault (`maskdino.data.DataError`: the data).
+        ValueError: the data or the request are at fault (`maskdino.data.DataError`: the data).
         FileNotFoundError, KeyError, ConnectionError: see `read_start`.
     """
     run = Run(request.output)
-    machine, wishes = find_machine(request.processes), request.wishes
+    machine = find_machine(request.processes)
     # Before the data, whose check takes longer.
     cfg = read_start(request.config or DEFAULT_CONFIGS[machine.device], request)
-    data = prepare_data(request.sources, request.output)
+    data = prepare_data(request)
     register_prepared(request.output)
-    apply_data(cfg, data.train, machine, wishes)
-    known = wishes.epochs and wishes.batch_size
-    cost = None if known else fit_memory(cfg, data.train, machine, wishes)
-    epochs = apply_schedule(cfg, data.train, machine, wishes, cost)
+    apply_data(cfg, data.train, machine, request)
+    known = request.epochs and request.batch_size
+    cost = None if known else fit_memory(cfg, data.train, machine, request)
+    epochs = apply_schedule(cfg, data.train, machine, request, cost)
     cfg.OUTPUT_DIR = str(request.output)
     cfg.merge_from_list(list(request.overrides))
     judge_by_masks(cfg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_from_files_to_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD) == (6, 3)
     assert len(list((out / "predictions").glob("*.png"))) == 1
     assert (out / "best" / "model_best.pth").is_file()
-    history = History.read(out / "best" / "history.json", cfg.SOLVER.BEST.METRIC)
+    history = History.read(out / "best" / "history.json", "segm/AP")
     assert [entry.iteration for entry in history.evaluations] == [2, 5]
     assert "AP-person" in history.best.results["segm"]
     # Annotations are numbered from 1, categories keep their ids.
@@ -84,7 +85,7 @@ def test_boxes_only_and_validation_data(tmp_path: Path, capsys: pytest.CaptureFi
     assert not any("mask" in name for name in weights)
 
 
-def test_faults_stop_the_run_or_are_left_out(tmp_path: Path) -> None:
+def test_errors_stop_the_run_or_are_left_out(tmp_path: Path) -> None:
     drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
     drawn.content["annotations"][0]["bbox"] = [3, 3, 0, 5]
     drawn.content["annotations"][1]["category_id"] = 4
@@ -115,7 +116,7 @@ def test_faults_stop_the_run_or_are_left_out(tmp_path: Path) -> None:
     assert sum(len(part["annotations"]) for part in parts) == len(kept)
 
 
-def test_picture_damaged_after_the_check(
+def test_image_damaged_after_the_check(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -176,3 +177,25 @@ def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
         train_custom.parse_arguments(["--output", "o", "--val-json", "b.json"])
     with pytest.raises(SystemExit):
         train_custom.parse_arguments(["--output", "o", "--epochs", "0"])
+
+
+def test_folder_of_images_that_is_missing(tmp_path: Path) -> None:
+    drawn = write_drawn(tmp_path / "drawn", 2)
+    drawn.images = tmp_path / "lost"
+    with pytest.raises(SystemExit, match=r"^error: .*lost is no folder: give the one that holds"):
+        train_custom.main(words(drawn, tmp_path / "out"))
+
+
+def test_results_need_no_images(tmp_path: Path) -> None:
+    """A run tells its results wherever it is, and its images are."""
+    drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
+    run = train_custom.prepare(train_custom.parse_arguments(words(drawn, out)))
+    evaluation = {"iteration": 7, "results": {"segm": {"AP": 12.3, "AP50": 45.6, "AP-car": 7.8}}}
+    run.best_weights.parent.mkdir(exist_ok=True)
+    (run.best_weights.parent / "history.json").write_text(json.dumps([evaluation]))
+    shutil.rmtree(drawn.images)
+    lines = [line.split() for line in run.results().splitlines()]
+    assert lines[0][-2:] == ["(iteration", "8):"]
+    assert lines[1] == ["objects", "masks", "AP", "masks", "AP50", "masks", "AP75"]
+    assert lines[2][0] == "all" and lines[2][2:] == ["12.3", "45.6", "-"]
+    assert [line[-1] for line in lines if line[0] == "car"] == ["7.8"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from maskdino.custom.annotations import read_annotations, summarise, write_annotations
+from maskdino.custom.annotations import read_annotations, summarize, write_annotations
 from maskdino.custom.checks import check, check_pair, describe, drop, file_problem
 from maskdino.data import DataError
 from tests.custom.drawn import Drawn, write_drawn
@@ -25,13 +25,13 @@ def fatal_kinds(drawn: Drawn) -> set[str]:
     return {finding.kind for finding in findings if finding.fatal}
 
 
-def odd_kinds(drawn: Drawn) -> set[str]:
+def warnings_of(drawn: Drawn) -> set[str]:
     findings = check(read_annotations(drawn.write().json_file, drawn.images))
     assert not any(finding.fatal for finding in findings)
     return {finding.kind for finding in findings}
 
 
-def test_good_data_have_no_faults(drawn: Drawn) -> None:
+def test_good_data_have_no_errors(drawn: Drawn) -> None:
     assert fatal_kinds(drawn) == set()
 
 
@@ -57,11 +57,9 @@ def test_files_of_other_formats(tmp_path: Path, content: str, message: str) -> N
         read_annotations(path, tmp_path)
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no annotation file .*lost\.json"):
         read_annotations(tmp_path / "lost.json", tmp_path)
-    with pytest.raises(DataError, match="lost is no folder"):
-        read_annotations(tmp_path / "a.json", tmp_path / "lost")
 
 
 def first_annotation(**values: object) -> Callable[[Drawn], None]:
@@ -80,7 +78,7 @@ def write_image(content: bytes) -> Callable[[Drawn], None]:
     return lambda drawn: (drawn.images / "scene_0.png").write_bytes(content) and None
 
 
-FAULTS: list[tuple[Callable[[Drawn], None], str]] = [
+ERRORS: list[tuple[Callable[[Drawn], None], str]] = [
     (lambda drawn: drawn.content["categories"].clear(), "there are no classes"),
     (lambda drawn: drawn.content["images"].clear(), "there are no images"),
     (lambda drawn: drawn.content["annotations"].clear(), "there are no objects"),
@@ -94,7 +92,7 @@ FAULTS: list[tuple[Callable[[Drawn], None], str]] = [
     (first_image(width=0), "image without height and width"),
     (first_image(width=65), "image has another size"),
     (lambda drawn: (drawn.images / "scene_0.png").unlink(), "image file is missing"),
-    (write_image(b"no picture"), "image cannot be read"),
+    (write_image(b"no image"), "image cannot be read"),
     (first_annotation(id=None), "annotation without id"),
     (first_annotation(image_id=99), "annotation of an unknown image"),
     (first_annotation(image_id=[]), "annotation of an unknown image"),
@@ -119,8 +117,8 @@ FAULTS: list[tuple[Callable[[Drawn], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "kind"), FAULTS, ids=[kind for _, kind in FAULTS])
-def test_faults_are_found_and_can_be_left_out(
+@pytest.mark.parametrize(("spoil", "kind"), ERRORS, ids=[kind for _, kind in ERRORS])
+def test_errors_are_found_and_can_be_left_out(
     drawn: Drawn, spoil: Callable[[Drawn], None], kind: str
 ) -> None:
     spoil(drawn)
@@ -133,8 +131,8 @@ def test_faults_are_found_and_can_be_left_out(
         assert rest.objects()
 
 
-def test_cut_off_picture_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "picture.jpg"
+def test_cut_off_image_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
     Image.effect_noise((400, 300), 50).save(path)
     assert file_problem(path, (300, 400)) is None
     path.write_bytes(path.read_bytes()[:-2000])
@@ -142,8 +140,8 @@ def test_cut_off_picture_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_turned_picture_has_its_upright_size(tmp_path: Path, orientation: int) -> None:
-    path = tmp_path / "picture.jpg"
+def test_turned_image_has_its_upright_size(tmp_path: Path, orientation: int) -> None:
+    path = tmp_path / "image.jpg"
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (40, 30)).save(path, exif=exif)
@@ -154,7 +152,7 @@ def test_turned_picture_has_its_upright_size(tmp_path: Path, orientation: int) -
     assert ("EXIF" in detail) == (orientation >= 5)
 
 
-def test_one_pixel_picture(tmp_path: Path) -> None:
+def test_one_pixel_image(tmp_path: Path) -> None:
     for name in ("one.jpg", "one.png"):
         Image.new("L", (1, 1)).save(tmp_path / name)
         assert file_problem(tmp_path / name, (1, 1)) is None
@@ -174,10 +172,10 @@ def test_one_pixel_picture(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_oddities_are_no_faults(drawn: Drawn, spoil: Callable[[Drawn], None], kind: str) -> None:
-    before = odd_kinds(drawn)
+def test_warnings_are_no_errors(drawn: Drawn, spoil: Callable[[Drawn], None], kind: str) -> None:
+    before = warnings_of(drawn)
     spoil(drawn)
-    new = odd_kinds(drawn) - before
+    new = warnings_of(drawn) - before
     assert any(found.startswith(kind) for found in new), new
 
 
@@ -186,7 +184,7 @@ def test_images_without_objects_and_imbalance(drawn: Drawn) -> None:
     car = next(a for a in annotations if a["category_id"] == 3)
     person = next(a for a in annotations if a["category_id"] == 70)
     annotations[:] = [{**person, "id": i, "image_id": 0} for i in range(30)] + [{**car, "id": 99}]
-    kinds = odd_kinds(drawn)
+    kinds = warnings_of(drawn)
     assert {"image without objects", "unbalanced classes", "rare class"} <= kinds
 
 
@@ -241,7 +239,7 @@ def test_written_annotations_mean_the_same(drawn: Drawn, tmp_path: Path, ids: st
     assert {category["id"] for category in content["categories"]} == expected_ids
     assert [a["id"] for a in content["annotations"]] == list(range(1, len(data.annotations) + 1))
     again = read_annotations(path, drawn.images)
-    assert summarise(again) == summarise(data)
+    assert summarize(again) == summarize(data)
     filled = content["annotations"][0]
     polygon = filled["segmentation"][0]
     x, y = polygon[::2], polygon[1::2]

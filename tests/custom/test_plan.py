@@ -10,7 +10,8 @@ import pytest
 from maskdino.config import load_config
 from maskdino.custom import plan
 from maskdino.custom.annotations import Summary
-from maskdino.custom.plan import Cost, Machine, Wishes
+from maskdino.custom.plan import Cost, Machine
+from maskdino.custom.request import Request
 from maskdino.data import DataError
 from tests.helpers import tiny_cfg
 
@@ -25,21 +26,28 @@ def summary(images: int = 100, **values: object) -> Summary:
     return Summary(**{"images": images, "most_objects": 7, **known, **values})
 
 
+def asked(**values: object) -> Request:
+    return Request(train_json=Path(), train_images=Path(), output=Path(), **values)
+
+
 def planned(
-    data: Summary, machine: Machine = GPU, wishes: Wishes | None = None, cost: Cost = CHEAP
+    data: Summary,
+    machine: Machine = GPU,
+    request: Request | None = None,
+    cost: Cost | None = CHEAP,
 ) -> tuple[object, int]:
     cfg = load_config(CONFIG)
-    wishes = wishes or Wishes()
-    plan.apply_data(cfg, data, machine, wishes)
-    return cfg, plan.apply_schedule(cfg, data, machine, wishes, cost)
+    request = request or asked()
+    plan.apply_data(cfg, data, machine, request)
+    return cfg, plan.apply_schedule(cfg, data, machine, request, cost)
 
 
 def test_classes_and_masks_follow_from_the_data() -> None:
     cfg, _ = planned(summary())
     node = cfg.MODEL.MASK_DINO
     assert (node.NUM_CLASSES, node.MASK_ON, node.DENOISING.MODE) == (2, True, "boxes_and_masks")
-    for data, wishes in ((summary(has_masks=False), None), (summary(), Wishes(boxes_only=True))):
-        node = planned(data, wishes=wishes)[0].MODEL.MASK_DINO
+    for data, request in ((summary(has_masks=False), None), (summary(), asked(boxes_only=True))):
+        node = planned(data, request=request)[0].MODEL.MASK_DINO
         assert (node.MASK_ON, node.DENOISING.MODE) == (False, "boxes")
         assert node.QUERY_SELECTION.MASK_ENHANCED_ANCHORS == "none"
 
@@ -56,7 +64,7 @@ def test_classes_and_masks_follow_from_the_data() -> None:
     ],
 )
 def test_image_size(side: int, machine: Machine, wanted: int | None, expected: int) -> None:
-    cfg, _ = planned(summary(longest_side=side), machine, Wishes(image_size=wanted))
+    cfg, _ = planned(summary(longest_side=side), machine, asked(image_size=wanted))
     assert [expected, expected] == cfg.INPUT.LSJ.SIZE
     assert cfg.INPUT.MAX_SIZE_TEST == cfg.INPUT.MIN_SIZE_TEST == expected
 
@@ -106,14 +114,14 @@ def test_epochs(images: int, machine: Machine, seconds: float, expected: int) ->
     assert all(0 < step < cfg.SOLVER.MAX_ITER for step in cfg.SOLVER.STEPS)
 
 
-def test_wishes_need_no_measurement() -> None:
-    cfg, epochs = planned(summary(15), wishes=Wishes(epochs=1, batch_size=15), cost=None)
+def test_what_was_asked_for_needs_no_measurement() -> None:
+    cfg, epochs = planned(summary(15), request=asked(epochs=1, batch_size=15), cost=None)
     assert (epochs, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (1, 1, ())
 
 
 def test_images_shrink_until_a_step_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load_config(CONFIG)
-    plan.apply_data(cfg, summary(longest_side=1000), GPU, Wishes())
+    plan.apply_data(cfg, summary(longest_side=1000), GPU, asked())
     sizes = []
 
     def cost(cfg: object, _objects: int) -> Cost | None:
@@ -121,17 +129,17 @@ def test_images_shrink_until_a_step_fits(monkeypatch: pytest.MonkeyPatch) -> Non
         return None if sizes[-1] > 700 else Cost(1000.0, 0.09 * sizes[-1] ** 2, 1.0)
 
     monkeypatch.setattr(plan, "measure", cost)
-    fitting = plan.fit_memory(cfg, summary(), GPU, Wishes())
+    fitting = plan.fit_memory(cfg, summary(), GPU, asked())
     assert sizes == [1024, 768, 576]
     assert fitting.image_mb == pytest.approx(0.09 * 576**2)
     with pytest.raises(DataError, match="does not fit.*--image-size"):
-        plan.fit_memory(cfg, summary(), Machine("cuda", 100.0, 1), Wishes())
+        plan.fit_memory(cfg, summary(), Machine("cuda", 100.0, 1), asked())
 
 
 @pytest.mark.slow
 def test_measured_cost_is_plausible() -> None:
     cfg = tiny_cfg(NUM_CLASSES=2)
-    plan.apply_data(cfg, summary(), CPU, Wishes(image_size=64))
+    plan.apply_data(cfg, summary(), CPU, asked(image_size=64))
     cost = plan.measure(cfg, 3)
     assert 100 < cost.fixed_mb < 4000  # PyTorch and detectron2 alone take some hundred
     assert 0 < cost.image_mb < 1000

@@ -1,0 +1,41 @@
+"""What somebody asks for: data, where to start from, and what the plan shall not choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be trained, and on what.
+
+    Attributes:
+        train_json, train_images: annotations, and the folder of their images.
+        val_json, val_images: likewise for validation; None: a part of the training data.
+        skip_invalid: leave out images and annotations that are wrong, instead of an error.
+        output: folder for everything that comes of it.
+        config: path or name of a configuration; None: one that suits the machine.
+        weights: path or address to start from, "released", or "none" for random weights; None: the
+            configuration's.
+        epochs, batch_size, image_size: None leaves the choice to the plan.
+        boxes_only: do not learn masks.
+        processes: number of GPUs, or of processes without one.
+        overrides: keys and values of the configuration, which have the last word.
+    """
+
+    train_json: Path
+    train_images: Path
+    output: Path
+    val_json: Path | None = None
+    val_images: Path | None = None
+    skip_invalid: bool = False
+    config: str | None = None
+    weights: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    image_size: int | None = None
+    boxes_only: bool = False
+    processes: int = 1
+    overrides: Sequence[str] = ()
