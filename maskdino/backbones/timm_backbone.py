@@ -16,8 +16,8 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .freeze import freeze_stages
-from .swin import pad_before_shift, swin_arguments
+from maskdino.backbones.freeze import freeze_stages
+from maskdino.backbones.swin import pad_before_shift, swin_arguments
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class TimmBackbone(Backbone):
     Raises:
         ValueError: for a name that timm does not know, a model without one of the outputs, or a bad
             option.
-        RuntimeError: when the pretrained weights cannot be had.
+        ConnectionError: when the pretrained weights cannot be had.
     """
 
     body: Any  # timm's extractor, which tells its features as attributes
@@ -191,7 +191,7 @@ def extractor(name: str, options: Mapping[str, Any], pretrained: bool = False) -
 
     Raises:
         ValueError: if timm does not know the name or an option.
-        RuntimeError: when the weights cannot be had.
+        ConnectionError: when the weights cannot be had.
     """
     if pretrained:
         return _pretrained(name, options)
@@ -208,8 +208,9 @@ def _pretrained(name: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, features_only=True, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(
-            f"timm's weights of {name!r} cannot be loaded ({error}); without network, name a file "
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConnectionError(
+            f"timm's weights of {name!r} cannot be loaded ({reason}); without network, name a file "
             "in MODEL.TIMM.WEIGHTS, or set MODEL.TIMM.PRETRAINED False to start from random weights"
         ) from error
 

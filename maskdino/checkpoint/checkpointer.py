@@ -29,19 +29,18 @@ RESIZABLE = (
     "query_selection.content",
     "query_selection.anchor_logits",
 )
-# Parts that a checkpoint may lack as a whole; their weights then stay as initialised.
+# Parts that a checkpoint may lack as a whole; their weights then stay as initialized.
 PARTS = ("pixel_embedding.", "heads.mask_head.", "denoising.", "query_selection.")
 
 
 class MaskDINOCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer that also reads released Mask DINO files, and is strict about what
-    does not fit.
+    """Detectron2's checkpointer, strict about what does not fit, that reads released files too.
 
     Args:
         model: the model.
         save_dir: folder of the checkpoints.
         require_all: raise when the file lacks any weight of the model (evaluation), instead of
-            leaving whole parts as initialised (fine-tuning).
+            leaving whole parts as initialized (fine-tuning).
         save_to_disk, checkpointables: as in detectron2.
     """
 
@@ -147,7 +146,7 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
             )
         parts = sorted({_part(name) for name in absent})
         if known and parts:
-            self.logger.warning("not in the checkpoint, left as initialised: %s", ", ".join(parts))
+            self.logger.warning("not in the checkpoint, left as initialized: %s", ", ".join(parts))
 
     def _check_unused(self, unexpected: list[str], known: set[str]) -> None:
         """Raises where a part of the model is smaller than in the file (fewer layers, say).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -92,7 +93,7 @@ def load_trained(model: nn.Module, cfg: CfgNode, path: str | None = None) -> Non
         ValueError: the file does not hold all weights of the model.
     """
     average = build_average(cfg, model)
-    parts = {} if average is None else {"ema": average}
+    parts: dict[str, Any] = {} if average is None else {"ema": average}
     checkpointer = MaskDINOCheckpointer(model, require_all=True, **parts)
     checkpointer.load(cfg.MODEL.WEIGHTS if path is None else path)
     if average is not None and average.restored:

@@ -210,7 +210,7 @@ def _remarks(flat: Mapping[str, object], foreign: list[str], hidden_dim: int) ->
 
 def flatten(node: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Nested mappings to one with dotted keys."""
-    flat = {}
+    flat: dict[str, object] = {}
     for key, value in node.items():
         flat |= (
             flatten(value, f"{prefix}{key}.")
@@ -220,7 +220,7 @@ def flatten(node: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def set_value(cfg: CfgNode, key: str, value: object) -> None:
+def set_value(cfg: CfgNode, key: str, value: Any) -> None:
     """Sets a dotted key, with yacs' type checks, to which 2 is no float."""
     if key.startswith("MODEL.SWIN."):  # whose keys are open
         cfg.MODEL.SWIN[key.removeprefix("MODEL.SWIN.")] = value

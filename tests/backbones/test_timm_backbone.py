@@ -260,7 +260,7 @@ def test_pretrained_weights_are_asked_for_unless_a_file_is_given(
 
     monkeypatch.setattr(timm, "create_model", without_network)
     cfg = configuration("resnet18", PRETRAINED=True)
-    with pytest.raises(RuntimeError, match=r"resnet18.*no network here.*MODEL.TIMM.WEIGHTS"):
+    with pytest.raises(ConnectionError, match=r"resnet18.*no network here.*MODEL.TIMM.WEIGHTS"):
         build_backbone(cfg)
     cfg.MODEL.WEIGHTS = "model_final.pth"
     build_backbone(cfg)

@@ -174,7 +174,7 @@ def test_parts_may_be_added_and_left_out(tmp_path: Path, caplog: pytest.LogCaptu
     whole = tiny_model()
     with caplog.at_level(logging.WARNING):
         MaskDINOCheckpointer(whole).load(str(tmp_path / "plain.pth"))
-    assert "left as initialised: denoising, heads.mask_head, pixel_embedding" in caplog.text
+    assert "left as initialized: denoising, heads.mask_head, pixel_embedding" in caplog.text
     assert torch.equal(whole.heads.norm.weight, plain.heads.norm.weight)
     with pytest.raises(ValueError, match="pixel_embedding.* not in the file"):
         MaskDINOCheckpointer(tiny_model(), require_all=True).load(str(tmp_path / "plain.pth"))
