@@ -28,7 +28,7 @@ from maskdino.data.reading import (
     read_label_map,
     segment_indices,
 )
-from maskdino.data.transforms import build_augmentations
+from maskdino.data.transforms import Always, build_augmentations
 from maskdino.extensions import MAPPER_REGISTRY
 
 
@@ -59,7 +59,9 @@ class Mapper:
             image_format: cfg.INPUT.FORMAT.
             num_classes: of the class head; other classes are an error.
         """
-        self.augmentations = T.AugmentationList(augmentations)
+        self.augmentations = T.AugmentationList(
+            [Always(item) if isinstance(item, T.Transform) else item for item in augmentations]
+        )
         self.image_format = image_format
         self.num_classes = num_classes
 

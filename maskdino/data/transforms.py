@@ -67,6 +67,23 @@ class LargeScaleJitter(T.Augmentation):
         )
 
 
+class Always(T.Augmentation):
+    """The same transform for every image.
+
+    Detectron2 makes a class inside a function for this, which cannot be sent to a process: where
+    data workers are started anew (macOS, Windows, several processes on a CPU), training would end.
+    """
+
+    def __init__(self, transform: T.Transform) -> None:
+        """Takes the transform."""
+        super().__init__()
+        self.transform = transform
+
+    def get_transform(self) -> T.Transform:
+        """Gives the transform; nothing is drawn."""
+        return self.transform
+
+
 class TransposeTransform(T.Transform):
     """Swaps rows and columns; together with both flips it gives all turns by 90 degrees."""
 
@@ -101,7 +118,7 @@ def build_flips(name: str) -> list[T.Augmentation]:
     if name in ("vertical", "both", "dihedral"):
         flips.append(T.RandomFlip(horizontal=False, vertical=True))
     if name == "dihedral":
-        flips.append(T.RandomApply(TransposeTransform(), prob=0.5))
+        flips.append(T.RandomApply(Always(TransposeTransform()), prob=0.5))
     return flips
 
 
