@@ -15,6 +15,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.utils.file_io import PathManager
 
 from maskdino.data.datasets import OWN_ROOT_VARIABLE, ROOT_VARIABLE, own_datasets_root
+from maskdino.data.numbering import renumber_things
 from maskdino.data.reading import DataError
 from maskdino.registration import register_postponed
 
@@ -51,12 +52,23 @@ def check_datasets(cfg: CfgNode) -> None:
     """
     register_postponed()
     train, test = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
+    with_masks = {}
     for name in dict.fromkeys(train + test):
         _check_name(name)
         metadata = MetadataCatalog.get(name)
-        _check_package(name, metadata, name in test)
-        _check_paths(name, metadata, _unused_paths(cfg, name, metadata))
-        _check_classes(name, metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES)
+        _check_packages(cfg, name, metadata)
+        unused = _unused_paths(cfg, name, metadata)
+        _check_paths(name, metadata, unused)
+        with_masks[name] = _check_classes(name, metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES)
+        if "panoptic_json" in metadata.as_dict() and "json_file" not in unused:
+            _check_things(metadata)
+    loss = cfg.MODEL.MASK_DINO.LOSS
+    learned = cfg.MODEL.MASK_DINO.MASK_ON and (loss.MASK_BCE_WEIGHT or loss.MASK_DICE_WEIGHT)
+    if learned and train and not any(with_masks[name] for name in train):
+        raise DataError(
+            f'no annotation of {", ".join(train)} has a mask (a "segmentation"), so that there is '
+            "nothing to learn masks from: set MODEL.MASK_DINO.MASK_ON False"
+        )
 
 
 def _check_name(name: str) -> None:
@@ -67,16 +79,26 @@ def _check_name(name: str) -> None:
         raise DataError(f"dataset {name!r} of cfg.DATASETS is not registered; {hint}")
 
 
-def _check_package(name: str, metadata: Metadata, is_test: bool) -> None:
-    """Only loading instances and evaluating need Cityscapes' own package."""
-    evaluator_type = metadata.get("evaluator_type", "")
-    needed = evaluator_type.startswith("cityscapes") and is_test
-    if (needed or evaluator_type == "cityscapes_instance") and importlib.util.find_spec(
-        "cityscapesscripts"
-    ) is None:
+def _check_packages(cfg: CfgNode, name: str, metadata: Metadata) -> None:
+    """What loading or evaluating a dataset imports, long after the start."""
+    kind, is_test = metadata.get("evaluator_type", ""), name in cfg.DATASETS.TEST
+    needed = []
+    if kind == "cityscapes_instance" or (kind.startswith("cityscapes") and is_test):
+        needed.append("cityscapesscripts")
+    if kind == "cityscapes_instance":
+        needed.append("shapely")
+    if kind.endswith("panoptic_seg") and is_test and cfg.MODEL.MASK_DINO.TEST.PANOPTIC_ON:
+        needed.append("panopticapi")
+    if kind == "lvis":
+        needed.append("lvis")
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        install = [
+            "panopticapi-lite" if package == "panopticapi" else package for package in missing
+        ]
         raise DataError(
-            f"dataset {name!r} needs the package cityscapesscripts, which is not installed: "
-            "pip install cityscapesscripts"
+            f"dataset {name!r} needs the package {' and '.join(missing)}, which is not installed: "
+            f"pip install {' '.join(install)}"
         )
 
 
@@ -109,7 +131,16 @@ def _check_paths(name: str, metadata: Metadata, unused: set[str]) -> None:
         )
 
 
-def _check_classes(name: str, metadata: Metadata, num_classes: int) -> None:
+def _check_things(metadata: Metadata) -> None:
+    """Whether the instances that come with a panoptic dataset are of its things."""
+    path = metadata.get("json_file")
+    if path is not None:
+        with PathManager.open(path) as file:
+            renumber_things(json.load(file), metadata)
+
+
+def _check_classes(name: str, metadata: Metadata, num_classes: int) -> bool:
+    """Returns whether there are masks, as far as can be told without loading the dataset."""
     content = None
     number = _num_classes(metadata)
     if metadata.get("evaluator_type") == "coco":
@@ -121,8 +152,10 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int) -> None:
             f"dataset {name!r} has {number} classes, but MODEL.MASK_DINO.NUM_CLASSES is "
             f"{num_classes}"
         )
-    if content is not None:
-        _check_coco(content, metadata.json_file, metadata.image_root)
+    if content is None:
+        return True
+    _check_coco(content, metadata.json_file, metadata.image_root)
+    return any(annotation.get("segmentation") for annotation in content.get("annotations", ()))
 
 
 def _num_classes(metadata: Metadata) -> int | None:

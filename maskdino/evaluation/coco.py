@@ -22,6 +22,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from torch import Tensor
 
+from maskdino.data.numbering import renumber_things
 from maskdino.evaluation.files import CONVERTED_FILE, INSTANCES_FILE
 from maskdino.ops.host import pack_masks, to_host, unpack_mask
 from maskdino.rle import encode_mask, to_json
@@ -236,7 +237,10 @@ def _ground_truth_of(dataset_name: str, output_folder: str | None) -> dict:
         if comm.is_main_process():
             convert_to_coco_json(dataset_name, path, allow_cached=False)
         comm.synchronize()
-    return read_annotations(path)
+    ground_truth = read_annotations(path)
+    if metadata.get("panoptic_json") and metadata.get("json_file"):
+        renumber_things(ground_truth, metadata)
+    return ground_truth
 
 
 def read_annotations(path: str) -> dict:

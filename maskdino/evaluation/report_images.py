@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
@@ -22,6 +22,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
+from maskdino.data.numbering import renumber_things
 from maskdino.data.reading import read_image, read_label_map
 from maskdino.evaluation.coco import read_annotations
 from maskdino.evaluation.files import (
@@ -41,7 +42,7 @@ from maskdino.visualization.results import Categories, ImageResult
 MIN_PIXELS = 420  # of the longer side of a drawn image, as far as whole factors allow
 MAX_PIXELS = 720
 NOUNS = {"instance": "objects", "panoptic": "segments", "semantic": "classes"}
-PICTURE_KEYS = ("file_name", "height", "width")
+IMAGE_KEYS = ("file_name", "height", "width")
 
 
 class EvaluatedImages(ABC):
@@ -91,7 +92,7 @@ class EvaluatedImages(ABC):
         return sorted(known, key=lambda entry: -entry[0])
 
     def draw(self, record: dict) -> np.ndarray:
-        """(H, W, 3) uint8: ground truth beside the prediction, coloured alike where they agree."""
+        """(H, W, 3) uint8: ground truth beside the prediction, colored alike where they agree."""
         truth, predicted = self.results(record)
         colors = None
         if self.task != "semantic":
@@ -99,10 +100,10 @@ class EvaluatedImages(ABC):
         panels = []
         for kind, result, own in (("ground truth", truth, None), ("predicted", predicted, colors)):
             scale = max(1, round(MIN_PIXELS / max(result.size)))
-            picture = Image.fromarray(result.draw(self.task, scale=scale, colors=own))
-            picture.thumbnail((MAX_PIXELS, MAX_PIXELS))
+            image = Image.fromarray(result.draw(self.task, scale=scale, colors=own))
+            image.thumbnail((MAX_PIXELS, MAX_PIXELS))
             number = len(result.regions(self.task))
-            panels.append((f"{kind}: {number} {NOUNS[self.task]}", np.array(picture)))
+            panels.append((f"{kind}: {number} {NOUNS[self.task]}", np.array(image)))
         return beside(panels)
 
     def check_complete(self, predicted: Iterable, key: str) -> None:
@@ -130,6 +131,8 @@ class InstanceImages(EvaluatedImages):
         self.measure = f"F1 of each image (IoU from 0.5, scores from {self.threshold:g})"
         converted = self.folder / CONVERTED_FILE.format(self.metadata.name)
         self.ground_truth = read_annotations(str(self.metadata.get("json_file") or converted))
+        if self.metadata.get("panoptic_json") and self.metadata.get("json_file"):
+            renumber_things(self.ground_truth, self.metadata)
         self.predictions = json.loads((self.folder / INSTANCES_FILE).read_text())
         self._true, self._found = defaultdict(list), defaultdict(list)
         for annotation in self.ground_truth.get("annotations", ()):
@@ -148,7 +151,7 @@ class InstanceImages(EvaluatedImages):
             {**a, "category_id": self.labels[a["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
             for a in self._true.get(record["image_id"], ())
         ]
-        truth = ground_truth_of(_picture(record) | {"annotations": annotations}, self.categories)
+        truth = ground_truth_of(_image_of(record) | {"annotations": annotations}, self.categories)
         return truth, self._predicted(truth, self._found.get(record["image_id"], []))
 
     def _predicted(self, truth: ImageResult, predictions: list[dict]) -> ImageResult:
@@ -210,7 +213,7 @@ class PanopticImages(EvaluatedImages):
                 for segment in found["segments_info"]
             ],
         }
-        parts = (_picture(record) | part for part in (true, predicted))
+        parts = (_image_of(record) | part for part in (true, predicted))
         truth, prediction = (ground_truth_of(part, self.categories) for part in parts)
         return truth, prediction
 
@@ -236,7 +239,7 @@ class SemanticImages(EvaluatedImages):
     def results(self, record: dict) -> tuple[ImageResult, ImageResult]:
         """Annotated and predicted label map: files of the same format."""
         names = (record["sem_seg_file_name"], self._file(record))
-        parts = (_picture(record) | {"sem_seg_file_name": name} for name in names)
+        parts = (_image_of(record) | {"sem_seg_file_name": name} for name in names)
         truth, prediction = (ground_truth_of(part, self.categories) for part in parts)
         return truth, prediction
 
@@ -283,10 +286,10 @@ def f1_score(truth: ImageResult, predicted: ImageResult) -> float:
     total = len(truth) + len(predicted)
     if not len(truth) or not len(predicted):
         return 0.0 if total else math.nan
-    same = predicted.class_ids[:, None] == truth.class_ids
+    same = np.asarray(predicted.class_ids)[:, None] == truth.class_ids
     overlap = np.where(same, overlaps(predicted, truth, "instance"), 0)
     found = 0
-    for i in np.argsort(-predicted.scores, kind="stable"):
+    for i in np.argsort(-np.asarray(predicted.scores), kind="stable"):
         best = overlap[i].argmax()
         if overlap[i, best] >= 0.5:
             found += 1
@@ -300,12 +303,13 @@ def overlaps(predicted: ImageResult, truth: ImageResult, task: str) -> np.ndarra
     Of masks where both sides have them, else of boxes.
     """
     results = (predicted, truth)
+    shapes: list[Any]
     if task == "panoptic":
         shapes = [[region.rle for region in result.regions(task)] for result in results]
     elif predicted.rles is not None and truth.rles is not None:
-        shapes = [list(result.rles) for result in results]
+        shapes = [list(result.rles or ()) for result in results]
     else:
-        shapes = [_xywh(result.boxes) for result in results]
+        shapes = [_xywh(np.asarray(result.boxes)) for result in results]
     size = [len(shape) for shape in shapes]
     return np.asarray(mask_utils.iou(*shapes, [0] * size[1])) if all(size) else np.zeros(size)
 
@@ -321,5 +325,5 @@ def _xywh(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
 
 
-def _picture(record: dict) -> dict:
-    return {key: record[key] for key in PICTURE_KEYS if key in record}
+def _image_of(record: dict) -> dict:
+    return {key: record[key] for key in IMAGE_KEYS if key in record}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -221,8 +222,16 @@ def test_names_packages_and_classes_are_checked(
             make_cfg("DATASETS.TEST", ("nuclei_val",), "MODEL.MASK_DINO.NUM_CLASSES", 80)
         )
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(DataError, match="pip install cityscapesscripts"):
-        check_datasets(make_cfg("DATASETS.TRAIN", ("cityscapes_fine_instance_seg_train",)))
+    panoptic = ("MODEL.MASK_DINO.TEST.PANOPTIC_ON", True)
+    for key, dataset, packages, options in (
+        ("TRAIN", "cityscapes_fine_instance_seg_train", "cityscapesscripts shapely", ()),
+        ("TEST", "cityscapes_fine_panoptic_val", "cityscapesscripts panopticapi-lite", panoptic),
+        ("TEST", "cityscapes_fine_sem_seg_val", "cityscapesscripts", ()),
+        ("TEST", "coco_2017_val_panoptic", "panopticapi-lite", panoptic),
+        ("TEST", "lvis_v1_val", "lvis", ()),
+    ):
+        with pytest.raises(DataError, match=f"{dataset}.*: pip install {packages}$"):
+            check_datasets(make_cfg(f"DATASETS.{key}", (dataset,), *options))
 
 
 @pytest.mark.parametrize(
@@ -246,6 +255,10 @@ def test_real_datasets(
     root = shared("data", folder)
     register_coco_folder(name, root / "annotations" / json_file, root / images)
     cfg = make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", classes)
+    if not has_masks:
+        with pytest.raises(DataError, match=f"^no annotation of {re.escape(name)} has a mask"):
+            check_datasets(cfg)
+        cfg.MODEL.MASK_DINO.MASK_ON = False
     check_datasets(cfg)
     cfg.INPUT.LSJ.MIN_SCALE = cfg.INPUT.LSJ.MAX_SCALE = 1.0
     cfg.INPUT.LSJ.SIZE = [480, 640]
