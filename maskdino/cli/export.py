@@ -50,6 +50,7 @@ from maskdino.export.trace import (
     to_onnx,
     trace,
 )
+from maskdino.extensions import add_import_option
 from maskdino.files import written_whole
 from maskdino.model import MaskDINO
 from maskdino.model_zoo import read_config
@@ -324,6 +325,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
     parser.add_argument("--images", required=True, nargs="+", metavar="FILE", help="for the check")
+    add_import_option(parser)
     parser.add_argument("--format", choices=FORMATS, default="onnx")
     parser.add_argument("--outputs", choices=OUTPUTS, default="predictions")
     parser.add_argument("--mask-size", choices=MASK_SIZES, default="full")

@@ -25,10 +25,11 @@ from detectron2.utils.logger import setup_logger
 from maskdino import model_zoo
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.devices import configured_device, settle_device
+from maskdino.engine.before_training import check_settings
 from maskdino.engine.launch import launch
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
 from maskdino.evaluation.report import report_paths, write_report
-from maskdino.extensions import add_import_option
+from maskdino.extensions import add_import_option, config_header
 from maskdino.precision import check_precision
 
 logger = logging.getLogger("maskdino.train_net")
@@ -72,6 +73,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     )
     if args.report and not cfg.DATASETS.TEST:
         raise ValueError("--report needs a dataset to evaluate, but DATASETS.TEST is empty")
+    check_settings(cfg, trains=not args.eval_only)
     device = configured_device(cfg.MODEL.DEVICE, args.num_gpus)
     check_precision(cfg.MODEL.MASK_DINO.TEST.PRECISION, device)
     cfg.freeze()
@@ -87,7 +89,7 @@ def set_up(cfg: CfgNode) -> CfgNode:
     if comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
         with PathManager.open(path, "w") as file:
-            file.write(cfg.dump())
+            file.write(config_header() + cfg.dump())
         logger.info("Command: %s", " ".join(sys.argv))
         logger.info("The whole configuration is in %s", path)
         versions = (detectron2.__version__, torch.__version__, platform.python_version())

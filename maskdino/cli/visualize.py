@@ -26,6 +26,7 @@ from PIL import Image
 from maskdino.categories import Categories
 from maskdino.config import load_config
 from maskdino.data import build_train_mapper
+from maskdino.extensions import add_import_option
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model_zoo import find_config
@@ -45,6 +46,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     common = argparse.ArgumentParser(add_help=False)
+    add_import_option(common)
     common.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file")
     common.add_argument("--output", required=True, type=Path, metavar="DIR")
     common.add_argument("--num-images", type=int, default=8, metavar="N")
