@@ -24,6 +24,7 @@ from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.model_zoo import find_config
+from maskdino.visualization.images import padded_size
 
 SAMPLING = "deformable sampling"
 MASKS = "masks of all queries"
@@ -96,7 +97,7 @@ def count_multiply_adds(cfg: CfgNode, sizes: Counter[tuple[int, int]]) -> dict[s
     padding = cfg.MODEL.MASK_DINO.SIZE_DIVISIBILITY
     padded: Counter[tuple[int, int]] = Counter()
     for (height, width), number in sizes.items():
-        padded[-(-height // padding) * padding, -(-width // padding) * padding] += number
+        padded[padded_size((height, width), padding)] += number
     sums: Counter[str] = Counter()
     for size, number in padded.items():
         for part, count in _count_one(build_on_meta(cfg).eval(), *size).items():

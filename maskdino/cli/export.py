@@ -1,13 +1,13 @@
-"""Exports a trained model to ONNX, to torch.export, or to ONNX with TensorRT's plugin.
+r"""Exports a trained model to ONNX, to torch.export, or to ONNX with TensorRT's plugin.
 
-    python tools/export_model.py --config-file F --images photos/*.jpg --output maskdino.onnx \\
+    python tools/export_model.py --config-file F --images photos/*.jpg --output maskdino.onnx \
         --opts MODEL.WEIGHTS W
     ... --size 800 1344 --output fixed.onnx               # one canvas only, exported sooner
     ... --outputs instance --output instances.onnx        # with post-processing
     ... --format torch --output maskdino.pt2
     ... --format tensorrt --size 800 1344 --output tensorrt.onnx
 
-The program is compared with the model in PyTorch on the given pictures before it is written; the
+The program is compared with the model in PyTorch on the given images before it is written; the
 largest differences are printed. Nothing is written, and the exit status is 1, if more than 1 % of
 the values of an output differ by more than 0.001 of its largest magnitude. (Rounding may turn over
 single choices, as which of two equal queries comes first, or whether a pixel belongs to a mask; a

@@ -90,7 +90,7 @@ def enlargement(size: tuple[int, int]) -> int:
 
 
 def counted(number: int, what: str) -> str:
-    """ "1 object", "2 objects"."""
+    """Such as "1 object", or "2 objects"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 

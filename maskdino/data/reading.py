@@ -84,6 +84,17 @@ def check_same_size(
         )
 
 
+def ids_of_colors(colors: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 of COCO's panoptic format to (H, W) int32 segment ids."""
+    red, green, blue = (colors[..., channel].astype(np.int32) for channel in range(3))
+    return red | green << 8 | blue << 16
+
+
+def colors_of_ids(ids: np.ndarray) -> np.ndarray:
+    """(H, W) segment ids below 2**24 to (H, W, 3) uint8 of COCO's panoptic format."""
+    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
+
+
 def segment_indices(segment_colors: np.ndarray, segment_ids: list[int]) -> np.ndarray:
     """Looks up the segments of a map in COCO's panoptic format.
 
@@ -94,8 +105,7 @@ def segment_indices(segment_colors: np.ndarray, segment_ids: list[int]) -> np.nd
     Returns:
         (H, W) uint16: index + 1 of each pixel's segment; 0 where it belongs to none of them.
     """
-    ids = segment_colors.astype(np.uint32)
-    ids = ids[..., 0] | ids[..., 1] << 8 | ids[..., 2] << 16
+    ids = ids_of_colors(segment_colors)
     # Zero pages of the operating system: memory is touched only where ids exist.
     table = np.zeros(1 << 24, np.uint16)
     table[segment_ids] = np.arange(1, len(segment_ids) + 1)

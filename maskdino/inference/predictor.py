@@ -57,6 +57,7 @@ class TorchNetwork:
         self.model = model.eval()
 
     def __call__(self, images: list[Tensor]) -> tuple[Predictions, Tensor | None, tuple[int, int]]:
+        """See `Network`."""
         batch = self.model.preprocess([{"image": image} for image in images]).tensor
         height, width = batch.shape[-2:]
         return *self.model.predict_precisely(batch), (height, width)

@@ -84,8 +84,12 @@ def panoptic_steps(
 def _winners(
     scores: Tensor, embeddings: Tensor, pixel_embedding: Tensor, frame: Frame
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each pixel the query (OH, OW) int64 with the largest score times probability, and whether
-    it lies in that query's mask (OH, OW) bool; of each query its mask's area (U,) int64."""
+    """To which query each pixel goes.
+
+    Returns:
+        The query (OH, OW) int64 with the largest score times probability; whether the pixel lies in
+        that query's mask (OH, OW) bool; and of each query its mask's area (U,) int64.
+    """
     best = torch.full(frame.output, -1.0, device=scores.device)
     winner = torch.zeros(frame.output, dtype=torch.int64, device=scores.device)
     inside = torch.zeros(frame.output, dtype=torch.bool, device=scores.device)

@@ -18,10 +18,8 @@ import pycocotools.mask as mask_util
 from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     PreparationError,
-    colors_of_ids,
     describe_segments,
     find_files,
-    ids_of_colors,
     image_size,
     is_done,
     make_parser,
@@ -33,6 +31,8 @@ from maskdino.cli.prepare.common import (
     say,
 )
 from maskdino.data.datasets import ADE20K_THING_IDS, ade20k_classes
+from maskdino.data.reading import colors_of_ids, ids_of_colors
+from maskdino.rle import encode_mask, to_json
 
 TASKS = ("semantic", "instance", "panoptic")
 SPLITS = {"train": "training", "val": "validation"}
@@ -68,14 +68,14 @@ def make_instances(source: Path) -> list[dict]:
     """COCO annotations of one image, without ids."""
     annotations = []
     for category, mask in objects_of(source):
-        rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+        rle = encode_mask(mask)
         annotations.append(
             {
                 "category_id": category,
                 "iscrowd": 0,
                 "area": int(mask_util.area(rle)),
                 "bbox": mask_util.toBbox(rle).tolist(),
-                "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode()},
+                "segmentation": to_json(rle),
             }
         )
     return annotations

@@ -18,10 +18,8 @@ from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     VOID,
     PreparationError,
-    colors_of_ids,
     describe_segments,
     find_files,
-    ids_of_colors,
     image_size,
     is_done,
     make_parser,
@@ -32,6 +30,7 @@ from maskdino.cli.prepare.common import (
     save_json,
     say,
 )
+from maskdino.data.reading import colors_of_ids, ids_of_colors
 
 SPLITS = ("train", "val")
 TRAIN_IDS = {category["id"]: category["trainId"] for category in CITYSCAPES_CATEGORIES}

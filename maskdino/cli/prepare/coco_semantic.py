@@ -18,7 +18,6 @@ from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     VOID,
     PreparationError,
-    ids_of_colors,
     make_parser,
     read_pixels,
     require,
@@ -26,6 +25,7 @@ from maskdino.cli.prepare.common import (
     save_image,
     say,
 )
+from maskdino.data.reading import ids_of_colors
 
 
 def convert(

@@ -117,17 +117,6 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def colors_of_ids(ids: np.ndarray) -> np.ndarray:
-    """(H, W) segment ids below 2**24 to (H, W, 3) uint8, COCO's panoptic format."""
-    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
-
-
-def ids_of_colors(colors: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 to (H, W) int64 segment ids."""
-    red, green, blue = np.moveaxis(colors[..., :3].astype(np.int64), -1, 0)
-    return red | green << 8 | blue << 16
-
-
 def describe_segments(ids: np.ndarray, category_of_id: Callable[[int], int]) -> list[dict]:
     """Lists the segments of a map of ids, 0 left out, as "segments_info" does.
 

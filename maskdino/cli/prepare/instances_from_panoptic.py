@@ -13,13 +13,11 @@ import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pycocotools.mask as mask_util
 
 from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
     PreparationError,
-    ids_of_colors,
     is_done,
     make_parser,
     read_pixels,
@@ -28,6 +26,8 @@ from maskdino.cli.prepare.common import (
     save_json,
     say,
 )
+from maskdino.data.reading import ids_of_colors
+from maskdino.rle import encode_mask, to_json
 
 
 def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[dict]:
@@ -41,7 +41,7 @@ def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[di
         mask = ids == segment["id"]
         if not mask.any():
             raise PreparationError(f"{source} has no pixel of its segment {segment['id']}")
-        rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+        rle = encode_mask(mask)
         instances.append(
             {
                 "image_id": annotation["image_id"],
@@ -49,7 +49,7 @@ def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[di
                 "iscrowd": segment.get("iscrowd", 0),
                 "area": int(mask.sum()),
                 "bbox": mask_util.toBbox(rle).tolist(),
-                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+                "segmentation": to_json(rle),
             }
         )
     return instances

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pycocotools.mask as mask_util
 
 from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare.common import (
@@ -24,16 +23,7 @@ from maskdino.cli.prepare.common import (
     say,
 )
 from maskdino.data.datasets import own_datasets_root
-
-
-def decode(segmentation: list | dict, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool of polygons or RLE."""
-    rle = segmentation
-    if isinstance(segmentation, list):
-        rle = mask_util.merge(mask_util.frPyObjects(segmentation, *size))
-    elif isinstance(segmentation["counts"], list):
-        rle = mask_util.frPyObjects(segmentation, *size)
-    return mask_util.decode(rle).astype(bool)
+from maskdino.rle import decode_segmentation
 
 
 def convert(
@@ -51,7 +41,7 @@ def convert(
     )
     for annotation in crowds_first_then_large:
         crowd = annotation.get("iscrowd", 0)
-        mask = decode(annotation["segmentation"], size)
+        mask = decode_segmentation(annotation["segmentation"], size)
         labels[mask] = VOID if crowd else numbers[annotation["category_id"]]
     save_image(path, labels)
     return True
