@@ -302,7 +302,8 @@ def _offer_coco_panoptic() -> None:
     """`coco_2017_val_panoptic_with_sem_seg`: detectron2's has no semantic maps of all classes."""
     folder = datasets_root() / "coco"
     for split in ("train", "val"):
-        base = MetadataCatalog.get(f"coco_2017_{split}_panoptic")
+        name = f"coco_2017_{split}_panoptic"
+        base = MetadataCatalog.get(name)
         ids = {
             **base.thing_dataset_id_to_contiguous_id,
             **base.stuff_dataset_id_to_contiguous_id,
@@ -316,12 +317,27 @@ def _offer_coco_panoptic() -> None:
             }
             for category, number in sorted(ids.items(), key=lambda item: item[1])
         ]
+        pngs = base.panoptic_root
+        beside = os.path.join(os.path.dirname(base.panoptic_json), os.path.basename(pngs))
+        if not PathManager.isdir(pngs) and PathManager.isdir(beside):
+            # Unpacked where COCO's archive has them: detectron2's own dataset looks there too.
+            DatasetCatalog.pop(name)
+            MetadataCatalog.pop(name)
+            pngs = beside
+            register_panoptic_folder(
+                name,
+                base.panoptic_json,
+                base.image_root,
+                pngs,
+                categories,
+                instances_json=base.json_file,
+            )
         _offer(
             register_panoptic_folder,
-            f"coco_2017_{split}_panoptic_with_sem_seg",
+            f"{name}_with_sem_seg",
             base.panoptic_json,
             base.image_root,
-            base.panoptic_root,
+            pngs,
             categories,
             instances_json=base.json_file,
             sem_seg_root=folder / f"panoptic_semseg_{split}2017",

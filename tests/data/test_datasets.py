@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,6 +91,31 @@ def test_coco_panoptic_classes_are_detectron2s() -> None:
         "label_divisor",
     ):
         assert ours.get(key) == theirs.get(key)
+
+
+SHOW = """
+from detectron2.data import DatasetCatalog, MetadataCatalog
+import maskdino
+maskdino.register_all()
+for name in ("coco_2017_train_panoptic", "coco_2017_train_panoptic_with_sem_seg"):
+    record = DatasetCatalog.get(name)[0]
+    print(MetadataCatalog.get(name).panoptic_root)
+    print(record["pan_seg_file_name"], [s["category_id"] for s in record["segments_info"]])
+"""
+
+
+@pytest.mark.parametrize("place", ["panoptic_train2017", "annotations/panoptic_train2017"])
+def test_panoptic_maps_of_coco_are_found_in_either_place(
+    coco: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (coco / "panoptic_train2017").rename(coco / place)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(coco.parent))
+    command = [sys.executable, "-c", SHOW]
+    output = subprocess.check_output(command, text=True)
+    folder, record, *others = output.splitlines()
+    assert Path(folder) == coco / place
+    assert others == [folder, record]
+    assert Path(record.split()[0]).is_file()
 
 
 def test_ade20k_things_and_stuff() -> None:
