@@ -68,7 +68,8 @@ def convert(config: Path, weights: Path | None, output: Path) -> list[str]:
         remarks += _convert_weights(weights, output, cfg)
     output.mkdir(parents=True, exist_ok=True)
     with written_whole(output / "config.yaml") as path:
-        path.write_text(yaml.safe_dump(differences(cfg, load_config()), sort_keys=True))
+        values = {"VERSION": cfg.VERSION, **differences(cfg, load_config())}
+        path.write_text(yaml.safe_dump(values, sort_keys=True))
     return remarks
 
 
