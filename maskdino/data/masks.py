@@ -17,6 +17,7 @@ from detectron2.data import transforms as T
 
 from maskdino.data.augmentations import split_at_pixels
 from maskdino.data.reading import DataError
+from maskdino.rle import encode_segmentation
 from maskdino.structures import PackedMasks
 
 # Pixels; pycocotools walks along every edge, so that wild values would cost gigabytes.
@@ -137,12 +138,10 @@ def _decode(rle: dict, size: tuple[int, int]) -> np.ndarray:
     if tuple(rle.get("size", ())) != size or "counts" not in rle:
         raise DataError(f"an RLE mask has (height, width) {rle.get('size')}, but its image {size}")
     counts = rle["counts"]
-    if isinstance(counts, list):
-        if sum(counts) != size[0] * size[1]:
-            raise DataError(f"the counts of an RLE mask of {size} pixels add up to {sum(counts)}")
-        rle = mask_util.frPyObjects(rle, *size)
+    if isinstance(counts, list) and sum(counts) != size[0] * size[1]:
+        raise DataError(f"the counts of an RLE mask of {size} pixels add up to {sum(counts)}")
     try:
-        return mask_util.decode(rle)
+        return mask_util.decode(encode_segmentation(rle, size))
     except ValueError as error:
         raise DataError(f"an RLE mask cannot be decoded: {error}") from error
 

@@ -95,7 +95,9 @@ def instance_steps(
         "scores": pairs.scores,
         "pred_classes": pairs.labels,
     }
-    if features and predictions.content is not None:
+    if features:
+        if predictions.content is None:
+            raise ValueError("this network, as exported ones, gives no features of objects")
         fields["features"] = predictions.content[pairs.queries].float()
     masks, packed, quality = None, None, list[Tensor]()
     if predictions.mask_embeddings is not None:

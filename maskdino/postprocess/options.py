@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class InferenceOptions:
             semantic_on=node.SEMANTIC_ON,
             decoder_layer=node.DECODER_LAYER,
             max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-            score_threshold=node.SCORE_THRESHOLD,
+            score_threshold=_score_threshold(cfg),
             mask_scoring=node.MASK_SCORING,
             panoptic_score_threshold=node.PANOPTIC_SCORE_THRESHOLD,
             panoptic_overlap_threshold=node.PANOPTIC_OVERLAP_THRESHOLD,
@@ -85,3 +88,12 @@ class InferenceOptions:
         """(..., K) logits to probabilities of the real classes that compete with each other."""
         scores = self.class_scores(class_logits)
         return scores if self.cross_entropy else (scores / self.temperature).softmax(-1)
+
+
+def _score_threshold(cfg: CfgNode) -> float:
+    """Ours; or else that of detectron2's models, if somebody set it (its demo, SAHI)."""
+    own, theirs = cfg.MODEL.MASK_DINO.TEST.SCORE_THRESHOLD, cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST
+    if own or theirs == get_cfg().MODEL.ROI_HEADS.SCORE_THRESH_TEST:
+        return own
+    logger.info("Scores from %g (MODEL.ROI_HEADS.SCORE_THRESH_TEST).", theirs)
+    return theirs

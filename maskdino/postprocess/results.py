@@ -51,6 +51,9 @@ def postprocess(
         and a list with `id`, `isthing`, `category_id` and for things `score` of each segment.
         "semantic": class maps (K, OH, OW) float32, or compact the classes (OH, OW) uint8, int32 if
         there are more than 255.
+
+    Raises:
+        ValueError: the network gives no features, or no masks where the task needs them.
     """
     arguments = (predictions, pixel_embedding, frame, options)
     makers = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from PIL import Image
 
-from maskdino.config import add_maskdino_config
+from maskdino.config import load_config
 
 
 @pytest.fixture
@@ -18,8 +18,7 @@ def make_cfg() -> Callable[..., CfgNode]:
     """Makes a configuration of one class and small images; keys and values follow one another."""
 
     def make(*options: object) -> CfgNode:
-        cfg = get_cfg()
-        add_maskdino_config(cfg)
+        cfg = load_config()
         cfg.INPUT.FORMAT = "RGB"
         cfg.INPUT.LSJ.SIZE = [64, 96]
         cfg.MODEL.MASK_DINO.NUM_CLASSES = 1

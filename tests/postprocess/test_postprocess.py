@@ -159,6 +159,8 @@ def test_features_are_those_of_the_queries(compact: bool) -> None:
     torch.testing.assert_close(objects.pred_boxes.tensor, output_boxes(boxes[queries], FRAMES[1]))
     assert objects.features.dtype == torch.float32
     assert not postprocess(*arguments, compact=compact)["instance"].has("features")
+    with pytest.raises(ValueError, match="gives no features"):
+        postprocess(replace(predictions, content=None), *arguments[1:], features=True)
 
 
 @pytest.mark.usefixtures("chunks")
