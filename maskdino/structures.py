@@ -88,12 +88,25 @@ class Predictions:
     @staticmethod
     def cat(parts: Sequence[Predictions]) -> Predictions:
         """Joins stacks of outputs along O."""
-        masks = [part.mask_embeddings for part in parts]
+        masks = [part.mask_embeddings for part in parts if part.mask_embeddings is not None]
         return Predictions(
             torch.cat([part.class_logits for part in parts]),
             torch.cat([part.boxes for part in parts]),
-            None if masks[0] is None else torch.cat(masks),
+            torch.cat(masks) if masks else None,
         )
+
+
+def of_mask_branch(
+    mask_embeddings: Tensor | None, pixel_embedding: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What masks are made of, where they are needed.
+
+    Raises:
+        ValueError: there is no mask branch.
+    """
+    if mask_embeddings is None or pixel_embedding is None:
+        raise ValueError("masks need a mask branch (MODEL.MASK_DINO.MASK_ON)")
+    return mask_embeddings, pixel_embedding
 
 
 @dataclass(frozen=True)
@@ -183,7 +196,8 @@ class Matches:
     def from_numpy(pairs: Sequence[np.ndarray], device: torch.device) -> Matches:
         """From one (4, pairs) array for each image: output, image, query, target."""
         index = torch.from_numpy(np.concatenate(pairs, axis=1).astype(np.int64))
-        return Matches(*send(index, device).unbind(0), tuple(part.shape[1] for part in pairs))
+        output, image, query, target = send(index, device).unbind(0)
+        return Matches(output, image, query, target, tuple(part.shape[1] for part in pairs))
 
 
 class PackedMasks:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from maskdino import cuda_graphs
 from maskdino.cuda_graphs import CALLS_BEFORE, CudaGraphs
-from maskdino.modeling.layers import cell_centers, holding_constants
+from maskdino.modeling.layers import holding_constants, map_sine_embedding
 from maskdino.structures import Predictions
 from tests.helpers import tiny_model
 
@@ -146,9 +146,9 @@ def test_training_forgets_the_graphs_of_an_evaluation() -> None:
 
 
 def test_constants_are_held() -> None:
-    before = cell_centers(3, 4, torch.device("cpu"))
+    before = map_sine_embedding(3, 4, 8, torch.device("cpu"))
     with holding_constants() as held:
-        again = cell_centers(3, 4, torch.device("cpu"))
+        again = map_sine_embedding(3, 4, 8, torch.device("cpu"))
     assert len(held) == 1 and held[0] is again is before
-    cell_centers(3, 4, torch.device("cpu"))
+    map_sine_embedding(3, 4, 8, torch.device("cpu"))
     assert len(held) == 1

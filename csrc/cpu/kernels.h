@@ -47,7 +47,7 @@ struct HeadTask {
   int64_t channels;
   Integer<T> zero_row;
 
-  // reference_size 0: `points_xy` are normalised locations and `scores` are weights.
+  // reference_size 0: `points_xy` are normalized locations and `scores` are weights.
   // reference_size 2 or 4: `points_xy` are offsets around `reference` and `scores` are logits.
   const T* points_xy;
   int64_t points_stride;

@@ -82,7 +82,7 @@ MASKDINO_INLINE void prefetch(const HeadTask<T>& task, int64_t query) {
   }
 }
 
-// Stage 1a: pixel coordinates (pixel centres at integers) and weights of a query's samples.
+// Stage 1a: pixel coordinates (pixel centers at integers) and weights of a query's samples.
 template <typename T>
 MASKDINO_INLINE void locate(const HeadTask<T>& task, int64_t query, const Scratch<T>& s) {
   const int64_t n = task.samples;
@@ -102,18 +102,18 @@ MASKDINO_INLINE void locate(const HeadTask<T>& task, int64_t query, const Scratc
   }
   softmax(scores, s.weight, n, s.padded);
   const T* reference = task.reference + query * task.reference_size;
-  const T centre_x = reference[0], centre_y = reference[1];
+  const T center_x = reference[0], center_y = reference[1];
   if (task.reference_size == 2) {
     for (int64_t i = 0; i < n; ++i) {
-      x[i] = centre_x * width[i] + xy[2 * i] - T(0.5);
-      y[i] = centre_y * height[i] + xy[2 * i + 1] - T(0.5);
+      x[i] = center_x * width[i] + xy[2 * i] - T(0.5);
+      y[i] = center_y * height[i] + xy[2 * i + 1] - T(0.5);
     }
   } else {
     const T step_x = reference[2] * T(0.5) / task.points;
     const T step_y = reference[3] * T(0.5) / task.points;
     for (int64_t i = 0; i < n; ++i) {
-      x[i] = (centre_x + xy[2 * i] * step_x) * width[i] - T(0.5);
-      y[i] = (centre_y + xy[2 * i + 1] * step_y) * height[i] - T(0.5);
+      x[i] = (center_x + xy[2 * i] * step_x) * width[i] - T(0.5);
+      y[i] = (center_y + xy[2 * i + 1] * step_y) * height[i] - T(0.5);
     }
   }
 }
@@ -250,7 +250,7 @@ MASKDINO_INLINE void gradients_of_samples(const Scratch<T>& s) {
   }
 }
 
-// Stage 3 of the textbook form: from pixels to normalised locations.
+// Stage 3 of the textbook form: from pixels to normalized locations.
 template <typename T>
 MASKDINO_INLINE void write_location_gradients(const HeadTask<T>& task, int64_t query,
                                               const Scratch<T>& s) {

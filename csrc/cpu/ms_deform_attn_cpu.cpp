@@ -61,11 +61,11 @@ struct SampleTable {
   std::vector<Integer<T>> columns, lines, start;
 };
 
-// The centre of every token, (1, S, 2), computed as division so that it is rounded once.
+// The center of every token, (1, S, 2), computed as division so that it is rounded once.
 template <typename T>
-at::Tensor token_centres(const Sizes& sizes, at::IntArrayRef shapes, at::TensorOptions options) {
-  at::Tensor centres = at::empty({1, sizes.tokens, 2}, options);
-  T* target = centres.data_ptr<T>();
+at::Tensor token_centers(const Sizes& sizes, at::IntArrayRef shapes, at::TensorOptions options) {
+  at::Tensor centers = at::empty({1, sizes.tokens, 2}, options);
+  T* target = centers.data_ptr<T>();
   for (int64_t level = 0; level < sizes.levels; ++level) {
     const int64_t lines = shapes[2 * level], columns = shapes[2 * level + 1];
     for (int64_t line = 0; line < lines; ++line) {
@@ -75,7 +75,7 @@ at::Tensor token_centres(const Sizes& sizes, at::IntArrayRef shapes, at::TensorO
       }
     }
   }
-  return centres;
+  return centers;
 }
 
 // Pointers of one (image, head) pair into the inputs, and into gradients laid out like them.
@@ -286,8 +286,8 @@ Inputs fused_inputs(const at::Tensor& value, at::IntArrayRef shapes,
     where = reference->contiguous();
   } else {
     const auto options = value.options().dtype(type);
-    where = type == at::kDouble ? token_centres<double>(sizes, shapes, options)
-                                : token_centres<float>(sizes, shapes, options);
+    where = type == at::kDouble ? token_centers<double>(sizes, shapes, options)
+                                : token_centers<float>(sizes, shapes, options);
   }
   return {sizes, shapes, value, offsets_and_logits.to(type).contiguous(), at::Tensor(), where};
 }

@@ -6,7 +6,7 @@ namespace maskdino {
 namespace cuda {
 namespace {
 
-// Adds `Count` numbers to neighbouring addresses, four at a time where the GPU can.
+// Adds `Count` numbers to neighboring addresses, four at a time where the GPU can.
 template <int Count, typename A>
 __device__ __forceinline__ void atomic_add(A* target, const A (&numbers)[Count]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -175,23 +175,23 @@ __device__ __forceinline__ void finish_sample(const Inputs<T, kForm>& in,
                                               A (&grad_reference)[4]) {
   using Raw = typename Inputs<T, kForm>::Raw;
   Raw* target = gradients.points + (sampler.points - in.points) + 2 * i;
-  const A normalised_x = grad_x * static_cast<A>(level.width);
-  const A normalised_y = grad_y * static_cast<A>(level.height);
+  const A normalized_x = grad_x * static_cast<A>(level.width);
+  const A normalized_y = grad_y * static_cast<A>(level.height);
   if constexpr (kForm == Form::textbook) {
-    target[0] = static_cast<Raw>(normalised_x);
-    target[1] = static_cast<Raw>(normalised_y);
+    target[0] = static_cast<Raw>(normalized_x);
+    target[1] = static_cast<Raw>(normalized_y);
   } else {
     const bool in_boxes = kForm == Form::references && sampler.boxes;
-    target[0] = static_cast<Raw>(in_boxes ? normalised_x * sampler.step_x : grad_x);
-    target[1] = static_cast<Raw>(in_boxes ? normalised_y * sampler.step_y : grad_y);
+    target[0] = static_cast<Raw>(in_boxes ? normalized_x * sampler.step_x : grad_x);
+    target[1] = static_cast<Raw>(in_boxes ? normalized_y * sampler.step_y : grad_y);
   }
   if constexpr (kForm == Form::references) {
     const Raw* offset = sampler.points + 2 * i;
     const A half_step = A(0.5) / static_cast<A>(in.geometry.points);
-    grad_reference[0] += normalised_x;
-    grad_reference[1] += normalised_y;
-    grad_reference[2] += normalised_x * static_cast<A>(offset[0]) * half_step;
-    grad_reference[3] += normalised_y * static_cast<A>(offset[1]) * half_step;
+    grad_reference[0] += normalized_x;
+    grad_reference[1] += normalized_y;
+    grad_reference[2] += normalized_x * static_cast<A>(offset[0]) * half_step;
+    grad_reference[3] += normalized_y * static_cast<A>(offset[1]) * half_step;
   }
 }
 

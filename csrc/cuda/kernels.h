@@ -48,9 +48,9 @@ struct Grid {
   unsigned queries, heads, images;
 };
 
-// How samples are given. Textbook: `points` are normalised locations and `scores` weights, both of
+// How samples are given. Textbook: `points` are normalized locations and `scores` weights, both of
 // type A. Else (fused) `points` is the whole offsets-and-logits tensor of type T and `scores` is
-// unused; offsets are around the centres of tokens, of which each is a query, or around references.
+// unused; offsets are around the centers of tokens, of which each is a query, or around references.
 enum class Form { textbook, tokens, references };
 
 template <typename T, Form kForm>
@@ -86,7 +86,7 @@ constexpr bool has_vector_kernel(int64_t channels, int64_t element_size) {
          (times == 1 || times == 2 || times == 4 || times == 8);
 }
 
-// Neighbouring channels of a lane where the head has a vector kernel: forward reads 16 bytes, and
+// Neighboring channels of a lane where the head has a vector kernel: forward reads 16 bytes, and
 // backward adds 16 bytes of float32 to the value's gradient, so that a group fills whole sectors.
 constexpr int forward_vector(int64_t element_size) { return static_cast<int>(16 / element_size); }
 constexpr int kBackwardVector = 4;

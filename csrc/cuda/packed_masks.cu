@@ -1,4 +1,4 @@
-// Samples of packed masks on a GPU: one thread per point, which neighbours in a row read together.
+// Samples of packed masks on a GPU: one thread per point, which neighbors in a row read together.
 #include <algorithm>
 #include <cassert>
 

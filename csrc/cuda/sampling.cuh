@@ -1,13 +1,13 @@
 // What forward and backward share on the device: which query a thread works on, where its samples
 // lie, and talk among the lanes that share a query.
 //
-// A group of `Group` neighbouring lanes computes one head of one query. Lane k computes location
+// A group of `Group` neighboring lanes computes one head of one query. Lane k computes location
 // and weight of samples k, k + Group, ...; then all lanes go through the samples together, each
 // lane for its own channels, and receive a sample's numbers from the lane that computed them.
 // Lanes without a query run along (shuffles need whole warps) and write nothing.
 //
 // Instructions, not memory, bound forward in 16-bit types. So the four corners of a sample are
-// always read, without a branch between them: a corner outside the map reads its neighbour inside
+// always read, without a branch between them: a corner outside the map reads its neighbor inside
 // with weight 0, and only a sample that touches no pixel is passed over.
 #pragma once
 
@@ -105,7 +105,7 @@ struct Place {
   int64_t image;
   int query, head;
   bool active;
-  A centre_x, centre_y;  // of the query's own cell; only where every token is a query
+  A center_x, center_y;  // of the query's own cell; only where every token is a query
 };
 
 template <Form kForm, int Group, typename A>
@@ -128,8 +128,8 @@ __device__ __forceinline__ Place<A> find_place(const Geometry& g) {
     // Threads fill whole warps, so that there may be more of them than the tile has queries.
     place.active = slot < g.queries_per_block && column < width && line < height;
     place.query = g.first_token[level] + line * width + column;
-    place.centre_x = (static_cast<A>(column) + A(0.5)) / static_cast<A>(width);
-    place.centre_y = (static_cast<A>(line) + A(0.5)) / static_cast<A>(height);
+    place.center_x = (static_cast<A>(column) + A(0.5)) / static_cast<A>(width);
+    place.center_y = (static_cast<A>(line) + A(0.5)) / static_cast<A>(height);
   } else {
     const int64_t query = static_cast<int64_t>(block) * g.queries_per_block + slot;
     place.query = static_cast<int>(query);
@@ -148,8 +148,8 @@ struct Sampler {
 
   const Raw* points;  // of this query and head
   const Raw* scores;
-  A centre_x, centre_y;
-  A step_x, step_y;  // boxes: normalised distance of an offset of 1
+  A center_x, center_y;
+  A step_x, step_y;  // boxes: normalized distance of an offset of 1
   bool boxes;
   A largest;  // logit
   static constexpr bool kFused = kForm != Form::textbook;
@@ -169,12 +169,12 @@ struct Sampler {
     const Raw* const offsets = in.points + query * (g.heads * n * 3);
     points = keep(offsets + place.head * n * 2);
     scores = keep(offsets + (2 * g.heads + place.head) * n);
-    centre_x = place.centre_x;
-    centre_y = place.centre_y;
+    center_x = place.center_x;
+    center_y = place.center_y;
     if constexpr (kForm == Form::references) {
       const A* reference = in.reference + query * in.reference_size;
-      centre_x = reference[0];
-      centre_y = reference[1];
+      center_x = reference[0];
+      center_y = reference[1];
       boxes = in.reference_size == 4;
       if (boxes) {
         step_x = reference[2] * A(0.5) / static_cast<A>(g.points);
@@ -207,7 +207,7 @@ struct Sampler {
     return A(1) / group_sum<Group>(sum);
   }
 
-  // Pixel coordinates, pixel centres at integers.
+  // Pixel coordinates, pixel centers at integers.
   __device__ __forceinline__ void locate(int i, const SampleLevel& level, A& x, A& y) const {
     A point[2];
     if constexpr (Pairs) {
@@ -219,8 +219,8 @@ struct Sampler {
     const A width = static_cast<A>(level.width), height = static_cast<A>(level.height);
     if constexpr (kFused) {
       const bool in_boxes = kForm == Form::references && boxes;
-      x = (centre_x * width - A(0.5)) + point[0] * (in_boxes ? step_x * width : A(1));
-      y = (centre_y * height - A(0.5)) + point[1] * (in_boxes ? step_y * height : A(1));
+      x = (center_x * width - A(0.5)) + point[0] * (in_boxes ? step_x * width : A(1));
+      y = (center_y * height - A(0.5)) + point[1] * (in_boxes ? step_y * height : A(1));
     } else {
       x = point[0] * width - A(0.5);
       y = point[1] * height - A(0.5);

@@ -6,7 +6,7 @@ Shape key: B images, Q queries (noised ones first, when there are any), C channe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -28,10 +28,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecoderState:
-    """Queries before the first layer (then `content` is theirs) or after a layer (then normed)."""
+    """What predictions are made of, before the first layer or after a layer.
 
-    content: Tensor  # (B, Q, C), what the class and mask heads read
-    # (B, Q, 4) cx, cy, w, h in [0, 1], with gradient to this layer and the one before
+    Attributes:
+        content: (B, Q, C), for the class and mask heads: before the first layer the content queries
+            as they are, after a layer its output, normed.
+        boxes: (B, Q, 4) cx, cy, w, h in [0, 1], with gradient to this layer and the one before.
+    """
+
+    content: Tensor
     boxes: Tensor
 
 
@@ -67,7 +72,12 @@ class Decoder(nn.Module):
 
     @configurable
     def __init__(self, *, num_layers: int, sizes: LayerSizes) -> None:
-        """`sizes.num_levels`: the layers look at this many levels of the memory, the finest."""
+        """Makes the layers.
+
+        Args:
+            num_layers: number of layers.
+            sizes: of each layer; it looks at the `num_levels` finest levels of the memory.
+        """
         super().__init__()
         hidden_dim, self.num_levels = sizes.hidden_dim, sizes.num_levels
         self.channels_per_coordinate = hidden_dim // 2
@@ -77,7 +87,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(sizes) for _ in range(num_layers))
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Reads MODEL.MASK_DINO.DECODER.
+
+        Raises:
+            ValueError: if it asks for more levels than the encoder has.
+        """
         node, encoded = cfg.MODEL.MASK_DINO.DECODER, cfg.MODEL.MASK_DINO.ENCODER.NUM_LEVELS
         if not 0 <= node.NUM_LEVELS <= encoded:
             raise ValueError(

@@ -3,6 +3,8 @@
 Shape key: B images, N objects of the batch, G groups, T slots of a group, C channels, Q queries.
 """
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
@@ -41,7 +43,8 @@ class DenoisingQueries(nn.Module):
         self.label_embedding = nn.Embedding(num_classes, hidden_dim)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Reads MODEL.MASK_DINO.DENOISING."""
         node = cfg.MODEL.MASK_DINO
         return {
             "hidden_dim": node.HIDDEN_DIM,
@@ -127,7 +130,7 @@ def join_noised(denoising: Denoising | None, queries: Queries) -> tuple[Queries,
 def split_noised(
     outputs: Outputs, denoising: Denoising | None
 ) -> tuple[Outputs, DenoisedOutputs | None]:
-    """Takes what `join_noised` has joined apart: outputs to be matched, and those to be denoised."""
+    """Takes what `join_noised` joined apart: outputs to be matched, and those to be denoised."""
     if denoising is None:
         return outputs, None
     count = denoising.num_queries

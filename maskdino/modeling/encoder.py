@@ -3,6 +3,8 @@
 Shape key: B images, S tokens of all levels, C channels, L levels; H, W of a level.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -48,7 +50,20 @@ class MultiScaleDeformableEncoder(nn.Module):
         sizes: LayerSizes,
         activation_checkpoint: bool,
     ) -> None:
-        """`input_shape` describes the backbone's features; see `maskdino.config` for the rest."""
+        """Makes projections and layers.
+
+        Args:
+            input_shape: channels and stride of the backbone's features, by name.
+            in_features: those that enter, finest first.
+            num_layers: number of layers.
+            sizes: of each layer; levels beyond `in_features` are made by convolutions of stride 2.
+            activation_checkpoint: recompute each layer in the backward pass: less memory, more
+                time.
+
+        Raises:
+            KeyError: if the backbone lacks one of `in_features`.
+            ValueError: if they are more than the levels, or do not go from fine to coarse.
+        """
         super().__init__()
         hidden_dim, num_levels = sizes.hidden_dim, sizes.num_levels
         _check_levels(in_features, num_levels, input_shape)
@@ -62,7 +77,7 @@ class MultiScaleDeformableEncoder(nn.Module):
             width = hidden_dim
         for convolution in projections:
             nn.init.xavier_uniform_(convolution.weight)
-            nn.init.zeros_(convolution.bias)
+            nn.init.zeros_(convolution.get_parameter("bias"))
         self.input_proj = nn.ModuleList(
             nn.Sequential(convolution, nn.GroupNorm(NORM_GROUPS, hidden_dim))
             for convolution in projections
@@ -72,7 +87,8 @@ class MultiScaleDeformableEncoder(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(num_layers))
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Reads MODEL.MASK_DINO.ENCODER."""
         node = cfg.MODEL.MASK_DINO.ENCODER
         return {
             "input_shape": input_shape,
@@ -130,6 +146,16 @@ class PixelEmbedding(nn.Module):
     def __init__(
         self, *, input_shape: dict[str, ShapeSpec], in_feature: str, hidden_dim: int
     ) -> None:
+        """Makes convolutions and norms.
+
+        Args:
+            input_shape: channels and stride of the backbone's features, by name.
+            in_feature: the finest feature, T of section 3.4.
+            hidden_dim: C.
+
+        Raises:
+            KeyError: if the backbone lacks `in_feature`.
+        """
         super().__init__()
         if in_feature not in input_shape:
             raise KeyError(
@@ -144,10 +170,11 @@ class PixelEmbedding(nn.Module):
         self.mask_features = nn.Conv2d(hidden_dim, hidden_dim, 1)
         for convolution in (self.lateral, self.output, self.mask_features):
             nn.init.kaiming_uniform_(convolution.weight, a=1)
-        nn.init.zeros_(self.mask_features.bias)
+        nn.init.zeros_(self.mask_features.get_parameter("bias"))
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        """Reads MODEL.MASK_DINO.PIXEL_EMBEDDING."""
         node = cfg.MODEL.MASK_DINO
         return {
             "input_shape": input_shape,

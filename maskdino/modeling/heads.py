@@ -1,6 +1,7 @@
 """The prediction heads that query selection and every decoder layer share (section 3.5)."""
 
 import math
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -25,7 +26,14 @@ class PredictionHeads(nn.Module):
     def __init__(
         self, *, hidden_dim: int, num_classes: int, no_object: bool, mask_on: bool
     ) -> None:
-        """`no_object`: whether the class head has one more output, for softmax cross-entropy."""
+        """Makes the heads.
+
+        Args:
+            hidden_dim: C.
+            num_classes: classes, "no object" not counted.
+            no_object: whether the class head has one more output, for softmax cross-entropy.
+            mask_on: whether there is a mask head.
+        """
         super().__init__()
         self.norm = nn.LayerNorm(hidden_dim)
         self.class_head = nn.Linear(hidden_dim, num_classes + no_object)
@@ -40,11 +48,12 @@ class PredictionHeads(nn.Module):
                 self.class_head.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
             )
         # Before training, layers leave anchors as they are.
-        nn.init.zeros_(self.box_head.layers[-1].weight)
-        nn.init.zeros_(self.box_head.layers[-1].bias)
+        for parameter in self.box_head.layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Reads sizes and kind of the heads from MODEL.MASK_DINO."""
         node = cfg.MODEL.MASK_DINO
         return {
             "hidden_dim": node.HIDDEN_DIM,
@@ -61,21 +70,20 @@ class PredictionHeads(nn.Module):
 
     def class_logits(self, normed: Tensor) -> Tensor:
         """Normed content (..., C) to class logits (..., K)."""
-        return _unrounded(self.class_head, normed, self.class_head.weight.dtype)
+        return _unrounded(self.class_head, normed)
 
     def box_logits(self, content: Tensor, anchor_logits: Tensor) -> Tensor:
         """Content (..., C) and logits of the anchors (..., 4) it refines to logits of boxes."""
-        dtype = self.box_head.layers[-1].weight.dtype
-        return _unrounded(self.box_head, content, dtype).float() + anchor_logits
+        return _unrounded(self.box_head, content).float() + anchor_logits
 
     def refine(self, content: Tensor, anchors: Tensor) -> Tensor:
         """Content (..., C) and anchors (..., 4) in [0, 1] to boxes (..., 4) in [0, 1]."""
         return self.box_logits(content, inverse_sigmoid(anchors)).sigmoid()
 
 
-def _unrounded(head: nn.Module, content: Tensor, dtype: torch.dtype) -> Tensor:
+def _unrounded(head: nn.Module, content: Tensor) -> Tensor:
     device = content.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta tensors: shapes alone
         return head(content)
     with torch.autocast(device, enabled=False):
-        return head(content.to(dtype))
+        return head(content.to(next(head.parameters()).dtype))

@@ -55,14 +55,13 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         dims = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True)
-        )
+        layers = [nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True)]
         # What differs between inputs must not drown in biases, or all queries begin with one mask.
-        for layer in self.layers:
+        for layer in layers:
             nn.init.zeros_(layer.bias)
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
-        nn.init.xavier_uniform_(self.layers[-1].weight)
+        nn.init.xavier_uniform_(layers[-1].weight)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) to (..., output_dim)."""
@@ -113,18 +112,3 @@ def map_sine_embedding(height: int, width: int, channels: int, device: torch.dev
     y = sine_embedding(y, channels // 2)[:, None].expand(-1, width, -1)
     x = sine_embedding(x, channels // 2)[None].expand(height, -1, -1)
     return torch.cat([y, x], dim=-1).flatten(0, 1)
-
-
-@constant_of_shape
-def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
-    """Centres of the cells of a map, row by row: (height * width, 2) as (x, y) in [0, 1]."""
-    # On a GPU, a number is divided by through its reciprocal, whose rounding lets the last of 50
-    # rows be nearer than 0.99; a tensor is divided by as on a CPU.
-    y, x = (
-        (torch.arange(size, dtype=torch.float32, device=device) + 0.5)
-        / torch.full((1,), size, dtype=torch.float32, device=device)
-        for size in (height, width)
-    )
-    return torch.stack([x[None].expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(
-        0, 1
-    )

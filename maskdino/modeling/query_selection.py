@@ -5,16 +5,17 @@ Shape key: B images, S tokens, Q queries, C channels, K class logits; H, W of th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from maskdino.modeling.layers import cell_centers, constant_of_shape
+from maskdino.modeling.layers import constant_of_shape
 from maskdino.ops.boxes import inverse_sigmoid, masks_to_boxes, xyxy_to_cxcywh
+from maskdino.ops.ms_deform_attn import cell_centers
 from maskdino.ops.points import mask_logits
-from maskdino.structures import Memory, Predictions, Queries, SpatialShapes
+from maskdino.structures import Memory, Predictions, Queries, SpatialShapes, of_mask_branch
 
 if TYPE_CHECKING:
     from maskdino.modeling.heads import PredictionHeads
@@ -37,6 +38,21 @@ class UnifiedQuerySelection(nn.Module):
         empty_masks: str,
         largest_proposals: str,
     ) -> None:
+        """Makes the layer in front of the heads.
+
+        Args:
+            hidden_dim: C.
+            num_queries: Q.
+            mask_enhanced_anchors: boxes of the predicted masks as anchors: "mask2box" (the border
+                is the last foreground pixel) or "bitmask" (the pixel behind it); "none": the
+                predicted boxes.
+            empty_masks: anchor of a query whose mask is empty: its predicted "box", or a "corner"
+                of the image.
+            largest_proposals: the level that proposes the largest boxes, "coarsest" or "finest".
+
+        Raises:
+            ValueError: if one of the last three is none of these words.
+        """
         super().__init__()
         _check_choice("EMPTY_MASKS", empty_masks, ("box", "corner"))
         _check_choice(
@@ -51,7 +67,8 @@ class UnifiedQuerySelection(nn.Module):
         self.output_norm = nn.LayerNorm(hidden_dim)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Reads MODEL.MASK_DINO.QUERY_SELECTION."""
         node = cfg.MODEL.MASK_DINO
         return {
             "hidden_dim": node.HIDDEN_DIM,
@@ -85,8 +102,8 @@ class UnifiedQuerySelection(nn.Module):
             scores = heads.class_logits(candidates).amax(-1)  # (B, S)
             index = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices  # (B, Q)
         if not torch.compiler.is_compiling():
-            # Up to some release, PyTorch would give the weights that autocast has just converted
-            # without gradient to the pass with gradient too, and they would not be trained.
+            # PyTorch before its pull request 165068 (December 2025) gives the weights that autocast
+            # has just converted without gradient to the pass with gradient too: not to be trained.
             torch.clear_autocast_cache()
         # Only the selected tokens are supervised: their heads are computed again, with gradient.
         chosen = memory.tokens.gather(1, index[..., None].expand(-1, -1, memory.tokens.shape[2]))
@@ -104,10 +121,10 @@ class UnifiedQuerySelection(nn.Module):
 
     @torch.no_grad()
     def _mask_anchors(
-        self, mask_embeddings: Tensor, pixel_embedding: Tensor, predicted: Tensor
+        self, mask_embeddings: Tensor | None, pixel_embedding: Tensor | None, predicted: Tensor
     ) -> Tensor:
         """Mask-enhanced anchor boxes: those of the predicted masks, (B, Q, 4) as logits."""
-        masks = mask_logits(mask_embeddings, pixel_embedding) > 0
+        masks = mask_logits(*of_mask_branch(mask_embeddings, pixel_embedding)) > 0
         height, width = masks.shape[-2:]
         inclusive = self.mask_enhanced_anchors == "mask2box"
         corners = masks_to_boxes(masks, inclusive)
@@ -127,26 +144,25 @@ class LearnedQueries(nn.Module):
 
     @configurable
     def __init__(self, *, hidden_dim: int, num_queries: int) -> None:
+        """Draws Q queries (`num_queries`) of C channels (`hidden_dim`)."""
         super().__init__()
         self.content = nn.Parameter(torch.randn(num_queries, hidden_dim))
         self.anchor_logits = nn.Parameter(torch.randn(num_queries, 4))
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Reads MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES."""
         node = cfg.MODEL.MASK_DINO
         return {"hidden_dim": node.HIDDEN_DIM, "num_queries": node.QUERY_SELECTION.NUM_QUERIES}
 
-    def forward(
-        self,
-        memory: Memory,
-        pixel_embedding: Tensor | None,  # noqa: ARG002
-        heads: PredictionHeads,  # noqa: ARG002
-    ) -> tuple[Queries, None]:
-        """The same queries for each image; there is nothing to supervise."""
-        batch = memory.tokens.shape[0]
-        return Queries(
-            self.content.expand(batch, -1, -1), self.anchor_logits.expand(batch, -1, -1)
-        ), None
+    def forward(self, memory: Memory, *_: object) -> tuple[Queries, None]:
+        """The same queries for each image; there are no proposals to supervise.
+
+        Args:
+            memory: tells how many images there are. What query selection needs beyond is ignored.
+        """
+        lead = (memory.tokens.shape[0], -1, -1)
+        return Queries(self.content.expand(lead), self.anchor_logits.expand(lead)), None
 
 
 def build_query_selection(cfg: CfgNode) -> nn.Module:
@@ -158,6 +174,7 @@ def build_query_selection(cfg: CfgNode) -> nn.Module:
     )
 
 
+@constant_of_shape
 def proposal_logits(
     spatial_shapes: SpatialShapes, coarsest_largest: bool, device: torch.device
 ) -> Tensor:
@@ -166,21 +183,13 @@ def proposal_logits(
     Returns:
         (S, 4); all four are +inf where the anchor is too close to the border.
     """
-    return _proposal_logits(spatial_shapes, coarsest_largest, device)
-
-
-@constant_of_shape
-def _proposal_logits(
-    spatial_shapes: SpatialShapes, coarsest_largest: bool, device: torch.device
-) -> Tensor:
-    anchors = []
+    levels = []
     for level, (height, width) in enumerate(spatial_shapes):
         step = level if coarsest_largest else len(spatial_shapes) - 1 - level
-        centers = cell_centers(height, width, device)
-        anchors.append(
-            torch.cat([centers, torch.full_like(centers, SMALLEST_PROPOSAL * 2.0**step)], dim=-1)
-        )
-    anchors = torch.cat(anchors)
+        centers = cell_centers([(height, width)], device)
+        sizes = torch.full_like(centers, SMALLEST_PROPOSAL * 2.0**step)
+        levels.append(torch.cat([centers, sizes], dim=-1))
+    anchors = torch.cat(levels)
     border = BORDER + ROUNDING
     valid = ((anchors > border) & (anchors < 1 - border)).all(-1, keepdim=True)
     return torch.where(valid, torch.log(anchors / (1 - anchors)), float("inf"))

@@ -1,8 +1,8 @@
-"""The compiled library behind :mod:`maskdino.ops.ms_deform_attn`: loading, shapes, gradients.
+"""The compiled library behind `maskdino.ops.ms_deform_attn`: loading, shapes, gradients.
 
-The library file ``maskdino/_C*.so`` registers ``torch.ops.maskdino`` when it is loaded. What it
-lacks is registered here, once: output shapes without data (for ``torch.compile`` and
-``torch.export``) and which backward belongs to which forward. Backward recomputes locations and
+The library file `maskdino/_C*.so` registers `torch.ops.maskdino` when it is loaded. What it
+lacks is registered here, once: output shapes without data (for `torch.compile` and
+`torch.export`) and which backward belongs to which forward. Backward recomputes locations and
 weights, so that only the inputs are kept.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+from collections.abc import Callable
 from importlib import machinery
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _HOW_TO_BUILD = "build it with `python setup.py build_ext --inplace` or reinstall the package"
 
 
@@ -39,7 +40,7 @@ def _load() -> str:
         torch.ops.load_library(path)
     except OSError as error:
         # A library of another torch version is no reason to fail where the reference will do.
-        _logger.warning("cannot load %s: %s; %s", path, error, _HOW_TO_BUILD)
+        logger.warning("cannot load %s: %s; %s", path, error, _HOW_TO_BUILD)
         return f"{path} cannot be loaded ({error}); {_HOW_TO_BUILD}"
     _register()
     return ""
@@ -59,7 +60,7 @@ def serves(device_type: str, index: int | None = None) -> bool:
     """Tell whether the library has kernels for a device.
 
     Args:
-        device_type: such as ``"cuda"``.
+        device_type: such as `"cuda"`.
         index: which of the GPUs; None is torch's current one.
     """
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
@@ -72,13 +73,13 @@ def serves(device_type: str, index: int | None = None) -> bool:
 
 
 def why_not(device_type: str, index: int | None = None) -> str:
-    """Say why a device is not served, and what to do; only where :func:`serves` is false."""
+    """Say why a device is not served, and what to do; only where `serves` is false."""
     reason = _load() or (_lacks_code(index) if device_type == "cuda" else "")
     return reason or f"the compiled library was built without {device_type} kernels"
 
 
 def cuda_architectures() -> list[str]:
-    """Return what the library holds code for, such as ``sm_90``; empty where it does not say."""
+    """Return what the library holds code for, such as `sm_90`; empty where it does not say."""
     operator = getattr(torch.ops.maskdino, "cuda_architectures", None)
     return operator().split(",") if operator is not None and operator() else []
 
@@ -111,9 +112,10 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     """Tell whether code runs on a GPU: machine code within a generation, PTX on all later ones.
 
     Args:
-        architecture: such as ``"sm_90"`` or, for PTX, ``"compute_90"``; with ``a`` it is for one
-            GPU alone, with ``f`` for its generation.
-        major, minor: the GPU's compute capability.
+        architecture: such as `"sm_90"` or, for PTX, `"compute_90"`; with `a` it is for one
+            GPU alone, with `f` for its generation.
+        major: of the GPU's compute capability, the part before the dot.
+        minor: the part behind it.
     """
     match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
     if match is None:
@@ -155,7 +157,9 @@ def _fake_fused_backward(
     reference_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    grad_reference = _dense(reference) if reference_gradient else value.new_empty(0, dtype=dtype)
+    grad_reference = value.new_empty(0, dtype=dtype)
+    if reference is not None and reference_gradient:
+        grad_reference = _dense(reference)
     return _dense(value), _dense(offsets_and_logits), grad_reference
 
 
@@ -197,7 +201,7 @@ def _backward_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _register() -> None:
     """Add shape functions and autograd to the operators of the loaded library."""
-    fakes = {
+    fakes: dict[str, Callable[..., Any]] = {
         "ms_deform_attn": _fake,
         "ms_deform_attn_backward": _fake_backward,
         "ms_deform_attn_fused": _fake_fused,

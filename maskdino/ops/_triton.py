@@ -1,6 +1,6 @@
 """Whether deformable attention can run in Triton: found out without importing it in vain.
 
-:mod:`maskdino.ops.ms_deform_attn_triton` imports Triton and registers the operators when it is
+`maskdino.ops.ms_deform_attn_triton` imports Triton and registers the operators when it is
 imported; that happens here, once, where somebody might use them.
 """
 
@@ -13,7 +13,7 @@ import logging
 
 import torch
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _MOST_LEVELS = 16
 _MOST_NUMBERS = 8192  # of P x D, each padded to a power of two: one query and head in registers
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -72,7 +72,7 @@ def _refuse(dtype: torch.dtype, channels: int, num_levels: int, num_points: int)
 
 @functools.cache
 def _log_refusal(dtype: torch.dtype, channels: int, num_levels: int, num_points: int) -> None:
-    _logger.info(
+    logger.info(
         "deformable attention: no Triton kernel for %s, heads of %d channels, %d levels and %d "
         "points on this device: reference operator",
         *(dtype, channels, num_levels, num_points),

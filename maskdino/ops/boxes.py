@@ -1,4 +1,4 @@
-"""Boxes: formats, generalised IoU, logits, boxes of masks."""
+"""Boxes: formats, generalized IoU, logits, boxes of masks."""
 
 import torch
 from torch import Tensor
@@ -9,24 +9,24 @@ EMPTY_MASK_COORDINATE = 1e8  # upper left corner that "mask2box" gives an empty 
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) centre and size to corners."""
+    """(..., 4) center and size to corners."""
     center, size = boxes.chunk(2, dim=-1)
     half = size / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(..., 4) corners to centre and size."""
+    """(..., 4) corners to center and size."""
     low, high = boxes.chunk(2, dim=-1)
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
-    """Generalised IoU of corner boxes, element by element.
+    """Generalized IoU of corner boxes, element by element.
 
     Args:
-        boxes_a, boxes_b: (..., 4) xyxy; their leading dimensions broadcast, so `a[:, None], b`
-            gives all pairs.
+        boxes_a: (..., 4) xyxy.
+        boxes_b: likewise; leading dimensions broadcast, so that `a[:, None], b` gives all pairs.
 
     Returns:
         (...) in [-1, 1].

@@ -42,7 +42,8 @@ def run_steps(computations: Sequence[Steps]) -> list:
         requests = {}
         for number, answer in answers.items():
             try:
-                requests[number] = computations[number].send(answer)
+                steps = computations[number]
+                requests[number] = next(steps) if answer is None else steps.send(answer)
             except StopIteration as end:
                 results[number] = end.value
         copies = iter(to_host([tensor for asked in requests.values() for tensor in asked]))

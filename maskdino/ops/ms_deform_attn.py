@@ -4,16 +4,16 @@ Shape key: B images, S tokens of all levels together, Q queries, M heads, D chan
 L levels, P points per level and head.
 
 Every query looks, per head, at P points of each of L feature maps. Each point is read by bilinear
-interpolation (zeros outside the map, pixel centres at half integers, i.e. ``align_corners=False``)
+interpolation (zeros outside the map, pixel centers at half integers, i.e. `align_corners=False`)
 and the L x P values are summed with attention weights:
 
     output[b, q, m] = sum over l, p of weight[b, q, m, l, p] * bilinear(value_l[b, :, m], location)
 
-Two entry points compute it: :func:`ms_deform_attn` takes locations and weights,
-:func:`ms_deform_attn_fused` takes the raw output of one linear layer. Both run in the compiled
+Two entry points compute it: `ms_deform_attn` takes locations and weights,
+`ms_deform_attn_fused` takes the raw output of one linear layer. Both run in the compiled
 library when it is built and serves the device, else in Triton on a GPU where it works, else in
-PyTorch; the environment variable ``MASKDINO_OP`` (``compiled``, ``triton`` or ``reference``)
-overrides that choice for ``backend="auto"``. What Triton has no kernels for, such as float64,
+PyTorch; the environment variable `MASKDINO_OP` (`compiled`, `triton` or `reference`)
+overrides that choice for `backend="auto"`. What Triton has no kernels for, such as float64,
 PyTorch computes.
 
 Samples whose location lies outside the map, is NaN or is infinite read zero and have no gradient.
@@ -24,19 +24,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import _library, _triton
+from maskdino.ops import _library, _triton
+from maskdino.structures import SpatialShapes
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _logged_choices: set[tuple[str, str]] = set()
 
-SpatialShapes = Sequence[tuple[int, int]]
 BACKENDS = ("auto", "compiled", "triton", "reference")
 
 
@@ -44,7 +43,7 @@ def compiled_op_available(device_type: str | None = None) -> bool:
     """Tell whether the compiled library is loaded and, if given, serves this type of device.
 
     Args:
-        device_type: a device type such as ``"cpu"`` or ``"cuda"``; None asks for the library alone.
+        device_type: a device type such as `"cpu"` or `"cuda"`; None asks for the library alone.
     """
     return _library.is_loaded() if device_type is None else _library.serves(device_type)
 
@@ -62,19 +61,19 @@ def ms_deform_attn(
         value: (B, S, M, D) feature maps, flattened row by row and concatenated over levels; any
             floating-point dtype.
         spatial_shapes: (H, W) of each level, host integers; their areas sum to S.
-        sampling_locations: (B, Q, M, L, P, 2) as (x, y), normalised by the level's (W, H) so that
+        sampling_locations: (B, Q, M, L, P, 2) as (x, y), normalized by the level's (W, H) so that
             [0, 1] spans the map; float32 (float64 for a float64 value). Half precision is refused:
-            it cannot tell neighbouring pixels apart.
+            it cannot tell neighboring pixels apart.
         attention_weights: (B, Q, M, L, P), any floating-point dtype.
-        backend: ``"auto"``, ``"compiled"``, ``"triton"`` or ``"reference"``.
+        backend: `"auto"`, `"compiled"`, `"triton"` or `"reference"`.
 
     Returns:
-        (B, Q, M * D) in the dtype of ``value``.
+        (B, Q, M * D) in the dtype of `value`.
 
     Raises:
         TypeError: wrong dtype.
         ValueError: wrong shape, device or backend name.
-        RuntimeError: ``"compiled"`` or ``"triton"`` is asked for but does not serve the device.
+        RuntimeError: `"compiled"` or `"triton"` is asked for but does not serve the device.
     """
     _check_common(value, spatial_shapes, sampling_locations, attention_weights)
     _check_locations(value, spatial_shapes, sampling_locations, attention_weights)
@@ -106,25 +105,25 @@ def ms_deform_attn_fused(
     float32, so that neither weights nor locations are ever stored or rounded to half precision.
 
     Args:
-        value: (B, S, M, D) feature maps, as in :func:`ms_deform_attn`.
+        value: (B, S, M, D) feature maps, as in `ms_deform_attn`.
         spatial_shapes: (H, W) of each level, host integers; their areas sum to S.
         offsets_and_logits: (B, Q, M * L * P * 3), any floating-point dtype: first M * L * P * 2
             offsets ordered (head, level, point, xy), then M * L * P logits ordered
             (head, level, point).
-        reference: where the offsets start, normalised to [0, 1], float32 (or float64):
+        reference: where the offsets start, normalized to [0, 1], float32 (or float64):
             None for the encoder, where Q equals S and the reference of a token is its own cell
-            centre ((i + 0.5) / size) on all levels;
-            (B, Q, 2) points (x, y): ``location = reference + offset / (W_l, H_l)``;
-            (B, Q, 4) boxes (cx, cy, w, h): ``location = centre + offset / P * size / 2``.
+            center ((i + 0.5) / size) on all levels;
+            (B, Q, 2) points (x, y): `location = reference + offset / (W_l, H_l)`;
+            (B, Q, 4) boxes (cx, cy, w, h): `location = center + offset / P * size / 2`.
         num_points: P.
-        backend: ``"auto"``, ``"compiled"``, ``"triton"`` or ``"reference"``.
+        backend: `"auto"`, `"compiled"`, `"triton"` or `"reference"`.
 
     Returns:
-        (B, Q, M * D) in the dtype of ``value``. Gradients flow to ``value``,
-        ``offsets_and_logits`` and ``reference``.
+        (B, Q, M * D) in the dtype of `value`. Gradients flow to `value`,
+        `offsets_and_logits` and `reference`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as in :func:`ms_deform_attn`.
+        TypeError, ValueError, RuntimeError: as in `ms_deform_attn`.
     """
     _check_common(value, spatial_shapes, offsets_and_logits, reference)
     _check_fused(value, spatial_shapes, offsets_and_logits, reference, num_points)
@@ -150,12 +149,12 @@ def ms_deform_attn_reference(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Compute :func:`ms_deform_attn` with ``grid_sample``, on every device."""
+    """Compute `ms_deform_attn` with `grid_sample`, on every device."""
     num_images, _, num_heads, head_dim = value.shape
     num_queries = sampling_locations.shape[1]
     dtype = sampling_locations.dtype
     areas = [height * width for height, width in spatial_shapes]
-    # (B, S, M, D) -> (B * M, D, S): each head of each image is one small picture.
+    # (B, S, M, D) -> (B * M, D, S): each head of each image is one small image.
     heads = value.to(dtype).permute(0, 2, 3, 1).flatten(0, 1)
     if heads.numel() == 0 or num_queries == 0:
         # grid_sample refuses empty inputs; the sums keep the (zero) gradients connected.
@@ -165,11 +164,11 @@ def ms_deform_attn_reference(
     # (B, Q, M, ...) -> (B * M, Q, ...)
     weights = attention_weights.to(dtype).transpose(1, 2).flatten(0, 1)
     grid = _grid(sampling_locations, spatial_shapes).transpose(1, 2).flatten(0, 1)
-    for level, ((height, width), picture) in enumerate(
+    for level, ((height, width), maps) in enumerate(
         zip(spatial_shapes, heads.split(areas, dim=2), strict=True)
     ):
         sampled = functional.grid_sample(  # (B * M, D, Q, P)
-            picture.unflatten(2, (height, width)), grid[:, :, level], align_corners=False
+            maps.unflatten(2, (height, width)), grid[:, :, level], align_corners=False
         )
         output = output + (sampled * weights[:, None, :, level]).sum(dim=3)
     output = output.view(num_images, num_heads * head_dim, num_queries)
@@ -183,7 +182,7 @@ def ms_deform_attn_fused_reference(
     reference: Tensor | None,
     num_points: int,
 ) -> Tensor:
-    """Compute :func:`ms_deform_attn_fused` with PyTorch operations, on every device."""
+    """Compute `ms_deform_attn_fused` with PyTorch operations, on every device."""
     locations, weights = locations_and_weights(
         value, spatial_shapes, offsets_and_logits, reference, num_points
     )
@@ -199,7 +198,7 @@ def locations_and_weights(
     reference: Tensor | None,
     num_points: int,
 ) -> tuple[Tensor, Tensor]:
-    """Turn the arguments of :func:`ms_deform_attn_fused` into those of :func:`ms_deform_attn`.
+    """Turn the arguments of `ms_deform_attn_fused` into those of `ms_deform_attn`.
 
     Returns:
         Sampling locations (B, Q, M, L, P, 2) and attention weights (B, Q, M, L, P), float32
@@ -214,7 +213,7 @@ def locations_and_weights(
     logits = logits.view(num_images, num_queries, num_heads, num_levels * num_points)
     weights = logits.softmax(dim=3).view(offsets.shape[:-1])
     if reference is None:
-        reference = token_centres(spatial_shapes, value.device, dtype)[None]
+        reference = cell_centers(spatial_shapes, value.device, dtype)[None]
     anchors = reference.to(dtype)[:, :, None, None, None]  # (B or 1, Q, 1, 1, 1, 2 or 4)
     if anchors.shape[-1] == 2:
         locations = anchors + offsets / _sizes(spatial_shapes, offsets)
@@ -223,29 +222,35 @@ def locations_and_weights(
     return locations, weights
 
 
-def token_centres(
+def cell_centers(
     spatial_shapes: SpatialShapes, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Return the cell centre (x, y) of every token, normalised to [0, 1]: (S, 2)."""
-    centres = []
+    """Return the center (x, y) of each token's cell, level by level, in [0, 1]: (S, 2)."""
+    centers = []
     for height, width in spatial_shapes:
-        y = (torch.arange(height, dtype=dtype, device=device) + 0.5) / height
-        x = (torch.arange(width, dtype=dtype, device=device) + 0.5) / width
-        centres.append(torch.cartesian_prod(y, x).view(-1, 2).flip(1))
-    return torch.cat(centres)
+        # On a GPU, a number is divided by through its reciprocal, whose rounding lets the last of
+        # 50 rows be nearer than 0.99; a tensor is divided by as on a CPU.
+        y, x = (
+            (torch.arange(size, dtype=dtype, device=device) + 0.5)
+            / torch.full((1,), size, dtype=dtype, device=device)
+            for size in (height, width)
+        )
+        grid = torch.stack([x[None].expand(height, -1), y[:, None].expand(-1, width)], dim=-1)
+        centers.append(grid.flatten(0, 1))
+    return torch.cat(centers)
 
 
 @torch.compiler.assume_constant_result
 def choose_backend(device_type: str, backend: str, index: int | None = None) -> str:
     """Decide between the compiled, the Triton and the reference form, and log each choice once.
 
-    Args and errors are those of :func:`explain_backend`.
+    Args and errors are those of `explain_backend`.
     """
     choice, reason = explain_backend(device_type, backend, index)
     if (device_type, choice) not in _logged_choices:
         _logged_choices.add((device_type, choice))
         why = f" ({reason})" if reason else ""
-        _logger.info("deformable attention on %s: %s operator%s", device_type, choice, why)
+        logger.info("deformable attention on %s: %s operator%s", device_type, choice, why)
     return choice
 
 
@@ -253,13 +258,13 @@ def explain_backend(device_type: str, backend: str, index: int | None = None) ->
     """Tell which form runs, and why it is not a faster one (empty where it is the fastest).
 
     Args:
-        device_type: such as ``"cpu"`` or ``"cuda"``.
-        backend: one of ``BACKENDS``.
+        device_type: such as `"cpu"` or `"cuda"`.
+        backend: one of `BACKENDS`.
         index: which of the GPUs; None is torch's current one.
 
     Raises:
         ValueError: unknown backend name.
-        RuntimeError: ``"compiled"`` or ``"triton"`` is asked for but does not serve the device.
+        RuntimeError: `"compiled"` or `"triton"` is asked for but does not serve the device.
     """
     origin = "argument backend"
     if backend == "auto" and os.environ.get("MASKDINO_OP"):
@@ -319,7 +324,7 @@ def _sizes(spatial_shapes: SpatialShapes, like: Tensor) -> Tensor:
 def _grid(locations: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
     """Map locations from [0, 1] to grid_sample's [-1, 1]; what is outside or NaN to a fixed point.
 
-    A sample is outside where no pixel centre lies closer than one pixel. Replacing such locations
+    A sample is outside where no pixel center lies closer than one pixel. Replacing such locations
     makes NaN and infinity read zero, as in the compiled kernels, and keeps the conversion to
     integers inside grid_sample within its range.
     """
@@ -354,7 +359,7 @@ def _check_common(value: Tensor, spatial_shapes: SpatialShapes, *others: Tensor 
 def _check_locations(
     value: Tensor, spatial_shapes: SpatialShapes, locations: Tensor, weights: Tensor
 ) -> None:
-    """Check the inputs that only :func:`ms_deform_attn` has."""
+    """Check the inputs that only `ms_deform_attn` has."""
     num_images, _, num_heads, _ = value.shape
     fixed = (num_images, num_heads, len(spatial_shapes), 2)
     if locations.dim() != 6 or (locations.shape[0], *locations.shape[2:4], 2) != fixed:
@@ -381,7 +386,7 @@ def _check_fused(
     reference: Tensor | None,
     num_points: int,
 ) -> None:
-    """Check the inputs that only :func:`ms_deform_attn_fused` has."""
+    """Check the inputs that only `ms_deform_attn_fused` has."""
     num_images, num_tokens, num_heads, _ = value.shape
     if num_points < 1:
         raise ValueError(f"num_points must be at least 1, got {num_points}")

@@ -1,18 +1,18 @@
-"""Multi-scale deformable attention in Triton: ``torch.ops.maskdino_triton``.
+"""Multi-scale deformable attention in Triton: `torch.ops.maskdino_triton`.
 
 Shape key: B images, S tokens of all levels together, Q queries, M heads, D channels of a head,
 L levels, P points per level and head.
 
 For GPUs that the compiled library does not serve: Triton comes with torch and needs no CUDA
 compiler. The operators are those of the compiled library, with the same arguments, results and
-meaning (:mod:`maskdino.ops.ms_deform_attn` describes them), and so is the arithmetic: softmax and
+meaning (`maskdino.ops.ms_deform_attn` describes them), and so is the arithmetic: softmax and
 locations inside the kernel, locations, weights and sums in float32. Backward adds the gradient of
-the value with float32 atomics, in no fixed order; under ``torch.use_deterministic_algorithms`` with
+the value with float32 atomics, in no fixed order; under `torch.use_deterministic_algorithms` with
 64-bit fixed-point numbers, whose sum has no order. Nothing waits for the device.
 
-:func:`maskdino.ops._triton.takes` tells what the kernels cannot do; float64 is the main case.
+`maskdino.ops._triton.takes` tells what the kernels cannot do; float64 is the main case.
 
-With ``TRITON_INTERPRET=1`` in the environment before Triton is imported the operators run on a CPU,
+With `TRITON_INTERPRET=1` in the environment before Triton is imported the operators run on a CPU,
 slowly; that is how they are tested without a GPU.
 
 Importing this module imports Triton.
@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import _library
-from . import triton_kernels as kernels
-from .triton_backward import backward_kernel
+from maskdino.ops import _library
+from maskdino.ops import triton_kernels as kernels
+from maskdino.ops.triton_backward import backward_kernel
 
 NAMESPACE = "maskdino_triton"
 _WARPS = 4
@@ -199,8 +199,8 @@ def _backward(
     images, _, heads, _ = call.value.shape
     fixed = torch.are_deterministic_algorithms_enabled()
     grad_value = torch.zeros_like(call.value, dtype=torch.int64 if fixed else torch.float32)
-    size = 0
-    if reference_gradient:
+    size: tuple[int, ...] = (0,)
+    if reference_gradient and call.reference is not None:
         size = (images, heads, call.queries, call.reference.shape[2])
     grad_reference = call.value.new_zeros(size, dtype=torch.float32)
     textbook = call.form == kernels.TEXTBOOK
@@ -312,7 +312,7 @@ def _register() -> torch.library.Library:
         "int num_points"
     )
     three = "(Tensor, Tensor, Tensor)"
-    operators = {
+    operators: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         f"ms_deform_attn({textbook}) -> Tensor": (_ms_deform_attn, _library._fake),
         f"ms_deform_attn_backward(Tensor grad_output, {textbook}) -> {three}": (
             _ms_deform_attn_backward,

@@ -100,6 +100,16 @@ class PointSampler:
     """Draws the points at which masks are compared (PointRend; appendix B.1)."""
 
     def __init__(self, num_points: int, oversample_ratio: float, importance_ratio: float) -> None:
+        """Sets the numbers.
+
+        Args:
+            num_points: P.
+            oversample_ratio: candidates for each point of a loss.
+            importance_ratio: share of the P points that are the most uncertain candidates.
+
+        Raises:
+            ValueError: if there are fewer candidates than points to choose.
+        """
         self.num_points = num_points
         self.num_candidates = int(num_points * oversample_ratio)
         self.num_uncertain = int(num_points * importance_ratio)
@@ -116,6 +126,11 @@ class PointSampler:
     def sample_uncertain(self, maps: Tensor) -> Tensor:
         """Points for the loss of each mask: most of them where the prediction is the least certain.
 
+        The uncertainty of a candidate is that of the logit interpolated at it, and not an
+        interpolation of the uncertainties of the cells around it (PointRend). Between two cells of
+        logits -1 and 1, both quite certain, runs the border of the mask: the interpolated logit is
+        0 there, as uncertain as can be; the mean of the cells' uncertainties would not show it.
+
         Args:
             maps: (M, H, W) mask logits.
 
@@ -124,6 +139,7 @@ class PointSampler:
         """
         number, device = maps.shape[0], maps.device
         candidates = torch.rand(number, self.num_candidates, 2, device=device)
+        # The uncertainty is minus this: the largest are the smallest.
         certainty = sample_maps(maps.unsqueeze(1), candidates).squeeze(1).abs()  # (M, candidates)
         chosen = certainty.topk(self.num_uncertain, dim=1, largest=False, sorted=False).indices
         points = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))

@@ -1,6 +1,6 @@
 """Triton kernel of the gradients of multi-scale deformable attention.
 
-Shape key and blocks as in :mod:`maskdino.ops.triton_kernels`, whose parts compute locations and
+Shape key and blocks as in `maskdino.ops.triton_kernels`, whose parts compute locations and
 weights anew here. Each corner is read, multiplied with the gradient of the output for the gradients
 of its sample, and added to the value's gradient with atomics of four channels (one, before compute
 capability 9.0). Gradients of weights wait in registers, in a block (BLOCK_Q, BLOCK_P, BLOCK_L) with
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import (
+from maskdino.ops.triton_kernels import (
     _BOXES,
     _TEXTBOOK,
     _VARYING,
@@ -168,12 +168,12 @@ def backward_kernel(  # noqa: PLR0915 - one loop; its parts are above
     """
     BLOCK_Q: tl.constexpr = TILE_H * TILE_W
     STRIDE: tl.constexpr = HEADS * CHANNELS
-    row, active, centre_x, centre_y, step_x, step_y = _find_queries(
+    row, active, center_x, center_y, step_x, step_y = _find_queries(
         reference, queries, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
         FORM, LEVELS, NUM_POINTS, TILE_H, TILE_W,
     )  # fmt: skip
     points_at, scores_at = _find_inputs(row, FORM, HEADS, LEVELS, NUM_POINTS)
-    largest = centre_x
+    largest = center_x
     inverse = tl.full([BLOCK_Q], 1.0, dtype=tl.float32)
     if FORM != _TEXTBOOK:
         largest = _largest_logit(scores, scores_at, active, LEVELS, NUM_POINTS, BLOCK_P)
@@ -208,7 +208,7 @@ def backward_kernel(  # noqa: PLR0915 - one loop; its parts are above
         sample = level * NUM_POINTS + point
         x, y, offset_x, offset_y = _locate(
             points + points_at[:, None] + 2 * sample, valid,
-            centre_x, centre_y, step_x, step_y, height, width, FORM,
+            center_x, center_y, step_x, step_y, height, width, FORM,
         )  # fmt: skip
         weight = _weights(scores + scores_at[:, None] + sample, valid, largest[:, None], FORM)
         touches, of_weight, of_x, of_y = _sample_gradients(

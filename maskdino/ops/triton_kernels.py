@@ -10,7 +10,7 @@ of a level come as one integer, height * 2^32 + width, a kernel argument of its 
 made for them, and no size of an image compiles anything anew.
 
 The forms say where samples lie: TEXTBOOK reads float32 locations and weights; the others read
-offsets and logits of one linear layer and start at a token's own cell centre (TOKENS), a point
+offsets and logits of one linear layer and start at a token's own cell center (TOKENS), a point
 (POINTS) or a box (BOXES). Locations, weights and sums are float32. A sample that touches no pixel,
 or is NaN, reads zero and has no gradient; a corner outside the map is not read at all.
 """
@@ -87,9 +87,9 @@ def _find_tokens(
     s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
     LEVELS: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """The tokens of this program's tile of TILE_H x TILE_W cells, and their centres in [0, 1].
+    """The tokens of this program's tile of TILE_H x TILE_W cells, and their centers in [0, 1].
 
-    Neighbours look at the same pixels, so a tile finds most of them in its cache. Tiles are
+    Neighbors look at the same pixels, so a tile finds most of them in its cache. Tiles are
     numbered line by line, level after level; those at the right and lower border are cut.
     """
     block = tl.program_id(0)
@@ -113,9 +113,9 @@ def _find_tokens(
     column = (tile % tiles_in_line) * TILE_W + slot % TILE_W
     active = (line < height) & (column < width)
     token = tl.where(active, first_token + line * width + column, 0)
-    centre_x = (column.to(tl.float32) + 0.5) / width.to(tl.float32)
-    centre_y = (line.to(tl.float32) + 0.5) / height.to(tl.float32)
-    return token, active, centre_x, centre_y
+    center_x = (column.to(tl.float32) + 0.5) / width.to(tl.float32)
+    center_y = (line.to(tl.float32) + 0.5) / height.to(tl.float32)
+    return token, active, center_x, center_y
 
 
 @triton.jit
@@ -125,31 +125,31 @@ def _find_queries(
     FORM: tl.constexpr, LEVELS: tl.constexpr, NUM_POINTS: tl.constexpr, TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """The program's queries: row in (B * Q), whether it exists, start, normalised step (BOXES)."""
+    """The program's queries: row in (B * Q), whether it exists, start, normalized step (BOXES)."""
     BLOCK_Q: tl.constexpr = TILE_H * TILE_W
     step_x = tl.full([BLOCK_Q], 1.0, dtype=tl.float32)
     step_y = tl.full([BLOCK_Q], 1.0, dtype=tl.float32)
     if FORM == _TOKENS:
-        query, active, centre_x, centre_y = _find_tokens(
+        query, active, center_x, center_y = _find_tokens(
             s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
             LEVELS, TILE_H, TILE_W,
         )  # fmt: skip
     else:
         query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         active = query < queries
-        centre_x = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        centre_y = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        center_x = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        center_y = tl.zeros([BLOCK_Q], dtype=tl.float32)
     row = tl.program_id(2).to(tl.int64) * queries + query
     if FORM == _BOXES:
         box = reference + row * 4
-        centre_x = tl.load(box, mask=active, other=0.0)
-        centre_y = tl.load(box + 1, mask=active, other=0.0)
+        center_x = tl.load(box, mask=active, other=0.0)
+        center_y = tl.load(box + 1, mask=active, other=0.0)
         step_x = tl.load(box + 2, mask=active, other=0.0) * (0.5 / NUM_POINTS)
         step_y = tl.load(box + 3, mask=active, other=0.0) * (0.5 / NUM_POINTS)
     elif FORM == _POINTS:
-        centre_x = tl.load(reference + row * 2, mask=active, other=0.0)
-        centre_y = tl.load(reference + row * 2 + 1, mask=active, other=0.0)
-    return row, active, centre_x, centre_y, step_x, step_y
+        center_x = tl.load(reference + row * 2, mask=active, other=0.0)
+        center_y = tl.load(reference + row * 2 + 1, mask=active, other=0.0)
+    return row, active, center_x, center_y, step_x, step_y
 
 
 @triton.jit
@@ -195,8 +195,8 @@ def _weights(at, valid, largest, FORM: tl.constexpr):
 
 
 @triton.jit
-def _locate(at, valid, centre_x, centre_y, step_x, step_y, height, width, FORM: tl.constexpr):
-    """Pixel coordinates, pixel centres at integers, and the numbers they come of."""
+def _locate(at, valid, center_x, center_y, step_x, step_y, height, width, FORM: tl.constexpr):
+    """Pixel coordinates, pixel centers at integers, and the numbers they come of."""
     offset_x = tl.load(at, mask=valid, other=0.0).to(tl.float32)
     offset_y = tl.load(at + 1, mask=valid, other=0.0).to(tl.float32)
     width = width.to(tl.float32)
@@ -205,11 +205,11 @@ def _locate(at, valid, centre_x, centre_y, step_x, step_y, height, width, FORM: 
         x = offset_x * width - 0.5
         y = offset_y * height - 0.5
     elif FORM == _BOXES:
-        x = (centre_x * width - 0.5)[:, None] + offset_x * (step_x * width)[:, None]
-        y = (centre_y * height - 0.5)[:, None] + offset_y * (step_y * height)[:, None]
+        x = (center_x * width - 0.5)[:, None] + offset_x * (step_x * width)[:, None]
+        y = (center_y * height - 0.5)[:, None] + offset_y * (step_y * height)[:, None]
     else:
-        x = (centre_x * width - 0.5)[:, None] + offset_x
-        y = (centre_y * height - 0.5)[:, None] + offset_y
+        x = (center_x * width - 0.5)[:, None] + offset_x
+        y = (center_y * height - 0.5)[:, None] + offset_y
     return x, y, offset_x, offset_y
 
 
@@ -251,12 +251,12 @@ def forward_kernel(
     (B, Q, 2 or 4) float32, and is not read in the two other forms.
     """
     STRIDE: tl.constexpr = HEADS * CHANNELS
-    row, active, centre_x, centre_y, step_x, step_y = _find_queries(
+    row, active, center_x, center_y, step_x, step_y = _find_queries(
         reference, queries, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
         FORM, LEVELS, NUM_POINTS, TILE_H, TILE_W,
     )  # fmt: skip
     points_at, scores_at = _find_inputs(row, FORM, HEADS, LEVELS, NUM_POINTS)
-    largest = centre_x
+    largest = center_x
     if FORM != _TEXTBOOK:
         largest = _largest_logit(scores, scores_at, active, LEVELS, NUM_POINTS, BLOCK_P)
     point = tl.arange(0, BLOCK_P)[None, :]
@@ -275,7 +275,7 @@ def forward_kernel(
         sample = level * NUM_POINTS + point
         x, y, _, _ = _locate(
             points + points_at[:, None] + 2 * sample, valid,
-            centre_x, centre_y, step_x, step_y, height, width, FORM,
+            center_x, center_y, step_x, step_y, height, width, FORM,
         )  # fmt: skip
         weight = _weights(scores + scores_at[:, None] + sample, valid, largest[:, None], FORM)
         total += weight

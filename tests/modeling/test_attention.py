@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maskdino.modeling.attention import LayerSizes, MultiScaleDeformableAttention, SelfAttention
+from tests.sampling import bilinear
 
 SHAPES = ((5, 6), (3, 2))
 CHANNELS, HEADS, POINTS = 16, 4, 2
@@ -51,22 +52,10 @@ def test_self_attention(masked: bool) -> None:
         torch.testing.assert_close(found[image], expected, atol=1e-5, rtol=1e-5)
 
 
-def slow_bilinear(values: Tensor, x: float, y: float) -> Tensor:
-    """Value (C) of a map (H, W, C) at (x, y) in [0, 1], zero outside."""
-    height, width = values.shape[:2]
-    column, row = x * width - 0.5, y * height - 0.5
-    total = torch.zeros(values.shape[2])
-    for i in (math.floor(row), math.floor(row) + 1):
-        for j in (math.floor(column), math.floor(column) + 1):
-            if 0 <= i < height and 0 <= j < width:
-                total += (1 - abs(row - i)) * (1 - abs(column - j)) * values[i, j]
-    return total
-
-
 def slow_deformable(
     layer: MultiScaleDeformableAttention, query: Tensor, tokens: Tensor, reference: Tensor
 ) -> Tensor:
-    """One query (C) at a box or, if only a centre is given, at a pixel centre."""
+    """One query (C) at a box or, if only a center is given, at a pixel center."""
     width = CHANNELS // HEADS
     value = tokens @ layer.value_proj.weight.t() + layer.value_proj.bias
     offsets = query @ layer.sampling_offsets.weight.t() + layer.sampling_offsets.bias
@@ -86,7 +75,7 @@ def slow_deformable(
                 else:
                     move = move / torch.tensor([columns, rows])
                 x, y = (reference[:2] + move).tolist()
-                out[part] += shares[head, level, point] * slow_bilinear(area, x, y)
+                out[part] += shares[head, level, point] * bilinear(area, x, y)
     return out @ layer.output_proj.weight.t() + layer.output_proj.bias
 
 

@@ -49,7 +49,7 @@ def test_rounding_makes_no_proposal_at_the_border_valid(
         found = centers(*args)
         return found.nextafter(torch.full_like(found, towards))
 
-    compute = query_selection._proposal_logits.__wrapped__  # not kept
+    compute = proposal_logits.__wrapped__  # not kept
     expected = compute(((50, 68),), True, CPU).isfinite().all(-1).view(50, 68)
     assert expected.any(1).tolist() == [False, *[True] * 48, False]
     monkeypatch.setattr(query_selection, "cell_centers", rounded)

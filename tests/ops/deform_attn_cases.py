@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tests.sampling import bilinear
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Case:
         return torch.randn(size, dtype=torch.float64).to(dtype)
 
     def locations(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Random locations inside and outside the maps, never on a line of pixel centres."""
+        """Random locations inside and outside the maps, never on a line of pixel centers."""
         size = (self.images, self.queries, self.heads, len(self.shapes), self.points, 2)
         sides = torch.tensor([(w, h) for h, w in self.shapes], dtype=torch.float64)[:, None]
         cells = torch.floor((torch.rand(size, dtype=torch.float64) * 1.6 - 0.3) * sides)
@@ -61,20 +62,6 @@ class Case:
     def reference(self, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """Random points (size 2) or boxes (size 4), (B, Q, size)."""
         return torch.rand(self.images, self.queries, size, dtype=torch.float64).to(dtype)
-
-
-def bilinear(picture: Tensor, x: float, y: float) -> Tensor:
-    """Read channels of a (H, W, D) picture at normalised (x, y), zeros outside."""
-    height, width, channels = picture.shape
-    result = torch.zeros(channels, dtype=picture.dtype)
-    column, line = x * width - 0.5, y * height - 0.5
-    if not (math.isfinite(column) and math.isfinite(line)):
-        return result
-    for j in (math.floor(line), math.floor(line) + 1):
-        for i in (math.floor(column), math.floor(column) + 1):
-            if 0 <= i < width and 0 <= j < height:
-                result += (1 - abs(column - i)) * (1 - abs(line - j)) * picture[j, i]
-    return result
 
 
 def slow_ms_deform_attn(
@@ -103,12 +90,12 @@ def slow_locations(
     size = (case.images, queries, case.heads, num_levels, points)
     offsets = offsets_and_logits[..., : 2 * samples].double().reshape(*size, 2)
     logits = offsets_and_logits[..., 2 * samples :].double().reshape(*size[:3], -1)
-    centres = [
+    centers = [
         ((i + 0.5) / w, (j + 0.5) / h) for h, w in case.shapes for j in range(h) for i in range(w)
     ]
     locations = torch.zeros(*size, 2, dtype=torch.float64)
     for b, q, m, level, p in torch.cartesian_prod(*(torch.arange(n) for n in size)).tolist():
-        where = centres[q] if reference is None else reference[b, q].tolist()
+        where = centers[q] if reference is None else reference[b, q].tolist()
         height, width = case.shapes[level]
         x, y = offsets[b, q, m, level, p].tolist()
         if len(where) == 4:

@@ -22,7 +22,7 @@ def random_boxes(number: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def slow_giou(a: list[float], b: list[float]) -> float:
-    """Generalised IoU of two corner boxes, from its definition."""
+    """Generalized IoU of two corner boxes, from its definition."""
     area_a, area_b = ((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (a, b))
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])

@@ -69,7 +69,7 @@ def test_fused_form_is_the_loop(
     output = ms_deform_attn_fused(value, case.shapes, raw, reference, case.points, backend)
     locations, weights = slow_locations(case, raw, reference)
     expected = slow_ms_deform_attn(value, case.shapes, locations, weights)
-    # With float32 locations, 1e-5 of a pixel times the difference of two neighbours.
+    # With float32 locations, 1e-5 of a pixel times the difference of two neighbors.
     assert_close(output, expected, dtype)
 
 
@@ -156,7 +156,7 @@ def test_strides_do_not_matter(backend: str) -> None:
 
 
 def test_borders(backend: str) -> None:
-    """Exactly on pixel centres, edges and corners, and just outside on every side."""
+    """Exactly on pixel centers, edges and corners, and just outside on every side."""
     case = Case(shapes=((3, 4),), images=1, heads=1, points=1, queries=1)
     steps = [-1.0, -0.5, -0.125, 0.0, 0.125, 0.5, 0.875, 1.0, 1.125, 1.5, 2.0]
     grid = torch.cartesian_prod(torch.tensor(steps), torch.tensor(steps)).double()
@@ -208,7 +208,7 @@ def test_fused_form_survives_any_number(bad: float, backend: str) -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_half_offsets_keep_float32_references() -> None:
-    """A reference that half precision cannot tell from its neighbour reads the right pixel."""
+    """A reference that half precision cannot tell from its neighbor reads the right pixel."""
     width = 4096
     value = torch.arange(width, dtype=torch.float32).view(1, width, 1, 1).half() / width
     value = value.expand(1, width, 1, 8)

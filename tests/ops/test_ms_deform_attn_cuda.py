@@ -124,7 +124,7 @@ def test_emulated_kernels_stay_inside_the_maps(bad: float, emulated: object) -> 
 
 @pytest.mark.slow
 def test_emulated_kernels_read_only_what_a_sample_touches(emulated: object) -> None:
-    """A corner outside reads its neighbour: no pixel may spoil samples that do not touch it."""
+    """A corner outside reads its neighbor: no pixel may spoil samples that do not touch it."""
     case = Case(shapes=((3, 4), (2, 1)), channels=32, heads=2, queries=40, points=1)
     value = case.value(torch.float32)
     value[:, [0, 6, 11, 12]] = float("nan")

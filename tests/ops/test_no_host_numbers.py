@@ -16,9 +16,9 @@ import maskdino
 PACKAGE = Path(maskdino.__file__).parent
 ON_THE_WAY = sorted(
     path
-    for folder in ("ops", "losses", "modeling")
+    for folder in ("ops", "losses", "modeling", "postprocess")
     for path in PACKAGE.joinpath(folder).rglob("*.py")
-) + [PACKAGE / "postprocess.py"]
+)
 
 
 def waits(source: str) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Sampling at points against loops, and mask logits at points against maps that are kept."""
 
-import math
 from collections.abc import Iterator
 
 import pytest
@@ -17,18 +16,7 @@ from maskdino.ops.points import (
     sample_packed_masks,
 )
 from maskdino.structures import PackedMasks
-
-
-def slow_sample(image: Tensor, x: float, y: float) -> float:
-    """Bilinear value of a map (H, W) at (x, y) in [0, 1]: pixel centres at (i + 0.5) / size."""
-    height, width = image.shape
-    column, row = x * width - 0.5, y * height - 0.5
-    value = 0.0
-    for i in (math.floor(row), math.floor(row) + 1):
-        for j in (math.floor(column), math.floor(column) + 1):
-            if 0 <= i < height and 0 <= j < width:
-                value += (1 - abs(row - i)) * (1 - abs(column - j)) * float(image[i, j])
-    return value
+from tests.sampling import bilinear
 
 
 class Operations(TorchDispatchMode):
@@ -51,7 +39,7 @@ def deterministic() -> Iterator[None]:
 
 
 def border_points(number: int) -> Tensor:
-    """Points in [0, 1], among them the corners and the centre."""
+    """Points in [0, 1], among them the corners and the center."""
     corners = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
     return torch.cat([corners, torch.rand(number - 5, 2)])
 
@@ -63,7 +51,7 @@ def test_sample_maps() -> None:
     for b in range(2):
         for c in range(3):
             for p in range(12):
-                expected = slow_sample(maps[b, c], *points[b, p].tolist())
+                expected = bilinear(maps[b, c], *points[b, p].tolist())
                 assert found[b, c, p].item() == pytest.approx(expected, abs=1e-9)
 
 
@@ -87,7 +75,7 @@ def test_packed_masks_are_sampled_as_float_masks(
     assert found.dtype == torch.float32 and found.shape == (5, 20)
     for m, mask in enumerate(masks[index]):
         for p, point in enumerate(points[m].tolist()):
-            assert found[m, p].item() == pytest.approx(slow_sample(mask, *point), abs=1e-5)
+            assert found[m, p].item() == pytest.approx(bilinear(mask, *point).item(), abs=1e-5)
     plain = sample_maps(masks[index].float().unsqueeze(1), points).squeeze(1)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
 

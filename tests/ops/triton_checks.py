@@ -96,7 +96,7 @@ def check_form(case: Case, dtype: torch.dtype, form: Form, device: str) -> None:
 
 
 def check_borders(device: str) -> None:
-    """Exactly on pixel centres, edges and corners, and just outside on every side."""
+    """Exactly on pixel centers, edges and corners, and just outside on every side."""
     case = Case(shapes=((3, 4),), images=1, heads=1, points=1, queries=1)
     steps = torch.tensor([-1.0, -0.5, -0.125, 0.0, 0.125, 0.5, 0.875, 1.0, 1.125, 1.5, 2.0])
     grid = torch.cartesian_prod(steps, steps)

@@ -13,11 +13,11 @@ from torch.nn.functional import grid_sample
 
 from benchmarks.timing import median_milliseconds, peak_mebibytes, table
 from maskdino.ops.ms_deform_attn import (
+    cell_centers,
     choose_backend,
     compiled_op_available,
     ms_deform_attn,
     ms_deform_attn_fused,
-    token_centres,
 )
 
 NAME = "op"
@@ -143,9 +143,9 @@ def locate(raw: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     samples = HEADS * len(shapes) * POINTS
     offsets = raw[..., : 2 * samples].float().view(batch, tokens, HEADS, len(shapes), POINTS, 2)
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=raw.device)
-    centres = token_centres(shapes, raw.device)[None, :, None, None, None]
+    centers = cell_centers(shapes, raw.device)[None, :, None, None, None]
     weights = raw[..., 2 * samples :].float().view(batch, tokens, HEADS, -1).softmax(dim=-1)
-    return centres + offsets / sizes[:, None], weights.view(offsets.shape[:-1])
+    return centers + offsets / sizes[:, None], weights.view(offsets.shape[:-1])
 
 
 def sum_of_samples(
