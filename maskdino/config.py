@@ -183,7 +183,8 @@ def _add_model(cfg: CfgNode) -> None:
     denoising.MODE = "boxes_and_masks"  # or "boxes" (without mask losses), or "off"
     denoising.NUM_QUERIES = 100  # at most this many noised queries, but at least one group
     denoising.LABEL_NOISE = 0.2  # probability that a label is drawn anew
-    denoising.BOX_NOISE = 0.4  # largest shift of the centre in half sizes, and of the size in sizes
+    # lambda_1 and lambda_2 of DN-DETR, as one: |dx| < BOX_NOISE w / 2 and |dw| < BOX_NOISE w.
+    denoising.BOX_NOISE = 0.4
 
 
 def _add_backbone(cfg: CfgNode) -> None:

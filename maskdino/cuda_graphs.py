@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class CudaGraphs:
         self._graphs: OrderedDict[Hashable, Network] = OrderedDict()
         self._calls: Counter[Hashable] = Counter()
         self._modules: tuple[nn.Module, ...] = ()
-        self._pool: object = None
+        self._pool: Any = None
         self._works = True
 
     def __call__(
@@ -100,12 +101,12 @@ class CudaGraphs:
         return True
 
 
-def new_pool() -> object:
+def new_pool() -> Any:
     """Memory that graphs share: they run one after the other."""
     return torch.cuda.graph_pool_handle()
 
 
-def capture(network: Network, images: Tensor, pool: object) -> Network:
+def capture(network: Network, images: Tensor, pool: Any) -> Network:
     """Captures a network as a CUDA graph.
 
     Args:
@@ -139,13 +140,14 @@ def capture(network: Network, images: Tensor, pool: object) -> Network:
             # Other threads, such as those that load images, may go on meanwhile.
             mode = "thread_local"
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
-                predictions, pixels = network(held)
+                predictions, pixel_embedding = network(held)
         finally:
             torch.clear_autocast_cache()
 
     def replay(images: Tensor, _kept: object = constants) -> Results:
         held.copy_(images)
         graph.replay()
-        return predictions.map(torch.clone), None if pixels is None else pixels.clone()
+        embedding = None if pixel_embedding is None else pixel_embedding.clone()
+        return predictions.map(torch.clone), embedding
 
     return replay

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,10 @@ class MaskDINO(nn.Module):
     Shape key: B images, Q queries, C channels, O outputs; H, W of the pixel embedding, 1/4 of the
     padded canvas.
     """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    is_thing: Tensor
 
     @configurable
     def __init__(
@@ -103,7 +107,7 @@ class MaskDINO(nn.Module):
         trainable parameter. So anchors of a model that learns masks alone are refined by the box
         head as it was loaded; as it was made, it leaves them as they are.
         """
-        heads = {
+        heads: dict[str, tuple[Iterable[str], list[nn.Module | None]]] = {
             "class head": (["loss_class"], [self.heads.class_head]),
             "box head": (BOX_LOSSES, [self.heads.box_head]),
             "mask head and pixel embedding": (

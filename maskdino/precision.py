@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -99,10 +100,11 @@ def training_precision(dtype: torch.dtype | None, device: torch.device) -> str:
     name = "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} by autocast"
     if device.type != "cuda":
         return f"{name} on {device}"
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends: Any = torch.backends  # whose attributes differ between releases
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
     if hasattr(matmul, "fp32_precision"):
         settings = (matmul.fp32_precision, cudnn.conv.fp32_precision)
-        of_all = torch.backends.fp32_precision
+        of_all = backends.fp32_precision
         switches = [(of_all if setting == "none" else setting) == "tf32" for setting in settings]
     else:
         switches = [matmul.allow_tf32, cudnn.allow_tf32]
@@ -140,8 +142,8 @@ def _described(device: torch.device) -> str:
 class _Switch:
     """One of PyTorch's switches for TensorFloat-32."""
 
-    read: Callable[[], object]
-    write: Callable[[object], None]
+    read: Callable[[], Any]
+    write: Callable[[Any], None]
     on: object
     off: object
 
@@ -158,14 +160,15 @@ def _switches() -> tuple[_Switch, ...]:
     uses the newer ones.
     """
     _use_up_warnings()
-    cudnn, name = torch.backends.cudnn, "fp32_precision"
+    backends: Any = torch.backends
+    cudnn, name = backends.cudnn, "fp32_precision"
     matmul = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
     older = (_Switch(*matmul, "high", "highest"), _Switch.of(cudnn, "allow_tf32", True, False))
     try:
         for switch in older:
             switch.read()
     except RuntimeError:
-        owners = (torch.backends.cuda.matmul, cudnn.conv)
+        owners = (backends.cuda.matmul, cudnn.conv)
         return tuple(_Switch.of(owner, name, "tf32", "ieee") for owner in owners)
     return older
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
-from .timm_backbone import TimmBackbone
-from .vit import PlainViTBackbone
+from maskdino.backbones.timm_backbone import TimmBackbone
+from maskdino.backbones.vit import PlainViTBackbone
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,9 @@ class FrozenNorm(FrozenBatchNorm2d):
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
-        self._made_of, self._versions, self._scale_and_shift = (), (), None
+        self._made_of: tuple[Tensor, ...] = ()
+        self._versions: tuple[object, ...] = ()
+        self._scale_and_shift: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape and dtype."""
@@ -39,14 +41,13 @@ class FrozenNorm(FrozenBatchNorm2d):
         buffers = (self.weight, self.bias, self.running_mean, self.running_var)
         versions = (dtype, *(buffer._version for buffer in buffers))
         same = len(self._made_of) and all(map(operator.is_, buffers, self._made_of))
-        if not same or versions != self._versions:
+        kept = self._scale_and_shift
+        if kept is None or not same or versions != self._versions:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             shift = self.bias - self.running_mean * scale
-            self._scale_and_shift = tuple(
-                constant.view(1, -1, 1, 1).to(dtype) for constant in (scale, shift)
-            )
-            self._made_of, self._versions = buffers, versions
-        return self._scale_and_shift
+            kept = scale.view(1, -1, 1, 1).to(dtype), shift.view(1, -1, 1, 1).to(dtype)
+            self._scale_and_shift, self._made_of, self._versions = kept, buffers, versions
+        return kept
 
 
 def keep_frozen_norms(module: nn.Module) -> nn.Module:

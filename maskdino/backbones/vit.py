@@ -20,7 +20,7 @@ from timm.models import group_parameters, is_model_in_modules
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .timm_backbone import (
+from maskdino.backbones.timm_backbone import (
     STRIDES,
     checked_out_features,
     disable_drop_path,

@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 class PeriodicCheckpoint(HookBase):
-    """Writes checkpoints every ``period`` iterations and at the end, but never of broken weights.
+    """Writes checkpoints every `period` iterations and at the end, but never of broken weights.
 
     Args:
         checkpointer: writes the whole state of the training.
         period: iterations.
 
     Raises:
-        ValueError: if ``period`` is not positive.
+        ValueError: if `period` is not positive.
     """
 
     def __init__(self, checkpointer: DetectionCheckpointer, period: int) -> None:
@@ -99,8 +99,8 @@ def peak_memory_mb(device: torch.device) -> float:
 class ConsoleWriter(EventWriter):
     """Prints one compact line: progress, the main losses, learning rate, speed, memory.
 
-    Main losses are those whose name does not extend another's (``loss_class``, not
-    ``loss_class_3``): the others are in TensorBoard and ``metrics.json``.
+    Main losses are those whose name does not extend another's (`loss_class`, not
+    `loss_class_3`): the others are in TensorBoard and `metrics.json`.
 
     Args:
         max_iter: iterations in all, for the estimated time of arrival (ETA).

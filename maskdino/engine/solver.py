@@ -1,7 +1,4 @@
-"""The optimizer with few parameter groups, and the clipping of gradients.
-
-Shape key: this module handles parameters of any shape.
-"""
+"""The optimizer with few parameter groups, and the clipping of gradients."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -173,7 +170,8 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
 
     def clipper(parameters: Iterable[nn.Parameter]) -> Tensor:
         trained = [p for p in parameters if p.grad is not None]
-        total_norm = torch.nn.utils.get_total_norm([p.grad for p in trained], norm_type)
+        gradients = [p.grad for p in trained if p.grad is not None]
+        total_norm = torch.nn.utils.get_total_norm(gradients, norm_type)
         if kind == "full_model":
             torch.nn.utils.clip_grads_with_norm_(trained, bound, total_norm)
         elif kind == "value":

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed
@@ -67,8 +68,8 @@ class TrainStep:
 
     Gradients are the mean over micro-batches (and processes) of the gradient of each one's summed
     losses. This is the gradient of the whole batch if losses are means over images; where they are
-    normalised otherwise (Mask DINO: by the mean number of objects per process of a micro-batch), it
-    is that normalisation which applies.
+    normalized otherwise (Mask DINO: by the mean number of objects per process of a micro-batch), it
+    is that normalization which applies.
 
     Attributes:
         model: the model, possibly wrapped for several processes.
@@ -88,7 +89,7 @@ class TrainStep:
         """Puts the model in training mode.
 
         Raises:
-            ValueError: if ``accumulation_steps`` is not positive.
+            ValueError: if `accumulation_steps` is not positive.
         """
         if accumulation_steps < 1:
             raise ValueError(f"SOLVER.ACCUMULATION_STEPS is {accumulation_steps}; use at least 1.")
@@ -111,9 +112,9 @@ class TrainStep:
         """Takes the next micro-batches and makes one step.
 
         Returns:
-            Scalars for the log: every loss and ``total_loss`` (means over micro-batches and
-            processes; none if float16 left the step out), ``data_time`` in seconds,
-            ``gradient_norm`` of the step before.
+            Scalars for the log: every loss and `total_loss` (means over micro-batches and
+            processes; none if float16 left the step out), `data_time` in seconds,
+            `gradient_norm` of the step before.
 
         Raises:
             FloatingPointError: if a loss is not finite (the weights are then those before the
@@ -130,7 +131,7 @@ class TrainStep:
             batch = next(batches)
             data_time += time.perf_counter() - start
             self._images += [str(image.get("file_name", "?")) for image in batch]
-            reader = self._backward(batch, synchronise=micro == self._accumulation_steps - 1)
+            reader = self._backward(batch, synchronize=micro == self._accumulation_steps - 1)
             own, mean, norm = reader.read()
             if micro == 0:
                 self._check_norm(norm, last_images, last_overflow)
@@ -152,10 +153,11 @@ class TrainStep:
         if not self.grad_scaler.is_enabled():
             self._check_norm(float(self._gradient_norm), self._images, {})
 
-    def _backward(self, batch: list[dict], synchronise: bool) -> LossReader:
-        wrapped = isinstance(self.model, DistributedDataParallel)
-        alone = wrapped and not synchronise
-        with self.model.no_sync() if alone else contextlib.nullcontext():
+    def _backward(self, batch: list[dict], synchronize: bool) -> LossReader:
+        alone: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if isinstance(self.model, DistributedDataParallel) and not synchronize:
+            alone = self.model.no_sync()
+        with alone:
             with torch.autocast(
                 self._device.type, dtype=self._dtype, enabled=self._dtype is not None
             ):

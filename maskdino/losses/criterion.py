@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from maskdino.losses.functional import focal_loss, giou_loss, l1_loss, mask_bce_loss, mask_dice_loss
 from maskdino.losses.matcher import HybridMatcher
 from maskdino.ops.points import PointSampler, mask_logits_at_points, sample_packed_masks
-from maskdino.structures import DenoisedOutputs, Matches, Outputs, Predictions, Targets
+from maskdino.structures import (
+    DenoisedOutputs,
+    Matches,
+    Outputs,
+    Predictions,
+    Targets,
+    of_mask_branch,
+)
 
 State = TypeVar("State")
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -255,23 +262,20 @@ class Criterion(nn.Module):
         normalizer: float | Tensor,
     ) -> dict[str, Tensor]:
         """Mask losses at points (`ops.points` makes the masks of an image a few at a time)."""
-        embeddings = predictions.mask_embeddings
-        if embeddings is None or pixel_embedding is None:
-            raise ValueError("losses of masks need a mask branch (MODEL.MASK_DINO.MASK_ON)")
+        embeddings, pixel_embedding = of_mask_branch(predictions.mask_embeddings, pixel_embedding)
         matched = embeddings[matches.output, matches.image, matches.query]  # (M, C), image by image
-        logits, labels = [], []
+        all_logits, all_labels = [], []
         for of_image, pixels, target in zip(
             matched.split(matches.pairs_per_image),
             pixel_embedding,
             matches.target.split(matches.pairs_per_image),
             strict=True,
         ):
-            found, points = mask_logits_at_points(of_image, pixels, self.points.sample_uncertain)
-            logits.append(found)
-            labels.append(sample_packed_masks(targets.masks, target, points))
-        logits, labels = torch.cat(logits), torch.cat(labels)  # (M, P)
+            logits, points = mask_logits_at_points(of_image, pixels, self.points.sample_uncertain)
+            all_logits.append(logits)
+            all_labels.append(sample_packed_masks(targets.masks, target, points))
         counts = targets.has_mask[matches.target]
-        losses = self._of_pairs(MASK_LOSSES, logits, labels)
+        losses = self._of_pairs(MASK_LOSSES, torch.cat(all_logits), torch.cat(all_labels))  # (M, P)
         return {
             term: _sum_by_output(loss * counts, matches.output, embeddings.shape[0]) / normalizer
             for term, loss in losses.items()

@@ -28,7 +28,7 @@ def focal_loss(class_logits: Tensor, is_target: Tensor) -> Tensor:
 
 
 def focal_cost(label_logits: Tensor) -> Tensor:
-    """What calling a query by an object's label saves: positive minus negative focal term.
+    """Focal classification cost: the focal term of the label as target minus that as no target.
 
     Args:
         label_logits: (...), the class logits of queries at the labels of objects.
@@ -49,7 +49,7 @@ def l1_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
 
 
 def giou_loss(boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """1 - generalised IoU of boxes (..., 4) cxcywh, with broadcasting, to (...)."""
+    """1 - generalized IoU of boxes (..., 4) cxcywh, with broadcasting, to (...)."""
     return 1 - generalized_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(gt_boxes))
 
 
@@ -59,9 +59,8 @@ def mask_bce_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mask_bce_cost(logits: Tensor, labels: Tensor) -> Tensor:
-    """`mask_bce_loss` of all pairs, as `softplus(x) - x t`: (..., Q, P), (..., N, P) to
-    (..., Q, N).
-    """
+    """`mask_bce_loss` of all pairs: (..., Q, P), (..., N, P) to (..., Q, N)."""
+    # Of one point: softplus(x) - x t.
     total = F.softplus(logits).sum(-1, keepdim=True) - _sums_of_products(logits, labels)
     return total / logits.shape[-1]
 

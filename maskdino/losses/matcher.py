@@ -23,7 +23,7 @@ from maskdino.losses.functional import (
     mask_dice_cost,
 )
 from maskdino.ops.points import PointSampler, sample_maps, sample_packed_masks
-from maskdino.structures import Matches, PackedMasks, Predictions, Targets
+from maskdino.structures import Matches, PackedMasks, Predictions, Targets, of_mask_branch
 
 ELEMENTS_AT_ONCE = 1 << 25  # features and mask logits at points (128 MiB of float32)
 
@@ -144,36 +144,36 @@ class HybridMatcher:
     def _mask_cost(
         self, predictions: Predictions, pixel_embedding: Tensor | None, targets: Targets
     ) -> Tensor:
-        if predictions.mask_embeddings is None or pixel_embedding is None:
-            raise ValueError("costs of masks need a mask branch (MODEL.MASK_DINO.MASK_ON)")
-        outputs, _, queries, _ = predictions.mask_embeddings.shape
+        embeddings, pixel_embedding = of_mask_branch(predictions.mask_embeddings, pixel_embedding)
+        outputs, _, queries, _ = embeddings.shape
         costs = []
         for image, (first, count) in enumerate(zip(targets.offsets, targets.counts, strict=True)):
             objects = targets.masks[first : first + count]
-            embeddings, pixels = predictions.mask_embeddings[:, image], pixel_embedding[image]
             costs.append(
-                self._mask_cost_of_image(embeddings, pixels, objects)
+                self._mask_cost_of_image(embeddings[:, image], pixel_embedding[image], objects)
                 if count
                 else targets.boxes.new_zeros(outputs, queries, 0)
             )
         return torch.cat(costs, dim=2) * targets.has_mask
 
-    def _mask_cost_of_image(self, embeddings: Tensor, pixels: Tensor, masks: PackedMasks) -> Tensor:
+    def _mask_cost_of_image(
+        self, embeddings: Tensor, pixel_embedding: Tensor, masks: PackedMasks
+    ) -> Tensor:
         """Samples the pixel embedding, then multiplies: the same, and no mask map is made."""
         outputs, queries, channels = embeddings.shape
-        places = self.points.sample_uniform(outputs, pixels.device)  # (O, P, 2)
-        index = torch.arange(len(masks), device=pixels.device)
+        places = self.points.sample_uniform(outputs, pixel_embedding.device)  # (O, P, 2)
+        index = torch.arange(len(masks), device=pixel_embedding.device)
         labels = sample_packed_masks(masks, index, places.reshape(1, -1, 2))
         labels = labels.unflatten(1, (outputs, -1)).transpose(0, 1)  # (O, n, P)
         terms = (
             (self.weights.mask_bce_weight, mask_bce_cost),
             (self.weights.mask_dice_weight, mask_dice_cost),
         )
-        pixels, costs = pixels[None].float(), []
+        pixel_embedding, costs = pixel_embedding[None].float(), []
         at_once = max(1, ELEMENTS_AT_ONCE // ((queries + channels) * places.shape[1]))
         for begin in range(0, outputs, at_once):
             few = slice(begin, begin + at_once)
-            logits = _logits_at(embeddings[few], pixels, places[few])
+            logits = _logits_at(embeddings[few], pixel_embedding, places[few])
             costs.append(_weighted_sum(terms, logits, labels[few]))
         return torch.cat(costs)
 
@@ -186,12 +186,12 @@ def _weighted_sum(
     return sum(others, first)
 
 
-def _logits_at(embeddings: Tensor, pixels: Tensor, points: Tensor) -> Tensor:
+def _logits_at(embeddings: Tensor, pixel_embedding: Tensor, points: Tensor) -> Tensor:
     """Mask logits of an image's queries (o, Q, C) at the points (o, P, 2) of each output.
 
     Returns:
         (o, Q, P) float32.
     """
-    features = sample_maps(pixels, points.reshape(1, -1, 2))[0]  # (C, o * P)
+    features = sample_maps(pixel_embedding, points.reshape(1, -1, 2))[0]  # (C, o * P)
     features = features.to(embeddings.dtype).unflatten(1, (len(points), -1)).transpose(0, 1)
     return torch.bmm(embeddings, features).float()

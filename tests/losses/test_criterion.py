@@ -177,7 +177,7 @@ def test_denoising_pairs_are_the_slots() -> None:
 
 
 def test_denoising_losses_equal_the_slow_ones() -> None:
-    """Normalised by objects times groups, without matching."""
+    """Normalized by objects times groups, without matching."""
     targets, points = drawn_targets((1, 3)), FixedPoints()
     matched, pixels = drawn_predictions(1, 2, 4)
     predictions, _ = drawn_predictions(2, 2, 6)
@@ -265,7 +265,8 @@ def test_batches_without_objects(cross_entropy: bool) -> None:
     assert all(found[f"{term}"] == 0 for term in WEIGHTS if term != "loss_class")
     assert found["loss_class"] > 0
     sum(found.values()).backward()
-    for x in (*vars(predictions).values(), pixels):
+    inputs = (predictions.class_logits, predictions.boxes, predictions.mask_embeddings, pixels)
+    for x in inputs:
         assert x.grad is not None and x.grad.isfinite().all()
 
 
@@ -278,7 +279,8 @@ def test_a_thousand_objects_and_tiny_boxes() -> None:
     total = sum(found.values())
     total.backward()
     assert total.isfinite()
-    assert all(x.grad.isfinite().all() for x in vars(predictions).values())
+    inputs = (predictions.class_logits, predictions.boxes, predictions.mask_embeddings)
+    assert all(x.grad.isfinite().all() for x in inputs)
 
 
 def test_exact_predictions_cost_almost_nothing() -> None:
@@ -289,7 +291,7 @@ def test_exact_predictions_cost_almost_nothing() -> None:
         predictions.class_logits.fill_(-20.0)
         for k in range(2):
             predictions.class_logits[0, 0, k, targets.labels[k]] = 20.0
-        # Two channels that hold the masks, one per query. The points are the pixels' centres,
+        # Two channels that hold the masks, one per query. The points are the pixels' centers,
         # because between the pixels of random masks no prediction is exact.
         pixels.zero_()
         pixels[0, :2] = (targets.masks.to_bool().float() * 2 - 1) * 30

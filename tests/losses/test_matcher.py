@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from maskdino.losses import assignment
 from maskdino.losses import functional as losses
 from maskdino.losses import matcher as matcher_module
 from maskdino.losses.matcher import CostWeights, HybridMatcher
@@ -271,6 +272,17 @@ def test_a_thousand_objects() -> None:
     assert matches.pairs_per_image == (120,)
     for output in (0, 1):
         assert sorted(matches.query[matches.output == output].tolist()) == list(range(60))
+
+
+def test_threads_are_made_at_the_first_matching() -> None:
+    """Not at import: processes that load or predict have none."""
+    pools = (assignment._waiter, assignment._solvers)
+    for pool in pools:
+        pool.cache_clear()
+    matcher = HybridMatcher(weights=WEIGHTS, decouple_stuff_boxes=False, points=FixedPoints())
+    assert [pool.cache_info().currsize for pool in pools] == [0, 0]
+    matcher(*drawn_predictions(1, 1, 4), drawn_targets((3,)))
+    assert [pool.cache_info().currsize for pool in pools] == [1, 1]
 
 
 def test_config_gives_the_weights_of_the_paper() -> None:
