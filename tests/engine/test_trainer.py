@@ -90,7 +90,8 @@ class LoadsOtherwise(MaskDINOTrainer):
     def build_lr_scheduler(
         cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=100)
+        steps = 2 * cfg.SOLVER.MAX_ITER
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=steps)
 
 
 def test_overridden_parts_are_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,10 +13,10 @@ from detectron2.config import CfgNode
 from detectron2.engine.hooks import CallbackHook
 
 from maskdino.engine.trainer import MaskDINOTrainer
-from tests.gpu.cases import make_cfg
-from tests.gpu.drawn import drawn_dataset  # noqa: F401 (a fixture)
 from tests.engine.stand_in import read_checkpoint
 from tests.engine.test_trainer import assert_same
+from tests.gpu.cases import make_cfg
+from tests.gpu.drawn import drawn_dataset  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.gpu
 
