@@ -77,13 +77,13 @@ def cityscapes_scripts() -> Iterator[None]:
     write = scripts.writeDict2JSON
     scripts.writeDict2JSON = lambda *_: None
     if not has_in1d:
-        np.in1d = np.isin
+        vars(np)["in1d"] = np.isin
     try:
         yield
     finally:
         scripts.writeDict2JSON = write
         if not has_in1d:
-            del np.in1d
+            del vars(np)["in1d"]
 
 
 def name_keys_of_our_trainer() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from pycocotools import mask as mask_util
 
@@ -207,7 +208,8 @@ def _integer_ids(entries: list[dict]) -> dict[Hashable, int]:
 
 def _geometry(annotation: dict, size: tuple[int, int]) -> dict:
     """Box and area, and the mask if there is one."""
-    segmentation, box = annotation.get("segmentation"), annotation.get("bbox")
+    segmentation: Any = annotation.get("segmentation")
+    box: Any = annotation.get("bbox")
     area = annotation.get("area")
     result = {}
     if segmentation:

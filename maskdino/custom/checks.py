@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -133,11 +134,11 @@ def _image_problem(image: dict) -> tuple[str, str] | None:
         return "image without id", str(image)[:200]
     if not isinstance(image.get("file_name"), str) or not image["file_name"]:
         return "image without file name", f"image {image['id']!r}"
-    size = (image.get("height"), image.get("width"))
+    size: list[Any] = [image.get("height"), image.get("width")]
     if not all(_is_number(side) and side >= 1 and side == int(side) for side in size):
         return (
             "image without height and width",
-            f"image {image['id']!r} ({image['file_name']}) has {size}",
+            f"image {image['id']!r} ({image['file_name']}) has {tuple(size)}",
         )
     return None
 
@@ -188,7 +189,8 @@ def file_problem(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
 
 
 def _check_annotations(data: Annotations, sizes: dict) -> Iterator[Finding]:
-    """
+    """Checks ids, boxes and masks.
+
     Args:
         data: whose images and categories are in order.
         sizes: (H, W) of the images by id; annotations of images that are not in it belong to
@@ -203,6 +205,7 @@ def _check_annotations(data: Annotations, sizes: dict) -> Iterator[Finding]:
         where = f"annotation {annotation.get('id')!r} of image {image!r}"
         where += f" ({image_names[image]})" if known else ""
         number = annotation.get("id")
+        problem: tuple[str, str] | None
         if not _is_id(number):
             problem = "annotation without id", str(number)
         elif number in seen:
@@ -239,9 +242,11 @@ def geometry_problem(annotation: dict, size: tuple[int, int]) -> tuple[str, str]
     return _mask_problem(segmentation, size) if segmentation else None
 
 
-def _mask_problem(segmentation: object, size: tuple[int, int]) -> tuple[str, str] | None:
-    malformed = _polygons_problem if isinstance(segmentation, list) else _run_lengths_problem
-    problem = malformed(segmentation, size)
+def _mask_problem(segmentation: Any, size: tuple[int, int]) -> tuple[str, str] | None:
+    if isinstance(segmentation, list):
+        problem = _polygons_problem(segmentation)
+    else:
+        problem = _run_lengths_problem(segmentation, size)
     if problem:
         return "mask is malformed", problem
     try:
@@ -254,7 +259,7 @@ def _mask_problem(segmentation: object, size: tuple[int, int]) -> tuple[str, str
     return ("empty mask", "no pixel of the image belongs to it") if empty else None
 
 
-def _polygons_problem(polygons: list, _size: tuple[int, int]) -> str | None:
+def _polygons_problem(polygons: list) -> str | None:
     if all(map(_is_number, polygons)):
         return "a polygon must be in a list of its own: [[x, y, x, y, ...]]"
     for polygon in polygons:
@@ -370,6 +375,5 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

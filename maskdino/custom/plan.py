@@ -6,10 +6,8 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,14 +165,19 @@ def apply_schedule(
         cost: measured; may be None if epochs and batch size were asked for.
     """
     solver = cfg.SOLVER
-    batch = request.batch_size or _batch_size(solver.IMS_PER_BATCH, summary, machine, cost)
+    batch, epochs = request.batch_size, request.epochs
+    if cost is not None:
+        batch = batch or _batch_size(solver.IMS_PER_BATCH, summary, machine, cost)
+        epochs = epochs or _epochs(summary, machine, cost)
+    if batch is None or epochs is None:
+        raise ValueError("epochs and batch size must be asked for where no cost was measured")
     solver.BASE_LR = float(f"{solver.BASE_LR * math.sqrt(batch / solver.IMS_PER_BATCH):.3g}")
     solver.IMS_PER_BATCH = batch
-    epochs = request.epochs or _epochs(summary, machine, cost)
     per_epoch = max(1, math.ceil(summary.images / batch))
     iterations = epochs * per_epoch
     solver.MAX_ITER = iterations
-    solver.STEPS = tuple(sorted({step for step in [int(0.9 * iterations)] if step}))
+    decay = int(0.9 * iterations)
+    solver.STEPS = (decay,) if decay else ()
     solver.WARMUP_ITERS = min(100, iterations // 10)
     # Whole epochs, so that an evaluation tells of equally many views of each image.
     period = per_epoch * math.ceil(epochs / EVALUATIONS)
@@ -226,26 +229,19 @@ def _measure(cfg: CfgNode, objects: int) -> Cost:
     peaks = []
     for number in (1, 1, 2):  # the first one fills caches and makes the optimizer's state
         batch = [_random_image(cfg, objects) for _ in range(number)]
-        with _timed() as seconds:
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                losses = sum(model(batch).values())
-            optimizer.zero_grad()
-            losses.backward()
-            optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            losses = sum(model(batch).values())
+        optimizer.zero_grad()
+        losses.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
         peaks.append(peak_memory_mb(device))
     # Not less than a share of the first image's: allocators round, and keep what was freed.
     image_mb = max(peaks[2] - peaks[1], 0.05 * peaks[1])
-    return Cost(peaks[1] - image_mb, image_mb, seconds[0] / 2)
-
-
-@contextmanager
-def _timed() -> Iterator[list[float]]:
-    seconds: list[float] = []
-    start = time.perf_counter()
-    yield seconds
-    seconds.append(time.perf_counter() - start)
+    return Cost(peaks[1] - image_mb, image_mb, seconds / 2)
 
 
 def _random_image(cfg: CfgNode, objects: int) -> dict:

@@ -80,8 +80,12 @@ def _cityscapes_semantic(request: _Request) -> DatasetEvaluator:
 
 
 _Builder = Callable[[_Request], DatasetEvaluator]
-_COCO_PANOPTIC = {"instance": _coco, "panoptic": _panoptic, "semantic": _semantic}
-_CITYSCAPES = {
+_COCO_PANOPTIC: dict[str, _Builder] = {
+    "instance": _coco,
+    "panoptic": _panoptic,
+    "semantic": _semantic,
+}
+_CITYSCAPES: dict[str, _Builder] = {
     "instance": _cityscapes_instance,
     "panoptic": _panoptic,
     "semantic": _cityscapes_semantic,
@@ -99,7 +103,10 @@ EVALUATORS: dict[str, dict[str, _Builder]] = {
     "cityscapes_panoptic_seg": _CITYSCAPES,
 }
 # What the evaluators measure, but for the values of single classes, "AP-NAME".
-_OF_INSTANCES = {"bbox": coco_evaluation.METRICS, "segm": coco_evaluation.METRICS}
+_OF_INSTANCES: dict[str, tuple[str, ...]] = {
+    "bbox": coco_evaluation.METRICS,
+    "segm": coco_evaluation.METRICS,
+}
 METRICS: dict[_Builder, dict[str, tuple[str, ...]]] = {
     _coco: _OF_INSTANCES,
     _lvis: {task: (*names, "APr", "APc", "APf") for task, names in _OF_INSTANCES.items()},

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Values = Sequence[float] | np.ndarray
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
-def draw_lines(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
+def draw_lines(axes: Axes, lines: Mapping[str, tuple[Values, Values]]) -> None:
     """Draws lines, name -> (x, y), with a grid and, for several of them, a legend."""
     for name, (x, y) in lines.items():
         marker = "o" if len(y) < 30 else None
@@ -22,15 +24,23 @@ def draw_lines(axes: Axes, lines: Mapping[str, tuple[Sequence[float], Sequence[f
         axes.legend(fontsize="x-small")
 
 
-def curves(lines: Mapping[str, Sequence[float]], x_name: str, y_name: str) -> str:
-    """SVG of lines with values in [0, 1] over equal steps from 0 to 1; means are in the legend."""
+def curves(lines: Mapping[str, np.ndarray], x_name: str, y_name: str) -> str:
+    """SVG of lines, their means in the legend.
+
+    Args:
+        lines: name -> values (N,) in [0, 1], over equal steps from 0 to 1.
+        x_name: of the axis of the steps.
+        y_name: of the axis of the values.
+    """
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
-    drawn = {}
-    for name, values in lines.items():
-        x = [i / max(len(values) - 1, 1) for i in range(len(values))]
-        drawn[f"{name}: {100 * sum(values) / len(values):.1f}"] = (x, values)
-    draw_lines(axes, drawn)
+    draw_lines(
+        axes,
+        {
+            f"{name}: {100 * values.mean():.1f}": (np.linspace(0, 1, len(values)), values)
+            for name, values in lines.items()
+        },
+    )
     axes.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1.02))
     return _to_svg(figure)
 

@@ -10,15 +10,15 @@ INSTANCES_FILE = "coco_instances_results.json"
 CONVERTED_FILE = "{}_coco_format.json"  # annotations of a dataset that has no such file itself
 PANOPTIC_FILE = "predictions.json"  # in COCO's format of panoptic results
 PANOPTIC_FOLDER = "panoptic"  # its PNG files
-SEMANTIC_FILE = "sem_seg.json"  # file name of each picture to that of its label map
+SEMANTIC_FILE = "sem_seg.json"  # file name of each image to that of its label map
 SEMANTIC_FOLDER = "sem_seg"  # label maps
 
 
 def unique_pngs(paths: Sequence[str]) -> list[str]:
-    """A name for the PNG file of each picture: the picture's own, numbered where it is taken.
+    """A name for the PNG file of each image: the image's own, numbered where it is taken.
 
     Args:
-        paths: of pictures, which may have equal names in different folders.
+        paths: of images, which may have equal names in different folders.
     """
     names: dict[str, None] = {}  # in order
     counts: Counter[str] = Counter()
