@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import NoReturn
 import torch
 import torch.distributed
 import torch.multiprocessing
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -51,6 +53,7 @@ def launch(
         ValueError: there are fewer GPUs than processes, or several machines have no address.
         ChildFailedError: a process that was started here failed.
         SystemExit: 1, after an error of the data.
+        KeyboardInterrupt: after Ctrl-C, once the processes that were started here have ended.
     """
     if os.environ.keys() >= TORCHRUN:
         with data_errors_in_one_line():
@@ -68,6 +71,10 @@ def launch(
             if not messages.empty():
                 _end_with(messages.get())
             raise
+        except SignalException as error:
+            if error.sigval != signal.SIGINT:
+                raise
+            raise KeyboardInterrupt from None
 
 
 @contextmanager

@@ -1,6 +1,10 @@
 """Tests of tools/train_net.py."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,3 +130,28 @@ def test_trains_resumes_and_evaluates(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "over 24 of 24 images" in first_page
     assert f"The report is {report}" in (out / "log.txt").read_text()
     assert "Command: train_net.py" in (out / "log.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal as Ctrl-C does")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_interrupted_training_ends_in_one_line(
+    processes: int, repository: Path, tmp_path: Path
+) -> None:
+    words = ["--config-file", "nuclei/instance/maskdino_tiny", "--num-processes", str(processes)]
+    words += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "maskdino", "train", *words],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches all processes of a terminal's group
+    )
+    lines = iter(process.stdout.readline, "")
+    assert any("training starts at iteration 0" in line for line in lines)
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "interrupted" and "Traceback" not in rest
