@@ -25,7 +25,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from maskdino.cli.common import INTERRUPTED, errors_in_one_line, make_parser
+from maskdino.cli.common import INTERRUPTED, CommandError, errors_in_one_line, make_parser
 from maskdino.export.onnx import onnx_predictor
 from maskdino.extensions import add_import_option
 from maskdino.inference.predictor import MaskDINOPredictor
@@ -277,6 +277,8 @@ def draw_files(
 def main(words: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     args = parse_arguments(words)
+    if args.output.exists() and not args.output.is_dir():
+        raise CommandError(f"--output {args.output} is a file: give a folder")
     outputs = output_paths(find_inputs(args.input), args.output, with_json=args.json)
     if args.webcam is not None or any(map(is_video, outputs)):
         require_pyav()

@@ -256,7 +256,7 @@ class Camera:
         if not self._capture.isOpened():
             raise VideoError(
                 f"cannot open {self.name}: there is none, another program uses it, or you may not "
-                "use it; try --webcam with another number"
+                "use it; try another number"
             )
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest image, not the oldest
 

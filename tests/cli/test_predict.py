@@ -231,7 +231,7 @@ class TestVideos:
             capsys.readouterr().err
         )
         assert run("--input", clip, "--output", clip) == 1
-        assert "File exists" in capsys.readouterr().err
+        assert capsys.readouterr().err == f"error: --output {clip} is a file: give a folder\n"
 
     def test_interrupted_video_can_be_played(
         self, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
