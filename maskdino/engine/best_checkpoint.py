@@ -22,8 +22,7 @@ from torch import nn
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import WeightAverage
 from maskdino.data import DataError
-from maskdino.evaluation.build import known_metrics
-from maskdino.evaluation.report import PER_CLASS
+from maskdino.evaluation.build import PER_CLASS, known_metrics
 from maskdino.files import written_whole
 
 logger = logging.getLogger(__name__)

@@ -102,7 +102,8 @@ EVALUATORS: dict[str, dict[str, _Builder]] = {
     "cityscapes_sem_seg": {"semantic": _cityscapes_semantic},
     "cityscapes_panoptic_seg": _CITYSCAPES,
 }
-# What the evaluators measure, but for the values of single classes, "AP-NAME".
+PER_CLASS = ("AP-", "PQ-", "IoU-", "ACC-")  # how the values of single classes begin
+# What the evaluators measure beside these.
 _OF_INSTANCES: dict[str, tuple[str, ...]] = {
     "bbox": coco_evaluation.METRICS,
     "segm": coco_evaluation.METRICS,

@@ -18,12 +18,12 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from maskdino.evaluation.build import PER_CLASS
 from maskdino.evaluation.charts import bars, curves
 from maskdino.evaluation.coco import average_precision, faster_coco_eval
 from maskdino.evaluation.report_images import EvaluatedImages, InstanceImages, find_images
 
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
-PER_CLASS = ("AP-", "PQ-", "IoU-", "ACC-")  # how per-class results of the evaluators begin
 
 
 def report_paths(datasets: Sequence[str], folder: Path) -> dict[str, Path]:
