@@ -11,8 +11,8 @@ from maskdino.extensions import extend_config, read_header
 from maskdino.registration import register_postponed
 
 _CONVERT = (
-    "Configurations of that code are converted by `maskdino convert released --config FILE "
-    "--output FOLDER` (tools/convert_released.py)."
+    "`maskdino convert released --config FILE --output FOLDER` (tools/convert_released.py) "
+    "converts configurations of the released Mask DINO code"
 )
 # Nodes of a file whose keys another library defines: arguments of a timm model, released Swin
 # configurations.
@@ -74,11 +74,11 @@ def _read_file(config_file: str) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else config_file
-        hint = f". {_CONVERT}" if ":python/" in str(error.problem) else ""
+        hint = f"; {_CONVERT}" if ":python/" in str(error.problem) else ""
         raise ValueError(f"{where}: {error.problem}{hint}") from error
     nodes = loaded.get("MODEL") or {}
     if "MaskDINO" in nodes:
-        raise ValueError(f"{config_file} is of the released Mask DINO code. {_CONVERT}")
+        raise ValueError(f"{config_file} has MODEL.MaskDINO: {_CONVERT}")
     if "MASK_FORMER" in nodes:
         raise ValueError(f"{config_file} is a configuration of Mask2Former or MaskFormer")
     return loaded

@@ -63,7 +63,8 @@ def answer_for(name: str) -> str | None:
         return None
     replacement, how = found
     hint = f" ({how})" if how else ""
-    return f"{name} is of the released Mask DINO code; use {replacement}{hint}: from_released.md"
+    message = f"{name} is of the released Mask DINO code; use {replacement}{hint}"
+    return f"{message}; docs/from_released.md has all names"
 
 
 class _Answers(MetaPathFinder):

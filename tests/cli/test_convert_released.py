@@ -160,7 +160,7 @@ def test_other_configurations_end_with_one_line(text: str, message: str, tmp_pat
 
 def test_a_released_configuration_as_it_is_is_sent_here(fork: Path) -> None:
     """`train_net.py`, and all else that reads a configuration."""
-    line = r"fork\.yaml is of the released.*maskdino convert released.*tools/convert_released\.py"
+    line = r"fork\.yaml has MODEL\.MaskDINO: `maskdino convert released.*tools/convert_released\.py"
     (fork.parent / "base.yaml").write_text("{}")
     with pytest.raises(ValueError, match=line):
         load_config(str(fork))
