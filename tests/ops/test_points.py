@@ -51,7 +51,7 @@ def test_sample_maps() -> None:
     for b in range(2):
         for c in range(3):
             for p in range(12):
-                expected = bilinear(maps[b, c], *points[b, p].tolist())
+                expected = bilinear(maps[b, c], *points[b, p].tolist()).item()
                 assert found[b, c, p].item() == pytest.approx(expected, abs=1e-9)
 
 
