@@ -23,6 +23,7 @@ from maskdino.compat import create_local_process_group
 from maskdino.data import DataError
 
 TIMEOUT = timedelta(minutes=30)
+INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}  # what it sets, among others
 
 
@@ -119,6 +120,8 @@ def _configure(processes: int, machines: int, machine_rank: int, url: str) -> La
 
 def _run_started(main: Callable[..., object], args: tuple, messages: SimpleQueue) -> None:
     """Runs ``main`` in a process that was started here."""
+    # Ctrl-C reaches it twice, from the terminal and from the process that started it, which speaks.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         # All cores for each process would make them wait for one another.
         share = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
