@@ -108,6 +108,7 @@ RULES = (
     Rule(
         "engine",
         (
+            "backbones",
             "checkpoint",
             "compat",
             "config",
