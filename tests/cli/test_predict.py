@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -127,6 +128,14 @@ def test_help_fits_a_screen(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 30
     assert max(map(len, lines)) <= 100
+
+
+def test_commands_of_the_page_are_understood(repository: Path) -> None:
+    lines = (repository / "demo" / "README.md").read_text().splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("maskdino predict ")]
+    assert len(commands) == 5
+    for words in commands:
+        assert predict.parse_arguments(words[2:]).output == Path("drawn")
 
 
 def test_order_is_kept_and_errors_are_handed_on() -> None:
