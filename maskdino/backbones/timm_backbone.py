@@ -130,6 +130,7 @@ class TimmBackbone(Backbone):
 
 
 def checked_out_features(out_features: Sequence[str]) -> list[str]:
+    """Names of outputs, finest first; ValueError if one is unknown, or none is asked for."""
     unknown = sorted(set(out_features) - set(STRIDES))
     if unknown or not out_features:
         raise ValueError(
