@@ -111,6 +111,24 @@ def _keys_ending_alike(name: str, known: dict[str, None]) -> list[str]:
     return sorted(alike, key=lambda key: "MASK_DINO" not in key)[:3]
 
 
+def complete_config(cfg: CfgNode) -> CfgNode:
+    """Fills in the keys that a configuration lacks, with their usual values.
+
+    Programs that know nothing of Mask DINO (SAHI) read a file after `cfg.set_new_allowed(True)`:
+    then it has the keys of the file alone.
+
+    Returns:
+        The configuration itself, if nothing is missing; it is never changed.
+    """
+    whole = get_cfg()
+    add_maskdino_config(whole)
+    if set(_key_names(whole)) <= set(_key_names(cfg)):
+        return cfg
+    whole.set_new_allowed(True)
+    whole.merge_from_other_cfg(cfg)
+    return whole
+
+
 def add_maskdino_config(cfg: CfgNode) -> None:
     """Adds Mask DINO's keys, with the paper's values, to a detectron2 configuration (in place).
 

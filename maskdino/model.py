@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from maskdino.backbones import build_backbone
 from maskdino.categories import Categories
+from maskdino.config import complete_config
 from maskdino.cuda_graphs import CudaGraphs
 from maskdino.losses.criterion import BOX_LOSSES, MASK_LOSSES, Criterion
 from maskdino.modeling.decoder import Decoder, DecoderState
@@ -125,6 +126,7 @@ class MaskDINO(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Builds the parts that the configuration describes."""
+        cfg = complete_config(cfg)
         backbone = build_backbone(cfg)
         shape = backbone.output_shape()
         node = cfg.MODEL.MASK_DINO

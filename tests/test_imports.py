@@ -77,6 +77,7 @@ RULES = (
         (
             "backbones",
             "categories",
+            "config",
             "cuda_graphs",
             "losses",
             "modeling",

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.engine.hooks import BestCheckpointer
 from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
@@ -22,8 +25,11 @@ from torch import nn
 import maskdino
 from maskdino.config import load_config
 from maskdino.data import register_coco_folder
+from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.evaluation.coco import COCOInstanceEvaluator
+from maskdino.postprocess.options import InferenceOptions
 from tests.custom.drawn import write_drawn
+from tests.engine.stand_in import read_checkpoint, tiny_config
 from tests.helpers import NARROW, tiny_cfg, tiny_model
 
 NAME = "drawn_plain"
@@ -172,3 +178,47 @@ def test_optimizer_for_any_trainer_clips_the_whole_gradient(amp: bool) -> None:
     norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
     assert norm.item() == pytest.approx(0.5, rel=1e-4)
     assert type(optimizer) is torch.optim.AdamW
+
+
+def test_short_files_after_new_keys_were_allowed_make_a_model(repository: Path) -> None:
+    """As SAHI does, which knows nothing of our keys."""
+    path = repository / "configs" / "coco" / "instance" / "maskdino_tiny.yaml"
+    cfg = get_cfg()
+    cfg.set_new_allowed(True)
+    cfg.merge_from_file(str(path))
+    assert "PIXEL_EMBEDDING" not in cfg.MODEL.MASK_DINO
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    before = cfg.dump()
+    torch.manual_seed(0)
+    results = DefaultPredictor(cfg)(np.zeros((64, 80, 3), np.uint8))
+    assert len(results["instances"]) > 0
+    assert cfg.dump() == before
+    torch.manual_seed(0)
+    expected = build_model(load_config(str(path), ["MODEL.DEVICE", "cpu"]))
+    torch.manual_seed(0)
+    found = build_model(cfg).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("own", "theirs", "expected"),
+    [(0.0, None, 0.0), (0.0, 0.5, 0.5), (0.3, 0.5, 0.3)],
+)
+def test_score_threshold_of_detectron2s_demo(
+    own: float, theirs: float | None, expected: float
+) -> None:
+    cfg = tiny_cfg(TEST__SCORE_THRESHOLD=own)
+    if theirs is not None:  # demo.py --confidence-threshold sets it
+        cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = theirs
+    assert InferenceOptions.from_config(cfg).score_threshold == expected
+
+
+def test_best_checkpointer_of_detectron2_works_with_our_trainer(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "TEST.EVAL_PERIOD", 2, "DATASETS.TEST", ("nuclei_val",))
+    trainer = MaskDINOTrainer(cfg)
+    trainer.register_hooks([BestCheckpointer(2, trainer.checkpointer, "bbox/AP", "max", "best")])
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    saved = read_checkpoint(tmp_path, "best.pth")
+    assert saved["model"].keys() == trainer.checkpointer.model.state_dict().keys()
+    assert 0 < saved["iteration"] < cfg.SOLVER.MAX_ITER
