@@ -1,4 +1,4 @@
-"""What the README names is there: symbols of the paper's parts, files, options of the commands."""
+"""What the pages name is there: symbols of the paper's parts, files, options of the commands."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from maskdino.cli import main
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
-SYMBOLS = re.findall(r"`([\w/]+\.py)::([\w.]+)`", README)
-BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted(REPOSITORY.glob("docs/*.md")),
+    *(REPOSITORY / folder / "README.md" for folder in ("configs", "datasets", "demo", "csrc")),
+]
+TEXT = "\n".join(page.read_text() for page in PAGES if page.is_file())
+SYMBOLS = sorted(set(re.findall(r"`([\w/]+\.py)::([\w.]+)`", TEXT)))
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
-COMMANDS = re.findall(r"(?:^|\s)((?:tools|demo)/\w+\.(?:py|sh))([^\n#]*)", BLOCKS)
+OLD_PLACES = r"(?:^|\s)((?:tools|demo)/\w+\.(?:py|sh))([^\n#]*)"
+COMMANDS = sorted(set(re.findall(OLD_PLACES, BLOCKS)))
+MASKDINO = sorted(set(re.findall(r"(?:^|\s)maskdino ([a-z-]+)([^\n#]*)", BLOCKS)))
 
 
 def defined(path: Path) -> set[str]:
@@ -39,16 +49,37 @@ def test_part_of_the_paper_is_where_the_readme_says(file: str, symbol: str) -> N
     assert symbol in defined(REPOSITORY / file)
 
 
-@pytest.mark.parametrize(("file", "words"), COMMANDS)
-def test_command_and_its_options_exist(file: str, words: str) -> None:
-    path = REPOSITORY / file
-    source = path.read_text()
-    for module in re.findall(r"from maskdino\.(cli[\w.]*) import main", source):
-        source = (REPOSITORY / "maskdino" / module.replace(".", "/")).with_suffix(".py").read_text()
-    for option in re.findall(r"--[\w-]+", words):
-        assert option == "--help" or f'"{option}"' in source or option == "--nproc-per-node"
+def source_of(module: str) -> str:
+    """The code of a command, with that which it shares with others."""
+    folder = REPOSITORY / "maskdino" / "cli"
+    path = folder.joinpath(*module.split("."))
+    own = path.with_suffix(".py")
+    files = [own] if own.is_file() else sorted(path.glob("*.py"))
+    files += [folder / "common.py", folder.parent / "extensions.py"]
+    return "".join(file.read_text() for file in files)
+
+
+def check_words(source: str, words: str) -> None:
+    """Each option of a command is one that its code defines; named configurations exist."""
+    for option in re.findall(r"(?<=\s)--[a-z][\w-]*", words):
+        assert option in ("--help", "--nproc-per-node") or f'"{option}"' in source, option
     for config in re.findall(r"configs/[\w/]+\.yaml", words):
-        assert (REPOSITORY / config).is_file()
+        assert (REPOSITORY / config).is_file(), config
+
+
+@pytest.mark.parametrize(("file", "words"), COMMANDS)
+def test_command_at_its_old_place_and_its_options_exist(file: str, words: str) -> None:
+    source = (REPOSITORY / file).read_text()
+    for module in re.findall(r"from maskdino\.cli\.([\w.]+) import", source):
+        source += source_of(module)
+    check_words(source, words)
+
+
+@pytest.mark.parametrize(("command", "words"), MASKDINO)
+def test_command_of_the_package_and_its_options_exist(command: str, words: str) -> None:
+    entry = main.COMMANDS[command]
+    part = entry.parts.get(words.split()[0]) if entry.parts and words.split() else None
+    check_words(source_of((part or entry).module), words)
 
 
 def bare(source: str) -> str:
@@ -67,12 +98,14 @@ def bare(source: str) -> str:
 
 
 def test_script_with_detectron2s_trainer_is_the_one_that_is_tested() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    shown = next(block for block in blocks if "DefaultTrainer" in block)
+    page = (REPOSITORY / "docs" / "python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shown = next(block for block in blocks if "(DefaultTrainer)" in block)
     tested = REPOSITORY / "tools" / "train_plain_detectron2.py"
     assert bare(shown) == bare(tested.read_text())
 
 
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([\w./-]+)\)", README):
-        assert (REPOSITORY / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([\w./-]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
