@@ -1,6 +1,6 @@
-"""Converts ImageNet weights of a backbone to a file that `MODEL.WEIGHTS` takes.
+r"""Converts ImageNet weights of a backbone to a file that `MODEL.WEIGHTS` takes.
 
-    maskdino convert backbone swin_large_patch4_window12_384_22k.pth swinl.pth \\
+    maskdino convert backbone swin_large_patch4_window12_384_22k.pth swinl.pth \
         --config-file coco/instance/maskdino_swinl
 
 Reads Swin files as their authors publish them and state dicts of timm (.pth, .bin, .safetensors).

@@ -16,7 +16,8 @@ from maskdino import model_zoo
 from maskdino.checkpoint.loading import load_trained, settle_weights
 from maskdino.cli import train
 from maskdino.config import load_config
-from maskdino.custom.run import Request, Sources, read_start
+from maskdino.custom.request import Request
+from maskdino.custom.run import read_start
 from maskdino.inference import predictor
 from maskdino.model import MaskDINO
 from maskdino.model_zoo import RELEASED, read_config
@@ -68,8 +69,8 @@ def test_a_name_and_a_file_are_the_same(
             words = ["--config-file", str(config), "--eval-only", "MODEL.WEIGHTS", given]
             read.append(train.read_config(train.parse_arguments(words)))
         elif way == "train_custom":
-            sources = Sources(tmp_path, tmp_path)
-            read.append(read_start(str(config), Request(sources, tmp_path, weights=given)))
+            data = {"train_json": tmp_path, "train_images": tmp_path, "output": tmp_path}
+            read.append(read_start(str(config), Request(**data, weights=given)))
         else:
             predictor.MaskDINOPredictor.from_config(config, given, device="cpu")
     for cfg in read:
