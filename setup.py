@@ -163,6 +163,7 @@ class BuildPython(build_py):
     """Also packs the configurations, where `maskdino.model_zoo` looks for them."""
 
     def run(self) -> None:
+        """Copies Python files, then the configurations."""
         super().run()
         if not self.editable_mode:
             packed = Path(self.build_lib) / "maskdino" / "model_zoo" / "configs"

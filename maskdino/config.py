@@ -230,7 +230,8 @@ def _add_backbone(cfg: CfgNode) -> None:
     vit = cfg.MODEL.VIT = CfgNode()
     vit.PYRAMID_CHANNELS = 256
     vit.WINDOW_SIZE = 0  # tokens; 0: every block sees all tokens
-    vit.GLOBAL_BLOCKS = []  # blocks that see all tokens beside windows; []: the last of each quarter
+    # Blocks that see all tokens, where the others see windows; []: the last of each quarter.
+    vit.GLOBAL_BLOCKS = []
     # Keys of released Swin configurations, read where MODEL.BACKBONE.NAME is "D2SwinTransformer".
     cfg.MODEL.SWIN = CfgNode(new_allowed=True)
 

@@ -56,9 +56,11 @@ class FixedPoints(PointSampler):
         self.points = points
 
     def sample_uniform(self, number: int, device: torch.device) -> Tensor:
+        """See `PointSampler`; (number, points, 2)."""
         return self.points.to(device).expand(number, -1, -1)
 
     def sample_uncertain(self, maps: Tensor) -> Tensor:
+        """See `PointSampler`; (maps, points, 2)."""
         return self.points.to(maps.device).expand(len(maps), -1, -1)
 
 
@@ -92,6 +94,7 @@ class Case:
         self.images = torch.from_numpy(self.inputs["images"]).float().to(device)
 
     def normalized(self) -> Tensor:
+        """The images as the network takes them, (B, 3, H, W)."""
         return self.model.preprocess([{"image": image} for image in self.images]).tensor
 
     @torch.no_grad()

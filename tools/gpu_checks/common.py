@@ -45,6 +45,7 @@ class Run:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
         return self.device == "cuda"
 
     def say(self, step: str, **values: object) -> None:

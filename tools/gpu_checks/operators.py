@@ -48,6 +48,7 @@ class Problem:
         spread: float = 2.0,
         channels: int = CHANNELS,
     ) -> Problem:
+        """Random tensors; `spread` is the deviation of the offsets, in cells."""
         torch.manual_seed(1)
         tokens = sum(height * width for height, width in shapes)
         samples, number = HEADS * len(shapes) * POINTS, queries or tokens

@@ -37,6 +37,7 @@ class Released(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, module: Any, sizes: Tensor, starts: Tensor, *inputs: Tensor) -> Tensor:
+        """Value, locations and weights to the output."""
         value, locations, weights = inputs
         ctx.module = module
         ctx.save_for_backward(value, sizes, starts, locations, weights)
@@ -44,6 +45,7 @@ class Released(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of value, locations and weights."""
         grads = ctx.module.ms_deform_attn_backward(*ctx.saved_tensors, grad, STEP_SIZE)
         return None, None, None, *grads
 
