@@ -1,6 +1,6 @@
 r"""Exports a trained model to ONNX, to torch.export, or to ONNX with TensorRT's plugin.
 
-    python tools/export_model.py --config-file F --images photos/*.jpg --output maskdino.onnx \
+    maskdino export --config-file F --images photos/*.jpg --output maskdino.onnx \
         --opts MODEL.WEIGHTS W
     ... --size 800 1344 --output fixed.onnx               # one canvas only, exported sooner
     ... --outputs instance --output instances.onnx        # with post-processing
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from maskdino.checkpoint.loading import load_trained
+from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.devices import pick_device
 from maskdino.export.onnx import METADATA_KEY, ExportedMetadata, batch_of, open_session
 from maskdino.export.trace import (
@@ -68,7 +68,7 @@ Outputs = dict[str, Tensor]
 Program = Callable[[list[Tensor]], Outputs]
 
 
-class ExportError(RuntimeError):
+class ExportError(CommandError):
     """The exported program is not what the model computes."""
 
 
@@ -319,9 +319,7 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; `words` stands in for it in tests."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
     parser.add_argument("--images", required=True, nargs="+", metavar="FILE", help="for the check")
@@ -338,16 +336,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main(words: list[str] | None = None) -> int:
-    """Runs the command; returns the exit status."""
+@errors_in_one_line()
+def main(words: list[str] | None = None) -> None:
+    """Runs the command."""
     args = parse_arguments(words)
     # Of the tracer's and the translator's own workings; what went wrong is raised.
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        run(args)
-    except (ExportError, KeyError, ValueError, OSError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
-        return 1
-    return 0
+    run(args)

@@ -1,18 +1,18 @@
 """Writes one HTML file about an evaluation: tables, curves, classes, best and worst images.
 
-    python tools/train_net.py --config-file F --eval-only MODEL.WEIGHTS W OUTPUT_DIR DIR
-    python tools/report.py --config-file F --output DIR/report.html --opts OUTPUT_DIR DIR
+    maskdino evaluate --config-file F MODEL.WEIGHTS W OUTPUT_DIR DIR
+    maskdino report --config-file F --output DIR/report.html --opts OUTPUT_DIR DIR
 
 It reads what the evaluation left in OUTPUT_DIR/inference; no model is run. With --report, the
 first command writes the same file itself.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.evaluation.report import report_paths, write_report
 from maskdino.model_zoo import find_config
@@ -20,9 +20,7 @@ from maskdino.model_zoo import find_config
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; `words` stands in for it in tests."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
     parser.add_argument("--dataset", metavar="NAME", help="default: all of DATASETS.TEST")
     parser.add_argument(
@@ -50,20 +48,18 @@ def find_paths(args: argparse.Namespace, cfg: CfgNode) -> dict[str, Path]:
     return {datasets[0]: args.output}
 
 
+@errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(words)
-    try:
-        cfg = load_config(str(find_config(args.config_file)), args.opts)
-        folder = Path(cfg.OUTPUT_DIR)
-        for dataset, path in find_paths(args, cfg).items():
-            write_report(
-                path,
-                dataset,
-                folder,
-                threshold=args.confidence_threshold,
-                num_images=args.num_images,
-            )
-            print(f"the report is {path}")
-    except (KeyError, ValueError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    cfg = load_config(str(find_config(args.config_file)), args.opts)
+    folder = Path(cfg.OUTPUT_DIR)
+    for dataset, path in find_paths(args, cfg).items():
+        write_report(
+            path,
+            dataset,
+            folder,
+            threshold=args.confidence_threshold,
+            num_images=args.num_images,
+        )
+        print(f"the report is {path}")

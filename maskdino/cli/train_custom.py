@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from maskdino.cli import visualize
 from maskdino.cli.common import errors_in_one_line, make_parser
+from maskdino.cli.visualize import CONFIDENCE, draw_comparisons
 from maskdino.config import load_config
 from maskdino.custom import Request, Run, plan_run, train_run
 from maskdino.devices import configured_device
 from maskdino.engine.launch import launch
 from maskdino.extensions import add_import_option
+from maskdino.inference.predictor import MaskDINOPredictor
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -117,9 +118,11 @@ def finish(run: Run, num_pictures: int) -> None:
     """Prints the result, draws predictions, and tells where everything is."""
     print(f"\n{run.results()}\n")
     if num_pictures > 0:
-        words = ["--config-file", run.config, "--weights", run.best_weights]
-        words += ["--output", run.drawings, "--num-images", num_pictures]
-        visualize.main(["predictions", *map(str, words)])
+        (dataset,) = load_config(str(run.config)).DATASETS.TEST
+        predictor = MaskDINOPredictor.from_config(
+            run.config, str(run.best_weights), confidence_threshold=CONFIDENCE, dataset=dataset
+        )
+        draw_comparisons(predictor, dataset, run.drawings, num_pictures)
     for path, what in (
         (run.best_weights, "the best model"),
         (run.config, "the whole configuration"),

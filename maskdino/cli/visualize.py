@@ -1,8 +1,8 @@
 """Draws what a model is trained with, and what it predicts.
 
-    python tools/visualize.py data --config-file F --output DIR
-    python tools/visualize.py predictions --config-file F --weights W --dataset NAME --output DIR
-    python tools/visualize.py attention --config-file F --weights W --input photo.jpg --output DIR
+    maskdino visualize data --config-file F --output DIR
+    maskdino visualize predictions --config-file F --weights W --dataset NAME --output DIR
+    maskdino visualize attention --config-file F --weights W --input photo.jpg --output DIR
 
 `data` draws ground truth after augmentation, as the training mapper hands it to the model.
 `predictions` draws ground truth and predictions side by side.
@@ -13,7 +13,6 @@ box (green) and sampling points of the deformable attention (blue) after each la
 import argparse
 import math
 import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from PIL import Image
 
 from maskdino.categories import Categories
+from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.data import build_train_mapper
 from maskdino.extensions import add_import_option
@@ -35,6 +35,7 @@ from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of
 from maskdino.visualization.images import load_image
 from maskdino.visualization.results import ImageResult
 
+CONFIDENCE = 0.4  # least score of what is drawn
 COLUMNS = 5  # decoder layers in a row
 LAYER_PIXELS = 380  # as the next one, for decoder layers
 PANEL_PIXELS = 560  # smaller images are enlarged to about this, so that lines look thin
@@ -42,9 +43,7 @@ PANEL_PIXELS = 560  # smaller images are enlarged to about this, so that lines l
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; `words` stands in for it in tests."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     common = argparse.ArgumentParser(add_help=False)
     add_import_option(common)
     common.add_argument("--config-file", required=True, metavar="FILE", help="a YAML file")
@@ -63,7 +62,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "predictions", parents=[common, model], help="predictions beside ground truth"
     )
     predictions.add_argument("--dataset", metavar="NAME", help="default: first of DATASETS.TEST")
-    predictions.add_argument("--confidence-threshold", type=float, default=0.4, metavar="T")
+    predictions.add_argument("--confidence-threshold", type=float, default=CONFIDENCE, metavar="T")
     attention = views.add_parser(
         "attention", parents=[common, model], help="queries at each decoder layer"
     )
@@ -135,13 +134,31 @@ def draw_predictions(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
         dataset=name,
         opts=args.opts,
     )
-    records = spread(DatasetCatalog.get(name), args.num_images)
+    return draw_comparisons(predictor, name, args.output, args.num_images)
+
+
+def draw_comparisons(
+    predictor: MaskDINOPredictor, dataset: str, output: Path, number: int
+) -> list[Path]:
+    """Writes predictions beside ground truth.
+
+    Args:
+        predictor: with the classes of the dataset.
+        dataset: a registered name.
+        output: folder of the figures; it is made.
+        number: of images, from all over the dataset.
+
+    Returns:
+        The paths of the figures, one for each image.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    records = spread(DatasetCatalog.get(dataset), number)
     paths = []
     results = predictor.stream(record["file_name"] for record in records)
     for record, predicted in zip(records, results, strict=True):
         truth = ground_truth_of(record, predictor.categories)
-        sheet = comparison(truth, predicted, args.confidence_threshold)
-        paths.append(args.output / f"{Path(record['file_name']).stem}.png")
+        sheet = comparison(truth, predicted, predictor.options.confidence_threshold)
+        paths.append(output / f"{Path(record['file_name']).stem}.png")
         Image.fromarray(sheet).save(paths[-1])
     return paths
 
@@ -199,14 +216,12 @@ def draw_data(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
     return paths
 
 
+@errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(words)
-    try:
-        cfg = load_config(str(find_config(args.config_file)), args.opts)
-        args.output.mkdir(parents=True, exist_ok=True)
-        draw = {"data": draw_data, "predictions": draw_predictions, "attention": draw_attention}
-        paths = draw[args.view](args, cfg)
-    except (KeyError, ValueError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    cfg = load_config(str(find_config(args.config_file)), args.opts)
+    args.output.mkdir(parents=True, exist_ok=True)
+    draw = {"data": draw_data, "predictions": draw_predictions, "attention": draw_attention}
+    paths = draw[args.view](args, cfg)
     print(f"{counted(len(paths), 'figure')} in {args.output}")
