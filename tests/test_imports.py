@@ -166,6 +166,7 @@ RULES = (
             "files",
             "model_zoo",
             "precision",
+            "rle",
             "structures",
         ),
     ),

@@ -13,6 +13,7 @@ from typing import Any
 from pycocotools import mask as mask_util
 
 from maskdino.data import DataError
+from maskdino.rle import encode_segmentation
 
 LISTS = ("images", "annotations", "categories")
 
@@ -148,15 +149,6 @@ def ordered_categories(data: Annotations) -> list[dict]:
     return sorted(data.categories, key=lambda category: numbers[category["id"]])
 
 
-def encode_mask(segmentation: list | dict, size: tuple[int, int]) -> dict:
-    """Polygons, or run lengths in either form, as compressed run lengths of an image (H, W)."""
-    if isinstance(segmentation, list):
-        return mask_util.merge(mask_util.frPyObjects(segmentation, *size))
-    if isinstance(segmentation["counts"], list):
-        return mask_util.frPyObjects(segmentation, *size)
-    return segmentation
-
-
 def write_annotations(data: Annotations, path: Path) -> None:
     """Writes annotations that were found in order so that every reader agrees on them.
 
@@ -215,7 +207,7 @@ def _geometry(annotation: dict, size: tuple[int, int]) -> dict:
     if segmentation:
         result["segmentation"] = segmentation
         if not box or area is None:
-            rle = encode_mask(segmentation, size)
+            rle = encode_segmentation(segmentation, size)
             box = box or mask_util.toBbox(rle).tolist()
             area = float(mask_util.area(rle)) if area is None else area
     return {**result, "bbox": box, "area": box[2] * box[3] if area is None else area}

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from maskdino.custom.annotations import Annotations, encode_mask
+from maskdino.custom.annotations import Annotations
+from maskdino.rle import encode_segmentation
 
 EXIF_ORIENTATION = 0x0112
 MAX_COORDINATE = 1e5  # pixels; pycocotools walks along every edge
@@ -250,8 +251,8 @@ def _mask_problem(segmentation: Any, size: tuple[int, int]) -> tuple[str, str] |
     if problem:
         return "mask is malformed", problem
     try:
-        rle = encode_mask(segmentation, size)
-        if rle is segmentation:
+        rle = encode_segmentation(segmentation, size)
+        if isinstance(segmentation, dict):
             mask_util.decode(rle)  # raises where the text is no run lengths of this size
         empty = not mask_util.area(rle)
     except (ValueError, TypeError) as error:
@@ -298,7 +299,7 @@ def _geometry_warnings(annotation: dict, size: tuple[int, int]) -> Iterator[tupl
     if min(width, height) < TINY:
         yield f"tiny object, less than {TINY} pixels wide or high", str(box)
     if segmentation and not annotation.get("iscrowd"):
-        own = mask_util.toBbox(encode_mask(segmentation, size))
+        own = mask_util.toBbox(encode_segmentation(segmentation, size))
         overlap = float(mask_util.iou(np.array([box], float), own[None], [0])[0, 0])
         if overlap < OVERLAP:
             yield "box and mask disagree", f"box {box}, box of the mask {own.tolist()}"

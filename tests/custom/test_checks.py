@@ -112,6 +112,7 @@ ERRORS: list[tuple[Callable[[Drawn], None], str]] = [
     (first_annotation(segmentation={"size": [48, 64]}), "mask is malformed"),
     (first_annotation(segmentation={"size": [64, 48], "counts": [3072]}), "mask is malformed"),
     (first_annotation(segmentation={"size": [48, 64], "counts": [3071]}), "mask is malformed"),
+    (first_annotation(segmentation={"size": [48, 64], "counts": "abcdef"}), "mask is malformed"),
     (first_annotation(segmentation={"size": [48, 64], "counts": [3072]}), "empty mask"),
     (first_annotation(segmentation=[[70, 1, 80, 1, 80, 9]]), "empty mask"),
 ]
