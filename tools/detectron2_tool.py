@@ -1,6 +1,6 @@
-"""Runs a command of detectron2's own repository, unchanged, on our configurations.
+r"""Runs a command of detectron2's own repository, unchanged, on our configurations.
 
-python tools/detectron2_tool.py /path/to/detectron2/tools/analyze_model.py \\
+python tools/detectron2_tool.py /path/to/detectron2/tools/analyze_model.py \
     --config-file configs/coco/instance/maskdino_R50.yaml --tasks flop
 """
 
@@ -15,28 +15,25 @@ from detectron2.config import CfgNode
 
 import maskdino
 
+original, freeze = detectron2.config.get_cfg, CfgNode.freeze
 
-class OurConfig(CfgNode):
-    """Has Mask DINO's keys; adapted to detectron2's trainer after the last file and override."""
 
-    def freeze(self) -> None:
-        """See yacs."""
-        if not self.is_frozen():
-            maskdino.adapt_to_detectron2(self)
-        super().freeze()
+def adapt_and_freeze(cfg: CfgNode) -> None:
+    """Adapts to detectron2's trainer after the last file and override, which freezing follows."""
+    if not cfg.is_frozen():
+        maskdino.adapt_to_detectron2(cfg)
+    freeze(cfg)
 
 
 def get_cfg() -> CfgNode:
     """Detectron2's defaults and ours."""
     cfg = original()
     maskdino.add_maskdino_config(cfg)
-    cfg.__class__ = OurConfig  # a copy would lose which nodes take any key
     return cfg
 
 
 if __name__ == "__main__":
-    original = detectron2.config.get_cfg
-    detectron2.config.get_cfg = get_cfg
+    detectron2.config.get_cfg, CfgNode.freeze = get_cfg, adapt_and_freeze
     for module in (detectron2.solver, detectron2.engine.defaults):
         module.build_optimizer = maskdino.build_optimizer
     sys.argv = sys.argv[1:]
