@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from maskdino.custom import plan
+from maskdino.ops.ms_deform_attn import compiled_op_available
 
 IMPORT_ALL = """
 import importlib, os, pkgutil, sys
@@ -48,3 +50,32 @@ def test_free_memory_is_assumed_where_the_system_does_not_tell(
     monkeypatch.delattr(plan.os, "sysconf_names")
     monkeypatch.setattr(plan.Path, "is_file", lambda _: False)
     assert plan._free_memory_mb() == plan.ASSUMED_FREE_MB
+
+
+ON_OLD_PROCESSORS = """
+import torch
+from maskdino.ops import ms_deform_attn as ops
+
+generator = torch.Generator().manual_seed(0)
+value = torch.rand(1, 54, 2, 32, generator=generator)
+locations = torch.rand(1, 5, 2, 2, 4, 2, generator=generator)
+weights = torch.rand(1, 5, 2, 2, 4, generator=generator)
+arguments = (value, [(6, 7), (3, 4)], locations, weights)
+computed = ops.ms_deform_attn(*arguments, backend="compiled")
+torch.testing.assert_close(computed, ops.ms_deform_attn_reference(*arguments))
+print(torch.ops.maskdino.cpu_instruction_set())
+"""
+
+
+@pytest.mark.skipif(not compiled_op_available("cpu"), reason="the operator is not built")
+@pytest.mark.parametrize("newest", ["plain", "avx2", "avx512"])
+def test_operator_on_processors_without_newer_instructions(repository: Path, newest: str) -> None:
+    """Where a processor has less than is allowed, it takes what it has."""
+    environment = {**os.environ, "MASKDINO_CPU_CAPABILITY": newest}
+    command = [sys.executable, "-W", "ignore", "-c", ON_OLD_PROCESSORS]
+    done = subprocess.run(
+        command, cwd=repository, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    allowed = ["plain", "AVX2", "AVX-512"][: ["plain", "avx2", "avx512"].index(newest) + 1]
+    assert done.stdout.split()[-1] in allowed

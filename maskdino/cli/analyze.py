@@ -12,17 +12,19 @@ activations, sums.
 
 import argparse
 from collections import Counter
+from typing import cast
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.transforms import ResizeShortestEdge
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.engine.trainer import MaskDINOTrainer
+from maskdino.model import MaskDINO
 from maskdino.model_zoo import find_config
 from maskdino.visualization.images import padded_size
 
@@ -105,13 +107,13 @@ def count_multiply_adds(cfg: CfgNode, sizes: Counter[tuple[int, int]]) -> dict[s
     return {part: count / padded.total() for part, count in sums.items()}
 
 
-def _count_one(model: nn.Module, height: int, width: int) -> dict[str, int]:
+def _count_one(model: MaskDINO, height: int, width: int) -> dict[str, int]:
     counter = PartCounter(model)
     with torch.no_grad(), counter:
         predictions, pixels = model.predict(torch.zeros(1, 3, height, width, device="meta"))
         counter.take()
-        if pixels is not None:
-            embeddings: Tensor = predictions.mask_embeddings  # (1, Q, C)
+        embeddings = predictions.mask_embeddings  # (1, Q, C)
+        if pixels is not None and embeddings is not None:
             torch.matmul(embeddings, pixels.flatten(2))  # as post-processing, for all queries
             counter.take(MASKS)
     return dict(counter.counts)
@@ -126,11 +128,11 @@ def sizes_of_dataset(cfg: CfgNode, name: str) -> Counter[tuple[int, int]]:
     )
 
 
-def build_on_meta(cfg: CfgNode) -> nn.Module:
+def build_on_meta(cfg: CfgNode) -> MaskDINO:
     """Builds the model without memory for its weights."""
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
-    return MaskDINOTrainer.build_model(cfg)
+    return cast(MaskDINO, MaskDINOTrainer.build_model(cfg))
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -16,6 +16,7 @@ import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -221,11 +222,11 @@ def examine() -> Findings:
         places = devices()
         print("\ndeformable attention")
         for place in places:
-            findings.attempt(str(place), lambda place=place: check_operator(place))
+            findings.attempt(str(place), partial(check_operator, place))
     if not findings.faults:
         print("\nmodel")
         for place in places:
-            findings.attempt(str(place), lambda place=place: check_model(place))
+            findings.attempt(str(place), partial(check_model, place))
     return findings
 
 

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,7 +189,9 @@ CHANGES = (
 )
 
 
-def run(command: list[str | Path], *, step: str, environment: dict[str, str] | None = None) -> None:
+def run(
+    command: Sequence[str | Path], *, step: str, environment: dict[str, str] | None = None
+) -> None:
     """Run a command, and show what it printed only if it fails.
 
     Args:
@@ -242,13 +244,13 @@ def fetch_sources(folder: Path) -> Path:
     requirements.write_text(f"{SOURCE_REQUIREMENT} --hash=sha256:{SOURCE_SHA256}\n")
     downloader = folder / "downloader"
     run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        + ["--target", downloader, DOWNLOADER_REQUIREMENT],
+        (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps")
+        + ("--target", downloader, DOWNLOADER_REQUIREMENT),
         step=f"fetching {DOWNLOADER_REQUIREMENT}",
     )
     run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
-        + ["--no-binary", ":all:", "--require-hashes", "-r", requirements, "--dest", folder],
+        (sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation")
+        + ("--no-binary", ":all:", "--require-hashes", "-r", requirements, "--dest", folder),
         step=f"fetching {SOURCE_REQUIREMENT}",
         environment={"PYTHONPATH": str(downloader)},
     )
@@ -320,8 +322,8 @@ def build_wheel(root: Path, folder: Path) -> Path:
     """Build the wheel of the sources under ``root`` into ``folder`` and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-        + ["--wheel-dir", folder, root],
+        (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation")
+        + ("--wheel-dir", folder, root),
         step="building the detectron2 wheel",
     )
     (wheel,) = folder.glob(f"detectron2-{VERSION}-*.whl")

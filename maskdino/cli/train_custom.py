@@ -1,7 +1,7 @@
-"""Trains Mask DINO on own data in COCO's format, in one command.
+r"""Trains Mask DINO on own data in COCO's format, in one command.
 
     maskdino train-custom --train-json A.json --train-images DIR --output OUT
-    maskdino train-custom --train-json A.json --train-images DIR \\
+    maskdino train-custom --train-json A.json --train-images DIR \
         --val-json B.json --val-images DIR --weights W --epochs 50 --early-stop 5 --output OUT
     maskdino train-custom --output OUT --resume
 

@@ -112,6 +112,7 @@ def list_images(folder: Path, sources: list[Path]) -> list[dict]:
 
 
 def prepare_instance(folder: Path, split: str, workers: int, overwrite: bool) -> None:
+    """Makes ade20k_instance_SPLIT.json of a split."""
     output = folder / f"ade20k_instance_{split}.json"
     if is_done(output, overwrite):
         return
@@ -136,6 +137,7 @@ def prepare_instance(folder: Path, split: str, workers: int, overwrite: bool) ->
 
 
 def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) -> None:
+    """Makes ade20k_panoptic_SPLIT/ of a split, with its .json."""
     output = folder / f"ade20k_panoptic_{split}"
     if is_done(output.with_suffix(".json"), overwrite):
         return
@@ -161,6 +163,7 @@ def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) ->
 
 
 def prepare_semantic(folder: Path, split: str, workers: int, overwrite: bool) -> None:
+    """Makes annotations_detectron2/ of a split."""
     truth = folder / "annotations" / SPLITS[split]
     sources = find_files(truth, "*.png", "ADE20K's semantic annotations")
     output = folder / "annotations_detectron2" / SPLITS[split]

@@ -72,6 +72,7 @@ def make_panoptic(source: Path, output: Path, overwrite: bool) -> list[dict]:
 
 
 def panoptic_name(source: Path) -> str:
+    """File name of the panoptic map of a map of instances."""
     return source.name.replace("_instanceIds", "_panoptic")
 
 
@@ -81,6 +82,7 @@ def image_id(source: Path) -> str:
 
 
 def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) -> None:
+    """Makes the panoptic maps of a split, with their .json."""
     output = folder / "gtFine" / f"cityscapes_panoptic_{split}"
     if is_done(output.with_suffix(".json"), overwrite):
         return
@@ -113,6 +115,7 @@ def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) ->
 
 
 def prepare_train_ids(folder: Path, split: str, workers: int, overwrite: bool) -> None:
+    """Makes the maps of training classes of a split."""
     pattern = "*/*_gtFine_labelIds.png"
     sources = find_files(folder / "gtFine" / split, pattern, "Cityscapes' fine annotations")
     work = partial(make_train_ids, overwrite=overwrite)

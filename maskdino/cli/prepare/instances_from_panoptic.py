@@ -1,9 +1,9 @@
-"""Makes COCO instances (boxes and masks of the things) from panoptic maps.
+r"""Makes COCO instances (boxes and masks of the things) from panoptic maps.
 
 COCO, ADE20K and Cityscapes come with their own instances. This is for datasets in COCO's panoptic
 format that have none: with them a panoptic model is also judged by its box AP and mask AP.
 
-    maskdino prepare instances-from-panoptic --json panoptic_val.json \\
+    maskdino prepare instances-from-panoptic --json panoptic_val.json \
         --panoptic panoptic_val --output instances_val.json
 """
 
