@@ -13,7 +13,7 @@ import os
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, SemSegEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
@@ -23,6 +23,10 @@ from maskdino.data.reading import DataError, read_label_map
 from maskdino.evaluation.files import SEMANTIC_FILE, SEMANTIC_FOLDER, unique_pngs
 
 logger = logging.getLogger(__name__)
+
+# Whether the installed detectron2 leaves classes without ground truth out of the mean IoU, as its
+# releases after 0.6 do; there, a class that is predicted wrongly counts as 0.
+ABSENT_CLASSES_LEFT_OUT = "logical_and" in SemSegEvaluator.evaluate.__code__.co_names
 
 
 class SemanticEvaluator(DatasetEvaluator):
@@ -131,7 +135,8 @@ def semantic_metrics(counts: np.ndarray, names: list[str]) -> dict[str, float]:
         names: of the K classes.
 
     Returns:
-        "mIoU", the mean over classes that the annotations or the predictions have; "fwIoU",
+        "mIoU", the mean over classes that the annotations or the predictions have (with newer
+        releases of detectron2 as there: that the annotations have); "fwIoU",
         weighted by the pixels of the annotations; "mACC" and "pACC", the share of pixels that are
         right, as a mean over classes, and over all; "IoU-NAME" and "ACC-NAME" of each class. What
         could not be measured is NaN.
@@ -143,7 +148,7 @@ def semantic_metrics(counts: np.ndarray, names: list[str]) -> dict[str, float]:
     share = _ratio(true, np.full_like(true, true.sum()))
     seen = true > 0
     return {
-        "mIoU": _mean(iou[union > 0]),
+        "mIoU": _mean(iou[seen if ABSENT_CLASSES_LEFT_OUT else union > 0]),
         "fwIoU": float((share * iou)[seen].sum()) if seen.any() else float("nan"),
         "mACC": _mean(accuracy[seen]),
         "pACC": float(100 * right.sum() / true.sum()) if seen.any() else float("nan"),

@@ -66,6 +66,8 @@ def test_same_numbers_as_detectron2(dataset: str, tmp_path: Path, maps: list[np.
     theirs = run(SemSegEvaluator(dataset, distributed=False), tmp_path, predictions)
     assert 20 < ours["mIoU"] < 80
     for name, value in theirs.items():
+        if "BoundaryIoU" in name or "B-Iou" in name:  # newer releases, where OpenCV is installed
+            continue
         # Detectron2 leaves out what the predictions alone have; for us its IoU is 0.
         expected = 0.0 if name == "IoU-boat" else value
         assert ours[name] == pytest.approx(expected, nan_ok=True), name
