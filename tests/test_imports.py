@@ -41,6 +41,7 @@ RULES = (
     Rule("structures", outside=TENSORS),
     Rule("registration", outside=()),
     Rule("files", outside=()),
+    Rule("errors", outside=()),
     Rule("released_names", outside=()),
     Rule("compat"),
     Rule("extensions", outside=("fvcore",)),
@@ -71,7 +72,7 @@ RULES = (
     ),
     Rule("cuda_graphs", ("modeling", "structures"), outside=TENSORS),
     Rule("backbones", ("compat", "registration")),
-    Rule("data", ("categories", "extensions", "registration", "rle", "structures")),
+    Rule("data", ("categories", "errors", "extensions", "registration", "rle", "structures")),
     Rule(
         "model",
         (

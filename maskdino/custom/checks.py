@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +15,15 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from maskdino.custom.annotations import Annotations
+from maskdino.data.images import BROKEN, EXIF_ORIENTATION, decode
 from maskdino.rle import encode_segmentation
 
-EXIF_ORIENTATION = 0x0112
 MAX_COORDINATE = 1e5  # pixels; pycocotools walks along every edge
 TINY = 4  # pixels of the shorter side
 RARE = 10  # objects of a class
 IMBALANCE = 20  # objects of the most common class for each one of the rarest
 OVERLAP = 0.5  # least intersection over union of a box and its mask's box
 READERS = 8  # threads
-# What Pillow raises for broken files.
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -177,10 +173,10 @@ def file_problem(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
             turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
             # JPEG files are decoded at an eighth of their size: faster, and cut ends still show.
             image.draft(None, (max(width // 8, 1), max(height // 8, 1)))
-            image.load()
+            decode(image)
     except Image.DecompressionBombError as error:
         return "image is too large", str(error)
-    except READ_ERRORS as error:
+    except BROKEN as error:
         return "image cannot be read", str(error)
     found = (width, height) if turned else (height, width)
     if found == size:

@@ -26,6 +26,7 @@ from maskdino.data.reading import (
     check_same_size,
     read_image,
     read_label_map,
+    read_map,
     segment_indices,
 )
 from maskdino.data.transforms import Always, build_augmentations
@@ -72,7 +73,10 @@ class Mapper:
         """
         example = copy.copy(dataset_dict)
         image = read_image(example["file_name"], self.image_format)
-        detection_utils.check_image_size(example, image)
+        try:
+            detection_utils.check_image_size(example, image)
+        except detection_utils.SizeMismatchError as error:
+            raise DataError(str(error)) from error
         return example, image
 
     def _require(self, dataset_dict: dict, key: str) -> None:
@@ -235,7 +239,7 @@ class PanopticMapper(Mapper):
     def _read_segments(self, example: dict, image: np.ndarray) -> tuple[np.ndarray, list[dict]]:
         """The image of segment ids (height, width, 3), and the segments that are no crowds."""
         name = example["pan_seg_file_name"]
-        colors = read_image(name, "RGB")
+        colors = read_map(name, "RGB")
         check_same_size(image, colors, example["file_name"], name)
         segments = example.pop("segments_info")
         ids = [segment["id"] for segment in segments]

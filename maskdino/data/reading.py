@@ -4,23 +4,54 @@ from __future__ import annotations
 
 import numpy as np
 from detectron2.data import detection_utils
+from PIL import Image
+
+from maskdino.data.images import BROKEN, ImageError, load_image
+from maskdino.errors import UserError
 
 MOST_CLASSES = 255  # of a label map with 8 bits, one value of which stands for "ignored"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Something is wrong with a dataset: the message names the file, the value, and what to do."""
 
 
-def read_image(file_name: str, image_format: str | None) -> np.ndarray:
-    """Reads an image, turned upright as its EXIF orientation says.
+def read_image(file_name: str, image_format: str) -> np.ndarray:
+    """Reads an image, exactly as prediction does (`maskdino.data.images.load_image`).
 
     Args:
         file_name: a path, or whatever detectron2's path manager knows.
-        image_format: "RGB", "BGR", "L" ..., or None for the pixel values as they are in the file.
+        image_format: "RGB", "BGR", "L" ...: INPUT.FORMAT.
 
     Returns:
-        (H, W, C) uint8, or (H, W) of the file's integer type if the format is None and the file has
+        (H, W, C) uint8.
+
+    Raises:
+        DataError: the file is missing, truncated, or no image.
+    """
+    try:
+        image = load_image(file_name)
+    except ImageError as error:
+        is_missing = isinstance(error.__cause__, FileNotFoundError)
+        advice = "" if is_missing else ". Replace the file or remove its annotations"
+        raise DataError(f"{error}{advice}") from error
+    if image_format == "RGB":
+        return image
+    # The result may be a view whose memory runs backwards, which PyTorch does not take.
+    return np.ascontiguousarray(
+        detection_utils.convert_PIL_to_numpy(Image.fromarray(image), image_format)
+    )
+
+
+def read_map(file_name: str, image_format: str | None) -> np.ndarray:
+    """Reads an image whose values are labels, which no transparency or profile may change.
+
+    Args:
+        file_name: a path, or whatever detectron2's path manager knows.
+        image_format: "RGB", or None for the values as they are in the file.
+
+    Returns:
+        (H, W, 3) uint8, or (H, W) of the file's integer type if the format is None and the file has
         one channel.
 
     Raises:
@@ -30,10 +61,10 @@ def read_image(file_name: str, image_format: str | None) -> np.ndarray:
         # Pillow's memory is read-only, which PyTorch, used by fvcore's transforms, warns of.
         return np.array(detection_utils.read_image(file_name, format=image_format))
     except FileNotFoundError as error:
-        raise DataError(f"image {file_name} does not exist") from error
-    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"map {file_name} does not exist") from error
+    except BROKEN as error:
         raise DataError(
-            f"cannot read image {file_name}: {error}. Replace the file or remove its annotations"
+            f"cannot read map {file_name}: {error}. Replace the file or remove its annotations"
         ) from error
 
 
@@ -54,7 +85,7 @@ def read_label_map(file_name: str, num_classes: int, ignore_label: int) -> np.nd
             f"{num_classes} classes are too many: label maps such as {file_name} have 8 bits, for "
             f"at most {MOST_CLASSES} classes and what is ignored"
         )
-    labels = read_image(file_name, None)
+    labels = read_map(file_name, None)
     if labels.ndim != 2 or labels.dtype != np.uint8:
         raise DataError(
             f"label map {file_name} has shape {labels.shape} and type {labels.dtype}; "

@@ -23,7 +23,7 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from maskdino.data.numbering import renumber_things
-from maskdino.data.reading import read_image, read_label_map
+from maskdino.data.reading import read_label_map, read_map
 from maskdino.evaluation.coco import read_annotations
 from maskdino.evaluation.files import (
     CONVERTED_FILE,
@@ -233,7 +233,7 @@ class SemanticImages(EvaluatedImages):
         number = len(self.categories)
         ignored = self.metadata.get("ignore_label", 255)
         labels = read_label_map(record["sem_seg_file_name"], number, ignored)
-        counts = count_pixels(labels, read_image(self._file(record), None), number)
+        counts = count_pixels(labels, read_map(self._file(record), None), number)
         return semantic_metrics(counts, list(self.categories.names))["mIoU"] / 100
 
     def results(self, record: dict) -> tuple[ImageResult, ImageResult]:

@@ -6,7 +6,7 @@ import numpy as np
 from detectron2.structures import BoxMode
 
 from maskdino.categories import Categories
-from maskdino.data.reading import DataError, read_image, segment_indices
+from maskdino.data.reading import DataError, read_map, segment_indices
 from maskdino.rle import encode_mask, encode_segmentation
 from maskdino.visualization.images import load_image
 from maskdino.visualization.results import ImageResult
@@ -29,7 +29,7 @@ def ground_truth_of(record: dict, categories: Categories) -> ImageResult:
     if "pan_seg_file_name" in record:
         parts |= _panoptic_parts(record, categories)
     if "sem_seg_file_name" in record:
-        parts["label_map"] = read_image(record["sem_seg_file_name"], None)
+        parts["label_map"] = read_map(record["sem_seg_file_name"], None)
     if not parts:
         raise DataError(f"image {name} comes without annotations that could be drawn")
     return ImageResult(name, size, categories, source=name, **parts)
@@ -77,7 +77,7 @@ def _object_parts(annotations: list[dict] | None, size: tuple[int, int]) -> dict
 
 
 def _panoptic_parts(record: dict, categories: Categories) -> dict:
-    colors = read_image(record["pan_seg_file_name"], "RGB")
+    colors = read_map(record["pan_seg_file_name"], "RGB")
     segments = [s for s in record["segments_info"] if not s.get("iscrowd", 0)]
     ids = segment_indices(colors, [segment["id"] for segment in segments])
     described = []

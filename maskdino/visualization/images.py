@@ -1,130 +1,25 @@
-"""Images of any kind to (H, W, 3) uint8 RGB, and to what the network reads."""
+"""Images to what the network reads, and the sizes of both."""
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from detectron2.data.transforms import ResizeShortestEdge
-from PIL import Image, ImageOps
+from PIL import Image
 
-ImageSource = str | os.PathLike | np.ndarray | Image.Image | torch.Tensor
-CHANNEL_ORDERS = ("RGB", "BGR")
+from maskdino.data.images import ImageError, ImageSource, load_image
 
-
-class ImageError(ValueError):
-    """Something is no image that can be read; the message names it and says why."""
-
-
-def load_image(source: ImageSource, channel_order: str = "RGB") -> np.ndarray:
-    """Reads an image.
-
-    Gray becomes RGB, transparency is laid on white, 16-bit values are divided by 257, and images
-    are turned upright as their EXIF orientation says.
-
-    Args:
-        source: a path; a Pillow image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a
-            tensor with the channels first. Arrays and tensors are bool, uint8, uint16, or floats
-            in [0, 1].
-        channel_order: "RGB" or "BGR", of arrays and tensors with three or four channels.
-
-    Returns:
-        (H, W, 3) uint8 RGB.
-
-    Raises:
-        ImageError: a file that is missing, truncated or no image; an array of another shape,
-            type or range.
-        TypeError: the source is something else altogether.
-    """
-    if channel_order not in CHANNEL_ORDERS:
-        raise ValueError(f"channel_order is {channel_order!r}; it must be RGB or BGR")
-    if isinstance(source, str | os.PathLike):
-        return _from_file(Path(source))
-    if isinstance(source, Image.Image):
-        return _from_pillow(source)
-    if isinstance(source, torch.Tensor):
-        if source.ndim not in (2, 3):
-            raise ImageError(f"a tensor of shape {tuple(source.shape)} is no image (C, H, W)")
-        array = source.detach().cpu()
-        source = (array.movedim(0, -1) if array.ndim == 3 else array).numpy()
-    if isinstance(source, np.ndarray):
-        return _from_array(source, channel_order)
-    raise TypeError(
-        f"an image is a path, an array, a Pillow image or a tensor, not {type(source).__name__}"
-    )
-
-
-def _from_file(path: Path) -> np.ndarray:
-    if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "does not exist"
-        raise ImageError(f"image {path} {reason}")
-    try:
-        with warnings.catch_warnings():
-            # Large images are welcome; Pillow refuses by itself what looks like an attack.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _from_pillow(image)
-    except ImageError as error:
-        raise ImageError(f"image {path}: {error}") from error
-    # Pillow's decoders raise all of these for broken files.
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot read image {path}: {error}") from error
-
-
-def _from_pillow(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        return _from_array(_wide_values(image), "RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return np.array(image.convert("RGB"))
-
-
-def _wide_values(image: Image.Image) -> np.ndarray:
-    """Values of a gray image with more than 8 bits; Pillow may give 16 bits as 32."""
-    values = np.array(image)
-    if values.dtype.kind == "f":
-        return values
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ImageError(f"values from {values.min()} to {values.max()} do not fit into 16 bits")
-    return values.astype(np.uint16)
-
-
-def _from_array(array: np.ndarray, channel_order: str) -> np.ndarray:
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
-        raise ImageError(
-            f"an array of shape {array.shape} is no image: (height, width) with 1, 3 or 4 "
-            "channels last, and at least one pixel"
-        )
-    array = _to_uint8(array.reshape(*array.shape[:2], channels))
-    if channels == 1:
-        return np.repeat(array, 3, axis=2)
-    colors = array[..., :3] if channel_order == "RGB" else array[..., 2::-1]
-    if channels == 4:
-        alpha = array[..., 3:].astype(np.uint16)
-        colors = ((colors * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    return np.ascontiguousarray(colors)
-
-
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype == np.uint16:
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype.kind == "f":
-        low, high = float(array.min()), float(array.max())
-        if not 0 <= low <= high <= 1:  # also false for NaN
-            raise ImageError(f"float values must lie in [0, 1], not in [{low}, {high}]")
-        return (array * 255).round().astype(np.uint8)
-    raise ImageError(f"values of type {array.dtype}; they must be bool, uint8, uint16 or float")
+__all__ = [
+    "ImageError",
+    "ImageSource",
+    "fitting_size",
+    "load_image",
+    "network_image",
+    "network_size",
+    "padded_size",
+]
 
 
 def network_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import BoxMode
 from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
@@ -192,7 +191,7 @@ def test_errors_name_the_file(make_cfg: Callable, make_dict: Callable, tmp_path:
     ):
         with pytest.raises(DataError, match=rf"image\.png.*{message}"):
             mapper(make_dict(wrong))
-    with pytest.raises(SizeMismatchError, match=r"image\.png"):
+    with pytest.raises(DataError, match=r"image\.png, got \(80, 60\), expect \(81, 60\)"):
         mapper(make_dict(height=60, width=81))
     with pytest.raises(DataError, match="missing.png does not exist"):
         mapper({"file_name": str(tmp_path / "missing.png"), "annotations": []})
@@ -262,6 +261,7 @@ def test_panoptic_errors(panoptic_cfg: CfgNode, panoptic_dict: dict, save_image:
         ({"segments_info": [*segments, {"id": 9, "category_id": 1}]}, r"segments.png.*\[9\]"),
         ({"segments_info": [{"id": 300, "category_id": 3}]}, r"segments.png.*category 3"),
         ({"segments_info": [segments[0]] * 2}, r"segments.png must differ"),
+        ({"segments_info": [{"id": 0, "category_id": 0}]}, r"lie in \[1, 2\*\*24\): \[0\]"),
         ({"pan_seg_file_name": small}, r"small.png has .*\(20, 29\).*image.png \(20, 30\)"),
     ):
         with pytest.raises(DataError, match=message):

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from PIL import Image
 
 from maskdino.data.datasets import register_semantic_folder
-from maskdino.data.reading import DataError, read_image
+from maskdino.data.reading import DataError, read_map
 from maskdino.evaluation.semantic import SemanticEvaluator, semantic_metrics
 
 NAMES = ["sky", "road", "tree", "boat", "moon"]
@@ -120,9 +120,7 @@ def test_pictures_of_one_name_and_many_classes(tmp_path: Path) -> None:
         evaluator.process([{"file_name": pair["file_name"]}], [{"sem_seg": prediction}])
     evaluator.evaluate()
     files = json.loads((tmp_path / "out" / "sem_seg.json").read_text())
-    written = [
-        read_image(str(tmp_path / "out/sem_seg" / files[p["file_name"]]), None) for p in pairs
-    ]
+    written = [read_map(str(tmp_path / "out/sem_seg" / files[p["file_name"]]), None) for p in pairs]
     assert [(m.dtype, m.min(), m.max()) for m in written] == [
         (np.uint8, 254, 254),
         (np.uint8, 7, 7),
