@@ -247,6 +247,9 @@ def _add_matcher_and_loss(cfg: CfgNode) -> None:
     matcher.MASK_DICE_WEIGHT = 5.0
     # Decoupled box prediction: the box cost of "stuff" is the mean over "things".
     matcher.DECOUPLE_STUFF_BOXES = True
+    # Stable matching (arXiv 2304.04742): the class cost counts a probability less where the box
+    # does not fit.
+    matcher.POSITION_MODULATED = False
 
     # Losses (appendix B.1): weights; 0 leaves a loss out.
     loss = model.LOSS = CfgNode()
@@ -257,6 +260,8 @@ def _add_matcher_and_loss(cfg: CfgNode) -> None:
     loss.MASK_DICE_WEIGHT = 5.0
     loss.CLASSIFICATION = "focal"  # or "cross_entropy" (softmax with one more class, "no object")
     loss.NO_OBJECT_WEIGHT = 0.1  # weight of "no object" with cross-entropy
+    # Stable matching: the focal loss asks a matched query for the IoU of its box instead of 1.
+    loss.POSITION_SUPERVISED = False
     # Decoupled box prediction: no box loss for "stuff".
     loss.DECOUPLE_STUFF_BOXES = True
     loss.DEEP_SUPERVISION = True  # losses at every decoder layer, not only at the last

@@ -17,8 +17,15 @@ from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from maskdino.losses.functional import focal_loss, giou_loss, l1_loss, mask_bce_loss, mask_dice_loss
-from maskdino.losses.matcher import HybridMatcher
+from maskdino.losses.functional import (
+    focal_loss,
+    giou_loss,
+    l1_loss,
+    mask_bce_loss,
+    mask_dice_loss,
+    position_targets,
+)
+from maskdino.losses.matcher import HybridMatcher, check_boxes_are_learned
 from maskdino.ops.points import PointSampler, mask_logits_at_points, sample_packed_masks
 from maskdino.structures import (
     DenoisedOutputs,
@@ -65,6 +72,7 @@ class Criterion(nn.Module):
         decouple_stuff_boxes: bool,
         deep_supervision: bool,
         supervise_initial: bool,
+        position_supervised: bool = False,
     ) -> None:
         """Keeps the options.
 
@@ -77,6 +85,9 @@ class Criterion(nn.Module):
             decouple_stuff_boxes: stuff has no box losses (section 3.6).
             deep_supervision: losses for every decoder layer, not only for the last.
             supervise_initial: losses for the queries before the first layer too.
+            position_supervised: the focal loss asks a matched query for the scaled IoU of its box
+                instead of 1 (`functional.position_targets`), noised queries too; for stuff whose
+                box has no loss still for 1.
         """
         super().__init__()
         self.matcher, self.points = matcher, points
@@ -84,6 +95,7 @@ class Criterion(nn.Module):
         self.cross_entropy, self.no_object_weight = cross_entropy, no_object_weight
         self.decouple_stuff_boxes = decouple_stuff_boxes
         self.deep_supervision, self.supervise_initial = deep_supervision, supervise_initial
+        self.position_supervised = position_supervised
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -91,6 +103,8 @@ class Criterion(nn.Module):
 
         Raises:
             ValueError: if LOSS.CLASSIFICATION is unknown.
+            ValueError: if LOSS.POSITION_SUPERVISED is on without the focal loss, or boxes are not
+                learned.
         """
         node, masks = cfg.MODEL.MASK_DINO.LOSS, cfg.MODEL.MASK_DINO.MASK_ON
         if node.CLASSIFICATION not in ("focal", "cross_entropy"):
@@ -98,6 +112,13 @@ class Criterion(nn.Module):
                 f"MODEL.MASK_DINO.LOSS.CLASSIFICATION is {node.CLASSIFICATION!r}; it must be "
                 '"focal" or "cross_entropy"'
             )
+        if node.POSITION_SUPERVISED:
+            check_boxes_are_learned(node, "LOSS.POSITION_SUPERVISED")
+            if node.CLASSIFICATION != "focal":
+                raise ValueError(
+                    "MODEL.MASK_DINO.LOSS.POSITION_SUPERVISED is a form of the focal loss, but "
+                    f"LOSS.CLASSIFICATION is {node.CLASSIFICATION!r}"
+                )
         matcher = HybridMatcher(cfg)
         return {
             "matcher": matcher,
@@ -114,6 +135,7 @@ class Criterion(nn.Module):
             "decouple_stuff_boxes": node.DECOUPLE_STUFF_BOXES,
             "deep_supervision": node.DEEP_SUPERVISION,
             "supervise_initial": node.SUPERVISE_INITIAL,
+            "position_supervised": node.POSITION_SUPERVISED,
         }
 
     def supervised(self, states: Sequence[State]) -> dict[str, State]:
@@ -204,9 +226,7 @@ class Criterion(nn.Module):
         terms = {}
         if "loss_class" in self.weights:
             classify = self._cross_entropy if self.cross_entropy else self._focal
-            terms["loss_class"] = classify(
-                predictions.class_logits.float(), targets, matches, normalizer
-            )
+            terms["loss_class"] = classify(predictions, targets, matches, normalizer)
         if self.weights.keys() & BOX_LOSSES.keys():
             terms.update(self._boxes(predictions.boxes.float(), targets, matches, normalizer))
         if with_masks and self.weights.keys() & MASK_LOSSES.keys():
@@ -220,18 +240,30 @@ class Criterion(nn.Module):
         return {term: loss(found, wanted) for term, loss in losses.items() if term in self.weights}
 
     def _focal(
-        self, logits: Tensor, targets: Targets, matches: Matches, normalizer: float | Tensor
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        matches: Matches,
+        normalizer: float | Tensor,
     ) -> Tensor:
-        is_target, one = torch.zeros_like(logits), logits.new_ones(())
-        labels = targets.labels[matches.target]
+        logits = predictions.class_logits.float()
+        is_target, one, asked_probs = torch.zeros_like(logits), logits.new_ones(()), None
+        place = matches.output, matches.image, matches.query
+        of_label = (*place, targets.labels[matches.target])
         # The number 1 would be copied to the device, and the host would wait.
-        is_target[matches.output, matches.image, matches.query, labels] = one
-        return focal_loss(logits, is_target).sum((1, 2, 3)) / normalizer
+        is_target[of_label] = one
+        if self.position_supervised:
+            learned = targets.is_thing[matches.target] if self.decouple_stuff_boxes else None
+            boxes, wanted = predictions.boxes.float(), targets.boxes[matches.target]
+            asked_probs = torch.zeros_like(logits)
+            asked_probs[of_label] = position_targets(boxes, wanted, place, learned)
+        return focal_loss(logits, is_target, asked_probs).sum((1, 2, 3)) / normalizer
 
     def _cross_entropy(
-        self, logits: Tensor, targets: Targets, matches: Matches, _: float | Tensor
+        self, predictions: Predictions, targets: Targets, matches: Matches, _: float | Tensor
     ) -> Tensor:
         """Softmax cross-entropy; unmatched queries are of the last class, "no object"."""
+        logits = predictions.class_logits.float()
         no_object = logits.shape[-1] - 1
         labels = torch.full(logits.shape[:-1], no_object, dtype=torch.int64, device=logits.device)
         labels[matches.output, matches.image, matches.query] = targets.labels[matches.target]

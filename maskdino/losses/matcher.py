@@ -21,6 +21,7 @@ from maskdino.losses.functional import (
     l1_loss,
     mask_bce_cost,
     mask_dice_cost,
+    position_factor,
 )
 from maskdino.ops.points import PointSampler, sample_maps, sample_packed_masks
 from maskdino.structures import Matches, PackedMasks, Predictions, Targets, of_mask_branch
@@ -54,7 +55,12 @@ class HybridMatcher:
 
     @configurable
     def __init__(
-        self, *, weights: CostWeights, decouple_stuff_boxes: bool, points: PointSampler
+        self,
+        *,
+        weights: CostWeights,
+        decouple_stuff_boxes: bool,
+        points: PointSampler,
+        position_modulated: bool = False,
     ) -> None:
         """Keeps the options.
 
@@ -63,13 +69,23 @@ class HybridMatcher:
             decouple_stuff_boxes: the box cost of stuff is the mean box cost of the image's things.
             points: draws the points at which masks are compared, anew for each output and image;
                 the queries of one share them.
+            position_modulated: in the class cost, the probability of a query that does not fit the
+                object's box counts less (`functional.position_factor`); that of stuff whose box
+                cost is decoupled counts in full.
         """
         self.weights, self.decouple_stuff_boxes, self.points = weights, decouple_stuff_boxes, points
+        self.position_modulated = position_modulated
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Reads MODEL.MASK_DINO.MATCHER."""
+        """Reads MODEL.MASK_DINO.MATCHER.
+
+        Raises:
+            ValueError: if MATCHER.POSITION_MODULATED is on, but boxes are not learned.
+        """
         node, loss = cfg.MODEL.MASK_DINO.MATCHER, cfg.MODEL.MASK_DINO.LOSS
+        if node.POSITION_MODULATED:
+            check_boxes_are_learned(loss, "MATCHER.POSITION_MODULATED")
         masks = cfg.MODEL.MASK_DINO.MASK_ON
         weights = CostWeights(
             class_weight=node.CLASS_WEIGHT,
@@ -82,6 +98,7 @@ class HybridMatcher:
             "weights": weights,
             "decouple_stuff_boxes": node.DECOUPLE_STUFF_BOXES,
             "points": PointSampler(loss.NUM_POINTS, loss.OVERSAMPLE_RATIO, loss.IMPORTANCE_RATIO),
+            "position_modulated": node.POSITION_MODULATED,
         }
 
     def __call__(
@@ -126,10 +143,15 @@ class HybridMatcher:
     def _class_cost(self, predictions: Predictions, targets: Targets, image: Tensor) -> Tensor:
         """(O, Q, N): of giving an object to a query of its image, as all costs here."""
         logits = predictions.class_logits[:, image, :, targets.labels]  # (N, O, Q)
-        return focal_cost(logits.float()).permute(1, 2, 0)
+        logits, factor = logits.float().permute(1, 2, 0), None
+        if self.position_modulated:
+            factor = position_factor(_boxes_of_pairs(predictions, image), targets.boxes)
+            if self.decouple_stuff_boxes:
+                factor = torch.where(targets.is_thing, factor, 1.0)
+        return focal_cost(logits, factor)
 
     def _box_cost(self, predictions: Predictions, targets: Targets, image: Tensor) -> Tensor:
-        boxes = predictions.boxes[:, image].transpose(1, 2).float()  # (O, Q, N, 4)
+        boxes = _boxes_of_pairs(predictions, image)
         terms = ((self.weights.l1_weight, l1_loss), (self.weights.giou_weight, giou_loss))
         cost = _weighted_sum(terms, boxes, targets.boxes)
         if not self.decouple_stuff_boxes:
@@ -176,6 +198,28 @@ class HybridMatcher:
             logits = _logits_at(embeddings[few], pixel_embedding, places[few])
             costs.append(_weighted_sum(terms, logits, labels[few]))
         return torch.cat(costs)
+
+
+def check_boxes_are_learned(loss: CfgNode, key: str) -> None:
+    """Refuses a key that compares boxes where they have no loss.
+
+    Args:
+        loss: MODEL.MASK_DINO.LOSS.
+        key: the key, below MODEL.MASK_DINO, that is on.
+
+    Raises:
+        ValueError: if they have none.
+    """
+    if loss.L1_WEIGHT == loss.GIOU_WEIGHT == 0:
+        raise ValueError(
+            f"MODEL.MASK_DINO.{key} compares boxes, but they are not learned: LOSS.L1_WEIGHT and "
+            "LOSS.GIOU_WEIGHT are 0"
+        )
+
+
+def _boxes_of_pairs(predictions: Predictions, image: Tensor) -> Tensor:
+    """(O, Q, N, 4), with the images (N,) of the objects."""
+    return predictions.boxes[:, image].transpose(1, 2).float()
 
 
 def _weighted_sum(

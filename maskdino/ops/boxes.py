@@ -40,6 +40,18 @@ def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     return intersection / (union + AREA_EPS) - (hull - union) / (hull + AREA_EPS)
 
 
+def iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """IoU of corner boxes (..., 4) xyxy, to (...) in [0, 1]; 0 of two boxes without area.
+
+    Exact for boxes of a pixel too, as no epsilon is added to areas.
+    """
+    low_a, high_a = boxes_a.chunk(2, dim=-1)
+    low_b, high_b = boxes_b.chunk(2, dim=-1)
+    intersection = _area(torch.maximum(low_a, low_b), torch.minimum(high_a, high_b))
+    union = _area(low_a, high_a) + _area(low_b, high_b) - intersection
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
 def _area(low: Tensor, high: Tensor) -> Tensor:
     width, height = (high - low).clamp(min=0).unbind(-1)
     return width * height
