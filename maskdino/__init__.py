@@ -12,6 +12,7 @@ from maskdino.released_names import missing_attribute as __getattr__  # noqa: F4
 released_names.install()
 if program.is_command() or program.is_script():
     program.wait_briefly()
+    program.leave_out_deprecations()
 if not program.is_command():  # which loads the rest when it is sure to need it
     program.require_detectron2()
     from maskdino import extensions

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     if not any(name in environment for name in WAITING):
         environment["GOMP_SPINCOUNT"] = SPINS
+
+
+def leave_out_deprecations() -> None:
+    """Leaves out what newer releases of PyTorch say of detectron2's and fvcore's scripted helpers.
+
+    Users of our commands can do nothing about it; in programs of others it is shown.
+    """
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", r"`torch\.jit\.", category)
 
 
 def require_detectron2() -> None:

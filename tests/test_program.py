@@ -115,3 +115,10 @@ def test_names_of_the_package_are_those_of_its_modules() -> None:
     names, there = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert {"MaskDINO", "MaskDINOPredictor", "model_zoo", "register_all"} <= set(names)
     assert all(there)
+
+
+def test_commands_do_not_repeat_the_deprecations_of_others(tmp_path: Path) -> None:
+    command = [sys.executable, str(program.REPOSITORY / "tools" / "analyze_model.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "deprecated" not in done.stderr
