@@ -60,8 +60,11 @@ def without_gradient(model_node: str) -> tuple[tuple[str, ...], ...]:
     model, found = MaskDINO(cfg).train(), []
     for counts, masks in BATCHES:
         model.zero_grad(set_to_none=True)
-        batch = drawn_batch([SIZE] * 2, counts, masks=masks and cfg.MODEL.MASK_DINO.MASK_ON)
+        batch = drawn_batch([SIZE] * 2, counts, masks=cfg.MODEL.MASK_DINO.MASK_ON)
         for image in batch:
+            if not masks:  # as our mappers say that an object has a box alone
+                count = len(image["instances"])
+                image["instances"].gt_has_mask = torch.zeros(count, dtype=torch.bool)
             image["instances"].gt_classes %= cfg.MODEL.MASK_DINO.NUM_CLASSES
         torch.stack(list(model(batch).values())).sum().backward()
         found.append(
