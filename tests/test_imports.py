@@ -90,7 +90,7 @@ RULES = (
             "targets",
         ),
     ),
-    Rule("checkpoint", ("backbones", "config", "files", "model", "modeling")),
+    Rule("checkpoint", ("backbones", "config", "errors", "files", "model", "modeling")),
     Rule("model_zoo", ("checkpoint", "config")),
     Rule("visualization", ("categories", "data", "rle", "structures")),
     Rule(
@@ -131,6 +131,7 @@ RULES = (
             "checkpoint",
             "config",
             "devices",
+            "files",
             "model",
             "model_zoo",
             "modeling",

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from maskdino.checkpoint.reading import read_checkpoint, shapes_of
+from maskdino.checkpoint.reading import (
+    LAST,
+    CheckpointError,
+    find_resumption,
+    read_checkpoint,
+    shapes_of,
+)
 from maskdino.checkpoint.released_weights import (
     EMPTY_MASKS,
     LARGEST_PROPOSALS,
@@ -70,8 +77,33 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Names the checkpoint that a resumed run starts from."""
-        with written_whole(os.path.join(self.save_dir, "last_checkpoint")) as temporary:
+        with written_whole(os.path.join(self.save_dir, LAST)) as temporary:
             temporary.write_text(last_filename_basename)
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to go on from; see `find_resumption`."""
+        return bool(find_resumption(self.save_dir).path)
+
+    def get_checkpoint_file(self) -> str:
+        """The checkpoint to go on from, loudly where it is not the last; "" if there is none."""
+        found = find_resumption(self.save_dir)
+        if found.note:
+            self.logger.warning(found.note)
+        return found.path
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Loads a file; see detectron2's.
+
+        Raises:
+            CheckpointError: it cannot be read, or is not for this model; the message names it.
+        """
+        try:
+            return super().load(path, checkpointables)
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError) as error:
+            reason = error.args[0] if isinstance(error, KeyError) else error
+            raise CheckpointError(f"{path}: {reason}") from error
 
     def _load_file(self, filename: str) -> dict:
         """Reads a file into a dict with the tensors under "model", by our names."""
@@ -110,13 +142,36 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> object:
         whole = not checkpoint.get("matching_heuristics", False)
         known = {name.removeprefix("module.") for name in checkpoint["model"]} if whole else set()
+        self._check_values(checkpoint["model"], heuristic=not whole)
         incompatible = super()._load_model(checkpoint)
         missing = [
             name for name in incompatible.missing_keys if not name.endswith("num_batches_tracked")
         ]
+        if not whole and {*missing} >= {name for name, _ in self.model.named_parameters()}:
+            raise ValueError("none of its tensors is one of the model's")
         self._check(missing, incompatible.incorrect_shapes, known)
         self._check_unused(incompatible.unexpected_keys, known)
         return incompatible
+
+    def _check_values(self, state: dict[str, Any], *, heuristic: bool) -> None:
+        """Raises where weights are of another kind than the model's, or not finite.
+
+        Args:
+            state: tensors or arrays of the file.
+            heuristic: its names are not the model's.
+        """
+        own, wrong = self.model.state_dict(), []
+        for name, given in state.items():
+            value = torch.as_tensor(given)
+            target = value if heuristic else own.get(name.removeprefix("module."))
+            if target is None:
+                continue
+            if value.is_floating_point() != target.is_floating_point() or value.is_complex():
+                wrong.append(f"{name}: {value.dtype} in the file, {target.dtype} in the model")
+            elif value.is_floating_point() and not (finite := value.isfinite()).all():
+                wrong.append(f"{name}: {int((~finite).sum())} of {value.numel()} are not finite")
+        if wrong:
+            raise _misfit(wrong)
 
     def _check(self, missing: list[str], mismatched: list[tuple], known: set[str]) -> None:
         """Raises where the file is not for this model; tells where it is, but in parts."""
@@ -132,7 +187,7 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
         ]
         names = {entry[0] for entry in mismatched}
         absent = [name for name in missing if name not in names]
-        if known:
+        if known or self.require_all:
             wrong += [
                 f"{name}: not in the file"
                 for name in absent

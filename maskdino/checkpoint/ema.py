@@ -84,11 +84,19 @@ class WeightAverage:
         """Sets the averaged weights.
 
         Raises:
-            KeyError: if a name of the model is missing.
+            ValueError: if there are none, or not those of the model; nothing is set.
         """
-        missing = self._average.keys() - state.keys()
-        if missing:
-            raise KeyError(f"The saved average of weights lacks {sorted(missing)}.")
+        if not isinstance(state, dict):
+            raise ValueError(f'"ema" holds no averaged weights, but {type(state).__name__}')
+        for name, value in self._average.items():
+            given = state.get(name)
+            if not isinstance(given, Tensor):
+                raise ValueError(f'"ema", the average of weights, lacks {name}')
+            if given.shape != value.shape or given.is_complex() or not given.isfinite().all():
+                raise ValueError(
+                    f'"ema", the average of weights, has a {name} of shape {tuple(given.shape)} '
+                    f"and {given.dtype}; it must have shape {tuple(value.shape)} and finite values"
+                )
         for name, value in self._average.items():
             value.copy_(state[name])
         self.restored = True

@@ -12,7 +12,7 @@ from torch import nn
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import build_average
-from maskdino.checkpoint.reading import fetch, read_checkpoint, shapes_of
+from maskdino.checkpoint.reading import CheckpointError, fetch, read_checkpoint, shapes_of
 from maskdino.checkpoint.released_weights import (
     EMPTY_MASKS,
     LARGEST_PROPOSALS,
@@ -74,7 +74,7 @@ def _decided_by(weights: str, whole: bool) -> dict[str, str]:
 
 def not_whole(weights: str) -> ValueError:
     """The error of weights that start a training, where a model is to predict."""
-    return ValueError(
+    return CheckpointError(
         f"{weights} starts a training: it holds no whole Mask DINO, but a backbone; to predict, "
         'give weights=FILE, or weights="released" for those of the paper\'s authors (--weights, or '
         "MODEL.WEIGHTS; trained=True in maskdino.model_zoo)"

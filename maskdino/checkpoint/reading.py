@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
+from maskdino.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LAST = "last_checkpoint"  # the file that names the checkpoint to go on from
+# What reading a file of any other content may raise.
+BROKEN = (
+    EOFError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 # What a pickle of numpy arrays (ImageNet weights of detectron2's model zoo) may contain.
 _PICKLE_GLOBALS = {
     "_codecs": {"encode"},
@@ -22,6 +43,10 @@ _PICKLE_GLOBALS = {
     "numpy.core.numeric": {"_frombuffer"},
     "numpy._core.numeric": {"_frombuffer"},
 }
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be used: the message names the file, and what it holds."""
 
 
 def fetch(weights: str) -> str:
@@ -57,16 +82,54 @@ def read_checkpoint(path: str, device: str = "cpu") -> dict[str, Any]:
         device: of the tensors of a `.pth` file; "meta": their shapes alone are read.
 
     Raises:
-        ValueError: the file is none, was cut off, or holds more than tensors and plain values.
+        CheckpointError: the file is none, was cut off, holds more than tensors and plain values, or
+            no tensors.
     """
     data = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path, device)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is no checkpoint: it holds {_what(data)}")
+    data = _with_model(data, path)
+    _check_state(data["model"], path, device)
+    return data
+
+
+def _with_model(data: dict, path: str) -> dict[str, Any]:
+    """Finds the tensors in what a file holds, wherever other programs put them."""
     if path.endswith(".pkl") and "__author__" not in data:
         state = data.get("blobs", data)
-        state = {name: value for name, value in state.items() if not name.endswith("_momentum")}
+        if isinstance(state, dict):
+            state = {n: value for n, value in state.items() if not str(n).endswith("_momentum")}
         return {"model": state, "__author__": "Caffe2", "matching_heuristics": True}
     if "model" not in data:
         data = {"model": data.get("model_state", data.get("state_dict", data))}
     return data
+
+
+def _check_state(state: object, path: str, device: str) -> None:
+    """Checks that there are tensors, by names, and nothing else."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} is no checkpoint: its weights are {_what(state)}")
+    if not state:
+        raise CheckpointError(f"{path} holds no weights at all: it is empty")
+    wrong = {
+        str(name): value
+        for name, value in state.items()
+        if not isinstance(name, str) or not isinstance(value, Tensor | np.ndarray | np.generic)
+    }
+    if wrong:
+        found = ", ".join(f"{name!r}: {_what(value)}" for name, value in list(wrong.items())[:3])
+        raise CheckpointError(
+            f"{path} holds no weights of a model: {found}, where tensors are expected; save them "
+            'as torch.save({"model": model.state_dict()}, path)'
+        )
+    bare = [name for name, x in state.items() if isinstance(x, Tensor) and x.is_meta]
+    if bare and device != "meta":
+        raise CheckpointError(f"{path} holds the shape of {bare[0]}, but no values (device meta)")
+
+
+def _what(value: object) -> str:
+    size = f" of {len(value)}" if isinstance(value, list | tuple | dict) else ""
+    return "None" if value is None else f"a {type(value).__name__}{size}"
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -79,14 +142,21 @@ def _read_torch(path: str, device: str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location=device, mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        if not (zipfile.is_zipfile(path) or _is_pickle(path)):
+            raise CheckpointError(f"{path} is no checkpoint, or was cut off") from error
+        raise CheckpointError(
             f"{path} holds more than tensors and plain values, and is not loaded, because that "
             "could run code; "
             f'save its weights alone, as torch.save({{"model": model.state_dict()}}, path). '
             f"({error})"
         ) from error
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint, or was cut off: {error}") from error
+    except BROKEN as error:
+        raise CheckpointError(f"{path} is no checkpoint, or was cut off: {error}") from error
+
+
+def _is_pickle(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(1) == pickle.PROTO
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -104,5 +174,68 @@ def _read_pickle(path: str) -> dict[str, Any]:
     with open(path, "rb") as file:
         try:
             return _ArrayUnpickler(file, encoding="latin1").load()
-        except (pickle.UnpicklingError, EOFError) as error:  # refused, or cut off
-            raise ValueError(f"{path} is not loaded: {error}") from error
+        except (pickle.UnpicklingError, *BROKEN) as error:  # refused, or cut off
+            raise CheckpointError(f"{path} is not loaded: {error}") from error
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on.
+
+    Attributes:
+        path: of the checkpoint; "": there is none.
+        note: what was wrong with the one that should have been used; "": nothing.
+    """
+
+    path: str
+    note: str = ""
+
+
+def find_resumption(folder: str) -> Resumption:
+    """Finds the checkpoint that `last_checkpoint` names or, where it is broken, the newest other.
+
+    Every checkpoint holds the whole state of a training: one that goes on from an earlier one
+    makes the same steps again, to the same result. So nothing but time is lost by it.
+
+    Args:
+        folder: of the checkpoints, whose files may have been cut off or lost.
+
+    Raises:
+        CheckpointError: there were checkpoints, but none can be read.
+    """
+    if not Path(folder).is_dir():
+        return Resumption("")
+    fault = f"{Path(folder, LAST)} is missing"
+    if Path(folder, LAST).is_file():
+        try:
+            name = Path(folder, LAST).read_text(encoding="utf-8").strip()
+            path = fetch(str(Path(folder, name or "(nothing)")))
+            read_checkpoint(path, "meta")
+            return Resumption(path)
+        except (OSError, ValueError) as error:
+            fault = f"{Path(folder, LAST)} names no checkpoint that can be read ({error})"
+    elif not any(Path(folder).glob("model_*.pth")):
+        return Resumption("")
+    others = sorted(_of_training(folder))
+    if others:
+        iteration, newest = others[-1]
+        return Resumption(
+            newest, f"{fault}: going on from the newest other, {newest}, of iteration {iteration}"
+        )
+    if not Path(folder, LAST).is_file():
+        return Resumption("")  # weights that somebody put there
+    raise CheckpointError(
+        f"{fault}, and there is no other: begin anew with another OUTPUT_DIR, or with --overwrite "
+        "instead of --resume"
+    )
+
+
+def _of_training(folder: str) -> Iterator[tuple[int, str]]:
+    """The readable checkpoints of a training in a folder, each with its iteration."""
+    for path in Path(folder).glob("model_*.pth"):
+        try:
+            data = read_checkpoint(str(path), "meta")
+        except CheckpointError:
+            continue
+        if "trainer" in data and isinstance(data.get("iteration"), int):
+            yield data["iteration"], str(path)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from maskdino.backbones.convert import is_unused_in_swin, swin_rules
-from maskdino.checkpoint.reading import shapes_of
+from maskdino.checkpoint.reading import CheckpointError, shapes_of
 
 ENCODER = "sem_seg_head.pixel_decoder."
 DECODER = "sem_seg_head.predictor."
@@ -94,7 +94,7 @@ def refuse_foreign(names: Iterable[str], path: str) -> None:
     names = list(names)
     for model, pattern in FOREIGN:
         if any(pattern.fullmatch(name) for name in names):
-            raise ValueError(
+            raise CheckpointError(
                 f"{path} holds the weights of {model}, which no Mask DINO can take; give weights "
                 "of Mask DINO, or of a backbone alone"
             )
