@@ -28,6 +28,8 @@ from maskdino.categories import Categories
 from maskdino.checkpoint.loading import load_trained
 from maskdino.devices import pick_device
 from maskdino.inference.options import PredictorOptions
+from maskdino.inference.sliced import predict_sliced
+from maskdino.inference.tiles import TiledImage
 from maskdino.model import MaskDINO
 from maskdino.model_zoo import read_config
 from maskdino.postprocess import Frame, InferenceOptions, postprocess
@@ -228,6 +230,45 @@ class MaskDINOPredictor:
                     found = self._predict(batch)
                     results |= {x.number: r for x, r in zip(batch, found, strict=True)}
             yield from (results[number] for number, _ in sources)
+
+    def sliced(
+        self,
+        image: ImageSource,
+        size: int = 1024,
+        overlap: float = 0.2,
+        *,
+        channel_order: str = "RGB",
+        progress: bool = False,
+    ) -> ImageResult:
+        """Predicts a large image in overlapping slices, and joins what their edges cut.
+
+        Slices are read by the network as images are, `batch_size` at one time, and each may show
+        `max_detections` objects. The network's size of reading is that of slices: choose `size` so
+        that objects appear in a slice as large as in the images of training. An object is whole if
+        it is smaller than the overlap, or if two slices see it alike where they overlap.
+
+        Args:
+            image: see `maskdino.visualization.images.load_image`. Files in formats that can be
+                (`maskdino.inference.tiles`) are read in parts.
+            size: height and width of a slice in pixels. An image that is not larger is predicted
+                as it is.
+            overlap: least share of a slice that the next one sees again, in [0, 0.9].
+            channel_order: "RGB" or "BGR", of arrays and tensors.
+            progress: show a bar.
+
+        Raises:
+            ImageError: it is no image; names it.
+            ValueError: the size or overlap is out of range.
+        """
+        name = str(image) if isinstance(image, str | os.PathLike) else "image 0"
+        return predict_sliced(
+            self.stream,
+            TiledImage(image, channel_order),
+            size=size,
+            overlap=overlap,
+            name=name,
+            progress=progress,
+        )
 
     @torch.inference_mode()
     def _predict(self, images: list[_Image]) -> list[ImageResult]:

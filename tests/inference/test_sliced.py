@@ -1,0 +1,383 @@
+"""Large images in slices: no object is torn, doubled or lost, and memory stays small."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_utils
+from scipy.ndimage import find_objects
+
+from maskdino.categories import Categories
+from maskdino.inference import sliced
+from maskdino.inference.parts import Window, run_lengths, slices_of
+from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.inference.sliced import predict_sliced
+from maskdino.inference.tiles import TiledImage
+from maskdino.model import MaskDINO
+from maskdino.rle import decode_segmentation, encode_mask
+from maskdino.visualization.images import ImageError
+from maskdino.visualization.results import ImageResult
+from tests.helpers import tiny_cfg
+
+NUCLEI = Path(__file__).resolve().parents[2] / "datasets" / "nuclei"
+CATEGORIES = Categories(("blob", "bar", "ground"), (True, True, False), (1, 2, 3))
+ROUGH = 2  # pixels at the edge of a slice where the oracle's masks are wrong
+
+
+class Oracle:
+    """Sees objects painted in colors: (object's number, class, anything); 0 is background.
+
+    Like a model it knows nothing of what lies outside of the image it is given.
+    """
+
+    def __init__(self, *, tasks: tuple[str, ...] = ("instance",), rough: bool = False) -> None:
+        self.tasks, self.rough, self.asked = tasks, rough, list[tuple[int, ...]]()
+
+    def __call__(self, images: Iterable[np.ndarray]) -> Iterator[ImageResult]:
+        for image in images:
+            self.asked.append(image.shape)
+            yield self.see(image)
+
+    def see(self, image: np.ndarray) -> ImageResult:
+        numbers = image[..., 0] + image[..., 2].astype(int) * 256
+        found = []
+        for n, place in enumerate(find_objects(numbers), start=1):
+            if place is not None:
+                mask = np.zeros(numbers.shape, bool)
+                mask[place] = numbers[place] == n
+                found.append((mask, int(image[mask][0, 1])))
+        if self.rough:
+            for mask, _ in found:
+                inner = mask[ROUGH:-ROUGH, ROUGH:-ROUGH].copy()
+                mask[:] = False
+                mask[ROUGH:-ROUGH, ROUGH:-ROUGH] = inner
+            found = [(mask, label) for mask, label in found if mask.any()]
+        rles = tuple(encode_mask(mask) for mask, _ in found)
+        boxes = np.array([mask_utils.toBbox(rle) for rle in rles], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        # Larger parts are seen more surely.
+        scores = np.array([0.9 - 0.5 / mask.sum() for mask, _ in found], np.float32)
+        parts: dict = {}
+        if "instance" in self.tasks:
+            labels = np.array([label for _, label in found], np.int64)
+            parts = {"boxes": boxes, "scores": scores, "class_ids": labels, "rles": rles}
+        if "panoptic" in self.tasks:
+            ids, segments = np.ones(image.shape[:2], np.int32), []
+            for number, (mask, label) in enumerate(found, start=2):
+                ids[mask] = number
+                thing = {"category_id": label, "isthing": True, "score": float(scores[number - 2])}
+                segments.append({"id": number, **thing})
+            segments.append({"id": 1, "category_id": 2, "isthing": False})
+            parts |= {"panoptic_ids": ids, "segments": tuple(segments)}
+        if "semantic" in self.tasks:
+            parts["label_map"] = np.where(numbers > 0, image[..., 1], 2).astype(np.uint8)
+        return ImageResult("slice", image.shape[:2], CATEGORIES, source=image, **parts)
+
+
+def paint(image: np.ndarray, number: int, mask: np.ndarray | tuple, label: int = 0) -> None:
+    image[mask] = (number % 256, label, number // 256)
+
+
+def drawn_scene() -> np.ndarray:
+    """(300, 420, 3): blobs everywhere, a bar through all columns, and a ring over all slices."""
+    image = np.zeros((300, 420, 3), np.uint8)
+    y, x = np.mgrid[:300, :420]
+    paint(image, 1, (slice(140, 152), slice(0, 420)), label=1)
+    radius = np.hypot(y - 150, x - 210)
+    paint(image, 2, (radius > 100) & (radius < 112) & (np.abs(y - 146) > 8))
+    number = 2
+    for top in range(4, 290, 26):
+        for left in range(3, 410, 23):
+            blob = np.hypot(y - top - 6, x - left - 6) < 7
+            near = np.hypot(y - top - 6, x - left - 6) < 9
+            if not image[near].any():
+                number += 1
+                paint(image, number, blob, label=number % 2)
+    assert number > 60
+    return image
+
+
+def run(oracle: Oracle, image: np.ndarray, size: int = 100, overlap: float = 0.2) -> ImageResult:
+    return predict_sliced(
+        oracle, TiledImage(image), size=size, overlap=overlap, name="scene", progress=False
+    )
+
+
+def counts(result: ImageResult) -> list[tuple]:
+    return sorted((int(k), rle["counts"]) for k, rle in zip(result.class_ids, result.rles))  # noqa: B905
+
+
+@pytest.mark.parametrize(
+    ("size", "overlap"), [(100, 0.2), (64, 0.3), (131, 0.15), (200, 0.5), (90, 0.7), (350, 0.1)]
+)
+def test_no_object_is_torn_or_doubled(size: int, overlap: float) -> None:
+    image, oracle = drawn_scene(), Oracle()
+    result = run(oracle, image, size, overlap)
+    assert len(oracle.asked) > 1
+    assert counts(result) == counts(oracle.see(image))
+    assert result.size == (300, 420) and result.name == "scene"
+    assert (np.diff(result.scores) <= 0).all()
+    for box, rle in zip(result.boxes, result.rles, strict=True):
+        x0, y0, width, height = mask_utils.toBbox(rle)
+        np.testing.assert_array_equal(box, [x0, y0, x0 + width, y0 + height])
+
+
+def test_a_mosaic_of_real_masks_is_that_of_the_single_images() -> None:
+    """Nuclei of 12 images side by side; those that touch at the seams of images stay apart."""
+    data = json.loads((NUCLEI / "annotations" / "instances_val.json").read_text())
+    mosaic, number = np.zeros((4 * 256, 3 * 320, 3), np.uint8), 0
+    for i, entry in enumerate(data["images"][::2]):
+        top, left = i // 3 * 256, i % 3 * 320
+        window = mosaic[top : top + entry["height"], left : left + entry["width"]]
+        for annotation in data["annotations"]:
+            if annotation["image_id"] == entry["id"]:
+                number += 1
+                size = entry["height"], entry["width"]
+                mask = decode_segmentation(annotation["segmentation"], size)
+                paint(window, number, mask)
+    assert number > 200
+    assert counts(run(Oracle(), mosaic, 256, 0.25)) == counts(Oracle().see(mosaic))
+    # Masks that are wrong at the edges of slices are wrong at the edge of the image alone.
+    expected, result = Oracle(rough=True).see(mosaic), run(Oracle(rough=True), mosaic, 256, 0.25)
+    assert counts(result) == counts(expected)
+
+
+def test_slices_cover_the_image_and_each_pixel_has_one_owner() -> None:
+    for size, edge, overlap in (((300, 420), 100, 0.2), ((99, 1000), 100, 0.9), ((7, 9), 8, 0.0)):
+        slices = slices_of(size, edge, overlap)
+        owners = np.zeros(size, int)
+        for own in slices:
+            assert own.owned.common(own) == own.owned
+            assert own.shape == (min(edge, size[0]), min(edge, size[1]))
+            owners[own.owned.inside(Window(0, 0, *size))] += 1
+        assert (owners == 1).all()
+        pairs = [(a, b) for a, b in zip(slices, slices[1:], strict=False) if a.top == b.top]
+        assert all(a.right - b.left >= overlap * min(edge, size[1]) for a, b in pairs)
+
+
+def test_run_lengths_of_a_part_are_those_of_the_whole_mask() -> None:
+    rng = np.random.default_rng(0)
+    for top, left, height, width in ((0, 0, 20, 30), (3, 5, 9, 8), (0, 7, 20, 4), (19, 29, 1, 1)):
+        for density in (0.5, 1.1):
+            mask = rng.random((height, width)) < density
+            whole = np.zeros((20, 30), bool)
+            whole[top : top + height, left : left + width] = mask
+            extent = Window(top, left, top + height, left + width)
+            assert run_lengths(mask, extent, (20, 30)) == encode_mask(whole)
+
+
+def test_what_one_slice_alone_sees_at_its_edge_is_left_out() -> None:
+    """The next slice sees all of it, and nothing there."""
+    image = drawn_scene() * 0
+    paint(image, 1, (slice(20, 40), slice(20, 40)))
+
+    class Guessing(Oracle):
+        def see(self, image: np.ndarray) -> ImageResult:
+            if len(self.asked) == 1:
+                paint(image := image.copy(), 2, (slice(50, 60), slice(95, 100)))
+            return super().see(image)
+
+    assert len(run(Guessing(), image)) == 1
+
+
+def test_objects_of_two_classes_and_touching_ones_stay_apart() -> None:
+    image = np.zeros((100, 300, 3), np.uint8)
+    paint(image, 1, (slice(40, 50), slice(0, 300)), label=0)
+    paint(image, 2, (slice(50, 60), slice(0, 300)), label=0)
+    paint(image, 3, (slice(60, 70), slice(0, 300)), label=1)
+    result = run(Oracle(), image)
+    assert counts(result) == counts(Oracle().see(image))
+    assert len(result) == 3
+
+
+def test_scores_of_joined_objects_lie_between_those_of_their_parts() -> None:
+    image = np.zeros((100, 300, 3), np.uint8)
+    paint(image, 1, (slice(40, 50), slice(0, 300)))
+    scores: list[float] = []
+
+    class Unequal(Oracle):
+        def see(self, image: np.ndarray) -> ImageResult:
+            result = super().see(image)
+            result.scores[:] = 0.9 - 0.1 * len(scores)
+            scores.append(float(result.scores[0]))
+            return result
+
+    (score,) = run(Unequal(), image).scores
+    assert min(scores) < score < max(scores)
+
+
+def test_panoptic_and_semantic_maps_are_those_of_the_whole_image() -> None:
+    image = drawn_scene()
+    oracle = Oracle(tasks=("instance", "panoptic", "semantic"), rough=False)
+    expected, result = oracle.see(image), run(oracle, image)
+    assert result.tasks == ("instance", "panoptic", "semantic")
+    np.testing.assert_array_equal(result.label_map, expected.label_map)
+    assert result.label_map.dtype == np.uint8 and result.panoptic_ids.dtype == np.int32
+    pairs = np.unique(np.stack([result.panoptic_ids, expected.panoptic_ids]).reshape(2, -1), axis=1)
+    # One to one, of one class.
+    assert len(pairs[0]) == len(set(pairs[0])) == len(set(pairs[1])) == len(expected.segments)
+    labels, expected_labels = (
+        {s["id"]: (s["category_id"], s["isthing"]) for s in r.segments} for r in (result, expected)
+    )
+    assert [labels[i] for i in pairs[0]] == [expected_labels[i] for i in pairs[1]]
+
+
+def test_boxes_alone_are_joined() -> None:
+    class Boxes(Oracle):
+        def see(self, image: np.ndarray) -> ImageResult:
+            return ImageResult(**{**vars(super().see(image)), "rles": None})
+
+    image = np.zeros((100, 300, 3), np.uint8)
+    paint(image, 1, (slice(40, 50), slice(10, 290)))
+    paint(image, 2, (slice(70, 80), slice(85, 97)))
+    result = run(Boxes(), image)
+    assert result.rles is None
+    found = sorted(result.boxes.tolist())
+    assert found == [[10, 40, 290, 50], [85, 70, 97, 80]]
+
+
+def test_memory_does_not_grow_with_objects_times_pixels(tmp_path: Path) -> None:
+    """A mapped file of 36 million pixels with 900 objects: as masks they were 32 GB."""
+    path = tmp_path / "large.ppm"
+    with path.open("wb") as file:
+        file.write(b"P6 6000 6000 255\n")
+        row = np.zeros((200, 6000, 3), np.uint8)
+        for i in range(30):
+            for j in range(30):
+                paint(row, 1 + 30 * i + j, (slice(50, 150), slice(200 * j + 50, 200 * j + 150)))
+            file.write(row.tobytes())
+    image = TiledImage(path)
+    assert not image.whole and image.size == (6000, 6000)
+    tracemalloc.start()
+    result = predict_sliced(Oracle(), image, size=500, overlap=0.2, name="large", progress=False)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(result) == 900
+    assert {int(mask_utils.area(rle)) for rle in result.rles} == {10000}
+    assert peak < 60e6  # of 108 MB that the image has
+
+
+def test_a_slice_that_is_larger_than_the_image_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sliced._say_that_it_fits.cache_clear()
+    image, oracle = drawn_scene(), Oracle()
+    with caplog.at_level(logging.WARNING):
+        result = run(oracle, image, 500)
+        run(oracle, image, 500)
+    assert counts(result) == counts(oracle.see(image))
+    assert result.name == "scene"
+    assert [r.message for r in caplog.records] == [
+        "images that fit into one slice of 500 pixels are predicted as they are"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"size": 0}, "slices of 0 pixels are too small: at least 48"),
+        ({"overlap": 1.0}, r"slices that overlap by 1.0: it must be in \[0, 0.9\]"),
+        ({"overlap": float("nan")}, "slices that overlap by nan"),
+    ],
+)
+def test_sizes_out_of_range(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(Oracle(), drawn_scene(), **wrong)
+
+
+def test_the_predictor_slices(tmp_path: Path) -> None:
+    """Through the network: batches, files, and the plain prediction of what is small."""
+    cfg = tiny_cfg(TEST__PANOPTIC_ON=True, TEST__SEMANTIC_ON=True)
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT = 64, 96, "RGB"
+    predictor = MaskDINOPredictor.from_model(
+        MaskDINO(cfg), cfg, confidence_threshold=0.0, batch_size=3, features=True
+    )
+    image = np.random.default_rng(0).integers(0, 256, (100, 150, 3), np.uint8)
+    path = tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    result = predictor.sliced(path, size=64)
+    assert result.size == (100, 150) and result.name == str(path)
+    assert result.tasks == ("instance", "panoptic", "semantic")
+    assert len(result) and len(result.features) == len(result.rles) == len(result)
+    assert {tuple(rle["size"]) for rle in result.rles} == {(100, 150)}
+    assert result.draw("instance").shape == (100, 150, 3)
+    whole, plain = predictor.sliced(image, size=150), predictor(image)
+    np.testing.assert_array_equal(whole.boxes, plain.boxes)
+    with pytest.raises(ImageError, match=r"missing\.png does not exist"):
+        predictor.sliced(tmp_path / "missing.png")
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.ppm", "a.pgm"])
+def test_uncompressed_files_are_read_in_parts(name: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    pixels = pixels[..., 0] if name.endswith("pgm") else pixels
+    Image.fromarray(pixels).save(tmp_path / name)
+    image = TiledImage(tmp_path / name)
+    assert not image.whole and image.size == (70, 90)
+    expected = pixels[3:40, 5:90]
+    expected = expected if expected.ndim == 3 else expected[..., None].repeat(3, 2)
+    np.testing.assert_array_equal(image.part(slice(3, 40), slice(5, 90)), expected)
+
+
+def test_other_files_are_read_whole_and_broken_ones_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "packed.tif", compression="tiff_lzw")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.tif", exif=exif)
+    image.save(tmp_path / "cut.ppm")
+    content = (tmp_path / "cut.ppm").read_bytes()
+    (tmp_path / "cut.ppm").write_bytes(content[:-1000])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # larger ones are no attack here
+    for name, size in (("a.png", (70, 90)), ("packed.tif", (70, 90)), ("turned.tif", (90, 70))):
+        opened = TiledImage(tmp_path / name)
+        assert opened.whole and opened.size == size
+    assert Image.MAX_IMAGE_PIXELS == 100
+    with pytest.raises(ImageError, match=r"cannot read image .*cut\.ppm"):
+        TiledImage(tmp_path / "cut.ppm")
+
+
+def test_rasterio_reads_windows_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in with the functions of rasterio that are used."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 70, 90), np.uint8)
+    windows = []
+
+    def read(bands: list[int], window: tuple) -> np.ndarray:
+        windows.append(window)
+        (top, bottom), (left, right) = window
+        return pixels[[band - 1 for band in bands], top:bottom, left:right]
+
+    def opened(path: Path) -> SimpleNamespace:
+        if "broken" in path.name:
+            raise stand_in.errors.RasterioError(
+                "not recognized as being in a supported file format"
+            )
+        return SimpleNamespace(height=70, width=90, count=4, read=read)
+
+    stand_in = ModuleType("rasterio")
+    stand_in.__spec__ = SimpleNamespace()
+    stand_in.open = opened
+    stand_in.errors = SimpleNamespace(RasterioError=type("RasterioError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "rasterio", stand_in)
+    Image.fromarray(pixels[0]).save(tmp_path / "packed.tif", compression="tiff_lzw")
+    image = TiledImage(tmp_path / "packed.tif")
+    part = image.part(slice(3, 40), slice(5, 90))
+    np.testing.assert_array_equal(part, pixels[:3, 3:40, 5:90].transpose(1, 2, 0))
+    assert windows == [((3, 40), (5, 90))] and not image.whole
+    with pytest.raises(ImageError, match=r"cannot read image .*broken\.tif: not recognized"):
+        TiledImage(tmp_path / "broken.tif")
