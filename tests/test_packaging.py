@@ -96,12 +96,17 @@ def test_wheel_has_all_that_the_command_needs(installed: Path, tmp_path: Path) -
     assert str(installed.parent) in shown.splitlines()[0]
     assert "cpu: reference (the compiled library is not built" in shown
     assert "ADE20K" in run(installed, tmp_path, "prepare")
-    code = "from maskdino import model_zoo; print(len(model_zoo.list()))"
+    code = """
+from maskdino import model_zoo
+lazy = model_zoo.get_config("lazy/coco_panoptic_R50")
+print(len(model_zoo.list()), len(model_zoo.list(lazy=True)), len(lazy.model.is_thing))
+"""
     python = next(installed.glob("python*"))
     counted = subprocess.run(
         [python, "-W", "ignore", "-c", code], cwd=tmp_path, check=True, capture_output=True
     )
-    assert int(counted.stdout) == len(model_zoo.list())
+    expected = [len(model_zoo.list()), len(model_zoo.list(lazy=True)), 133]
+    assert list(map(int, counted.stdout.split())) == expected
     (packed,) = installed.parent.rglob("site-packages/maskdino")
     for path in (REPOSITORY / "maskdino").rglob("*"):
         if path.is_file() and path.suffix not in (".so", ".pyc"):

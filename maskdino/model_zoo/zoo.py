@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.modeling import build_model
+from omegaconf import DictConfig
 from torch import nn
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
@@ -21,6 +22,7 @@ from .catalogue import RELEASED, ReleasedModel, find_released
 
 logger = logging.getLogger(__name__)
 
+LAZY = "lazy/"  # detectron2's LazyConfig files; all others are YAML
 RELEASED_WEIGHTS = "released"  # in place of a path: those that were released for the configuration
 
 
@@ -40,10 +42,16 @@ def _configs_folder() -> Path:
     )
 
 
-def list_configs(trained: bool = False) -> list[str]:
-    """Names of shipped configurations, sorted; with `trained`, of those with released weights."""
+def list_configs(trained: bool = False, lazy: bool = False) -> list[str]:
+    """Names of shipped configurations, sorted.
+
+    Args:
+        trained: only those with released weights.
+        lazy: those of detectron2's LazyConfig instead of the YAML files, which our commands read.
+    """
     folder = _configs_folder()
-    paths = (p for p in folder.rglob("*.yaml") if not p.name.startswith("Base"))
+    found = folder.glob(f"{LAZY}*.py") if lazy else folder.rglob("*.yaml")
+    paths = (p for p in found if not p.name.startswith("Base"))
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     released = {model.config for model in RELEASED}
     return [name for name in names if name in released or not trained]
@@ -53,23 +61,24 @@ def get_config_file(name: str) -> str:
     """The path of a shipped configuration.
 
     Args:
-        name: relative to `configs/`, such as `coco/instance/maskdino_R50.yaml`; the ending may be
-            left out.
+        name: relative to `configs/`, such as `coco/instance/maskdino_R50.yaml` or
+            `lazy/coco_instance_R50.py`; the ending may be left out.
 
     Raises:
         FileNotFoundError: if there is none of this name; the message suggests close ones.
     """
-    name = name.removesuffix(".yaml") + ".yaml"
+    ending = ".py" if name.startswith(LAZY) else ".yaml"
+    name = name.removesuffix(ending) + ending
     path = _configs_folder() / name
     if not path.is_file():
-        close = difflib.get_close_matches(name, list_configs(), n=3)
+        close = difflib.get_close_matches(name, list_configs() + list_configs(lazy=True), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see maskdino.model_zoo.list()"
         raise FileNotFoundError(f"no configuration {name!r} in the model zoo; {hint}")
     return str(path)
 
 
-def get_config(name: str, trained: bool = False) -> CfgNode:
-    """Reads a shipped configuration.
+def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
+    """Reads a shipped configuration; one of ``lazy/`` as detectron2's LazyConfig.
 
     Args:
         name: as for `get_config_file`.
@@ -83,7 +92,7 @@ def get_config(name: str, trained: bool = False) -> CfgNode:
     """
     path = get_config_file(name)
     if not trained:
-        return load_config(path)
+        return LazyConfig.load(path) if name.startswith(LAZY) else load_config(path)
     model = find_released(name)
     return load_config(path, [*model.overrides, "MODEL.WEIGHTS", model.url])
 
@@ -93,8 +102,15 @@ def find_config(config: str | os.PathLike) -> Path:
 
     Raises:
         FileNotFoundError: if there is none; the message names those most like it.
+        ValueError: if it is a LazyConfig, which our commands do not read.
     """
-    return Path(config) if Path(config).is_file() else Path(get_config_file(str(config)))
+    path = Path(config) if Path(config).is_file() else Path(get_config_file(str(config)))
+    if path.suffix == ".py":
+        raise ValueError(
+            f"{path} is a LazyConfig: detectron2's tools/lazyconfig_train_net.py trains it, and "
+            "instantiate(model_zoo.get_config(name).model) builds its model"
+        )
+    return path
 
 
 def read_config(
@@ -123,7 +139,8 @@ def read_config(
         FileNotFoundError: if there is no such configuration or checkpoint.
         ConnectionError: if the weights cannot be downloaded.
         KeyError: if a key is unknown, or no weights were released for the configuration.
-        ValueError: if the weights are of another model, or `whole` and there are none.
+        ValueError: if the weights are of another model, or `whole` and there are none; or the
+            configuration is a LazyConfig.
     """
     cfg = load_config(str(find_config(config)), overrides)
     if weights is not None:

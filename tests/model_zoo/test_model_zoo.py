@@ -57,6 +57,20 @@ def test_untrained_config_is_the_file() -> None:
     assert model_zoo.get_config(R50.removesuffix(".yaml")) == model_zoo.get_config(R50)
 
 
+def test_lazy_configurations_by_name() -> None:
+    names = model_zoo.list(lazy=True)
+    assert {"lazy/coco_instance_R50.py", "lazy/coco_instance_swinl.py"} <= set(names)
+    assert not set(names) & set(model_zoo.list())
+    for name in names:
+        lazy = model_zoo.get_config(name)
+        assert lazy.model.heads.num_classes in (80, 133)
+        assert model_zoo.get_config(name.removesuffix(".py")).keys() == lazy.keys()
+    with pytest.raises(FileNotFoundError, match=r"did you mean lazy/coco_instance_R50\.py"):
+        model_zoo.get_config("lazy/coco_instance_R5O")
+    with pytest.raises(ValueError, match=r"coco_instance_R50\.py is a LazyConfig: .*lazyconfig"):
+        model_zoo.read_config("lazy/coco_instance_R50")
+
+
 @pytest.mark.parametrize("model", model_zoo.RELEASED, ids=lambda model: model.config)
 def test_released_weights_are_found_by_config_and_by_file(model: model_zoo.ReleasedModel) -> None:
     for name in (model.config, model.config.removesuffix(".yaml"), model.file):
