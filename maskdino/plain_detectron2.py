@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
@@ -61,8 +62,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         model: the model.
 
     Raises:
-        ValueError: as `maskdino.engine.solver` says.
+        ValueError: mixed precision is asked for on a CPU, where detectron2's trainer has none; or
+            as `maskdino.engine.solver` says.
     """
+    if cfg.SOLVER.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        raise ValueError(
+            "SOLVER.AMP.ENABLED is True and MODEL.DEVICE cpu, where detectron2's trainer has no "
+            "mixed precision: set it to False, or call maskdino.adapt_to_detectron2(cfg)"
+        )
     # Not fused: a fused step is given the gradients before mixed precision scales them back.
     optimizer = solver.build_optimizer(cfg, model, fused=False)
     return _clipped(optimizer, solver.build_gradient_clipper(cfg))

@@ -134,6 +134,8 @@ def test_values_of_our_own_trainer_end_in_a_line_that_names_the_key(repository: 
         build_optimizer(cfg, nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"^INPUT\.RANDOM_FLIP is 'dihedral'.*adapt_to_detectron2"):
         DatasetMapper(cfg, is_train=True)
+    with pytest.raises(ValueError, match=r"^SOLVER\.AMP\.ENABLED is True.*adapt_to_detectron2"):
+        maskdino.build_optimizer(cfg, nn.Linear(2, 2))
     DatasetMapper(cfg, is_train=False)
     maskdino.adapt_to_detectron2(cfg)
     assert DatasetMapper(cfg, is_train=True).instance_mask_format == "bitmask"
@@ -168,6 +170,7 @@ def test_optimizer_for_any_trainer_clips_the_whole_gradient(amp: bool) -> None:
     cfg.merge_from_list(
         ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"]
         + ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5, "SOLVER.AMP.ENABLED", amp]
+        + ["MODEL.DEVICE", "cuda"]
     )
     model = tiny_model()
     optimizer = maskdino.build_optimizer(cfg, model)
