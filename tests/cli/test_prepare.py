@@ -66,8 +66,12 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_coco_semantic_maps(tmp_path: Path, scenes: dict) -> None:
+@pytest.mark.parametrize("place", [".", "annotations"])
+def test_coco_semantic_maps(tmp_path: Path, scenes: dict, place: str) -> None:
     folder = synthetic.write_coco(tmp_path, scenes)
+    for split in ("train", "val"):
+        png = folder / f"panoptic_{split}2017"
+        png.rename(folder / place / png.name)
     prepare("coco_semantic", "--root", tmp_path, workers=2)
     ids = {"person": 0, "car": 1, "road": 2, "sky": 3}
     for number, scene in enumerate(scenes["train"], start=1):

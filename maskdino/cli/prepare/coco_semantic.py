@@ -1,7 +1,8 @@
 """Makes semantic maps of COCO (or any dataset in its format) from its panoptic maps.
 
 A pixel holds the position of its category in the JSON file; 255 where there is no segment. Needs
-coco/annotations/panoptic_{train,val}2017.json and coco/panoptic_{train,val}2017/, and makes
+coco/annotations/panoptic_{train,val}2017.json and the folders of its PNG files, coco/panoptic_
+{train,val}2017/ or coco/annotations/panoptic_{train,val}2017/, and makes
 coco/panoptic_semseg_{train,val}2017/. Maps that are there already are kept: start it again after
 an interruption.
 """
@@ -75,9 +76,11 @@ def main(words: list[str] | None = None) -> None:
         return
     folder = arguments.root / "coco"
     for split in arguments.splits:
+        panoptic = folder / f"panoptic_{split}2017"
+        unpacked = folder / "annotations" / panoptic.name  # where COCO's archive has them
         prepare(
-            folder / "annotations" / f"panoptic_{split}2017.json",
-            folder / f"panoptic_{split}2017",
+            unpacked.with_suffix(".json"),
+            unpacked if unpacked.is_dir() and not panoptic.is_dir() else panoptic,
             folder / f"panoptic_semseg_{split}2017",
             *options,
         )
