@@ -68,6 +68,21 @@ def test_names_that_only_the_annotations_tell(cfg: CfgNode) -> None:
         Categories.of_dataset("nowhere", 5)
 
 
+def test_things_of_another_number_are_no_names() -> None:
+    metadata = Metadata(thing_classes=["a"], stuff_classes=["a", "b", "c"])
+    assert Categories.from_metadata(metadata, 3).names == ("a", "b", "c")
+    assert Categories.from_metadata(metadata, 2).names == ("class 0", "class 1")
+    assert Categories.from_metadata(metadata, 2, ("x", "y")).names == ("x", "y")
+
+
+def test_only_data_with_things_tell_stuff() -> None:
+    """Class 1 alone is stuff, or where no ids of things are known, all count as things."""
+    stuff = {"stuff_dataset_id_to_contiguous_id": {4: 1}}
+    things = {"thing_dataset_id_to_contiguous_id": {3: 0}}
+    assert Categories.from_metadata(Metadata(**stuff), 2).is_thing == (True, True)
+    assert Categories.from_metadata(Metadata(**stuff, **things), 2).is_thing == (True, False)
+
+
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [

@@ -108,9 +108,11 @@ def test_wrong_classes_name_the_image(label: int) -> None:
         prepare(drawn_instances((20, 30), 2), image, names=["first.png", "second.png"])
 
 
-def test_large_images_name_themselves() -> None:
-    with pytest.raises(ValueError, match=r"number 0 of the batch of \(33, 10\) pixels"):
-        prepare(drawn_instances((33, 10), 1))
+@pytest.mark.parametrize("size", [(33, 10), (10, 65)])
+def test_large_images_name_themselves(size: tuple[int, int]) -> None:
+    message = rf"number 0 of the batch of \({size[0]}, {size[1]}\) pixels"
+    with pytest.raises(ValueError, match=message):
+        prepare(drawn_instances(size, 1))
 
 
 @pytest.mark.parametrize("kind", ["packed", "bitmasks", "tensor"])

@@ -24,7 +24,6 @@ from maskdino.visualization.drawing import MAX_LABELS, Region, color_of, draw_re
 from maskdino.visualization.images import ImageSource, load_image
 
 TASKS = ("instance", "panoptic", "semantic")
-IGNORED = 255  # in label maps
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ class ImageResult:
                 yield segment["category_id"], rle, segment.get("score")
             return
         for label in np.unique(self._known("label_map")):
-            if label != IGNORED and label < len(self.categories):
+            if label < len(self.categories):  # else ignored
                 yield int(label), encode_mask(self.label_map == label), None
 
     def _coco_entries(self, task: str) -> Iterator[dict]:

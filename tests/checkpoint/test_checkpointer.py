@@ -120,6 +120,19 @@ def test_pickles_of_arrays_are_read(saved: tuple[MaskDINO, Path], tmp_path: Path
     assert torch.equal(other.heads.class_head.weight, head)
 
 
+@pytest.mark.parametrize("key", ["blobs", None])
+def test_pickles_of_caffe2_are_read_without_their_momenta(key: str | None, tmp_path: Path) -> None:
+    arrays = {"conv1_w": np.ones((2, 3), np.float32), "conv1_b": np.zeros(2, np.float32)}
+    whole = arrays | {f"{name}_momentum": array for name, array in arrays.items()}
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps(whole if key is None else {key: whole}, protocol=2))
+    found = read_checkpoint(str(path))
+    assert found.keys() == {"model", "__author__", "matching_heuristics"}
+    assert found["matching_heuristics"] is True
+    assert found["model"].keys() == {"conv1_w", "conv1_b"}
+    assert (found["model"]["conv1_w"] == 1).all()
+
+
 def test_another_number_of_classes_starts_these_weights_anew(
     saved: tuple[MaskDINO, Path], caplog: pytest.LogCaptureFixture
 ) -> None:

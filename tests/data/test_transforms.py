@@ -45,6 +45,20 @@ def test_jitter_scales_over_its_whole_range_and_crops_both_axes_independently() 
     assert offsets.min() < 0.1 and offsets.max() > 0.9
 
 
+@pytest.mark.parametrize(("size", "expected"), [((100, 50), (64, 32)), ((30, 90), (32, 96))])
+def test_factor_of_one_just_fits(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    resize, crop, pad = LargeScaleJitter((64, 96), 1.0, 1.0).get_transform(np.zeros((*size, 3)))
+    assert (resize.new_h, resize.new_w) == (crop.h, crop.w) == expected
+    assert (pad.x1, pad.y1) == (96 - expected[1], 64 - expected[0])
+
+
+def test_crops_reach_the_last_row_and_column() -> None:
+    np.random.seed(0)
+    augmentation = LargeScaleJitter((64, 96), 1.02, 1.02)  # 65 x 98 pixels
+    crops = [augmentation.get_transform(np.zeros((64, 96, 3)))[1] for _ in range(60)]
+    assert {crop.y0 for crop in crops} == {0, 1} and {crop.x0 for crop in crops} == {0, 1, 2}
+
+
 def test_jitter_moves_points_with_the_image() -> None:
     image = np.zeros((100, 80, 3), np.uint8)
     image[40:50, 20:30] = 255

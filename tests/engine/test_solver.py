@@ -54,6 +54,21 @@ def test_biases_have_their_own_keys() -> None:
     assert settings == {(0.1, 0.05), (0.2, 0.01)}
 
 
+@pytest.mark.parametrize(("nesterov", "moves"), [(False, [1.0, 1.5]), (True, [1.5, 1.75])])
+def test_momentum_of_stochastic_descent(nesterov: bool, moves: list[float]) -> None:
+    """Momentum 1/2, gradients of 1: velocities 1 and 1.5; Nesterov adds half of each to 1."""
+    overrides = ("SOLVER.OPTIMIZER", "SGD", "SOLVER.MOMENTUM", "0.5", "SOLVER.WEIGHT_DECAY", "0.0")
+    model = nn.Linear(1, 1, bias=False)
+    cfg = config(*overrides, "SOLVER.NESTEROV", str(nesterov))
+    optimizer = build_optimizer(cfg, model)
+    expected = model.weight.item()
+    for move in moves:
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+        expected -= 0.1 * move
+        assert model.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_unknown_optimizer_and_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="'LION'; use 'ADAMW' or 'SGD'"):
         build_optimizer(config("SOLVER.OPTIMIZER", "LION"), Model())

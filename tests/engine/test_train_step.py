@@ -183,6 +183,24 @@ def test_all_processes_leave_the_step_out(tmp_path: Path) -> None:
     assert first["scale"] == 2.0**9
 
 
+def accumulate(folder: Path) -> None:
+    """Two steps of two processes, each of two micro-batches of one image."""
+    rank = comm.get_rank()
+    trained = step(2, DistributedDataParallel(Quadratic()))
+    for _ in range(2):
+        trained.run(iter([[IMAGES[rank]], [IMAGES[2 + rank]]]))
+    (folder / f"{rank}.json").write_text(json.dumps(trained.model.module.weight.tolist()))
+
+
+def test_processes_and_micro_batches_are_averaged_together(tmp_path: Path) -> None:
+    launch(accumulate, tmp_path, processes=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    whole = step()
+    for _ in range(2):
+        whole.run(iter([IMAGES]))
+    assert first == second == pytest.approx(whole.model.weight.tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_bad_loss_names_itself_and_the_images(accumulation_steps: int) -> None:
     trained = step(accumulation_steps)
@@ -210,6 +228,16 @@ def test_bad_gradient_of_finite_losses_is_noticed(notice: Callable[[TrainStep], 
     # Broken weights may break the next losses, too: either message is right then.
     with pytest.raises(FloatingPointError, match="norm of the gradient was nan|not finite"):
         notice(trained)
+
+
+def test_bad_gradient_names_the_images_of_its_step() -> None:
+    model = Quadratic()
+    trained = step(model=model)
+    handle = model.weight.register_hook(lambda gradient: gradient * float("inf"))
+    trained.run(iter([IMAGES[:2]]))
+    handle.remove()
+    with pytest.raises(FloatingPointError, match=r"was inf on the images \['0\.png', '1\.png'\],"):
+        trained.run(iter([IMAGES[2:]]))
 
 
 def test_accumulation_of_nothing_is_an_error() -> None:

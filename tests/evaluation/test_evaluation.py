@@ -143,6 +143,40 @@ def test_records_are_those_of_masks_one_by_one(
     assert instances_to_records(found[found.scores > 1], 3) == []
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_of_each_class_by_hand(dataset: tuple[str, bool], fast: bool) -> None:
+    """Of nuts, one of two is found: precision 1 up to recall 0.5, the first 51 of 101 recalls.
+
+    Two dates lie in one image, and both are found. Of figs, none is found.
+    """
+    metadata = MetadataCatalog.get(dataset[0])
+    content = json.loads(Path(metadata.json_file).read_text())
+    content["annotations"].append(annotation(5, 1, 3, (40, 30, 8, 6), dataset[1]))
+    Path(metadata.json_file).write_text(json.dumps(content))
+    evaluator = COCOInstanceEvaluator(dataset[0], None, with_masks=False, fast=fast)
+    found = predictions(1, metadata.thing_dataset_id_to_contiguous_id, False)
+    another = copy.deepcopy(found[found.pred_classes == found.pred_classes[1]])
+    another.pred_boxes = Boxes(torch.tensor([[40.0, 30, 48, 36]]))
+    evaluator.process([{"image_id": 1}], [{"instances": Instances.cat([found, another])}])
+    results = evaluator.evaluate()["bbox"]
+    half = 100 * 51 / 101
+    expected = {"AP-nut": half, "AP-date": 100.0, "AP-fig": 0.0, "AP": (half + 100) / 3}
+    assert {name: results[name] for name in expected} == pytest.approx(expected)
+    assert np.isnan(results["APl"])  # nothing is as large as 96 x 96 pixels
+    evaluator.reset()
+    assert evaluator.evaluate()["bbox"]["AP"] == 0.0
+
+
+def test_what_annotations_leave_out_is_filled_in(tmp_path: Path) -> None:
+    whole = {"id": 1, "bbox": [1, 2, 3, 4], "area": 5.0, "iscrowd": 1}
+    content = {"images": [], "annotations": [whole, {"id": 2, "bbox": [1, 2, 3, 4]}]}
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(content))
+    filled = {"id": 2, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
+    expected = {"info": {}, "images": [], "annotations": [whole, filled]}
+    assert coco_evaluation.read_annotations(str(path)) == expected
+
+
 def test_no_prediction_is_no_precision(dataset: tuple[str, bool]) -> None:
     evaluator = COCOInstanceEvaluator(dataset[0], None, with_masks=False, fast=False)
     evaluator.reset()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOPanopticEvaluator
-from panopticapi.evaluation import pq_compute
+from panopticapi.evaluation import PQStat, pq_compute
 
 from maskdino.data.datasets import register_panoptic_folder
-from maskdino.evaluation.panoptic import PanopticEvaluator
+from maskdino.evaluation.panoptic import PanopticEvaluator, panoptic_metrics
 from tests.data.synthetic import COCO_IDS, Scene, make_scenes, write_coco
 
 THINGS = {"person": 0, "car": 1}
@@ -115,6 +115,22 @@ def test_dataset_without_stuff(dataset: str) -> None:
     assert results["PQ"] == results["PQ_th"]
     assert 20 < results["PQ"] < 95
     assert np.isnan(results["PQ_st"])
+
+
+def test_classes_without_a_match_count_for_zero() -> None:
+    """Things: one right, one invented; stuff: one right with IoU 0.8, one missed, one nowhere."""
+    names = {1: ("right", 1), 2: ("invented", 1), 3: ("rough", 0), 4: ("missed", 0), 5: ("nil", 0)}
+    categories = {i: {"id": i, "name": name, "isthing": t} for i, (name, t) in names.items()}
+    quality = PQStat()
+    quality.pq_per_cat[1].tp, quality.pq_per_cat[1].iou = 1, 1.0
+    quality.pq_per_cat[2].fp = 1
+    quality.pq_per_cat[3].tp, quality.pq_per_cat[3].iou = 2, 1.6
+    quality.pq_per_cat[4].fn = 3
+    found = panoptic_metrics(quality, categories)
+    expected = {"PQ": 45.0, "SQ": 45.0, "RQ": 50.0, "PQ_th": 50.0, "SQ_th": 50.0, "RQ_th": 50.0}
+    expected |= {"PQ_st": 40.0, "SQ_st": 40.0, "RQ_st": 50.0, "PQ-right": 100.0}
+    expected |= {"PQ-invented": 0.0, "PQ-rough": 80.0, "PQ-missed": 0.0, "PQ-nil": np.nan}
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_image_that_was_not_predicted(dataset: str) -> None:

@@ -150,6 +150,29 @@ def test_losses_equal_the_slow_ones(cross_entropy: bool, decoupled: bool) -> Non
     check_gradients(sum(found.values()), total, inputs)
 
 
+class TwoKindsOfPoints(FixedPoints):
+    """Other points where the prediction is uncertain than where points are uniform."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uncertain = torch.rand(40, 2)
+
+    def sample_uncertain(self, maps: Tensor) -> Tensor:
+        return self.uncertain.expand(len(maps), -1, -1)
+
+
+def test_masks_are_compared_at_uncertain_points() -> None:
+    """And matched at uniform ones (PointRend; appendix B.1)."""
+    targets, points = drawn_targets((3, 2)), TwoKindsOfPoints()
+    predictions, pixels = drawn_predictions(1, 2, 5)
+    criterion = criterion_with(points)
+    found = criterion(named(predictions, ""), None, None, pixels, targets)
+    matches = criterion.matcher(predictions, pixels, targets)
+    (expected,) = slow_losses(predictions, pixels, targets, matches, points.uncertain)
+    for term in ("loss_mask_bce", "loss_mask_dice"):
+        torch.testing.assert_close(found[term], expected[term], atol=1e-4, rtol=1e-4)
+
+
 def noised(groups: int, slots: int, with_masks: bool = True) -> Denoising:
     empty = torch.zeros(2, groups * slots, 4)
     return Denoising(Queries(empty, empty), groups, slots, with_masks)

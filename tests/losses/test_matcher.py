@@ -228,6 +228,32 @@ def test_costs_that_are_not_finite_name_the_image(
     assert 2 not in matches.query[matches.image == 1].tolist()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_cost_is_the_last_choice(value: float) -> None:
+    costs = torch.tensor([[[value], [0.5], [0.7]]])
+    matches = assignment.PendingMatches(costs, drawn_targets((1,))).result()
+    assert matches.query.tolist() == [1]
+
+
+def test_stuff_has_the_mean_box_cost_of_things() -> None:
+    """One query for two things and stuff: their box costs are compared, and not only added."""
+    targets = drawn_targets((3,))
+    targets = replace(
+        targets,
+        labels=torch.tensor([0, 0, 1]),
+        is_thing=torch.tensor([True, True, False]),
+        boxes=torch.tensor([0.5, 0.5, 0.2, 0.2]).repeat(3, 1),
+    )
+    predictions, pixels = drawn_predictions(1, 1, 1)
+    with torch.no_grad():
+        predictions.boxes[:] = torch.tensor([0.5, 0.5, 0.2, 0.4])
+        predictions.class_logits.zero_()[..., 1] = 0.1
+    # A box cost of 0.2 for things and of their mean for stuff; the class favors stuff by less.
+    weights = CostWeights(1.0, 1.0, 0.0, 0.0, 0.0)
+    matches = match(predictions, pixels, targets, FixedPoints(), weights=weights, decoupled=True)
+    assert matches.target.tolist() == [2]
+
+
 def test_everything_not_a_number(caplog: pytest.LogCaptureFixture) -> None:
     predictions, pixels = drawn_predictions(1, 1, 4)
     broken = predictions.map(lambda x: x * float("nan"))

@@ -1,6 +1,7 @@
 """Self-attention and deformable attention against loops over heads, levels and points."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,3 +119,18 @@ def test_attention_around_cells(deformable: MultiScaleDeformableAttention) -> No
 def test_heads_must_divide_channels() -> None:
     with pytest.raises(ValueError, match="HIDDEN_DIM 10 must be a multiple of the 4"):
         LayerSizes(hidden_dim=10, num_heads=4, num_levels=1, num_points=1, feedforward_dim=16)
+
+
+@torch.no_grad()
+def test_a_new_layer_looks_around_evenly() -> None:
+    """Eight heads in eight directions of a square, points at growing distances, equal weights."""
+    layer = MultiScaleDeformableAttention(replace(SIZES, num_heads=8))
+    queries = torch.randn(3, CHANNELS)
+    assert not layer.attention_weights(queries).any()
+    found = layer.sampling_offsets(queries).view(3, 8, len(SHAPES), POINTS, 2)
+    square = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    for head, (x, y) in enumerate(square):
+        for point in range(POINTS):
+            expected = torch.tensor([x, y]) * (point + 1.0)
+            here = found[:, head, :, point]
+            torch.testing.assert_close(here, expected.expand_as(here), atol=1e-5, rtol=0)

@@ -139,6 +139,17 @@ def test_empty_masks_leave_the_predicted_boxes(kind: str) -> None:
     assert torch.equal(queries.anchor_logits.sigmoid(), predictions.boxes.detach())
 
 
+@pytest.mark.parametrize("kind", ["mask2box", "bitmask"])
+def test_masks_of_one_row_are_not_empty(kind: str) -> None:
+    selection, *_ = selection_of(QUERY_SELECTION__MASK_ENHANCED_ANCHORS=kind)
+    pixels = -torch.ones(1, 1, 8, 16)
+    pixels[0, 0, 2, 4:13] = 1
+    found = selection._mask_anchors(torch.ones(1, 1, 1), pixels, torch.full((1, 1, 4), 9.0))
+    x0, y0, x1, y1 = (4, 2, 12, 2) if kind == "mask2box" else (4, 2, 13, 3)
+    expected = torch.tensor([(x0 + x1) / 32, (y0 + y1) / 16, (x1 - x0) / 16, (y1 - y0) / 8])
+    torch.testing.assert_close(found.sigmoid()[0, 0], expected, atol=2e-5, rtol=0)
+
+
 def test_empty_masks_give_the_released_anchors() -> None:
     for kind, box in (("mask2box", (1, 1, 0, 0)), ("bitmask", (0, 0, 0, 0))):
         options = {"MASK_ENHANCED_ANCHORS": kind, "EMPTY_MASKS": "corner"}

@@ -146,6 +146,19 @@ def test_nothing_above_the_threshold(compact: bool) -> None:
         assert found["instance"].pred_masks.shape == (0, 41, 83)
 
 
+@pytest.mark.parametrize("mask_scoring", [True, False])
+@pytest.mark.parametrize("compact", [True, False])
+def test_scores_at_the_threshold_are_kept(compact: bool, mask_scoring: bool) -> None:
+    """Logits 0 are scores of exactly 1/2; masks that are sure of every pixel have quality 1."""
+    frame = Frame((32, 32), (32, 32), (32, 32))
+    logits = torch.tensor([[0.0, -9.0], [-1e-3, -9.0]])
+    predictions = Predictions(logits, torch.rand(2, 4), torch.full((2, 1), 99.0))
+    asked = options(score_threshold=0.5, mask_scoring=mask_scoring)
+    pixels = torch.ones(1, 8, 8)
+    found = postprocess(predictions, pixels, frame, asked, THINGS[:2], compact=compact)["instance"]
+    assert found.scores.tolist() == [0.5] and found.pred_classes.tolist() == [0]
+
+
 @pytest.mark.parametrize("compact", [True, False])
 def test_features_are_those_of_the_queries(compact: bool) -> None:
     embeddings, pixels = drawn(FRAMES[1])
@@ -287,6 +300,34 @@ def test_covered_segments_are_dropped() -> None:
     ids, segments = merged(scores, labels, torch.full((2, 1), 9.0), torch.ones(1, 8, 8), frame)
     assert [s["score"] for s in segments] == [pytest.approx(0.9)]
     assert (ids == 1).all()
+
+
+@pytest.mark.parametrize(("threshold", "number"), [(0.5, 2), (0.51, 1)])
+def test_half_of_a_segment_is_enough_for_a_threshold_of_half(threshold: float, number: int) -> None:
+    """A sure mask of the left half covers that of the whole image."""
+    pixels = torch.ones(2, 8, 8)
+    pixels[1, :, 4:] = -1
+    frame = Frame((32, 32), (32, 32), (32, 32))
+    embeddings = torch.tensor([[99.0, 0.0], [0.0, 99.0]])
+    logits = logits_of(torch.tensor([0.3, 0.9]), torch.tensor([0, 1]))
+    predictions = Predictions(logits, torch.rand(2, 4), embeddings)
+    asked = options(
+        cross_entropy=True, panoptic_score_threshold=0.1, panoptic_overlap_threshold=threshold
+    )
+    found = postprocess(predictions, pixels, frame, asked, THINGS, tasks=["panoptic"])
+    ids, segments = found["panoptic"]
+    assert len(segments) == number
+    assert ids[0].unique_consecutive().tolist() == ([2, 1] if number == 2 else [1, 0])
+
+
+def test_queries_at_the_score_threshold_take_no_part() -> None:
+    """Logits 0 are scores of exactly 1/2."""
+    frame = Frame((32, 32), (32, 32), (32, 32))
+    predictions = Predictions(torch.zeros(1, 2), torch.rand(1, 4), torch.full((1, 1), 9.0))
+    for threshold, number in ((0.5, 0), (0.49, 1)):
+        asked = options(panoptic_score_threshold=threshold, panoptic_overlap_threshold=0.8)
+        arguments = (predictions, torch.ones(1, 8, 8), frame, asked, THINGS[:2])
+        assert len(postprocess(*arguments, tasks=["panoptic"])["panoptic"][1]) == number
 
 
 def test_panoptic_of_no_queries() -> None:
