@@ -1,13 +1,16 @@
-r"""Trains Mask DINO on own data in COCO's format, in one command.
+r"""Trains Mask DINO on own data, in one command.
 
+    maskdino train-custom --data FOLDER --output OUT
     maskdino train-custom --train-json A.json --train-images DIR --output OUT
     maskdino train-custom --train-json A.json --train-images DIR \
         --val-json B.json --val-images DIR --weights W --epochs 50 --early-stop 5 --output OUT
     maskdino train-custom --output OUT --resume
 
-The data are checked first. Classes, tasks, image size, batch and schedule follow from them and from
-this machine; what was chosen is printed, and is in OUT/config.yaml. Without validation data, a part
-of the images is set aside. Keys and values at the end have the last word: SOLVER.BASE_LR 0.0002
+FOLDER holds images and labels of COCO, Roboflow, YOLO, Pascal VOC, LabelMe or CVAT; its folders
+train and val are taken as such. The data are checked first. Classes, tasks, image size, batch and
+schedule follow from them and from this machine; what was chosen is printed, and is in
+OUT/config.yaml. Without validation data, a part of the images is set aside. Keys and values at
+the end have the last word: SOLVER.BASE_LR 0.0002
 """
 
 import argparse
@@ -29,7 +32,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; `words` stands in for it in tests."""
     parser = make_parser(__doc__)
     data = parser.add_argument_group("data")
-    data.add_argument("--train-json", type=Path, metavar="FILE", help="annotations")
+    data.add_argument("--data", type=Path, metavar="FOLDER", help="images and labels together")
+    data.add_argument("--train-json", type=Path, metavar="FILE", help="or folder: annotations")
     data.add_argument("--train-images", type=Path, metavar="DIR", help="folder of their images")
     data.add_argument("--val-json", type=Path, metavar="FILE")
     data.add_argument("--val-images", type=Path, metavar="DIR")
@@ -63,6 +67,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if (args.val_json is None) != (args.val_images is None):
         parser.error("--val-json and --val-images belong together")
+    if args.data is not None and (args.train_json or args.train_images or args.val_json):
+        parser.error("--data holds all of the data: leave out --train-json and the like")
     return args
 
 
@@ -87,13 +93,14 @@ def prepare(args: argparse.Namespace) -> Run:
         return run
     if run.is_planned():
         raise ValueError(f"{run.output} holds a run: go on with --resume, or choose another folder")
-    if args.train_json is None or args.train_images is None:
-        raise ValueError("a new run needs --train-json and --train-images")
+    if args.data is None and (args.train_json is None or args.train_images is None):
+        raise ValueError("a new run needs --data, or --train-json and --train-images")
     if not torch.cuda.is_available() and args.num_gpus > 1:
         raise ValueError(f"--num-gpus {args.num_gpus}, but there is no GPU")
     configured_device(load_config(None, args.opts).MODEL.DEVICE, args.num_gpus)
     run, text = plan_run(
         Request(
+            data=args.data,
             train_json=args.train_json,
             train_images=args.train_images,
             val_json=args.val_json,

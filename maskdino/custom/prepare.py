@@ -12,11 +12,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from maskdino.custom.annotations import (
     Annotations,
     Summary,
-    read_annotations,
     summarize,
     write_annotations,
 )
 from maskdino.custom.checks import Finding, check, check_pair, describe, drop
+from maskdino.custom.formats import read_own_data
 from maskdino.custom.plan import TRAIN_NAME, VALIDATION_NAME
 from maskdino.custom.request import Request
 from maskdino.custom.split import split
@@ -50,18 +50,17 @@ def prepare_data(request: Request) -> PreparedData:
         DataError: the data cannot be used; the message lists all that is wrong.
     """
     output, skip = request.output, request.skip_invalid
-    for folder in (request.train_images, request.val_images):
-        if folder is not None and not folder.is_dir():
-            raise DataError(f"{folder} is no folder: give the one that holds the images")
-    train = read_annotations(request.train_json, request.train_images)
-    notes: list[str] = []
+    own = read_own_data(request)
+    notes = own.notes
     (output / DATA_FOLDER / FINDINGS_NAME).unlink(missing_ok=True)  # of an earlier attempt
-    train = _checked(train, check(train), skip, output, notes)
-    if request.val_json is None or request.val_images is None:
+    findings = [*own.train.findings, *check(own.train.data)]
+    train = _checked(own.train.data, findings, skip, output, notes)
+    if own.validation is None:
         train, validation = split(train)
     else:
-        validation = read_annotations(request.val_json, request.val_images)
+        validation = own.validation.data
         findings = check(validation, need_all_masks=summarize(train).has_masks)
+        findings = [*own.validation.findings, *findings]
         validation = _checked(validation, findings, skip, output, notes)
         validation = _checked(validation, check_pair(train, validation), False, output, notes)
     # Equal lists give equal class indices.
@@ -75,7 +74,7 @@ def prepare_data(request: Request) -> PreparedData:
     summaries = summarize(train), summarize(validation)
     if summaries[0].has_masks and not summaries[1].has_masks:
         notes.append("no mask in the validation data: only box AP can be measured")
-    return PreparedData(*summaries, request.val_json is None, notes)
+    return PreparedData(*summaries, own.validation is None, notes)
 
 
 def _checked(

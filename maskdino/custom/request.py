@@ -12,6 +12,7 @@ class Request:
     """What is to be trained, and on what.
 
     Attributes:
+        data: folder that holds all, or its file of settings; None: the next four say where it is.
         train_json, train_images: annotations, and the folder of their images.
         val_json, val_images: likewise for validation; None: a part of the training data.
         skip_invalid: leave out images and annotations that are wrong, instead of an error.
@@ -25,9 +26,10 @@ class Request:
         overrides: keys and values of the configuration, which have the last word.
     """
 
-    train_json: Path
-    train_images: Path
     output: Path
+    data: Path | None = None
+    train_json: Path | None = None
+    train_images: Path | None = None
     val_json: Path | None = None
     val_images: Path | None = None
     skip_invalid: bool = False

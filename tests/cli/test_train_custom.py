@@ -171,7 +171,9 @@ def test_runs_of_a_device_that_is_not_here(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="a new run needs --train-json and --train-images"):
+    with pytest.raises(
+        SystemExit, match="a new run needs --data, or --train-json and --train-images"
+    ):
         train_custom.main(["--output", str(tmp_path)])
     with pytest.raises(SystemExit):
         train_custom.parse_arguments(["--output", "o", "--val-json", "b.json"])

@@ -1,0 +1,90 @@
+"""COCO's JSON files in a folder with their images, wherever both lie."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from maskdino.custom.annotations import Annotations, read_annotations
+from maskdino.custom.formats.collect import Dataset, Part
+from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, split_of
+from maskdino.data import DataError
+
+KIND = "COCO"
+PROBED = 50  # images by which the folder of all is found
+NO_PARENT = "none"  # Roboflow's class 0, that of all others
+
+
+def read_coco(tree: Tree, files: Sequence[Path]) -> Dataset:
+    """Reads annotations.
+
+    Args:
+        tree: folder of the images.
+        files: the annotations of each split.
+
+    Raises:
+        DataError: a file is not in the format, two are of one split, or no image is found.
+    """
+    instances = [path for path in files if path.name.startswith("instances")]
+    parts: dict[str | None, Part] = {}
+    for path in instances or files:  # COCO's own folders hold captions and keypoints too
+        inside = path.relative_to(tree.root) if path.is_relative_to(tree.root) else Path(path.name)
+        split = split_of(inside.with_suffix(""))
+        if split in parts:
+            both = f"{parts[split].data.json_file} and {path}"
+            raise DataError(
+                f"both {both} are annotations {f'for {split!r}' if split else 'without a split'}: "
+                "give the right ones with --train-json and --val-json, or remove the others"
+            )
+        parts[split] = Part(_with_images(read_annotations(path, tree.root), tree, split))
+    order = (None, TRAIN, VALIDATION, TEST)
+    return Dataset(KIND, tree.root, {split: parts[split] for split in order if split in parts})
+
+
+def _with_images(data: Annotations, tree: Tree, split: str | None) -> Annotations:
+    """Finds the folder that the names of the images are relative to."""
+    names = [str(image.get("file_name", "")) for image in data.images]
+    probed = names[:: max(len(names) // PROBED, 1)]
+    label = data.json_file
+    # In the order of preference where as many are found: beside the file first.
+    folders = [label.parent, label.parent.parent, tree.root]
+    folders += sorted(
+        {path.parent for path in tree.images}, key=lambda f: tree.split(f / "x") != split
+    )
+    counts = {folder: sum((folder / name).is_file() for name in probed) for folder in folders}
+    best = max(counts, key=counts.__getitem__, default=tree.root)
+    if counts[best] == len(probed):
+        return replace(data, image_root=best)
+    # Paths of another machine, as Label Studio writes them, or images in several folders.
+    images = []
+    found = 0
+    for image, name in zip(data.images, names, strict=True):
+        path = tree.find_image(name, label, split) if PurePosixPath(name).name else None
+        found += path is not None
+        images.append(image if path is None else {**image, "file_name": tree.relative(path)})
+    if not found and names:
+        raise DataError(
+            f"{label}: none of its {len(names)} images, such as {names[0]!r}, is in {tree.root}: "
+            "put them there, or name their folder with --train-images"
+        )
+    return replace(data, image_root=tree.root, images=images)
+
+
+def without_parent_class(parts: Sequence[Annotations]) -> tuple[list[Annotations], str | None]:
+    """Leaves out the class 0 that Roboflow adds as the parent of all others, if it has no objects.
+
+    Returns:
+        The annotations, and the name of the class if one was left out.
+    """
+    used = Counter(str(x.get("category_id")) for part in parts for x in part.annotations)
+    parents = {str(x.get("supercategory")) for part in parts for x in part.categories}
+    for category in parts[0].categories if parts else []:
+        number, name = category.get("id"), category.get("name")
+        parent = category.get("supercategory") == NO_PARENT and str(name) in parents
+        if number == 0 and parent and not used["0"] and len(parts[0].categories) > 1:
+            kept = [[x for x in part.categories if x.get("id") != 0] for part in parts]
+            new = [replace(p, categories=c) for p, c in zip(parts, kept, strict=True)]
+            return new, str(name)
+    return list(parts), None

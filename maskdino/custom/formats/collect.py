@@ -1,0 +1,204 @@
+"""Objects of any format on their way into COCO's lists.
+
+Shape key: H, W pixels of an image.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from maskdino.custom.annotations import Annotations
+from maskdino.custom.checks import Finding
+from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, image_size
+from maskdino.data import DataError
+
+
+@dataclass(frozen=True)
+class Unreadable(Finding):
+    """What could not be taken into the annotations, and so is left out of them already."""
+
+    @property
+    def droppable(self) -> bool:
+        """Leaving it out needs no more than consent."""
+        return True
+
+
+@dataclass
+class Part:
+    """The data of one split.
+
+    Attributes:
+        data: the annotations.
+        findings: what was wrong with the files that they came from.
+        by_name: whether classes have names alone, so that their numbers can be chosen.
+    """
+
+    data: Annotations
+    findings: list[Finding] = field(default_factory=list)
+    by_name: bool = False
+
+
+@dataclass
+class Dataset:
+    """What a folder holds.
+
+    Attributes:
+        kind: name of the format.
+        source: folder or file that it was read from.
+        parts: by split: "train", "val", "test", or None where there are no splits.
+        notes: what was left out or decided, as lines of text.
+    """
+
+    kind: str
+    source: Path
+    parts: dict[str | None, Part]
+    notes: list[str] = field(default_factory=list)
+
+
+class Collector:
+    """Gathers images and objects of all splits, and numbers them.
+
+    Class names that are given beforehand keep their order and numbers; otherwise, those that are
+    met are sorted and numbered from 1, alike in all splits.
+    """
+
+    def __init__(self, kind: str, tree: Tree, source: Path, names: dict[int, str] | None) -> None:
+        """Begins with nothing.
+
+        Args:
+            kind: name of the format.
+            tree: folder of the images.
+            source: folder or file of the labels.
+            names: of the classes by number; None: whatever the objects say.
+        """
+        self.tree = tree
+        self.kind = kind
+        self.source = source
+        self.names = names
+        self.by_name = names is None
+        self.notes: list[str] = []
+        self._images: dict[str | None, list[dict]] = defaultdict(list)
+        self._objects: dict[str | None, list[dict]] = defaultdict(list)
+        self._findings: dict[str | None, list[Finding]] = defaultdict(list)
+        self._labels: dict[str | None, list[Path]] = defaultdict(list)
+        self._counts: Counter[str] = Counter()
+
+    def add_image(
+        self, split: str | None, path: Path, label: Path, size: tuple[int, int] | None = None
+    ) -> dict | None:
+        """Adds an image; returns its entry, or None if its size is unknown and it is unreadable.
+
+        Args:
+            split: that it belongs to.
+            path: of the image.
+            label: file of its labels.
+            size: (H, W) as the labels say; None: as the file is.
+        """
+        try:
+            height, width = size or image_size(path)
+        except DataError as error:
+            self.problem(split, "image cannot be read", str(error))
+            return None
+        number = sum(map(len, self._images.values())) + 1
+        entry = {
+            "id": number,
+            "file_name": self.tree.relative(path),
+            "height": height,
+            "width": width,
+            "split": split,
+        }
+        self._images[split].append(entry)
+        self._labels[split].append(label)
+        return entry
+
+    def add_object(
+        self,
+        image: dict,
+        category: str | int,
+        where: str,
+        *,
+        box: Sequence[float] | None = None,
+        mask: list[list[float]] | dict | None = None,
+    ) -> None:
+        """Adds an object.
+
+        Args:
+            image: entry of its image.
+            category: its name, or its number where names were given.
+            where: file and line, for messages.
+            box: (left, top, right, bottom) in pixels; None: that of the polygons.
+            mask: polygons [[x, y, x, y, ...], ...], or run lengths.
+        """
+        entry: dict = {"image_id": image["id"], "category_id": category, "iscrowd": 0}
+        self._counts[where] += 1  # several objects may stand in one place
+        entry["id"] = where if self._counts[where] == 1 else f"{where} ({self._counts[where]})"
+        if box is None and isinstance(mask, list):
+            xs = [x for polygon in mask for x in polygon[::2]]
+            ys = [y for polygon in mask for y in polygon[1::2]]
+            box = (min(xs), min(ys), max(xs), max(ys))
+        if box is not None:
+            left, top, right, bottom = box
+            entry["bbox"] = [left, top, right - left, bottom - top]
+        if mask is not None:
+            entry["segmentation"] = mask
+        self._objects[image["split"]].append(entry)
+
+    def problem(self, split: str | None, kind: str, detail: str) -> None:
+        """Notes what is wrong and was left out: an error, unless the user consents."""
+        self._findings[split].append(Unreadable(kind, detail))
+
+    def warn(self, split: str | None, kind: str, detail: str) -> None:
+        """Notes what is unusual."""
+        self._findings[split].append(Finding(kind, detail, fatal=False))
+
+    def finish(self) -> Dataset:
+        """The splits, with numbered classes."""
+        objects = [x for part in self._objects.values() for x in part]
+        if self.names is None:
+            found = sorted({str(x["category_id"]) for x in objects})
+            numbers: dict[str | int, int] = {name: i for i, name in enumerate(found, start=1)}
+            categories = [{"id": i, "name": name} for name, i in numbers.items()]
+        else:
+            numbers = {name: i for i, name in self.names.items()}
+            categories = [{"id": i, "name": name} for i, name in self.names.items()]
+        for entry in objects:
+            category = entry["category_id"]
+            entry["category_id"] = category if isinstance(category, int) else numbers[category]
+        parts: dict[str | None, Part] = {}
+        found_splits = {*self._images, *self._findings}
+        for split in (s for s in (None, TRAIN, VALIDATION, TEST) if s in found_splits):
+            images = [{k: v for k, v in x.items() if k != "split"} for x in self._images[split]]
+            source = _common(self._labels[split], self.source)
+            data = Annotations(
+                source, self.tree.root, images, self._objects[split], list(categories)
+            )
+            parts[split] = Part(data, self._findings[split], self.by_name)
+        return Dataset(self.kind, self.source, parts, self.notes)
+
+
+def _common(labels: list[Path], otherwise: Path) -> Path:
+    """The file of all labels, or the folder."""
+    return Path(os.path.commonpath(labels)) if labels else otherwise
+
+
+def numbers_of(texts: Iterable[object], where: str) -> list[float]:
+    """Reads finite numbers.
+
+    Raises:
+        DataError: one of the texts is none.
+    """
+    result = []
+    for text in texts:
+        try:
+            value = float(text)  # type: ignore[arg-type]  # whatever it is, float() decides
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not math.isfinite(value):
+            raise DataError(f"{where}: {str(text)[:40]!r} is no finite number")
+        result.append(value)
+    return result

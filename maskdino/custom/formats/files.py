@@ -1,0 +1,150 @@
+"""What lies in a folder of data: images, other files, and the splits that folders stand for."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from maskdino.data import DataError
+from maskdino.data.images import BROKEN, EXIF_ORIENTATION
+
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
+TRAIN, VALIDATION, TEST = "train", "val", "test"
+_SPLITS = {
+    "train": TRAIN,
+    "training": TRAIN,
+    "val": VALIDATION,
+    "valid": VALIDATION,
+    "validation": VALIDATION,
+    "dev": VALIDATION,
+    "test": TEST,
+    "testing": TEST,
+}
+
+
+class Tree:
+    """All files below a folder, but hidden ones.
+
+    Attributes:
+        root: the folder.
+        files: sorted.
+        images: those of them that are images, by suffix.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Lists the files.
+
+        Raises:
+            DataError: there is no such folder.
+        """
+        if not root.is_dir():
+            raise DataError(f"{root} is no folder: give the one that holds the data")
+        self.root = root
+        self.files: list[Path] = []
+        seen = set()
+        for folder, below, names in os.walk(root, followlinks=True):
+            # A link to a folder above would be walked through for ever.
+            real = os.path.realpath(folder)
+            below[:] = [] if real in seen else sorted(x for x in below if not _is_hidden(x))
+            if real not in seen:
+                self.files += [Path(folder, x) for x in names if not _is_hidden(x)]
+            seen.add(real)
+        self.files.sort()
+        self.images = self.of(*IMAGE_SUFFIXES)
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        for path in self.images:
+            for key in {path.name.lower(), path.stem.lower()}:
+                self._by_name[key].append(path)
+
+    def of(self, *suffixes: str) -> list[Path]:
+        """Files with one of the suffixes."""
+        return [path for path in self.files if path.suffix.lower() in suffixes]
+
+    def split(self, path: Path) -> str | None:
+        """What the folders between root and file say: "train", "val", "test", or nothing."""
+        if not path.is_relative_to(self.root):
+            return None
+        return split_of(path.relative_to(self.root).parent)
+
+    def relative(self, path: Path) -> str:
+        """The name of a file as it is told to the user."""
+        inside = path.is_relative_to(self.root)
+        return path.relative_to(self.root).as_posix() if inside else str(path)
+
+    def find_image(self, name: str, label: Path, split: str | None) -> Path | None:
+        """The image that a file of labels is about.
+
+        Args:
+            name: how the labels call it: a path, or a name, with or without suffix.
+            label: the file of labels; of images with one name, the nearest to it is taken.
+            split: of the labels.
+
+        Raises:
+            DataError: several images would do.
+        """
+        wanted = PurePosixPath(name.replace("\\", "/"))
+        for folder in (label.parent, self.root):
+            if wanted.name and (folder / wanted).suffix.lower() in IMAGE_SUFFIXES:
+                path = Path(os.path.normpath(folder / wanted))
+                if path.is_file():
+                    return path
+        key = wanted.name.lower()
+        found = self._by_name.get(key) or self._by_name.get(wanted.stem.lower(), [])
+
+        def nearness(path: Path) -> tuple[int, bool, int]:
+            same = os.path.commonprefix([path.parts[::-1], wanted.parts[::-1]])
+            above = os.path.commonprefix([path.parts, label.parts])
+            return len(same), self.split(path) == split, len(above)
+
+        ranked = sorted(found, key=nearness)
+        if len(ranked) > 1 and nearness(ranked[-1]) == nearness(ranked[-2]):
+            both = " and ".join(map(self.relative, ranked[-2:]))
+            raise DataError(f"{label}: {name!r} may be {both}: rename or remove one of them")
+        return ranked[-1] if ranked else None
+
+
+def split_of(path: Path | PurePosixPath) -> str | None:
+    """The split that a path names in one of its parts; the last one counts."""
+    for part in reversed(path.parts):
+        words = re.split(r"[^a-z]+", part.lower())
+        named = {_SPLITS[word] for word in words if word in _SPLITS}
+        if len(named) == 1:
+            return named.pop()
+    return None
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image once it is upright, from its head alone.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+    except BROKEN as error:
+        raise DataError(f"{path}: the image cannot be read: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+def read_text(path: Path) -> str:
+    """The content of a text file.
+
+    Raises:
+        DataError: it is no text, or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error.reason}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"

@@ -1,0 +1,177 @@
+"""LabelMe: a JSON file for each image, with polygons, rectangles, circles and masks."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from maskdino.custom.formats.collect import Collector, Dataset, numbers_of
+from maskdino.custom.formats.files import Tree, read_text
+from maskdino.custom.formats.shapes import ellipse, placed
+from maskdino.data import DataError
+from maskdino.data.images import BROKEN
+
+KIND = "LabelMe"
+NO_AREA = ("point", "points", "line", "linestrip")
+# Numbers of points; None: three or more.
+CORNERS: dict[str, tuple[int, ...] | None] = {
+    "polygon": None,
+    "rectangle": (2, 4),
+    "oriented_rectangle": (4,),
+    "rotation": (4,),
+    "circle": (2,),
+    "mask": (2,),
+}
+NO_CLASS = ("_background_", "__ignore__")  # LabelMe's own names
+
+
+def read_labelme(tree: Tree, labels: Tree) -> Dataset:
+    """Reads labels.
+
+    Shapes of one label and one group are parts of one object.
+
+    Args:
+        tree: folder of the images.
+        labels: folder of the JSON files.
+    """
+    collector = Collector(KIND, tree, labels.root, None)
+    used, ignored = set(), Counter[str]()
+    for path in labels.of(".json"):
+        split = labels.split(path)
+        try:
+            content = read_json(path)
+            if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+                raise DataError(f"{path}: it has no list 'shapes': no file of LabelMe")
+            found = _image_of(collector, path, content, split)
+        except DataError as error:
+            collector.problem(split, "file of labels cannot be used", str(error))
+            continue
+        used.add(found)
+        height, width = content.get("imageHeight"), content.get("imageWidth")
+        size = None
+        if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+            size = height, width
+        image = collector.add_image(split, found, path, size)
+        if image is not None:
+            _add_shapes(collector, image, path, content["shapes"], ignored)
+    rest = len([path for path in tree.images if path not in used])
+    if rest:
+        collector.notes.append(f"{rest} images have no file of labels: left out")
+    collector.notes += [f"{n} shapes of {kind}: left out" for kind, n in ignored.items()]
+    return collector.finish()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: it is no JSON; the message names the line.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: no well-formed JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: JSON that is nested too deeply") from error
+
+
+def _image_of(collector: Collector, path: Path, content: dict, split: str | None) -> Path:
+    names = [str(content.get("imagePath") or ""), path.stem]
+    for name in names:
+        found = collector.tree.find_image(name, path, split) if name else None
+        if found is not None:
+            return found
+    hint = "; it is inside of the file: write it out with labelme_export_json"
+    raise DataError(
+        f"{path}: there is no image {names[0] or names[1]!r}"
+        f"{hint if content.get('imageData') else ''}"
+    )
+
+
+def _add_shapes(
+    collector: Collector, image: dict, path: Path, shapes: list, ignored: Counter[str]
+) -> None:
+    groups: dict[tuple, list[tuple[str, list[float], list[list[float]] | dict | None]]] = {}
+    for index, shape in enumerate(shapes):
+        where = f"{collector.tree.relative(path)}, shape {index + 1}"
+        try:
+            if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+                raise DataError(f"{where}: it has no label")
+            label, kind = shape["label"].strip(), str(shape.get("shape_type") or "polygon")
+            if kind in NO_AREA or label in NO_CLASS:
+                ignored[f"type {kind!r}" if kind in NO_AREA else f"label {label!r}"] += 1
+                continue
+            if not label:
+                raise DataError(f"{where}: its label is empty")
+            box, mask = _geometry(shape, kind, (image["height"], image["width"]), where)
+        except DataError as error:
+            collector.problem(image["split"], "shape is not readable", str(error))
+            continue
+        group = shape.get("group_id")
+        key = (label, index if group is None else f"group {group}")
+        groups.setdefault(key, []).append((where, box, mask))
+    for (label, _), members in groups.items():
+        where, box, mask = members[0]
+        polygons: list[list[float]] = []
+        for _, own, part in members:
+            box = [f(a, b) for f, a, b in zip((min, min, max, max), box, own, strict=True)]
+            polygons += part if isinstance(part, list) else []
+        whole = len(members) > 1 and all(isinstance(part, list) for *_, part in members)
+        if len(members) == 1 or whole:
+            collector.add_object(
+                image, label, where, box=box, mask=polygons if whole or polygons else mask
+            )
+        else:
+            detail = f"{where}: group of {len(members)} shapes that are not all polygons"
+            collector.problem(image["split"], "shape is not readable", detail)
+
+
+def _geometry(
+    shape: dict, kind: str, size: tuple[int, int], where: str
+) -> tuple[list[float], list[list[float]] | dict | None]:
+    """Box (left, top, right, bottom) of a shape, and its mask unless it is a box alone."""
+    points = shape.get("points")
+    if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2 for p in points):
+        raise DataError(f"{where}: its points must be a list of pairs: [[x, y], ...]")
+    flat = numbers_of((value for point in points for value in point), where)
+    if kind not in CORNERS:
+        raise DataError(f"{where}: shapes of type {kind[:40]!r} are unknown")
+    allowed = CORNERS[kind]
+    if len(points) not in allowed if allowed else len(points) < 3:
+        needed = " or ".join(map(str, allowed or ("at least 3",)))
+        raise DataError(f"{where}: a {kind} has {needed} points, not {len(points)}")
+    if kind == "circle":
+        radius = math.dist(points[0], points[1])
+        if radius == 0:
+            raise DataError(f"{where}: a circle of radius 0")
+        flat = ellipse((flat[0], flat[1]), (radius, radius))
+    xs, ys = flat[::2], flat[1::2]
+    box = [min(xs), min(ys), max(xs), max(ys)]
+    if kind == "rectangle":
+        return box, None
+    if kind == "mask":
+        bitmap = _bitmap(shape.get("mask"), where)
+        left, top = round(box[0]), round(box[1])
+        corner = [float(left), float(top), left + bitmap.shape[1], top + bitmap.shape[0]]
+        return corner, placed(bitmap, left, top, size, where)
+    return box, [flat]
+
+
+def _bitmap(text: object, where: str) -> np.ndarray:
+    """The (h, w) bool mask in a PNG file in base 64."""
+    try:
+        data = base64.b64decode(text if isinstance(text, str) else "", validate=True)
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("L")) > 0
+    except (binascii.Error, *BROKEN) as error:
+        raise DataError(f"{where}: its mask is no PNG file in base 64") from error

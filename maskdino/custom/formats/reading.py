@@ -1,0 +1,195 @@
+"""From a folder or file of any known format to the annotations to train and validate on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from maskdino.custom.annotations import Annotations, read_annotations
+from maskdino.custom.formats import coco, cvat, labelme, voc, yolo
+from maskdino.custom.formats.collect import Dataset, Part
+from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree
+from maskdino.custom.formats.recognition import OTHERS, json_kind, recognize, the_kind, xml_kind
+from maskdino.custom.request import Request
+from maskdino.data import DataError
+
+
+@dataclass
+class OwnData:
+    """What was brought, before it is checked.
+
+    Attributes:
+        train, validation: with what was wrong with their files.
+        notes: what was recognized and decided, as lines of text.
+    """
+
+    train: Part
+    validation: Part | None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_own_data(request: Request) -> OwnData:
+    """Reads the data of a request.
+
+    Raises:
+        DataError: they are not there, or in no format that is known.
+    """
+    notes: list[str] = []
+    if request.data is not None:
+        dataset = read_dataset(request.data)
+        train, validation = _chosen(dataset)
+        notes += dataset.notes
+        notes.insert(0, _recognized(dataset))
+    elif request.train_json is None or request.train_images is None:
+        raise DataError("there are no training data: name a folder, or annotations and images")
+    else:
+        train = _named(request.train_json, request.train_images, notes)
+        validation = None
+        if request.val_json is not None and request.val_images is not None:
+            validation = _named(request.val_json, request.val_images, notes)
+            if train.by_name and validation.by_name:
+                validation.data = _numbered_alike(train.data, validation.data)
+    parts = [train] if validation is None else [train, validation]
+    kept, name = coco.without_parent_class([part.data for part in parts])
+    for part, data in zip(parts, kept, strict=True):
+        part.data = data
+    if name is not None:
+        notes.append(f"class 0 {name!r} is Roboflow's name for all classes: left out")
+    if request.data is not None:
+        classes = ", ".join(f"{x.get('id')} {x.get('name')}" for x in train.data.categories)
+        notes.append(f"class numbers and names: {classes}")
+    return OwnData(train, validation, notes)
+
+
+def read_dataset(path: Path, images: Path | None = None) -> Dataset:
+    """Recognizes what a folder or file holds, and reads it.
+
+    Args:
+        path: folder of the data, or their data.yaml, CVAT's XML or COCO's JSON file.
+        images: folder of the images; None: they are in the same folder.
+
+    Raises:
+        DataError: there is nothing that can be read, or more than one thing.
+    """
+    if not path.exists():
+        raise DataError(f"there is no {path}")
+    labels = Tree(path if path.is_dir() else path.parent)
+    tree = labels if images is None else Tree(images)
+    if path.is_file():
+        return _read_file(path, tree)
+    evidence = recognize(labels)
+    kind = the_kind(evidence, labels)
+    files = evidence.files[kind]
+    if not tree.images and kind != yolo.KIND:  # data.yaml may name folders elsewhere
+        raise DataError(f"{path} holds {kind} annotations, but there is no image in {tree.root}")
+    if kind == coco.KIND:
+        return coco.read_coco(tree, files)
+    if kind == yolo.KIND:
+        return yolo.read_yolo(tree, labels, _settings(files, labels))
+    if kind == cvat.KIND:
+        if len(files) > 1:
+            raise DataError(f"{path} holds several files of CVAT: give one of {_some(files)}")
+        return cvat.read_cvat(tree, files[0])
+    return voc.read_voc(tree, labels) if kind == voc.KIND else labelme.read_labelme(tree, labels)
+
+
+def _read_file(path: Path, tree: Tree) -> Dataset:
+    suffix = path.suffix.lower()
+    if suffix in (".yaml", ".yml") or path.name in yolo.NAME_FILES:
+        return yolo.read_yolo(tree, tree, path)
+    if suffix == ".xml" and xml_kind(path) == cvat.KIND:
+        return cvat.read_cvat(tree, path)
+    kind = json_kind(path) if suffix == ".json" else None
+    if kind == coco.KIND:
+        return coco.read_coco(tree, [path])
+    if kind in OTHERS:
+        raise DataError(f"{path} holds {OTHERS[kind]}")
+    raise DataError(f"{path} holds no data by itself: give the folder of all labels and images")
+
+
+def _settings(files: list[Path], labels: Tree) -> Path | None:
+    """The file of YOLO's names, the one next to the root if there are several."""
+    settings = [path for path in files if path.suffix.lower() in (".yaml", ".yml")]
+    named = settings or [path for path in files if path.name in yolo.NAME_FILES]
+    if not named:  # a folder labels/train is below them
+        above = (labels.root.parent, labels.root.parent.parent)
+        names = ("data.yaml", *yolo.NAME_FILES)
+        named = [path for folder in above for name in names if (path := folder / name).is_file()]
+        return named[0] if named else None
+    depth = min((len(path.parts) for path in named), default=0)
+    top = [path for path in named if len(path.parts) == depth]
+    if len(top) > 1 and len({path.read_bytes() for path in top}) > 1:
+        raise DataError(f"{labels.root} holds several files of class names: {_some(top)}: give one")
+    return top[0] if top else None
+
+
+def _some(files: list[Path]) -> str:
+    return ", ".join(map(str, files[:4]))
+
+
+def _named(labels: Path, images: Path, notes: list[str]) -> Part:
+    """The data of one split, whose labels and images are named."""
+    if not images.is_dir():
+        raise DataError(f"{images} is no folder: give the one that holds the images")
+    if not labels.is_dir() and labels.suffix.lower() not in (".yaml", ".yml", ".xml", ".txt"):
+        return Part(read_annotations(labels, images))
+    dataset = read_dataset(labels, images)
+    notes += [_recognized(dataset), *dataset.notes]
+    if len(dataset.parts) > 1:
+        splits = ", ".join(str(split) for split in dataset.parts)
+        raise DataError(f"{labels} holds several splits ({splits}): give it with --data alone")
+    return next(iter(dataset.parts.values()))
+
+
+def _numbered_alike(train: Annotations, validation: Annotations) -> Annotations:
+    """Validation data with the training data's numbers of the classes of the same names."""
+    numbers = {str(x["name"]): x["id"] for x in train.categories}
+    free = max(numbers.values(), default=0) + 1
+    ids: dict[int, int] = {}
+    categories: list[dict] = []
+    for category in validation.categories:
+        new = numbers.get(category["name"], free + len(categories))
+        ids[category["id"]] = new
+        categories.append({**category, "id": new})
+    objects = [{**x, "category_id": ids[x["category_id"]]} for x in validation.annotations]
+    known = {x["id"] for x in categories}
+    missing = [x for x in train.categories if x["id"] not in known]
+    return replace(validation, annotations=objects, categories=[*categories, *missing])
+
+
+def _chosen(dataset: Dataset) -> tuple[Part, Part | None]:
+    """What to train and to validate on."""
+    parts = dict(dataset.parts)
+    rest = parts.pop(None, None)
+    train = parts.get(TRAIN, rest)
+    if train is None:
+        named = " and ".join(map(str, parts)) or "nothing"
+        raise DataError(
+            f"{dataset.source} holds {named}, but no training data: name their folder 'train', or "
+            "give the folder inside"
+        )
+    if TRAIN in parts and rest is not None:
+        train.findings += rest.findings
+        if rest.data.images:
+            some = ", ".join(str(image.get("file_name")) for image in rest.data.images[:3])
+            dataset.notes.append(
+                f"{len(rest.data.images)} images are in no split, such as {some}: left out"
+            )
+    return train, parts.get(VALIDATION)
+
+
+def _recognized(dataset: Dataset) -> str:
+    """One line: the format, and what each split holds."""
+    texts = []
+    for split, part in dataset.parts.items():
+        objects = part.data.annotations
+        masks = sum(bool(x.get("segmentation")) for x in objects)
+        bare = len(part.data.images) - len(Counter(x.get("image_id") for x in objects))
+        text = f"{len(part.data.images)} images"
+        text += f" ({bare} without objects)" if bare > 0 else ""
+        text += f", {masks} masks" if masks else ""
+        text += f", {len(objects) - masks} boxes" if masks < len(objects) else ""
+        unused = ", not used" if split == TEST else ""
+        texts.append(f"{split}: {text}{unused}" if split else f"{text}")
+    return f"{dataset.source} is in the format of {dataset.kind}: {'; '.join(texts)}"

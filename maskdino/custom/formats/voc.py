@@ -1,0 +1,141 @@
+"""Pascal VOC: an XML file for each image, with boxes in pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskdino.custom.formats.collect import Collector, Dataset, numbers_of
+from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, read_text
+from maskdino.custom.formats.xml import Node, read_xml
+from maskdino.data import DataError
+
+KIND = "Pascal VOC"
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+def read_voc(tree: Tree, labels: Tree) -> Dataset:
+    """Reads labels.
+
+    The format counts pixels from 1, and its boxes hold their last pixel. Many programs write
+    coordinates from 0 all the same; a box that begins at 0 gives them away, for all files.
+
+    Args:
+        tree: folder of the images.
+        labels: folder of the XML files.
+    """
+    collector = Collector(KIND, tree, labels.root, None)
+    listed = _listed(labels)
+    parsed: list[tuple[str | None, Path, Node]] = []
+    for path in labels.of(".xml"):
+        split = listed.get(path.stem, labels.split(path)) if listed else labels.split(path)
+        try:
+            root = read_xml(path)
+            if root.tag != "annotation":
+                raise DataError(f"{path}: its element is <{root.tag}>, not <annotation>")
+        except DataError as error:
+            collector.problem(split, "file of labels cannot be read", str(error))
+            continue
+        parsed.append((split, path, root))
+    corners = [x for *_, root in parsed for side in SIDES[:2] for x in root.iter(side)]
+    zero = any((x.text or "").strip() in ("0", "0.0", "0.00") for x in corners)
+    offset = 0.0 if zero else 1.0
+    collector.notes.append(
+        "boxes are taken as counted from " + ("0, since some begin there" if zero else "1")
+    )
+    used = set()
+    for split, path, root in parsed:
+        used.add(_read_file(collector, split, path, root, offset))
+    rest = sum(path not in used for path in tree.images if not _is_mask(path))
+    if rest:
+        collector.notes.append(f"{rest} images have no file of labels: left out")
+    if any(map(_is_mask, tree.images)):
+        collector.notes.append("the PNG masks in Segmentation* are not read: boxes alone are")
+    return collector.finish()
+
+
+def _is_mask(path: Path) -> bool:
+    return path.parent.name in ("SegmentationObject", "SegmentationClass")
+
+
+def _listed(labels: Tree) -> dict[str, str]:
+    """Split by name of the image, of ImageSets/Main; empty if it does not tell them apart."""
+    result: dict[str, str] = {}
+    for split in (TRAIN, VALIDATION, TEST):
+        for path in labels.of(".txt"):
+            if path.stem == split and path.parent.name in ("Main", "ImageSets"):
+                for line in read_text(path).splitlines():
+                    if line.strip():
+                        result.setdefault(line.split()[0], split)
+    return result
+
+
+def _read_file(
+    collector: Collector, split: str | None, path: Path, root: Node, offset: float
+) -> Path | None:
+    """Reads one file; returns its image."""
+    tree = collector.tree
+    names = [path.stem, root.value("filename") or ""]
+    try:
+        found = next((x for n in names if n and (x := tree.find_image(n, path, split))), None)
+        if found is None:
+            raise DataError(f"{path}: there is no image {names[1] or names[0]!r} in {tree.root}")
+        size = _size(root, str(path))
+    except DataError as error:
+        collector.problem(split, "file of labels without a usable image", str(error))
+        return None
+    image = collector.add_image(split, found, path, size)
+    if image is None:
+        return found
+    for node in root.findall("object"):
+        assert isinstance(node, Node)
+        where = f"{tree.relative(path)}:{node.line}"
+        try:
+            name, box, mask = _object(node, where, offset)
+            collector.add_object(image, name, where, box=box, mask=mask)
+        except DataError as error:
+            collector.problem(split, "object is not readable", str(error))
+    return found
+
+
+def _size(root: Node, where: str) -> tuple[int, int] | None:
+    """(H, W), or None where the file does not say, or says 0, as labelImg does at times."""
+    node = root.find("size")
+    if not isinstance(node, Node):
+        return None
+    width, height = numbers_of((node.value("width") or 0, node.value("height") or 0), where)
+    return (int(height), int(width)) if width and height else None
+
+
+def _object(
+    node: Node, where: str, offset: float
+) -> tuple[str, tuple[float, ...] | None, list[list[float]] | None]:
+    name = node.value("name")
+    if name is None:
+        raise DataError(f"{where}: <object> has no <name>")
+    polygon = node.find("polygon")
+    mask = _polygon(polygon, where, offset) if isinstance(polygon, Node) else None
+    box = node.find("bndbox")
+    if not isinstance(box, Node):
+        if mask is None:
+            kind = "a rotated box" if node.find("robndbox") is not None else "no <bndbox>"
+            raise DataError(f"{where}: {name!r} has {kind}, where an upright box is needed")
+        return name, None, mask
+    missing = [side for side in SIDES if box.value(side) is None]
+    if missing:
+        raise DataError(f"{where}: <bndbox> of {name!r} has no <{missing[0]}>")
+    left, top, right, bottom = numbers_of((box.value(side) for side in SIDES), where)
+    if right < left or bottom < top:
+        raise DataError(f"{where}: box of {name!r} ends before it begins: max is less than min")
+    return name, (left - offset, top - offset, right, bottom), mask
+
+
+def _polygon(node: Node, where: str, offset: float) -> list[list[float]]:
+    """Corners x1, y1, x2, y2, ..., as Roboflow writes them."""
+    points: list[float] = []
+    number = 1
+    while (x := node.value(f"x{number}")) is not None:
+        points += numbers_of((x, node.value(f"y{number}")), where)
+        number += 1
+    if number < 4:
+        raise DataError(f"{where}: <polygon> has {number - 1} corners; at least 3 are needed")
+    return [[value - offset for value in points]]

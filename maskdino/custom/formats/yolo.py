@@ -1,0 +1,281 @@
+"""YOLO: a text file of labels for each image, with boxes or polygons as shares of its size.
+
+A line is a class number and either center x, center y, width, height, or x, y of three or more
+corners. The names of the classes, and perhaps the folders of the splits, stand in data.yaml, or the
+names alone, one in a line, in classes.txt (labelImg, Label Studio) or obj.names (Darknet, CVAT).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from maskdino.custom.formats.collect import Collector, Dataset, numbers_of
+from maskdino.custom.formats.files import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Tree,
+    read_text,
+)
+from maskdino.data import DataError
+
+KIND = "YOLO"
+NAME_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels")
+OUTSIDE = 0.01  # share of the image by which coordinates may lie beyond it: rounding
+SPLIT_KEYS = {TRAIN: ("train",), VALIDATION: ("val", "valid", "validation"), TEST: ("test",)}
+
+
+def read_yolo(tree: Tree, labels: Tree, settings: Path | None) -> Dataset:
+    """Reads labels.
+
+    Args:
+        tree: folder of the images.
+        labels: folder of the labels, the same or another one; the settings' splits count only if
+            it is the same.
+        settings: the YAML file, or file of names; None: there is none.
+
+    Raises:
+        DataError: the names or folders of the settings are not usable.
+    """
+    if settings is None:
+        raise DataError(
+            f"{labels.root} holds YOLO labels, which call classes by number, but no names: write "
+            f"them into {labels.root / 'classes.txt'}, one in a line, in the order of the numbers"
+        )
+    names, listed, keypoints = _read_settings(settings)
+    collector = Collector(KIND, tree, settings, names)
+    if listed is None or labels is not tree:
+        listed = {path: tree.split(path) for path in tree.images}
+    if not listed:
+        raise DataError(f"{tree.root} holds YOLO labels, but there is no image of them")
+    used = {path: _label_of(path, tree, labels) for path in listed}
+    if not any(used.values()):
+        raise DataError(
+            f"{settings}: none of {len(used)} images has a file of labels; it is looked for in "
+            "a folder 'labels' beside 'images', or beside the image"
+        )
+    for path, label in used.items():
+        image = collector.add_image(listed[path], path, label or path.parent)
+        if image is not None and label is not None:
+            _read_labels(collector, image, label, keypoints)
+    without = sum(label is None for label in used.values())
+    if without:
+        collector.notes.append(f"{without} images have no file of labels: taken as without objects")
+    paired = {path.with_suffix("").name for path in (*tree.images, *used)}
+    lost = [path for path in label_files(labels) if path.stem not in paired]
+    if lost:
+        some = ", ".join(map(tree.relative, lost[:3]))
+        collector.notes.append(f"{len(lost)} files of labels have no image, such as {some}")
+    return collector.finish()
+
+
+def _read_settings(settings: Path) -> tuple[dict[int, str], dict[Path, str | None] | None, int]:
+    """Names of the classes, the split of each image if it is told, and values of keypoints."""
+    if settings.suffix.lower() in (".yaml", ".yml"):
+        content = read_yaml(settings)
+        shape = content.get("kpt_shape")
+        keypoints = 0
+        if isinstance(shape, list) and [type(x) for x in shape] == [int, int]:
+            keypoints = shape[0] * shape[1]
+        names = _names(content.get("names"), content.get("nc"), settings)
+        return names, _listed_images(content, settings), keypoints
+    lines = [line.strip() for line in read_text(settings).splitlines()]
+    names = dict(enumerate(line for line in lines if line))
+    if not names:
+        raise DataError(f"{settings} names no class: write one in a line")
+    return names, None, 0
+
+
+def label_files(tree: Tree) -> list[Path]:
+    """Text files that lie where labels do: in a folder "labels", beside an image, or alone."""
+    stems = {path.with_suffix("") for path in tree.images}
+    alone = not tree.images
+    return [
+        path
+        for path in tree.of(".txt")
+        if path.name not in NAME_FILES
+        and (
+            alone
+            or "labels" in path.parts[len(tree.root.parts) : -1]
+            or path.with_suffix("") in stems
+        )
+    ]
+
+
+def read_yaml(path: Path) -> dict:
+    """The content of a YAML file; no tags that make objects of Python.
+
+    Raises:
+        DataError: it is no YAML, or holds no keys and values.
+    """
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "not readable"
+        raise DataError(f"{path}{line}: no well-formed YAML: {reason}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: YAML that is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold keys and values, such as 'names: [apple, nut]'")
+    return content
+
+
+def _names(names: Any, number: Any, settings: Path) -> dict[int, str]:
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names:
+        raise DataError(f"{settings}: 'names' must list the classes: names: [apple, nut]")
+    if any(isinstance(key, bool) or not str(key).isdecimal() for key in names):
+        raise DataError(f"{settings}: the keys of 'names' must be class numbers from 0")
+    if not all(isinstance(name, str | int | float) for name in names.values()):
+        raise DataError(f"{settings}: each of 'names' must be a single word or text")
+    if isinstance(number, int) and number != len(names):
+        raise DataError(f"{settings}: nc is {number}, but there are {len(names)} names")
+    return {int(key): str(name) for key, name in sorted(names.items(), key=lambda x: int(x[0]))}
+
+
+def _listed_images(content: dict, settings: Path) -> dict[Path, str | None] | None:
+    """The images of the splits that data.yaml names, or None if it names none."""
+    result: dict[Path, str | None] = {}
+    for split, keys in SPLIT_KEYS.items():
+        value = next((content[key] for key in keys if content.get(key)), None)
+        for entry in value if isinstance(value, list) else [value] if value else []:
+            place = _resolve(entry, content.get("path"), settings)
+            if place is None and split != TEST:
+                raise DataError(
+                    f"{settings}: {split}: there is no {str(entry)[:200]}; mend the line, relative "
+                    "to the file's folder, or remove it"
+                )
+            for path in _images_at(place) if place else []:
+                result.setdefault(path, split)
+    if result and TRAIN not in result.values():
+        raise DataError(f"{settings}: there is no image to train on at 'train'")
+    return result or None
+
+
+def _resolve(entry: Any, base: Any, settings: Path) -> Path | None:
+    """Where a path of data.yaml leads; many are written for another folder than their own."""
+    if not isinstance(entry, str):
+        return None
+    folders = [settings.parent / base] if isinstance(base, str) else []
+    for folder in (*folders, settings.parent):
+        for text in (entry, entry.removeprefix("../")):
+            place = Path(os.path.normpath(folder / text))
+            if place.exists():
+                return place
+    return None
+
+
+def _images_at(place: Path) -> list[Path]:
+    """Images in a folder, or those that a text file lists."""
+    if place.is_dir():
+        return Tree(place).images
+    if place.suffix != ".txt":
+        return [place]
+    paths = []
+    for line in read_text(place).split("\n"):
+        if line.strip():
+            # CVAT writes paths that begin with a folder data, which the export lacks.
+            found = [
+                path
+                for text in (line.strip(), line.strip().removeprefix("data/"))
+                if (path := Path(os.path.normpath(place.parent / text))).is_file()
+            ]
+            if not found:
+                raise DataError(f"{place}: there is no image {line.strip()[:200]}")
+            paths.append(found[0])
+    return paths
+
+
+def _label_of(image: Path, tree: Tree, labels: Tree) -> Path | None:
+    """The file of labels of an image: in "labels" where it is in "images", or beside it."""
+    if labels is not tree:
+        path = labels.root / image.relative_to(tree.root).with_suffix(".txt")
+        return path if path.is_file() else None
+    beside = image.with_suffix(".txt")
+    parts = list(beside.parts)
+    candidates = [beside]
+    if "images" in parts:
+        last = len(parts) - 1 - parts[::-1].index("images")
+        candidates.insert(0, Path(*parts[:last], "labels", *parts[last + 1 :]))
+    else:
+        # DATA/train/a.jpg with DATA/labels/train/a.txt, and DATA/a.jpg with DATA/labels/a.txt.
+        candidates += [
+            image.parent / "labels" / beside.name,
+            image.parent.parent / "labels" / image.parent.name / beside.name,
+            image.parent.parent / "labels" / beside.name,
+        ]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_labels(collector: Collector, image: dict, label: Path, keypoints: int) -> None:
+    split, name = image["split"], collector.tree.relative(label)
+    try:
+        lines = read_text(label).splitlines()
+    except DataError as error:
+        collector.problem(split, "file of labels cannot be read", str(error))
+        return
+    for number, line in enumerate(lines, start=1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"{name}:{number}"
+        try:
+            category, points = _parse(words, where, collector.names or {}, keypoints)
+        except DataError as error:
+            collector.problem(split, "line is no YOLO label", str(error))
+            continue
+        width, height = image["width"], image["height"]
+        scaled = [x * (height if i % 2 else width) for i, x in enumerate(points)]
+        if len(scaled) == 4:
+            x, y, w, h = scaled
+            collector.add_object(
+                image, category, where, box=(x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+            )
+        else:
+            collector.add_object(image, category, where, mask=[scaled])
+
+
+def _parse(
+    words: list[str], where: str, names: dict[int, str], keypoints: int
+) -> tuple[int, list[float]]:
+    """Class number, and a box (4 numbers) or a polygon (6 or more)."""
+    if keypoints and len(words) == 5 + keypoints:
+        words = words[:5]
+    category, *points = numbers_of(words, where)
+    if len(words) < 5 or len(words) % 2 == 0:
+        hint = "; a score after the box must be removed" if len(words) == 6 else ""
+        raise DataError(
+            f"{where}: {len(words)} values, but a class and 4 for a box, or 6 or more (an even "
+            f"number) for a polygon, are needed{hint}"
+        )
+    if category not in names:
+        raise DataError(
+            f"{where}: class {words[0]}, but the classes are {min(names)} to {max(names)}"
+        )
+    beyond = [word for word, x in zip(words[1:], points, strict=True) if not _is_share(x)]
+    if beyond:
+        raise DataError(
+            f"{where}: {beyond[0][:40]} is no share of the image's size, from 0 to 1: divide "
+            "pixels by width or height"
+        )
+    return int(category), points
+
+
+def _is_share(value: float) -> bool:
+    return -OUTSIDE <= value <= 1 + OUTSIDE
+
+
+def is_label(line: str) -> bool:
+    """Whether a line of text looks like a label: a class number and four or more numbers."""
+    words = line.split()
+    try:
+        return len(words) >= 5 and words[0].isdecimal() and bool(numbers_of(words, ""))
+    except DataError:
+        return False
