@@ -316,6 +316,9 @@ def _add_input(cfg: CfgNode) -> None:
     # Semantic maps: crops are drawn anew, up to ten times, where one class covers more than this
     # share; 1 is off.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # Share of the images for DATALOADER.SAMPLER_TRAIN RandomSubsetTrainingSampler; detectron2 reads
+    # it without having it.
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
     # INPUT.RANDOM_FLIP (detectron2) is "horizontal", "vertical", "none", or here also "both" and
     # "dihedral" (both, and turns by 90 degrees).
 

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -66,7 +67,8 @@ def launch(
         config = _configure(processes, machines, machine_rank, url)
         messages = torch.multiprocessing.get_context("spawn").SimpleQueue()
         try:
-            elastic_launch(config, _run_started)(main, args, messages)
+            with _handlers_restored():
+                elastic_launch(config, _run_started)(main, args, messages)
         except ChildFailedError:
             # Which process ended first is chance: the others fail when they lose it.
             if not messages.empty():
@@ -76,6 +78,22 @@ def launch(
             if error.sigval != signal.SIGINT:
                 raise
             raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _handlers_restored() -> Iterator[None]:
+    """Afterwards signals are handled as before.
+
+    Torch's handlers stay after a launch, and processes that are forked later (multiprocessing's
+    pools) might then ignore that they shall end.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # others cannot set any
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager

@@ -14,7 +14,12 @@ from PIL import Image
 
 from maskdino.data import DataError
 from maskdino.data.reading import read_image
-from maskdino.data.stream import ShuffledStream, TrainingData, build_test_data
+from maskdino.data.stream import (
+    ShuffledStream,
+    TrainingData,
+    _repeat_factors,
+    build_test_data,
+)
 from maskdino.data.stream import comm as stream_comm
 
 FACTORS = {
@@ -99,6 +104,24 @@ def test_data_of_processes_and_micro_batches_are_parts_of_the_batch(
         monkeypatch.setattr(stream_comm, "get_rank", lambda rank=rank: rank)
         parts.append(take(data(), 0, 3))
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
+
+
+def test_micro_batches_can_be_entered_anywhere() -> None:
+    whole = take(data(), 0, 6)
+    quarters = take(data(accumulation_steps=4), 5, 4)
+    assert sum(quarters, []) == whole[5]
+
+
+def test_subsets_depend_on_the_seed(make_cfg: Callable) -> None:
+    options = ("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler")
+    options += ("DATALOADER.RANDOM_SUBSET_RATIO", 0.3)
+    records = [{"index": index} for index in range(100)]
+    chosen = [
+        tuple(_repeat_factors(make_cfg(*options, "SEED", seed), records).nonzero()[:, 0].tolist())
+        for seed in (1, 2, 1, -1)  # -1: drawn anew for each run, but the subset stays
+    ]
+    assert [len(subset) for subset in chosen] == [30] * 4
+    assert chosen[0] == chosen[2] and len(set(chosen)) == 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

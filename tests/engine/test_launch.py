@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,8 +78,10 @@ def load_on_the_second(data: Labels) -> None:
 
 
 def test_processes_end_together(labels: Path, capsys: pytest.CaptureFixture) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with ends_with_the_line(labels, capsys):
         launch(load_on_the_second, Labels(labels), processes=2)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 @pytest.mark.slow
