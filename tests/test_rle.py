@@ -48,3 +48,14 @@ def test_all_forms_decode_to_the_same_mask(form: str) -> None:
 def test_masks_of_any_type_and_order(dtype: type, order: str) -> None:
     found = rle.encode_mask(np.array(drawn(), dtype, order=order))
     assert (mask_utils.decode(found) == drawn()).all()
+
+
+def test_text_stands_for_the_run_lengths() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        mask = generator.random((31, 47)) < generator.random()
+        flat = mask.T.ravel()
+        changes = np.flatnonzero(np.diff(flat)) + 1
+        expected = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
+        expected = [0, *expected] if flat[0] else expected
+        assert rle.counts_of_text(rle.to_json(rle.encode_mask(mask))["counts"]) == expected

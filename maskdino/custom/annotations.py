@@ -13,9 +13,8 @@ from typing import Any
 from pycocotools import mask as mask_util
 
 from maskdino.data import DataError
+from maskdino.data.annotation_checks import LISTS, format_problem
 from maskdino.rle import encode_segmentation
-
-LISTS = ("images", "annotations", "categories")
 
 
 @dataclass(frozen=True)
@@ -100,32 +99,14 @@ def read_annotations(json_file: str | Path, image_root: str | Path) -> Annotatio
         content = json.loads(json_file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DataError(f"there is no annotation file {json_file}") from error
+    except RecursionError as error:
+        raise DataError(f"{json_file} is no annotation file: it is nested too deeply") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{json_file} cannot be read as JSON: {error}") from error
-    problem = _format_problem(content)
+    problem = format_problem(content)
     if problem:
         raise DataError(f"{json_file} is not in COCO's format: {problem}")
     return Annotations(json_file, image_root, *(content[name] for name in LISTS))
-
-
-def _format_problem(content: object) -> str | None:
-    if isinstance(content, list):
-        kind = "results of a model" if content and "score" in content[0] else "a bare list"
-        return f"it holds {kind}, but must be an object with {', '.join(LISTS)}"
-    if not isinstance(content, dict):
-        return f"it holds a single {type(content).__name__}"
-    if "shapes" in content:
-        return "it looks like labelme's, which has one file for each image: convert it to COCO"
-    missing = [name for name in LISTS if name not in content]
-    if missing:
-        return f"it lacks {', '.join(missing)}; it has {', '.join(content) or 'nothing'}"
-    for name in LISTS:
-        entries = content[name]
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            return f"{name!r} must be a list of objects"
-    if any("segments_info" in annotation for annotation in content["annotations"]):
-        return "it is COCO's panoptic format, which maskdino.data.register_panoptic_folder takes"
-    return None
 
 
 def summarize(data: Annotations) -> Summary:

@@ -15,12 +15,13 @@ from maskdino.custom.annotations import (
     summarize,
     write_annotations,
 )
-from maskdino.custom.checks import Finding, check, check_pair, describe, drop
+from maskdino.custom.checks import Finding, check, check_pair, drop
 from maskdino.custom.formats import read_own_data
 from maskdino.custom.plan import TRAIN_NAME, VALIDATION_NAME
 from maskdino.custom.request import Request
 from maskdino.custom.split import split
 from maskdino.data import DataError, register_coco_folder
+from maskdino.data.annotation_checks import describe
 
 DATA_FOLDER, INDEX_NAME, FINDINGS_NAME = "data", "datasets.json", "check.txt"
 

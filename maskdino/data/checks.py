@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
+import logging
 import os
 from collections import defaultdict
 from pathlib import PurePath
@@ -14,10 +14,22 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.utils.file_io import PathManager
 
+from maskdino.data.annotation_checks import (
+    LISTS,
+    TOLERABLE,
+    Finding,
+    check_annotations,
+    check_categories,
+    check_images,
+    describe,
+    format_problem,
+)
 from maskdino.data.datasets import OWN_ROOT_VARIABLE, ROOT_VARIABLE, own_datasets_root
 from maskdino.data.numbering import renumber_things
-from maskdino.data.reading import DataError
+from maskdino.data.reading import DataError, read_json
 from maskdino.registration import register_postponed
+
+logger = logging.getLogger(__name__)
 
 # What the name of a missing path tells about the preparation that makes it.
 _PREPARATIONS = {
@@ -47,8 +59,8 @@ def check_datasets(cfg: CfgNode) -> None:
 
     Raises:
         DataError: an unknown name, a missing folder, file or package, a number of classes that is
-            not the model's, an annotation without image or of an unknown category, or an image
-            of the annotations that is not in its folder.
+            not the model's, an error in COCO annotations, or an image of theirs that is not in its
+            folder.
     """
     register_postponed()
     train, test = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
@@ -59,7 +71,9 @@ def check_datasets(cfg: CfgNode) -> None:
         _check_packages(cfg, name, metadata)
         unused = _unused_paths(cfg, name, metadata)
         _check_paths(name, metadata, unused)
-        with_masks[name] = _check_classes(name, metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES)
+        with_masks[name] = _check_classes(
+            name, metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES, is_trained=name in train
+        )
         if "panoptic_json" in metadata.as_dict() and "json_file" not in unused:
             _check_things(metadata)
     loss = cfg.MODEL.MASK_DINO.LOSS
@@ -135,17 +149,18 @@ def _check_things(metadata: Metadata) -> None:
     """Whether the instances that come with a panoptic dataset are of its things."""
     path = metadata.get("json_file")
     if path is not None:
-        with PathManager.open(path) as file:
-            renumber_things(json.load(file), metadata)
+        renumber_things(read_json(path), metadata)
 
 
-def _check_classes(name: str, metadata: Metadata, num_classes: int) -> bool:
+def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_trained: bool) -> bool:
     """Returns whether there are masks, as far as can be told without loading the dataset."""
     content = None
     number = _num_classes(metadata)
     if metadata.get("evaluator_type") == "coco":
-        with PathManager.open(metadata.json_file) as file:
-            content = json.load(file)
+        content = read_json(metadata.json_file)
+        problem = format_problem(content, LISTS if is_trained else ("images", "categories"))
+        if problem:
+            raise DataError(f"{metadata.json_file} is not in COCO's format: {problem}")
         number = len(content["categories"])
     if number is not None and number != num_classes:
         raise DataError(
@@ -155,7 +170,20 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int) -> bool:
     if content is None:
         return True
     _check_coco(content, metadata.json_file, metadata.image_root)
-    return any(annotation.get("segmentation") for annotation in content.get("annotations", ()))
+    annotations = content.get("annotations", ())
+    if is_trained and all(annotation.get("iscrowd") for annotation in annotations):
+        raise DataError(f"{metadata.json_file} has no objects to train on")
+    return any(annotation.get("segmentation") for annotation in annotations)
+
+
+def _judge(findings: list[Finding], json_file: str) -> None:
+    """Raises where something is wrong that training, or evaluation, cannot get along with."""
+    wrong = [finding for finding in findings if finding.kind not in TOLERABLE]
+    if wrong:
+        first, more = wrong[0], len(wrong) - 1
+        raise DataError(
+            f"{json_file}: {first.kind}: {first.detail}" + (f"; and {more} more" if more else "")
+        )
 
 
 def _num_classes(metadata: Metadata) -> int | None:
@@ -172,21 +200,16 @@ def _num_classes(metadata: Metadata) -> int | None:
 
 
 def _check_coco(content: dict, json_file: str, image_root: str) -> None:
-    """Checks the references inside of COCO annotations, and the image files by their names."""
-    image_ids = {image["id"] for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    for annotation in content.get("annotations", ()):
-        number = annotation.get("id")
-        if annotation["image_id"] not in image_ids:
-            raise DataError(
-                f"{json_file}: annotation {number} belongs to image {annotation['image_id']}, "
-                "which is not among the images"
-            )
-        if annotation["category_id"] not in categories:
-            raise DataError(
-                f"{json_file}: annotation {number} has category {annotation['category_id']}, which "
-                f"is not among the {len(categories)} categories"
-            )
+    """Checks COCO annotations, and the image files by their names."""
+    images, categories = content["images"], content["categories"]
+    findings = [*check_categories(categories), *check_images(images)]
+    _judge(findings, json_file)
+    sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in images}
+    annotations = content.get("annotations", [])
+    findings += check_annotations(annotations, images, categories, sizes, draw=False)
+    _judge(findings, json_file)
+    for line in describe(findings, most=1):
+        logger.warning("%s: %s", json_file, line.strip())
     by_folder = defaultdict(set)
     for image in content["images"]:
         path = PurePath(image["file_name"])

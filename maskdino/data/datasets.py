@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, load_sem_seg
 from detectron2.utils.file_io import PathManager
 
-from maskdino.data.reading import DataError
+from maskdino.data.reading import DataError, read_json
 from maskdino.registration import Offer, offer
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
@@ -159,8 +158,18 @@ def load_panoptic(metadata: dict) -> list[dict]:
         DataError: an annotation belongs to no image, or to no category.
     """
     json_file = metadata["panoptic_json"]
-    with PathManager.open(json_file) as file:
-        content = json.load(file)
+    content = read_json(json_file)
+    try:
+        return _panoptic_dicts(content, metadata)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{json_file} is not in COCO's panoptic format: {type(error).__name__} {error}"
+        ) from error
+
+
+def _panoptic_dicts(content: dict, metadata: dict) -> list[dict]:
+    """What `load_panoptic` gives, of the content of the file."""
+    json_file = metadata["panoptic_json"]
     images = {image["id"]: image for image in content["images"]}
     numbers = {
         **metadata["thing_dataset_id_to_contiguous_id"],

@@ -15,13 +15,11 @@ import pycocotools.mask as mask_util
 import torch
 from detectron2.data import transforms as T
 
+from maskdino.data.annotation_checks import MAX_COORDINATE
 from maskdino.data.augmentations import split_at_pixels
 from maskdino.data.reading import DataError
 from maskdino.rle import encode_segmentation
 from maskdino.structures import PackedMasks
-
-# Pixels; pycocotools walks along every edge, so that wild values would cost gigabytes.
-MAX_COORDINATE = 1e5
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 from detectron2.data import detection_utils
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from maskdino.data.images import BROKEN, ImageError, load_image
@@ -14,6 +18,23 @@ MOST_CLASSES = 255  # of a label map with 8 bits, one value of which stands for 
 
 class DataError(UserError):
     """Something is wrong with a dataset: the message names the file, the value, and what to do."""
+
+
+def read_json(path: str) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        DataError: it is missing, or no JSON in UTF-8.
+    """
+    try:
+        with PathManager.open(path) as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}") from error
+    except RecursionError as error:
+        raise DataError(f"{path} cannot be read as JSON: it is nested too deeply") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def read_image(file_name: str, image_format: str) -> np.ndarray:

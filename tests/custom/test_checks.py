@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from maskdino.custom.annotations import read_annotations, summarize, write_annotations
-from maskdino.custom.checks import check, check_pair, describe, drop, file_problem
+from maskdino.custom.checks import check, check_pair, drop, file_problem
 from maskdino.data import DataError
+from maskdino.data.annotation_checks import describe
 from tests.custom.drawn import Drawn, write_drawn
 
 
@@ -40,6 +41,8 @@ def test_good_data_have_no_errors(drawn: Drawn) -> None:
     [
         ("{", "cannot be read as JSON"),
         ("3", "a single int"),
+        ("[3]", "a bare list"),
+        ("[" * 200_000, "nested too deeply"),
         ('[{"score": 1}]', "results of a model"),
         ('{"shapes": []}', "labelme"),
         ('{"images": []}', "lacks annotations, categories; it has images"),
@@ -101,12 +104,14 @@ ERRORS: list[tuple[Callable[[Drawn], None], str]] = [
     (first_annotation(bbox=[], segmentation=[]), "neither box nor mask"),
     (first_annotation(bbox=[1, 2, 3]), "box is not four numbers"),
     (first_annotation(bbox=[1, 2, 3, float("nan")]), "box is not four numbers"),
+    (first_annotation(bbox=[1, 2, 3, 10**400]), "box is not four numbers"),
+    (first_annotation(iscrowd="no"), "iscrowd is neither 0 nor 1"),
     (first_annotation(bbox=[1, 2, 0, 4]), "box of zero or negative size"),
     (first_annotation(bbox=[64, 2, 4, 4]), "box outside of its image"),
     (first_annotation(bbox=[2, -9, 4, 9]), "box outside of its image"),
     (first_annotation(segmentation=[1, 1, 9, 1, 9, 9]), "mask is malformed"),
-    (first_annotation(segmentation=[[1, 1, 9, 1]]), "mask is malformed"),
-    (first_annotation(segmentation=[[1, 1, 9, 1, 9, 9, 9]]), "mask is malformed"),
+    (first_annotation(segmentation=[[1, 1, 9, 1]]), "polygon without 3 whole points"),
+    (first_annotation(segmentation=[[1, 1, 9, 1, 9, 9, 9]]), "polygon without 3 whole points"),
     (first_annotation(segmentation=[[1, 1, 9, 1, 9, 1e9]]), "mask is malformed"),
     (first_annotation(segmentation="polygon"), "mask is malformed"),
     (first_annotation(segmentation={"size": [48, 64]}), "mask is malformed"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
+from maskdino.custom.annotations import read_annotations
 from maskdino.data import (
     DataError,
     build_train_mapper,
@@ -159,26 +160,81 @@ def test_images_without_objects(coco: Path, name: str, filtered: bool) -> None:
     assert len(dicts) == (1 if filtered else 3)
 
 
-def break_image_id(content: dict) -> None:
-    content["annotations"][1]["image_id"] = 12345
+def edit(kind: str, **values: object) -> Callable[[dict], None]:
+    """Changes the second entry of a list of COCO's."""
+    return lambda content: content[kind][1].update(values)
 
 
-def break_category(content: dict) -> None:
-    content["annotations"][1]["category_id"] = 77
+def drop(kind: str, key: str) -> Callable[[dict], None]:
+    return lambda content: content[kind][1].pop(key)
 
 
-def break_file_name(content: dict) -> None:
-    content["images"][1]["file_name"] = "lost.jpg"
+HUGE = 10**400
+BROKEN = [
+    (edit("annotations", image_id=12345), "unknown image: annotation 2 of image 12345"),
+    (drop("annotations", "image_id"), "unknown image: annotation 2 of image None"),
+    (edit("annotations", category_id=77), "unknown category: annotation 2 .*77"),
+    (edit("annotations", category_id=[1]), r"unknown category: annotation 2 .*\[1\]"),
+    (drop("annotations", "category_id"), "unknown category: annotation 2"),
+    (drop("annotations", "id"), "annotation without id"),
+    (edit("annotations", id=1), "several annotations with one id: annotation 1"),
+    (edit("annotations", iscrowd="no"), "iscrowd is neither 0 nor 1: annotation 2 .*'no'"),
+    (edit("annotations", bbox=None, segmentation=None), "neither box nor mask: annotation 2"),
+    (edit("annotations", bbox=[0, 0, HUGE, 5]), "box is not four numbers"),
+    (edit("annotations", bbox=[0, 0, float("nan"), 5]), "box is not four numbers"),
+    (edit("annotations", bbox="wide"), "box is not four numbers"),
+    (edit("annotations", segmentation=[1, 2, 3, 4, 5, 6]), "in a list of its own"),
+    (edit("annotations", segmentation=[[1, 2, 3, 4, 5, HUGE]]), "list of numbers"),
+    (edit("annotations", segmentation=[[1, 2, 3, 4, 5, "6"]]), "list of numbers"),
+    (edit("annotations", segmentation=[[1, 2, 3, 4, 5, 1e9]]), "beyond 100000 pixels"),
+    (edit("annotations", segmentation=3), "mask is malformed"),
+    (edit("annotations", segmentation={"counts": [1]}), "run lengths of"),
+    (edit("images", height="tall"), "image without height and width: image 2"),
+    (edit("images", height=0), "image without height and width: image 2"),
+    (edit("images", width=float("nan")), "image without height and width: image 2"),
+    (drop("images", "height"), "image without height and width: image 2"),
+    (drop("images", "file_name"), "image without file name: image 2"),
+    (edit("images", file_name=5), "image without file name: image 2"),
+    (drop("images", "id"), "image without id"),
+    (edit("images", id=1), "several images with one id: image 1"),
+    (edit("images", file_name="lost.jpg"), "1 images that are not in .*train2017.*lost.jpg"),
+    (drop("categories", "id"), "category without id"),
+    (lambda c: c.pop("images"), "not in COCO's format: it lacks images"),
+    (lambda c: c.update(annotations=None), "'annotations' must be a list of objects"),
+    (lambda c: c.update(annotations=[1]), "'annotations' must be a list of objects"),
+    (lambda c: c.update(annotations=[]), "no objects to train on"),
+]
 
 
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (break_image_id, "annotation 2 belongs to image 12345"),
-        (break_category, "annotation 2 has category 77"),
-        (break_file_name, "1 images that are not in .*train2017.*lost.jpg"),
-    ],
-)
+def run_lengths(counts: object) -> Callable[[dict], None]:
+    """Gives the second annotation run lengths in place of a polygon."""
+
+    def change_content(content: dict) -> None:
+        annotation = content["annotations"][1]
+        image = next(i for i in content["images"] if i["id"] == annotation["image_id"])
+        size = [image["height"], image["width"]]
+        if counts == "fractions":
+            rle = {"size": size, "counts": [0.5, size[0] * size[1] - 0.5]}
+        else:
+            rle = {"size": size, "counts": counts}
+        annotation["segmentation"] = rle
+
+    return change_content
+
+
+BROKEN += [
+    (run_lengths([3, 4]), "run lengths add up to 7, not to"),
+    (run_lengths("fractions"), "run lengths must be integers"),
+    (run_lengths([-5, 5]), "run lengths must be integers that are not negative"),
+    (run_lengths("??"), "run lengths add up to 30, not to"),
+    (run_lengths("?o"), "run lengths end within a number"),
+    (run_lengths("? "), "the character ' '"),
+    (run_lengths("O"), "integers that are not negative"),
+    (run_lengths(None), "run lengths without counts"),
+]
+
+
+@pytest.mark.parametrize(("function", "message"), BROKEN)
 def test_broken_annotations_are_found_before_training(
     make_cfg: Callable, coco: Path, name: str, function: Callable, message: str
 ) -> None:
@@ -186,8 +242,75 @@ def test_broken_annotations_are_found_before_training(
     change(path, function)
     register_coco_folder(name, path, coco / "train2017")
     cfg = make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 2)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"{path}.*{message}") as error:
         check_datasets(cfg)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bbox": [3, 3, 0, 5]}, "box of zero or negative size"),
+        ({"bbox": [3000, 3, 5, 5]}, "box outside of its image"),
+        ({"segmentation": [[1, 2, 3, 4]]}, "polygon without 3 whole points"),
+    ],
+)
+def test_what_training_leaves_out_is_said(
+    make_cfg: Callable,
+    coco: Path,
+    name: str,
+    values: dict,
+    message: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As COCO's own annotations have boxes without area."""
+    path = coco / "annotations/instances_train2017.json"
+    change(path, edit("annotations", **values))
+    register_coco_folder(name, path, coco / "train2017")
+    check_datasets(make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 2))
+    assert f"{path}: {message}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x00" * 50,
+        b"{",
+        b'\xef\xbb\xbf{"images": []}',
+        '{"images": []}'.encode("utf-16"),
+        b"[" * 200_000,
+        b"[]",
+        b"[1, 2]",
+        b"3",
+        b"PK\x03\x04\xff\xff",
+        b'{"images": [], "annotations": [{"id": ' + b"9" * 5000 + b'}], "categories": []}',
+    ],
+)
+def test_files_that_are_no_annotations(
+    make_cfg: Callable, coco: Path, name: str, content: bytes
+) -> None:
+    path = coco / "annotations/instances_train2017.json"
+    path.write_bytes(content)
+    register_coco_folder(name, path, coco / "train2017")
+    cfg = make_cfg("DATASETS.TRAIN", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 2)
+    with pytest.raises(DataError, match=rf"{path} (cannot be read as JSON|is not in COCO's)"):
+        check_datasets(cfg)
+    if b"\xef" not in content:  # a byte order mark is welcome there
+        with pytest.raises(DataError, match=str(path)):
+            read_annotations(path, coco / "train2017")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"images": [{}]}', '{"images": 3}', "{"])
+def test_files_that_are_no_panoptic_annotations(coco: Path, name: str, content: str) -> None:
+    path = coco / "annotations/panoptic_train2017.json"
+    categories = json.loads(path.read_text())["categories"]
+    register_panoptic_folder(
+        name, path, coco / "train2017", coco / "panoptic_train2017", categories
+    )
+    path.write_text(content)
+    with pytest.raises(DataError, match=str(path)):
+        DatasetCatalog.get(name)
 
 
 def test_missing_folders_name_the_path_and_the_variable(
