@@ -5,6 +5,7 @@ import logging
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
+from maskdino.config_checks import check_training, check_values
 from maskdino.engine.best_checkpoint import check_best
 from maskdino.engine.writers import check_writers
 from maskdino.evaluation.build import check_evaluators
@@ -16,7 +17,7 @@ STEPPED = ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR")  # schedules that 
 
 
 def check_settings(cfg: CfgNode, *, trains: bool = True) -> None:
-    """Checks names that a configuration refers to: of mappers, augmentations, evaluators, writers.
+    """Checks values, and names of mappers, augmentations, evaluators and writers.
 
     Evaluators depend on the datasets; those that are not registered are left to `check_datasets`.
 
@@ -25,8 +26,12 @@ def check_settings(cfg: CfgNode, *, trains: bool = True) -> None:
         trains: whether there will be a training, or only an evaluation.
 
     Raises:
-        ValueError: a name is unknown, or SOLVER.BEST cannot be followed.
+        ValueError: a name is unknown, a value makes no sense (`maskdino.config_checks`), or
+            SOLVER.BEST cannot be followed.
     """
+    check_values(cfg)
+    if trains:
+        check_training(cfg)
     is_known = set(cfg.DATASETS.TEST) <= set(DatasetCatalog.list())
     if is_known:
         check_evaluators(cfg)

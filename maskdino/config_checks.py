@@ -1,0 +1,175 @@
+"""Which values a configuration may have: one table, checked when a command starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from maskdino.errors import UserError
+
+
+class ConfigError(UserError):
+    """A value of a configuration makes no sense: the message names the key and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a value may be.
+
+    Attributes:
+        text: for messages.
+        holds: whether a value is allowed.
+    """
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: float) -> Allowed:
+    """Finite numbers from `low` on."""
+    return Allowed(f"at least {low:g}", lambda value: low <= value < math.inf)
+
+
+def between(low: float, high: float) -> Allowed:
+    """Numbers of a closed interval."""
+    return Allowed(f"from {low:g} to {high:g}", lambda value: low <= value <= high)
+
+
+def one_of(*values: Any) -> Allowed:
+    """Some values."""
+    return Allowed(f"one of {', '.join(map(repr, values))}", lambda value: value in values)
+
+
+ABOVE_0 = Allowed("above 0", lambda value: 0 < value < math.inf)
+SHARE = between(0, 1)
+WEIGHT, COUNT, COUNT_OR_0 = at_least(0), at_least(1), at_least(0)
+BELOW_1 = Allowed("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+_MODEL = "MODEL.MASK_DINO."
+_WEIGHTS = ("CLASS", "L1", "GIOU", "MASK_BCE", "MASK_DICE")
+GROUPS = 32  # channels are normalized in so many groups
+RULES: dict[str, Allowed] = {
+    f"{_MODEL}NUM_CLASSES": COUNT,
+    f"{_MODEL}HIDDEN_DIM": COUNT,
+    f"{_MODEL}SIZE_DIVISIBILITY": COUNT_OR_0,
+    f"{_MODEL}ENCODER.NUM_LAYERS": COUNT,
+    f"{_MODEL}ENCODER.NUM_LEVELS": COUNT,
+    f"{_MODEL}ENCODER.NUM_HEADS": COUNT,
+    f"{_MODEL}ENCODER.NUM_POINTS": COUNT,
+    f"{_MODEL}ENCODER.FEEDFORWARD_DIM": COUNT,
+    f"{_MODEL}DECODER.NUM_LAYERS": COUNT,
+    f"{_MODEL}DECODER.NUM_LEVELS": COUNT_OR_0,
+    f"{_MODEL}DECODER.NUM_HEADS": COUNT,
+    f"{_MODEL}DECODER.NUM_POINTS": COUNT,
+    f"{_MODEL}DECODER.FEEDFORWARD_DIM": COUNT,
+    f"{_MODEL}QUERY_SELECTION.NUM_QUERIES": COUNT,
+    f"{_MODEL}QUERY_SELECTION.MASK_ENHANCED_ANCHORS": one_of("mask2box", "bitmask", "none"),
+    f"{_MODEL}QUERY_SELECTION.EMPTY_MASKS": one_of("box", "corner"),
+    f"{_MODEL}QUERY_SELECTION.LARGEST_PROPOSALS": one_of("coarsest", "finest"),
+    f"{_MODEL}DENOISING.MODE": one_of("boxes_and_masks", "boxes", "off"),
+    f"{_MODEL}DENOISING.NUM_QUERIES": COUNT_OR_0,
+    f"{_MODEL}DENOISING.LABEL_NOISE": SHARE,
+    f"{_MODEL}DENOISING.BOX_NOISE": at_least(0),
+    **{f"{_MODEL}MATCHER.{name}_WEIGHT": WEIGHT for name in _WEIGHTS},
+    **{f"{_MODEL}LOSS.{name}_WEIGHT": WEIGHT for name in _WEIGHTS},
+    f"{_MODEL}LOSS.CLASSIFICATION": one_of("focal", "cross_entropy"),
+    f"{_MODEL}LOSS.NO_OBJECT_WEIGHT": WEIGHT,
+    f"{_MODEL}LOSS.NUM_POINTS": COUNT,
+    f"{_MODEL}LOSS.OVERSAMPLE_RATIO": at_least(1),
+    f"{_MODEL}LOSS.IMPORTANCE_RATIO": SHARE,
+    f"{_MODEL}TEST.DECODER_LAYER": at_least(-1),
+    f"{_MODEL}TEST.SCORE_THRESHOLD": SHARE,
+    f"{_MODEL}TEST.PANOPTIC_SCORE_THRESHOLD": SHARE,
+    f"{_MODEL}TEST.PANOPTIC_OVERLAP_THRESHOLD": SHARE,
+    f"{_MODEL}TEST.TEMPERATURE": ABOVE_0,
+    "MODEL.TIMM.DROP_PATH_RATE": BELOW_1,
+    "SOLVER.OPTIMIZER": one_of("ADAMW", "SGD"),
+    "SOLVER.IMS_PER_BATCH": COUNT,
+    "SOLVER.ACCUMULATION_STEPS": COUNT,
+    "SOLVER.MAX_ITER": COUNT,
+    "SOLVER.CHECKPOINT_PERIOD": COUNT,
+    "SOLVER.BASE_LR": at_least(0),
+    "SOLVER.BACKBONE_MULTIPLIER": at_least(0),
+    "SOLVER.LAYER_DECAY": Allowed("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "SOLVER.WEIGHT_DECAY": at_least(0),
+    "SOLVER.WEIGHT_DECAY_NORM": at_least(0),
+    "SOLVER.WEIGHT_DECAY_EMBED": at_least(0),
+    "SOLVER.MOMENTUM": BELOW_1,
+    "SOLVER.GAMMA": at_least(0),
+    "SOLVER.WARMUP_FACTOR": at_least(0),
+    "SOLVER.WARMUP_ITERS": COUNT_OR_0,
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ABOVE_0,
+    "SOLVER.EMA.DECAY": BELOW_1,
+    "SOLVER.BEST.PATIENCE": COUNT_OR_0,
+    "DATALOADER.NUM_WORKERS": COUNT_OR_0,
+    "INPUT.LSJ.MIN_SCALE": ABOVE_0,
+    "INPUT.LSJ.MAX_SCALE": ABOVE_0,
+    "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": SHARE,
+    "INPUT.MIN_SIZE_TEST": COUNT_OR_0,
+    "INPUT.MAX_SIZE_TEST": COUNT,
+    "TEST.DETECTIONS_PER_IMAGE": COUNT,
+    "TEST.EVAL_PERIOD": COUNT_OR_0,
+    "SEED": at_least(-1),
+}
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Checks all values that have a rule.
+
+    Args:
+        cfg: configuration, whose keys have the right types.
+
+    Raises:
+        ConfigError: a value is not allowed; the message says which are.
+    """
+    for key, allowed in RULES.items():
+        value = _value(cfg, key)
+        if not allowed.holds(value):
+            raise ConfigError(f"{key} is {value!r}; it must be {allowed.text}")
+    model = cfg.MODEL.MASK_DINO
+    for part in ("ENCODER", "DECODER"):
+        heads = model[part].NUM_HEADS
+        if model.HIDDEN_DIM % heads or model.HIDDEN_DIM % GROUPS:
+            raise ConfigError(
+                f"{_MODEL}HIDDEN_DIM is {model.HIDDEN_DIM}; it must be a multiple of {GROUPS} "
+                f"(groups of its norms) and of "
+                f"{_MODEL}{part}.NUM_HEADS, {heads}"
+            )
+    if model.TEST.DECODER_LAYER > model.DECODER.NUM_LAYERS:
+        raise ConfigError(
+            f"{_MODEL}TEST.DECODER_LAYER is {model.TEST.DECODER_LAYER}; it must be from -1 to "
+            f"{_MODEL}DECODER.NUM_LAYERS, {model.DECODER.NUM_LAYERS}"
+        )
+    scales = cfg.INPUT.LSJ
+    if scales.MIN_SCALE > scales.MAX_SCALE:
+        raise ConfigError(
+            f"INPUT.LSJ.MIN_SCALE is {scales.MIN_SCALE}; it must be at most INPUT.LSJ.MAX_SCALE, "
+            f"{scales.MAX_SCALE}"
+        )
+
+
+def check_training(cfg: CfgNode) -> None:
+    """Checks what a training needs besides.
+
+    Raises:
+        ConfigError: it lacks something.
+    """
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN is (); it must name at least one dataset to train on")
+    batch, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS
+    if batch % steps:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of "
+            f"SOLVER.ACCUMULATION_STEPS, {steps}"
+        )
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    node: Any = cfg
+    for name in key.split("."):
+        node = node[name]
+    return node
