@@ -29,6 +29,7 @@ class _Request:
     dataset_name: str
     output_folder: str
     with_masks: bool
+    detections: int  # of an image
 
 
 def _coco(request: _Request) -> DatasetEvaluator:
@@ -37,6 +38,7 @@ def _coco(request: _Request) -> DatasetEvaluator:
         request.output_folder,
         with_masks=request.with_masks,
         fast=coco_evaluation.faster_coco_eval is not None,
+        detections=request.detections,
     )
 
 
@@ -110,7 +112,10 @@ _OF_INSTANCES: dict[str, tuple[str, ...]] = {
 }
 METRICS: dict[_Builder, dict[str, tuple[str, ...]]] = {
     _coco: _OF_INSTANCES,
-    _lvis: {task: (*names, "APr", "APc", "APf") for task, names in _OF_INSTANCES.items()},
+    _lvis: {
+        task: (*(name for name in names if name != "AR"), "APr", "APc", "APf")
+        for task, names in _OF_INSTANCES.items()
+    },
     _panoptic: {"panoptic_seg": tuple(f"{q}Q{of}" for of in ("", "_th", "_st") for q in "PSR")},
     _semantic: {"sem_seg": ("mIoU", "fwIoU", "mACC", "pACC")},
     _cityscapes_instance: {"segm": ("AP", "AP50")},
@@ -133,7 +138,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         ValueError: if the dataset's type is unknown, or the model does nothing it can be judged by.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-    request = _Request(dataset_name, folder, cfg.MODEL.MASK_DINO.MASK_ON)
+    request = _Request(
+        dataset_name, folder, cfg.MODEL.MASK_DINO.MASK_ON, cfg.TEST.DETECTIONS_PER_IMAGE
+    )
     own = [EVALUATOR_REGISTRY.find(name) for name in _own_evaluators(cfg, dataset_name)]
     return DatasetEvaluators(
         [build(request) for build in _builders(cfg, dataset_name)]

@@ -35,7 +35,9 @@ except ImportError:  # optional: pycocotools computes the same numbers
 logger = logging.getLogger(__name__)
 
 MASK_BYTES_AT_ONCE = 1 << 27  # packed masks of one image that are on their way at one time
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
+COCO_DETECTIONS = 100  # of an image that published numbers count
+AREAS = ("all", "small", "medium", "large")
 
 
 def instances_to_records(instances: Instances, image_id: int) -> list[dict]:
@@ -85,19 +87,27 @@ class COCOInstanceEvaluator(DatasetEvaluator):
         output_folder: predictions go to ``coco_instances_results.json`` there; None: nowhere.
         with_masks: whether the model predicts masks.
         fast: whether to compute with faster-coco-eval (equal numbers, sooner).
+        detections: of an image that count, those with the highest scores.
 
     Raises:
         ImportError: if ``fast`` is asked for and faster-coco-eval is not installed.
     """
 
     def __init__(
-        self, dataset_name: str, output_folder: str | None, *, with_masks: bool, fast: bool
+        self,
+        dataset_name: str,
+        output_folder: str | None,
+        *,
+        with_masks: bool,
+        fast: bool,
+        detections: int = COCO_DETECTIONS,
     ) -> None:
         if fast and faster_coco_eval is None:
             raise ImportError("faster-coco-eval is missing: pip install faster-coco-eval")
         self._metadata = MetadataCatalog.get(dataset_name)
         self._output_folder = output_folder
         self._fast = fast
+        self._detections = detections
         self._ground_truth = _ground_truth_of(dataset_name, output_folder)
         annotations = self._ground_truth.get("annotations")
         if annotations is None:
@@ -148,20 +158,27 @@ class COCOInstanceEvaluator(DatasetEvaluator):
             return {}
         if not records:
             logger.warning("No instance was predicted in '%s': AP is 0.", self._metadata.name)
+        if self._detections != COCO_DETECTIONS:
+            logger.warning(
+                "AP and AR count up to %d detections of an image (TEST.DETECTIONS_PER_IMAGE); "
+                "published numbers on COCO count %d.",
+                self._detections,
+                COCO_DETECTIONS,
+            )
         return {task: self._evaluate_task(task, records) for task in self._tasks}
 
     def _evaluate_task(self, task: str, records: list[dict]) -> dict[str, float]:
         if not records:
             return dict.fromkeys(METRICS, 0.0)
         stats, precisions, categories = average_precision(
-            self._ground_truth, records, task, fast=self._fast
+            self._ground_truth, records, task, fast=self._fast, detections=self._detections
         )
         results = dict(zip(METRICS, stats, strict=True))
         logger.info("Evaluation results for %s:\n%s", task, create_small_table(results))
         if len(categories) > 1:
             names = {c["id"]: c["name"] for c in self._ground_truth["categories"]}
             per_class = {
-                f"AP-{names[category]}": _mean_precision(precisions[:, :, index, 0, -1])
+                f"AP-{names[category]}": _mean(precisions[:, :, index, 0, -1])
                 for index, category in enumerate(categories)
             }
             logger.info("Per class, %s:\n%s", task, _columns(per_class))
@@ -170,7 +187,12 @@ class COCOInstanceEvaluator(DatasetEvaluator):
 
 
 def average_precision(
-    ground_truth: dict, records: list[dict], task: str, *, fast: bool
+    ground_truth: dict,
+    records: list[dict],
+    task: str,
+    *,
+    fast: bool,
+    detections: int = COCO_DETECTIONS,
 ) -> tuple[list[float], np.ndarray, list[int]]:
     """Compares predictions with annotations.
 
@@ -180,6 +202,7 @@ def average_precision(
             needs.
         task: "bbox" or "segm".
         fast: see `COCOInstanceEvaluator`.
+        detections: likewise.
 
     Returns:
         The values of `METRICS` in percent (NaN where nothing could be measured), the precisions
@@ -194,7 +217,7 @@ def average_precision(
     if fast:
         api = faster_coco_eval.COCO(ground_truth)
         evaluation = faster_coco_eval.COCOeval_faster(api, api.loadRes(predictions), iouType=task)
-        _run(evaluation)
+        _run(evaluation, detections)
     else:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -204,9 +227,14 @@ def average_precision(
             api.dataset = ground_truth
             api.createIndex()
             evaluation = COCOeval(api, api.loadRes(predictions), task)
-            _run(evaluation)
-    stats = [100.0 * value if value >= 0 else float("nan") for value in evaluation.stats[:6]]
-    return [float(s) for s in stats], evaluation.eval["precision"], list(evaluation.params.catIds)
+            _run(evaluation, detections)
+    precisions, recalls = evaluation.eval["precision"], evaluation.eval["recall"]
+    whole = precisions[..., 0, -1]  # of all sizes
+    thresholds = np.asarray(evaluation.params.iouThrs)
+    single = [whole[np.isclose(thresholds, threshold)] for threshold in (0.5, 0.75)]
+    sizes = [precisions[..., area, -1] for area in range(1, len(AREAS))]
+    parts = [whole, *single, *sizes, recalls[..., 0, -1]]
+    return [_mean(part) for part in parts], precisions, list(evaluation.params.catIds)
 
 
 def _number_images(images: list[dict], annotations: list[dict], predictions: list[dict]) -> None:
@@ -220,10 +248,10 @@ def _number_images(images: list[dict], annotations: list[dict], predictions: lis
         entry["image_id"] = numbers[entry["image_id"]]
 
 
-def _run(evaluation: Any) -> None:
+def _run(evaluation: Any, detections: int) -> None:
+    evaluation.params.maxDets = [detections]
     evaluation.evaluate()
     evaluation.accumulate()
-    evaluation.summarize()
 
 
 def _ground_truth_of(dataset_name: str, output_folder: str | None) -> dict:
@@ -259,8 +287,8 @@ def read_annotations(path: str) -> dict:
     return ground_truth
 
 
-def _mean_precision(precisions: np.ndarray) -> float:
-    valid = precisions[precisions > -1]
+def _mean(values: np.ndarray) -> float:
+    valid = values[values > -1]  # -1: there is nothing to find
     return float(valid.mean() * 100) if valid.size else float("nan")
 
 

@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image
 
 from maskdino.evaluation.build import PER_CLASS
 from maskdino.evaluation.charts import bars, curves
-from maskdino.evaluation.coco import average_precision, faster_coco_eval
+from maskdino.evaluation.coco import COCO_DETECTIONS, average_precision, faster_coco_eval
 from maskdino.evaluation.report_images import EvaluatedImages, InstanceImages, find_images
 
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
@@ -104,7 +105,12 @@ def _curves(ground_truth: dict, predictions: list[dict]) -> dict[str, str]:
     for task, key in (("bbox", "bbox"), ("segm", "segmentation")):
         if predictions and key in predictions[0] and ground_truth.get("annotations"):
             fast = faster_coco_eval is not None
-            _, precision, _ = average_precision(ground_truth, predictions, task, fast=fast)
+            # All that was predicted, so the curves are those of the AP beside them.
+            counts = Counter(prediction["image_id"] for prediction in predictions)
+            detections = max(COCO_DETECTIONS, *counts.values())
+            _, precision, _ = average_precision(
+                ground_truth, predictions, task, fast=fast, detections=detections
+            )
             charts[task] = curves(precision_recall(precision), "recall", "precision")
     return charts
 
