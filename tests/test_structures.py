@@ -99,3 +99,18 @@ def test_outputs_are_added_and_left_out(masks: bool) -> None:
     with pytest.raises(ValueError, match="'_proposal' is not the first"):
         fewer.without("_proposal")
     assert fewer.map(lambda x: x[:, :, 2:]).predictions.boxes.shape == (2, 1, 4, 4)
+
+
+def test_an_output_is_added_at_the_end_and_left_out_at_the_beginning() -> None:
+    first, last = torch.zeros(2, 1, 3, 4), torch.ones(1, 3, 4)
+    outputs = Outputs(Predictions(first, first, None), ("_initial", "")).plus(
+        Predictions(last, last, None), "_proposal"
+    )
+    assert outputs.names == ("_initial", "", "_proposal")
+    assert outputs.predictions.boxes.mean((1, 2, 3)).tolist() == [0, 0, 1]
+    shorter = outputs.without("_initial")
+    assert shorter.names == ("", "_proposal")
+    assert shorter.predictions.boxes.mean((1, 2, 3)).tolist() == [0, 1]
+    assert outputs.without("_layer9") is outputs
+    with pytest.raises(ValueError, match="not the first"):
+        outputs.without("_proposal")

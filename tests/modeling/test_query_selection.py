@@ -24,11 +24,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("coarsest_largest", [True, False])
 def test_proposals(coarsest_largest: bool) -> None:
-    shapes = ((6, 8), (3, 4), (1, 60))
+    shapes = ((6, 8), (3, 4), (1, 60), (1, 30))
     found = proposal_logits(shapes, coarsest_largest, CPU)
     expected = []
     for level, (rows, columns) in enumerate(shapes):
-        side = 0.05 * 2 ** (level if coarsest_largest else 2 - level)
+        side = 0.05 * 2 ** (level if coarsest_largest else 3 - level)
         for i in range(rows):
             for j in range(columns):
                 box = ((j + 0.5) / columns, (i + 0.5) / rows, side, side)
@@ -74,10 +74,13 @@ def selection_of(
     return selection, heads, Memory(tokens, SHAPES), torch.randn(2, CHANNELS, 12, 16)
 
 
-def test_best_class_scores_are_selected() -> None:
-    selection, heads, memory, pixels = selection_of()
+@pytest.mark.parametrize(("shapes", "number"), [(SHAPES, 12), (((1, 60),), 60)])
+def test_best_class_scores_are_selected(shapes: tuple, number: int) -> None:
+    """In a row of 60 tokens, the outermost two are invalid; all are selected."""
+    selection, heads, memory, pixels = selection_of(QUERY_SELECTION__NUM_QUERIES=number)
+    memory = Memory(memory.tokens, shapes)
     queries, predictions = selection(memory, pixels, heads)
-    proposals = proposal_logits(SHAPES, True, CPU)
+    proposals = proposal_logits(shapes, True, CPU)
     for image in range(2):
         ranked = []
         for token in range(60):
@@ -86,7 +89,7 @@ def test_best_class_scores_are_selected() -> None:
                 x = torch.zeros_like(x)
             content = selection.output_norm(selection.output(x))
             ranked.append((heads.class_head(content).max().item(), token, content))
-        ranked = sorted(ranked, key=lambda entry: -entry[0])[:12]
+        ranked = sorted(ranked, key=lambda entry: -entry[0])[:number]
         for i, (_, token, content) in enumerate(ranked):
             torch.testing.assert_close(
                 queries.content[image, i], content.detach(), atol=1e-5, rtol=1e-5
@@ -102,8 +105,9 @@ def test_best_class_scores_are_selected() -> None:
             )
 
 
-def test_queries_carry_no_gradient_but_predictions_do() -> None:
-    selection, heads, memory, pixels = selection_of()
+@pytest.mark.parametrize("kind", ["mask2box", "none"])
+def test_queries_carry_no_gradient_but_predictions_do(kind: str) -> None:
+    selection, heads, memory, pixels = selection_of(QUERY_SELECTION__MASK_ENHANCED_ANCHORS=kind)
     queries, predictions = selection(memory, pixels, heads)
     assert not queries.content.requires_grad and not queries.anchor_logits.requires_grad
     total = predictions.class_logits.sum() + predictions.boxes.sum()
@@ -142,8 +146,8 @@ def test_empty_masks_leave_the_predicted_boxes(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["mask2box", "bitmask"])
 def test_masks_of_one_row_are_not_empty(kind: str) -> None:
     selection, *_ = selection_of(QUERY_SELECTION__MASK_ENHANCED_ANCHORS=kind)
-    pixels = -torch.ones(1, 1, 8, 16)
-    pixels[0, 0, 2, 4:13] = 1
+    pixels = torch.full((1, 1, 8, 16), -0.1)
+    pixels[0, 0, 2, 4:13] = 0.1
     found = selection._mask_anchors(torch.ones(1, 1, 1), pixels, torch.full((1, 1, 4), 9.0))
     x0, y0, x1, y1 = (4, 2, 12, 2) if kind == "mask2box" else (4, 2, 13, 3)
     expected = torch.tensor([(x0 + x1) / 32, (y0 + y1) / 16, (x1 - x0) / 16, (y1 - y0) / 8])

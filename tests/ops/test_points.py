@@ -218,3 +218,12 @@ def test_sampler_draws_anew_and_refuses_impossible_shares() -> None:
     assert not torch.equal(first, second)
     with pytest.raises(ValueError, match="5 candidates are fewer than the 10"):
         PointSampler(10, 0.5, 1.0)
+
+
+def test_uncertain_points_lie_where_logits_change_their_sign() -> None:
+    """Logits -10 to 10 from left to right: 30 of 120 candidates are nearest to the middle."""
+    ramp = torch.linspace(-10, 10, 64).expand(5, 16, 64)
+    points = PointSampler(40, 3.0, 0.75).sample_uncertain(ramp)
+    assert points.shape == (5, 40, 2)
+    distance = (points[..., 0] - 0.5).abs()
+    assert distance[:, :30].max() < 0.25 < distance[:, 30:].max()

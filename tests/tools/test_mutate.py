@@ -1,0 +1,53 @@
+"""Mutations: one that is noticed and one that is not, and a table that fits the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY, load_module
+
+
+@pytest.fixture(scope="module")
+def mutate() -> ModuleType:
+    return load_module(REPOSITORY / "tools" / "mutate.py")
+
+
+@pytest.mark.slow
+def test_what_is_noticed_and_what_is_not_are_told_apart(tmp_path: Path) -> None:
+    package = REPOSITORY / "maskdino" / "rle.py"
+    before = package.read_text()
+    mutations = [
+        {"from": "(mask, dtype=np.uint8)", "to": "(mask.T, dtype=np.uint8)"},
+        {"from": "from __future__ import annotations\n", "to": "# nothing\n"},
+        {"from": "(mask, dtype=np.uint8)", "to": "(mask)", "equivalent": "so it seems"},
+        {"from": "nowhere to be found", "to": ""},
+    ]
+    table = tmp_path / "table.yaml"
+    group = {"tests": ["tests/test_rle.py"], "mutations": mutations}
+    table.write_text(yaml.safe_dump({"maskdino/rle.py": group}))
+    command = [sys.executable, REPOSITORY / "tools" / "mutate.py", "--table", table]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = result.stdout.splitlines()
+    verdicts = [line.split()[0] for line in lines[:4]]
+    assert verdicts == ["killed", "survived", "equivalent", "stale"], result
+    assert lines[4:] == [
+        "1 killed, 1 survived, 1 equivalent, 1 stale",
+        "50.0 % of 2 were noticed",
+    ]
+    assert result.returncode == 1
+    assert package.read_text() == before
+
+
+def test_the_table_names_tests_that_there_are(mutate: ModuleType) -> None:
+    mutations = mutate.read_table(mutate.TABLE)
+    files = {m.file for m in mutations}
+    tests = {test.partition("::")[0] for m in mutations for test in m.tests if "/" in test}
+    assert {name for name in files | tests if not (REPOSITORY / name).is_file()} == set()
+    assert len(mutations) > 200
+    assert len(mutate.read_table(mutate.TABLE, ["ops/boxes"])) < 20
