@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """A file, a value or a request is at fault: the message names it, and says what to do."""
+
+
+class WriteError(OSError, UserError):
+    """A file cannot be written, as on a full disk: the message names it, and says what to do."""

@@ -24,6 +24,7 @@ from maskdino.checkpoint.released_weights import (
     is_released,
     refuse_foreign,
 )
+from maskdino.errors import WriteError
 from maskdino.files import written_whole
 from maskdino.model import MaskDINO
 from maskdino.modeling.query_selection import UnifiedQuerySelection
@@ -71,8 +72,14 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
         data |= {key: item.state_dict() for key, item in self.checkpointables.items()} | kwargs
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        with written_whole(path) as temporary:
-            torch.save(data, temporary)
+        try:
+            with written_whole(path) as temporary:
+                torch.save(data, temporary)
+        except (OSError, RuntimeError) as error:  # PyTorch's own writer raises the latter
+            raise WriteError(
+                f"cannot write {path}: {error}. The checkpoints before are whole: make room, or "
+                "mend the permissions, and go on with --resume"
+            ) from error
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from maskdino.errors import UserError
+
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 
 
@@ -25,7 +27,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-class CommandError(ValueError):
+class CommandError(UserError):
     """What a command refuses, or finds wrong: its text is all that the user needs."""
 
 
@@ -34,7 +36,7 @@ def errors_in_one_line() -> Iterator[None]:
     """Ends the process with one line for what the user can mend, and for Ctrl-C.
 
     That is what the system refuses (`OSError`), a package that is not installed, and what a check
-    refuses: a `CommandError`, or a `KeyError`, `ValueError` or `ImportError` that a `raise`
+    refuses: a `UserError`, or a `KeyError`, `ValueError` or `ImportError` that a `raise`
     statement made. The same errors from an expression, and all others, are faults of the program:
     they keep their traceback. Serves as a decorator too.
 
@@ -43,10 +45,10 @@ def errors_in_one_line() -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except (CommandError, OSError) as error:
+    except KeyboardInterrupt as error:
+        print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(getattr(error, "status", INTERRUPTED))
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except (KeyError, ValueError, ImportError) as error:
         if not was_raised(error):

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import detectron2
@@ -27,6 +28,7 @@ from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.devices import configured_device, settle_device
 from maskdino.engine.before_training import check_settings
 from maskdino.engine.launch import launch
+from maskdino.engine.run_folder import check_folder, locked
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
 from maskdino.evaluation.report import report_paths, write_report
 from maskdino.extensions import add_import_option, config_header
@@ -40,6 +42,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="begin anew in a folder that holds a run"
+    )
     parser.add_argument("--eval-only", action="store_true", help="do not train")
     parser.add_argument(
         "--report", action="store_true", help="leave an HTML page of the last evaluation"
@@ -103,13 +108,15 @@ def set_up(cfg: CfgNode) -> CfgNode:
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Trains or evaluates, in one of possibly several processes."""
-    cfg = set_up(cfg)
     if args.eval_only:
+        cfg = set_up(cfg)
         evaluate_weights(cfg, resume=args.resume)
     else:
-        trainer = MaskDINOTrainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
+        with locked(cfg.OUTPUT_DIR) if comm.is_main_process() else nullcontext():
+            cfg = set_up(cfg)
+            trainer = MaskDINOTrainer(cfg)
+            trainer.resume_or_load(resume=args.resume)
+            trainer.train()
     if args.report and comm.is_main_process():
         folder = Path(cfg.OUTPUT_DIR)
         for dataset, path in report_paths(cfg.DATASETS.TEST, folder).items():
@@ -123,12 +130,20 @@ def main(words: list[str] | None = None) -> None:
     cfg = read_config(args)
     if not torch.cuda.is_available() and args.num_gpus > 1:
         raise CommandError(f"--num-gpus {args.num_gpus}, but there is no GPU; use --num-processes")
-    launch(
-        run,
-        args,
-        cfg,
-        processes=args.num_gpus if torch.cuda.is_available() else args.num_processes,
-        machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        url=args.dist_url,
-    )
+    is_first = args.machine_rank == 0 and os.environ.get("RANK", "0") == "0"
+    if is_first and not args.eval_only:
+        check_folder(cfg.OUTPUT_DIR, resume=args.resume, overwrite=args.overwrite)
+    try:
+        launch(
+            run,
+            args,
+            cfg,
+            processes=args.num_gpus if torch.cuda.is_available() else args.num_processes,
+            machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            url=args.dist_url,
+        )
+    except KeyboardInterrupt as error:
+        if str(error) or args.eval_only:
+            raise
+        raise KeyboardInterrupt("interrupted; go on with --resume") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from maskdino.custom.report import plan_text, results_text
 from maskdino.custom.request import Request
 from maskdino.custom.training import CustomTrainer
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
+from maskdino.engine.run_folder import locked
 from maskdino.extensions import config_header
 from maskdino.model_zoo import read_config
 
@@ -139,6 +141,7 @@ def train_run(run: Run, resume: bool, early_stop: int) -> None:
     judge_by_masks(cfg)  # as runs of earlier versions do not say
     cfg.SOLVER.BEST.PATIENCE = early_stop or cfg.SOLVER.BEST.PATIENCE
     cfg.freeze()
-    trainer = CustomTrainer(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
+    with locked(run.output) if comm.is_main_process() else nullcontext():
+        trainer = CustomTrainer(cfg)
+        trainer.resume_or_load(resume)
+        trainer.train()

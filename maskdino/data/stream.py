@@ -8,6 +8,7 @@ Iteration k takes positions [k * batch, (k + 1) * batch).
 import itertools
 import logging
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -296,5 +297,7 @@ def _as_list(batch: list[dict]) -> list[dict]:
 
 
 def _one_thread(_worker: int) -> None:
+    # Ctrl-C reaches all processes of a terminal: the training ends its workers when it is ready.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A worker is one of many: more threads in each would only get in each other's way.
     torch.set_num_threads(1)

@@ -1,9 +1,11 @@
 """Training as detectron2's users know it: resumable data, averaged weights, one exact step."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import signal
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -31,7 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import build_average
 from maskdino.checkpoint.loading import load_trained
-from maskdino.data import DataError, build_train_mapper, check_datasets
+from maskdino.data import build_train_mapper, check_datasets
 from maskdino.data.stream import (
     Purpose,
     TrainingData,
@@ -44,14 +46,17 @@ from maskdino.devices import settle_device
 from maskdino.engine.before_training import check_settings, warn_of_schedule
 from maskdino.engine.best_checkpoint import BestCheckpoint
 from maskdino.engine.hooks import PeriodicCheckpoint, Resources, SaveAverage
+from maskdino.engine.interruption import Interrupted, SignalWatch
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
 from maskdino.engine.writers import WriteScalars, build_writers
+from maskdino.errors import UserError, WriteError
 from maskdino.evaluation.build import build_evaluator
 from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
 
 logger = logging.getLogger(__name__)
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 WRITE_PERIOD = 20  # iterations between lines of the log
 
 
@@ -214,6 +219,8 @@ class MaskDINOTrainer(TrainerBase):
         Raises:
             DataError: the data are at fault; nothing is logged, as the message says it all.
             FloatingPointError: see `TrainStep.run`.
+            Interrupted: Ctrl-C or SIGTERM; with one process, the last whole step is saved.
+            WriteError: a file cannot be written.
         """
         logger.info("The seed is %d; training starts at iteration %d.", self.seed, self.start_iter)
         data = self.training_data
@@ -237,21 +244,48 @@ class MaskDINOTrainer(TrainerBase):
         """Makes all steps, with hooks as in `TrainerBase.train`, which cannot end early."""
         self.stopped = False
         self.iter = self.start_iter
-        with EventStorage(self.start_iter) as self.storage:
+        complete = self.start_iter - 1  # the last iteration whose step was made
+        signals = SignalWatch()
+        with signals.installed(), EventStorage(self.start_iter) as self.storage:
             try:
                 self.before_train()
                 while self.iter < self.max_iter and not self.stopped:
                     self.before_step()
-                    self.run_step()
+                    with signals.step():
+                        self.run_step()
+                        complete = self.iter
                     self.after_step()
                     self.iter += not self.stopped
-            except DataError:
+            except KeyboardInterrupt:
+                raise self._interrupted(signals, complete) from None
+            except UserError:
                 raise
+            except OSError as error:
+                if error.errno not in CANNOT_WRITE:
+                    raise
+                raise WriteError(
+                    f"{error}: make room for {self.cfg.OUTPUT_DIR}, or mend its permissions, and "
+                    "go on with --resume"
+                ) from error
             except Exception:
                 logger.exception("The training ended at iteration %d:", self.iter)
                 raise
             finally:
                 self.after_train()
+
+    def _interrupted(self, signals: SignalWatch, complete: int) -> Interrupted:
+        """Saves the state after the last whole step; returns the error that says so."""
+        where = "before the first iteration"
+        if complete >= self.start_iter:
+            where = f"after iteration {complete + 1}"
+            if comm.get_world_size() == 1 and not signals.in_step:
+                self.iter = complete
+                self.check_gradient()
+                name = "model_final" if complete == self.max_iter - 1 else f"model_{complete:07d}"
+                self.checkpointer.save(name, iteration=complete)
+        return Interrupted(
+            f"interrupted {where}; go on with --resume", signals.number or signal.SIGINT
+        )
 
     def run_step(self) -> None:
         """Makes one optimizer step and records its scalars.

@@ -1,6 +1,7 @@
 """Tests of tools/train_net.py."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,4 +155,6 @@ def test_interrupted_training_ends_in_one_line(
     os.killpg(process.pid, signal.SIGINT)
     rest, _ = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert rest.splitlines()[-1] == "interrupted" and "Traceback" not in rest
+    assert re.fullmatch(r"interrupted.*; go on with --resume", rest.splitlines()[-1])
+    assert "Traceback" not in rest
+    assert (tmp_path / "out" / "last_checkpoint").is_file() == (processes == 1)

@@ -1,0 +1,129 @@
+"""The folder of a run: one run at a time, and no run over another by mistake."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from maskdino.checkpoint.reading import LAST
+from maskdino.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+    import msvcrt
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+FAR = 1 << 30  # the byte that Windows locks, and then refuses to read: far behind the text
+# What a run leaves that another would go on with, or mix with its own.
+LEFT_BY_RUNS = ("model_*.pth", "metrics.json", LAST, "ema/*.pth", "best/*.pth", "best/history.json")
+TEMPORARY = ("*.tmp[0-9]*", "ema/*.tmp[0-9]*", "best/*.tmp[0-9]*")
+
+
+class RunError(UserError):
+    """A folder cannot be used for a run: the message names it, and says what to do."""
+
+
+def check_folder(folder: str | os.PathLike, *, resume: bool, overwrite: bool = False) -> None:
+    """Checks that a training may write to a folder; with `overwrite` removes what a run left there.
+
+    Args:
+        folder: OUTPUT_DIR.
+        resume: the run that is there goes on.
+        overwrite: it is given up.
+
+    Raises:
+        RunError: the folder cannot be written, or holds a run that would be replaced.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"probe.tmp{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(
+            f"cannot write to OUTPUT_DIR {folder} ({error.strerror or error}): give another folder "
+            "as OUTPUT_DIR, or mend its permissions"
+        ) from error
+    if resume:
+        return
+    left = [path for pattern in LEFT_BY_RUNS for path in folder.glob(pattern)]
+    if left and not overwrite:
+        raise RunError(
+            f"OUTPUT_DIR {folder} holds a run ({left[0].relative_to(folder)}): go on with "
+            "--resume, give another OUTPUT_DIR, or replace it with --overwrite"
+        )
+    if left:
+        with locked(folder):  # not that of a run that is still at work
+            for path in left:
+                path.unlink(missing_ok=True)
+        logger.warning("%d files of the run that was in %s are removed.", len(left), folder)
+
+
+@contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Inside, no other process can lock the folder; the system frees it when this one ends.
+
+    Temporary files of runs that were killed are removed.
+
+    Raises:
+        RunError: another process has locked it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            _lock(file.fileno())
+        except (BlockingIOError, PermissionError) as error:
+            owner = _owner(path.read_text(encoding="utf-8"))
+            raise RunError(
+                f"OUTPUT_DIR {folder} is in use by another run ({owner}): wait for its end, or "
+                "give another OUTPUT_DIR"
+            ) from error
+        except OSError as error:  # file systems without locks
+            logger.warning("%s cannot be locked (%s): run nothing else there.", folder, error)
+        # Through this handle: closing another one would free the lock.
+        file.seek(0)
+        before = _owner(file.read())
+        if before:
+            logger.warning("The run before (%s) was killed; its lock is taken over.", before)
+        for pattern in TEMPORARY:
+            for left in folder.glob(pattern):
+                left.unlink(missing_ok=True)
+        file.truncate(0)
+        now = datetime.datetime.now().isoformat(timespec="seconds")
+        json.dump({"process": os.getpid(), "machine": socket.gethostname(), "since": now}, file)
+        file.flush()
+        try:
+            yield
+        finally:
+            # Left empty rather than removed: another process may have opened it to wait.
+            file.truncate(0)
+
+
+def _lock(descriptor: int) -> None:
+    if fcntl is not None:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    os.lseek(descriptor, FAR, os.SEEK_SET)
+    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+
+def _owner(text: str) -> str:
+    """Who wrote a lock, for messages; "": nobody."""
+    try:
+        entry = json.loads(text or "{}")
+        return ", ".join(f"{key} {value}" for key, value in entry.items())
+    except (ValueError, AttributeError):
+        return "unknown"
