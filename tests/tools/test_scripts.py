@@ -66,6 +66,9 @@ def test_ci_fails_if_anything_fails(
         clone / ".venv" / "bin" / "ruff",
         f'echo "ruff $*"; [ "$1" = format ] && exit {formatting}; exit {check}',
     )
+    for name in ("mypy", "clang-format"):
+        write_command(clone / ".venv" / "bin" / name, "exit 0")
+    subprocess.run(["git", "init", "-q", clone], check=True)
     result = run(clone / ".ci" / "run", tmp_path, {"VENV": ".venv"})
     assert result.returncode == expected
     assert result.stdout.splitlines() == ["tests ran", "ruff check .", "ruff format --check ."]
