@@ -4,6 +4,8 @@
     maskdino predict --config-file F --weights W --input folder 'x/*.png' clip.mp4 --output DIR
     maskdino predict --config-file F --weights W --webcam --output DIR
     maskdino predict --backend onnx --model exported.onnx --input photo.jpg --output DIR
+    maskdino predict --config-file F --weights W --input huge.tif --slice 1024 --output DIR
+    maskdino predict --config-file F --weights W --input folder --coco labels.json
 
 A file that cannot be read is named, and the others go on; the exit status is then 1. Ctrl-C ends a
 video or a camera in a file that can be played.
@@ -16,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,8 +29,12 @@ from tqdm import tqdm
 from maskdino.cli.common import INTERRUPTED, CommandError, errors_in_one_line, make_parser
 from maskdino.export.onnx import onnx_predictor
 from maskdino.extensions import add_import_option
+from maskdino.inference.labels import ClassThresholds, CocoLabels
+from maskdino.inference.outputs import Wanted
 from maskdino.inference.predictor import MaskDINOPredictor
-from maskdino.inference.sources import find_inputs, is_video, json_beside, output_paths, unused
+from maskdino.inference.sliced import check_slices
+from maskdino.inference.sources import find_inputs, is_video, output_paths, unused
+from maskdino.inference.tiles import TiledImage
 from maskdino.inference.tracks import Tracks
 from maskdino.inference.video import (
     Camera,
@@ -39,7 +44,7 @@ from maskdino.inference.video import (
     VideoWriter,
     require_pyav,
 )
-from maskdino.visualization.images import ImageError, load_image
+from maskdino.visualization.images import ImageError
 from maskdino.visualization.results import ImageResult
 
 Item = TypeVar("Item")
@@ -60,8 +65,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, metavar="FILE", help="exported network, for --backend onnx")
     add("--input", nargs="+", default=[], metavar="PATH", help="files, folders, 'patterns'")
     add("--webcam", nargs="?", type=int, const=0, metavar="N", help="in place of --input (0)")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder of the drawings")
+    add("--output", type=Path, metavar="DIR", help="folder of the drawings")
     add("--json", action="store_true", help="write the results of images as JSON, too")
+    add("--coco", type=Path, metavar="FILE", help="write the objects of all images as one dataset")
+    add("--polygons", type=float, metavar="T", help="in --coco, within T pixels (run lengths)")
+    add("--class-thresholds", metavar="NAME=T,...", help="least scores of single classes")
+    add("--slice", type=int, metavar="PIXELS", help="predict images in slices of this size")
+    add("--overlap", type=float, default=0.2, metavar="SHARE", help="of two slices (0.2)")
     add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (the first it can)")
     add("--confidence-threshold", type=float, default=0.5, metavar="T", help="least score (0.5)")
     add("--max-detections", type=int, metavar="N", help="objects per image")
@@ -71,6 +81,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add_import_option(parser)
     add("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values, at the end")
     args = parser.parse_args(words)
+    _check_outputs(parser, args)
     if args.webcam is not None and args.webcam < 0:
         parser.error(f"--webcam {args.webcam}: cameras are numbered from 0")
     if bool(args.input) == (args.webcam is not None):
@@ -84,11 +95,27 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses options that do not fit together."""
+    if args.output is None and args.coco is None:
+        parser.error("give --output, --coco, or both")
+    if args.output is None and (args.json or args.webcam is not None):
+        parser.error("--json and --webcam need --output")
+    if args.polygons is not None and args.coco is None:
+        parser.error("--polygons is of --coco")
+    if (args.coco or args.class_thresholds) and args.task not in (None, "instance"):
+        parser.error(f"--coco and --class-thresholds are of objects, not of --task {args.task}")
+    if (args.coco or args.slice) and args.webcam is not None:
+        parser.error("--coco and --slice are of images, not of --webcam")
+
+
 def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
     """The model, doing the one task that is drawn."""
     common = {
         "device": args.device,
-        "confidence_threshold": args.confidence_threshold,
+        "confidence_threshold": ClassThresholds(args.class_thresholds or "").least(
+            args.confidence_threshold
+        ),
         "tasks": None if args.task is None else (args.task,),
         "size": args.size,
         "max_detections": args.max_detections,
@@ -100,8 +127,12 @@ def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
         predictor = MaskDINOPredictor.from_config(
             args.config_file, args.weights, opts=args.opts, **common
         )
-    task = next(task for task in TASKS if task in predictor.options.tasks)
-    return predictor.with_options(tasks=(task,))
+    able = predictor.options.tasks
+    if args.coco or args.class_thresholds:
+        if "instance" not in able:
+            raise CommandError(f"--coco and --class-thresholds: this model does {able}, no objects")
+        able = ("instance",)
+    return predictor.with_options(tasks=(next(task for task in TASKS if task in able),))
 
 
 def run_overlapped(
@@ -144,40 +175,36 @@ def run_overlapped(
 
 
 def draw_images(
-    predictor: MaskDINOPredictor, outputs: dict[Path, Path], *, with_json: bool
+    predictor: MaskDINOPredictor, outputs: dict[Path, Path | None], wanted: Wanted
 ) -> list[str]:
     """Draws images.
 
     Args:
         predictor: the model.
-        outputs: where the drawing of each image goes.
-        with_json: write a JSON file beside each drawing.
+        outputs: where the drawing of each image goes; None: it is not drawn.
+        wanted: what else is made of them.
 
     Returns:
-        A message for each image that could not be read.
+        A message for each image that could not be read or drawn.
     """
     failures: list[str] = []
 
-    def read() -> Iterator[tuple[Path, np.ndarray]]:
+    def read() -> Iterator[tuple[Path, np.ndarray | TiledImage]]:
         for path in outputs:
             try:
-                yield path, load_image(path)
+                yield path, wanted.read(path)
             except ImageError as error:
                 failures.append(str(error))
                 bar.update()
 
-    def work(batch: list[tuple[Path, np.ndarray]]) -> list[ImageResult]:
-        results = predictor.stream(image for _, image in batch)
-        return [replace(r, name=str(path)) for (path, _), r in zip(batch, results, strict=True)]
-
     def write(result: ImageResult) -> None:
-        target = result.save(outputs[Path(result.name)])
-        if with_json:
-            result.save(json_beside(target))
+        problem = wanted.write(result, outputs[Path(result.name)])
+        failures.extend([problem] if problem else [])
         bar.update()
 
+    at_once = predictor.options.batch_size if wanted.slices is None else 1
     with tqdm(total=len(outputs), unit="image", desc="images") as bar:
-        run_overlapped(read(), work, write, predictor.options.batch_size)
+        run_overlapped(read(), partial(wanted.predict, predictor), write, at_once)
     return failures
 
 
@@ -251,16 +278,16 @@ def draw_camera(predictor: MaskDINOPredictor, number: int, folder: Path) -> None
 
 
 def draw_files(
-    predictor: MaskDINOPredictor, outputs: dict[Path, Path], *, with_json: bool
+    predictor: MaskDINOPredictor, outputs: dict[Path, Path | None], wanted: Wanted
 ) -> tuple[int, list[str]]:
     """Draws images, then videos.
 
     Returns:
         How many files were drawn, and a message for each that was not, or only in part.
     """
-    videos = {path: target for path, target in outputs.items() if is_video(path)}
+    videos = {path: target for path, target in outputs.items() if target and is_video(path)}
     images = {path: target for path, target in outputs.items() if path not in videos}
-    failures = draw_images(predictor, images, with_json=with_json) if images else []
+    failures = draw_images(predictor, images, wanted) if images else []
     drawn = len(images) - len(failures)
     for path, target in videos.items():
         try:
@@ -273,26 +300,61 @@ def draw_files(
     return drawn, failures
 
 
+def _plan_outputs(args: argparse.Namespace) -> dict[Path, Path | None]:
+    """Where the drawing of each input goes; refuses files that do not fit the options."""
+    if args.output is not None and args.output.exists() and not args.output.is_dir():
+        raise CommandError(f"--output {args.output} is a file: give a folder")
+    if args.coco is not None and args.coco.is_dir():
+        raise CommandError(f"--coco {args.coco} is a folder: give a file")
+    if args.slice is not None:
+        check_slices(args.slice, args.overlap)
+    inputs = find_inputs(args.input)
+    videos = [path for path in inputs if is_video(path)]
+    if videos and (args.coco or args.slice or args.class_thresholds):
+        raise CommandError(f"--coco, --class-thresholds and --slice are of images: {videos[0]}")
+    if args.webcam is not None or videos:
+        require_pyav()
+    if args.output is None:
+        return dict.fromkeys(inputs)
+    return {**output_paths(inputs, args.output, with_json=args.json)}
+
+
+def _write_labels(labels: CocoLabels | None, path: Path) -> None:
+    """Writes the dataset, and says what is in it."""
+    if labels is not None:
+        labels.write(path)
+        numbers = f"{len(labels.annotations)} objects of {len(labels.images)} images"
+        print(f"{numbers} in {path}; its images are below {labels.root}")
+
+
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     args = parse_arguments(words)
-    if args.output.exists() and not args.output.is_dir():
-        raise CommandError(f"--output {args.output} is a file: give a folder")
-    outputs = output_paths(find_inputs(args.input), args.output, with_json=args.json)
-    if args.webcam is not None or any(map(is_video, outputs)):
-        require_pyav()
+    outputs = _plan_outputs(args)
+    thresholds = ClassThresholds(args.class_thresholds or "")
     predictor = build_predictor(args)
-    args.output.mkdir(parents=True, exist_ok=True)
+    thresholds.check(predictor.categories)
+    labels = None
+    if args.coco is not None:
+        labels = CocoLabels(predictor.categories, list(outputs), tolerance=args.polygons)
+    slices = None if args.slice is None else (args.slice, args.overlap)
+    wanted = Wanted(args.json, labels, thresholds, args.confidence_threshold, slices)
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
     try:
         if args.webcam is not None:
             draw_camera(predictor, args.webcam, args.output)
             return 0
-        drawn, failures = draw_files(predictor, outputs, with_json=args.json)
+        drawn, failures = draw_files(predictor, outputs, wanted)
     except KeyboardInterrupt:
-        print(f"\nstopped; what was drawn so far is in {args.output}", file=sys.stderr)
+        place = f"; what was drawn so far is in {args.output}" if args.output else ""
+        print(f"\nstopped{place}", file=sys.stderr)
+        _write_labels(labels, args.coco)
         return INTERRUPTED
-    print(f"{drawn} of {len(outputs)} files drawn, in {args.output}")
+    if args.output is not None:
+        print(f"{drawn} of {len(outputs)} files drawn, in {args.output}")
+    _write_labels(labels, args.coco)
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -233,7 +233,7 @@ class MaskDINOPredictor:
 
     def sliced(
         self,
-        image: ImageSource,
+        image: ImageSource | TiledImage,
         size: int = 1024,
         overlap: float = 0.2,
         *,
@@ -260,13 +260,14 @@ class MaskDINOPredictor:
             ImageError: it is no image; names it.
             ValueError: the size or overlap is out of range.
         """
-        name = str(image) if isinstance(image, str | os.PathLike) else "image 0"
+        tiled = image if isinstance(image, TiledImage) else TiledImage(image, channel_order)
+        is_file = isinstance(tiled.source, str | os.PathLike)
         return predict_sliced(
             self.stream,
-            TiledImage(image, channel_order),
+            tiled,
             size=size,
             overlap=overlap,
-            name=name,
+            name=str(tiled.source) if is_file else "image 0",
             progress=progress,
         )
 

@@ -118,6 +118,22 @@ class ImageResult:
             instances.pred_masks = torch.from_numpy(self.masks)
         return instances
 
+    def to_supervision(self) -> Any:
+        """The objects as `supervision.Detections`.
+
+        Raises:
+            ModuleNotFoundError: the package `supervision` is not installed.
+        """
+        import supervision
+
+        return supervision.Detections(
+            xyxy=self._known("boxes"),
+            mask=None if self.rles is None else self.masks,
+            confidence=self.scores,
+            class_id=self._known("class_ids"),
+            data={"class_name": np.array(self.class_names)},
+        )
+
     def to_coco(self, image_id: int | str | None = None, task: str | None = None) -> list[dict]:
         """Objects, segments or classes as a list in the form of COCO's results.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import threading
@@ -15,6 +16,8 @@ import torch
 from PIL import Image
 
 from maskdino.cli import predict
+from maskdino.custom.annotations import read_annotations
+from maskdino.custom.checks import check
 from maskdino.inference import video
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
@@ -318,3 +321,64 @@ def test_without_pyav_only_videos_are_refused(
     (tmp_path / "clip.mp4").touch()
     assert run("--input", tmp_path / "a.png", tmp_path / "clip.mp4") == 1
     assert capsys.readouterr().err == "error: videos need PyAV: pip install av\n"
+
+
+def test_one_dataset_of_all_images(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It can be trained on as it is; broken images are named, and not in it."""
+    folder = tmp_path / "in"
+    for name in ("a.png", "b.png"):
+        save_image(folder / name)
+    (folder / "broken.png").write_text("no image")
+    target = tmp_path / "labels.json"
+    words = ["--coco", target, "--polygons", "1", "--class-thresholds", "class 0=0.9"]
+    assert run("--input", folder, *words, "--output", tmp_path / "out") == 1
+    printed = capsys.readouterr()
+    assert "broken.png" in printed.err
+    data = read_annotations(target, folder)
+    assert not [finding for finding in check(data) if finding.fatal]
+    assert [image["file_name"] for image in data.images] == ["a.png", "b.png"]
+    assert f"{len(data.annotations)} objects of 2 images in {target}" in printed.out
+    assert len(data.annotations) > 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
+
+
+def test_large_images_in_slices(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What Pillow holds for an attack is predicted, but not drawn."""
+    save_image(tmp_path / "in" / "small.png")
+    Image.new("RGB", (300, 200)).save(tmp_path / "in" / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    assert run("--input", tmp_path / "in", "--slice", "96", "--overlap", "0.3") == 1
+    assert "large.png is too large to be drawn; see" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "large.png.json",
+        "small.png",
+    ]
+    saved = json.loads((tmp_path / "out" / "large.png.json").read_text())
+    assert (saved["height"], saved["width"]) == (200, 300) and saved["instance"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--polygons", "1"], "--polygons is of --coco"),
+        (["--coco", "o.json", "--task", "semantic"], "are of objects, not of --task semantic"),
+        (["--slice", "9"], "slices of 9 pixels are too small: at least 48"),
+        (["--slice", "99", "--overlap", "1"], "slices that overlap by 1.0"),
+        (["--coco", "."], "--coco . is a folder: give a file"),
+        (["--coco", "o.json", "--polygons", "-1"], "polygons within -1.0 pixels"),
+        (["--class-thresholds", "cat"], "thresholds 'cat': they must be name=score"),
+        (["--class-thresholds", "cat=0.5"], "there is no class cat; the classes are class 0,"),
+        (["--slice", "99", "--input", "clip.mp4"], "--slice are of images: clip.mp4"),
+    ],
+)
+def test_labels_and_slices_that_do_not_fit(
+    tmp_path: Path, run: Run, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--input", save_image(tmp_path / "a.png"), *words) > 0
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "error: " in x)
+    assert message in line
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -118,3 +121,19 @@ def test_labels_and_boxes_of_regions(result: ImageResult) -> None:
     assert (dog.label, dog.box) == ("dog 75", (2, 3, 10, 9))
     assert (sky.label, sky.box) == ("sky 50", None)
     assert [region.label for region in result.regions("panoptic")] == ["dog 50", "sky", "cat 25"]
+
+
+def test_detections_of_supervision(result: ImageResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class takes these arguments; a stand-in keeps them."""
+    stand_in = SimpleNamespace(Detections=lambda **fields: SimpleNamespace(**fields))
+    monkeypatch.setitem(sys.modules, "supervision", stand_in)
+    found = result.to_supervision()
+    np.testing.assert_array_equal(found.xyxy, result.boxes)
+    np.testing.assert_array_equal(found.mask, result.masks)
+    assert found.mask.dtype == bool
+    np.testing.assert_array_equal(found.confidence, result.scores)
+    np.testing.assert_array_equal(found.class_id, result.class_ids)
+    assert found.data["class_name"].tolist() == ["dog", "sky"]
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ModuleNotFoundError, match="supervision"):
+        result.to_supervision()

@@ -1,0 +1,66 @@
+"""What is made of the images that a user names: drawings, JSON files, one dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from maskdino.inference.labels import ClassThresholds, CocoLabels
+from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.inference.sources import json_beside
+from maskdino.inference.tiles import TiledImage
+from maskdino.visualization.images import load_image
+from maskdino.visualization.results import ImageResult
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is made of images besides drawings.
+
+    Attributes:
+        json: a JSON file beside each drawing.
+        labels: where objects are collected, or None.
+        thresholds: of classes, and `threshold` that of all others.
+        slices: their size and overlap; None: images are predicted whole.
+    """
+
+    json: bool
+    labels: CocoLabels | None
+    thresholds: ClassThresholds
+    threshold: float
+    slices: tuple[int, float] | None
+
+    def read(self, path: Path) -> np.ndarray | TiledImage:
+        """The image, or a reader of its parts."""
+        return load_image(path) if self.slices is None else TiledImage(path)
+
+    def predict(
+        self, predictor: MaskDINOPredictor, batch: list[tuple[Path, np.ndarray | TiledImage]]
+    ) -> list[ImageResult]:
+        """Results of images, as they are written."""
+        if self.slices is None:
+            results = list(predictor.stream(x for _, x in batch if isinstance(x, np.ndarray)))
+        else:
+            results = [predictor.sliced(x, *self.slices, progress=True) for _, x in batch]
+        return [
+            self.thresholds.select(replace(result, name=str(path)), self.threshold)
+            for (path, _), result in zip(batch, results, strict=True)
+        ]
+
+    def write(self, result: ImageResult, target: Path | None) -> str:
+        """Writes all that is wanted; returns what could not be done, or ""."""
+        if self.labels is not None:
+            self.labels.add(Path(result.name), result)
+        if target is None:
+            return ""
+        limit = Image.MAX_IMAGE_PIXELS
+        too_large = limit is not None and result.size[0] * result.size[1] > 2 * limit
+        if not too_large:
+            result.save(target)
+        if self.json or too_large:
+            result.save(json_beside(target))
+        where = json_beside(target)
+        return f"image {result.name} is too large to be drawn; see {where}" if too_large else ""
