@@ -73,6 +73,8 @@ def test_accumulation_equals_the_whole_batch() -> None:
         expected = whole.run(iter([IMAGES]))
         found = parts.run(iter([IMAGES[:2], IMAGES[2:]]))
         assert found["total_loss"] == pytest.approx(expected["total_loss"])
+        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"])
+    assert found["gradient_norm"] > 0.7  # before clipping, which would hide another factor
     torch.testing.assert_close(parts.model.weight, whole.model.weight)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from maskdino.postprocess import Frame, InferenceOptions, postprocess
 from maskdino.postprocess import frame as frame_module
 from maskdino.postprocess import instances as instances_module
 from maskdino.postprocess.frame import output_boxes, output_masks
+from maskdino.postprocess.panoptic import is_segment, segment_candidates
 from maskdino.structures import Predictions
 from tests.helpers import tiny_cfg
 
@@ -318,6 +320,43 @@ def test_half_of_a_segment_is_enough_for_a_threshold_of_half(threshold: float, n
     ids, segments = found["panoptic"]
     assert len(segments) == number
     assert ids[0].unique_consecutive().tolist() == ([2, 1] if number == 2 else [1, 0])
+
+
+def test_segments_are_seen_and_keep_enough_of_their_masks() -> None:
+    """The second wins pixels outside of its mask alone, the fourth too few."""
+    own, won, left = torch.tensor([[0, 10, 10, 10], [5, 8, 9, 7], [0, 0, 8, 7]]).unbind()
+    found = is_segment(own.double(), won, left, options(panoptic_overlap_threshold=0.8))
+    assert found.tolist() == [False, False, True, False]
+
+
+def test_candidates_are_chosen_by_class_scores_and_compared_by_probabilities() -> None:
+    logits = torch.tensor([[2.0, -2.0], [-3.0, 0.0]])
+    asked = options(panoptic_score_threshold=0.6, temperature=0.5)
+    chosen, scores, labels = segment_candidates(logits, asked)
+    assert chosen.tolist() == [True, False]  # 0.88 and 0.5
+    assert labels.tolist() == [0, 1]
+    for row, score in zip(logits.tolist(), scores.tolist(), strict=True):
+        powers = [math.exp(2 / (1 + math.exp(-logit))) for logit in row]
+        assert score == pytest.approx(max(powers) / sum(powers))
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])
+@pytest.mark.parametrize("resize", [False, True])
+def test_models_of_several_tasks_sum_in_the_frame_of_the_output(task: str, resize: bool) -> None:
+    switches = {f"{name}_on": name == task for name in ("instance", "panoptic", "semantic")}
+    found = options(resize_before_sum=resize, **switches).sum_in_output_frame
+    assert found == (resize or task != "semantic")
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(255, torch.uint8), (256, torch.int32)])
+def test_class_255_of_8_bits_would_be_ignored(classes: int, dtype: torch.dtype) -> None:
+    logits = torch.full((1, classes), -9.0)
+    logits[0, -1] = 9.0
+    predictions = Predictions(logits, torch.rand(1, 4), torch.full((1, 1), 9.0))
+    arguments = (predictions, torch.ones(1, 1, 1), Frame((4, 4), (4, 4), (4, 4)), options())
+    things = torch.ones(classes, dtype=torch.bool)
+    found = postprocess(*arguments, things, tasks=["semantic"], compact=True)["semantic"]
+    assert found.dtype == dtype and (found == classes - 1).all()
 
 
 def test_queries_at_the_score_threshold_take_no_part() -> None:

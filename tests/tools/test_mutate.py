@@ -35,9 +35,9 @@ def test_what_is_noticed_and_what_is_not_are_told_apart(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()
     verdicts = [line.split()[0] for line in lines[:4]]
-    assert verdicts == ["killed", "survived", "equivalent", "stale"], result
+    assert verdicts == ["killed", "survived", "equivalent", "unjudged"], result
     assert lines[4:] == [
-        "1 killed, 1 survived, 1 equivalent, 1 stale",
+        "1 killed, 1 survived, 1 equivalent, 1 unjudged",
         "50.0 % of 2 were noticed",
     ]
     assert result.returncode == 1
