@@ -33,7 +33,7 @@ WRONG = [
     (f"{NODE}DECODER.NUM_LAYERS", 0, "at least 1"),
     (f"{NODE}DECODER.NUM_HEADS", 0, "at least 1"),
     (f"{NODE}HIDDEN_DIM", 100, "a multiple of 32"),
-    (f"{NODE}ENCODER.NUM_HEADS", 7, "HIDDEN_DIM is 256; .* NUM_HEADS, 7"),
+    (f"{NODE}ENCODER.NUM_HEADS", 7, "HIDDEN_DIM is 256; .*NUM_HEADS, 7"),
     (f"{NODE}SIZE_DIVISIBILITY", -32, "at least 0"),
     (f"{NODE}LOSS.CLASS_WEIGHT", -1.0, "at least 0"),
     (f"{NODE}MATCHER.L1_WEIGHT", -1.0, "at least 0"),

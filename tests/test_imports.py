@@ -92,7 +92,7 @@ RULES = (
         ),
     ),
     Rule("checkpoint", ("backbones", "config", "errors", "files", "model", "modeling")),
-    Rule("model_zoo", ("checkpoint", "config")),
+    Rule("model_zoo", ("checkpoint", "config", "config_checks")),
     Rule("visualization", ("categories", "data", "rle", "structures")),
     Rule(
         "evaluation",

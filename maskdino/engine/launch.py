@@ -21,7 +21,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from maskdino.compat import create_local_process_group
-from maskdino.data import DataError
+from maskdino.engine.interruption import Interrupted
+from maskdino.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
@@ -39,9 +40,9 @@ def launch(
     """Runs ``main(*args)`` in every process of a training.
 
     Under torchrun, this process joins the others. Else the processes of this machine are started,
-    with NCCL where there are GPUs and with gloo where there are none. Errors of the data
-    (`maskdino.data.DataError`) end all of them with one line that says so; other errors keep their
-    traceback.
+    with NCCL where there are GPUs and with gloo where there are none. What the user
+    can mend (`maskdino.errors.UserError`) ends all of them with one line that says so; other errors
+    keep their traceback.
 
     Args:
         main: importable by its name, for it is pickled.
@@ -54,14 +55,15 @@ def launch(
     Raises:
         ValueError: there are fewer GPUs than processes, or several machines have no address.
         ChildFailedError: a process that was started here failed.
-        SystemExit: 1, after an error of the data.
-        KeyboardInterrupt: after Ctrl-C, once the processes that were started here have ended.
+        SystemExit: 1, after an error that the user can mend.
+        KeyboardInterrupt: after Ctrl-C, once the processes that were started here have ended;
+            `Interrupted`, which is one, after SIGTERM.
     """
     if os.environ.keys() >= TORCHRUN:
-        with data_errors_in_one_line():
+        with user_errors_in_one_line():
             _join_others(main, args)
     elif processes * machines == 1:
-        with data_errors_in_one_line():
+        with user_errors_in_one_line():
             main(*args)
     else:
         config = _configure(processes, machines, machine_rank, url)
@@ -75,9 +77,9 @@ def launch(
                 _end_with(messages.get())
             raise
         except SignalException as error:
-            if error.sigval != signal.SIGINT:
-                raise
-            raise KeyboardInterrupt from None
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise Interrupted("interrupted; go on with --resume", int(error.sigval)) from None
 
 
 @contextmanager
@@ -97,15 +99,15 @@ def _handlers_restored() -> Iterator[None]:
 
 
 @contextmanager
-def data_errors_in_one_line() -> Iterator[None]:
-    """Ends the process with status 1 and "error: ..." on stderr after an error of the data.
+def user_errors_in_one_line() -> Iterator[None]:
+    """Ends the process with status 1 and "error: ..." on stderr where the user can mend it.
 
     Raises:
-        SystemExit: instead of a `DataError`.
+        SystemExit: instead of a `UserError`.
     """
     try:
         yield
-    except DataError as error:
+    except UserError as error:
         _end_with(str(error))
 
 
@@ -146,7 +148,7 @@ def _run_started(main: Callable[..., object], args: tuple, messages: SimpleQueue
         torch.set_num_threads(max(1, share))
     try:
         _join_others(main, args)
-    except DataError as error:
+    except UserError as error:
         messages.put(str(error))
         sys.exit(1)
 

@@ -33,6 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import build_average
 from maskdino.checkpoint.loading import load_trained
+from maskdino.checkpoint.reading import CheckpointError
 from maskdino.data import build_train_mapper, check_datasets
 from maskdino.data.stream import (
     Purpose,
@@ -114,6 +115,7 @@ class MaskDINOTrainer(TrainerBase):
         )
         self._plain_model = model
         self._results: dict[str, Any] = {}  # of the last evaluation
+        self._is_restored = False
         parts: dict[str, Any] = {"trainer": weakref.proxy(self)}
         if self.average is not None:
             parts["ema"] = self.average
@@ -203,6 +205,11 @@ class MaskDINOTrainer(TrainerBase):
             logger.info("No checkpoint in %s: starting at the beginning.", self.cfg.OUTPUT_DIR)
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if resumed:
+            if not self._is_restored:
+                raise CheckpointError(
+                    f"the last checkpoint of {self.cfg.OUTPUT_DIR} holds weights, but no state of "
+                    "a training: leave out --resume, and give it as MODEL.WEIGHTS"
+                )
             self.start_iter = self.iter + 1
         if self.average is not None and not self.average.restored:
             if resumed:
@@ -370,6 +377,13 @@ class MaskDINOTrainer(TrainerBase):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores `state_dict`; the seed is the checkpoint's, so that the data go on."""
+        missing = {"iteration", *self.state_dict()} - {"hooks", *state_dict}
+        if missing:
+            raise CheckpointError(
+                f"the last checkpoint of {self.cfg.OUTPUT_DIR} is of another trainer: it lacks "
+                f"{', '.join(sorted(missing))}"
+            )
+        self._is_restored = True
         super().load_state_dict(state_dict)
         if self.cfg.SEED not in (-1, state_dict["seed"]):
             logger.warning(

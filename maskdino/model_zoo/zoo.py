@@ -17,6 +17,7 @@ from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.loading import not_whole, settle_weights
 from maskdino.checkpoint.reading import fetch
 from maskdino.config import load_config
+from maskdino.config_checks import check_values
 
 from .catalogue import RELEASED, ReleasedModel, find_released
 
@@ -139,10 +140,11 @@ def read_config(
         FileNotFoundError: if there is no such configuration or checkpoint.
         ConnectionError: if the weights cannot be downloaded.
         KeyError: if a key is unknown, or no weights were released for the configuration.
-        ValueError: if the weights are of another model, or `whole` and there are none; or the
-            configuration is a LazyConfig.
+        ValueError: if a value makes no sense, the weights are of another model, or `whole` and
+            there are none; or the configuration is a LazyConfig.
     """
     cfg = load_config(str(find_config(config)), overrides)
+    check_values(cfg)
     if weights is not None:
         cfg.MODEL.WEIGHTS = str(weights)
     if cfg.MODEL.WEIGHTS == RELEASED_WEIGHTS:

@@ -12,6 +12,7 @@ import torch
 
 from maskdino import files
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.checkpoint.reading import CheckpointError
 from maskdino.engine.interruption import Interrupted
 from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.errors import WriteError
@@ -100,3 +101,19 @@ def test_a_full_disk_under_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixt
     with pytest.raises(WriteError, match=rf"metrics.json.*make room for {tmp_path}.*--resume"):
         trainer.train()
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "holds weights, but no state of a training: leave out --resume"),
+        ({"trainer": {"iteration": 3}}, "of another trainer: it lacks .*optimizer"),
+    ],
+)
+def test_what_is_no_state_of_a_training(content: dict, message: str, tmp_path: Path) -> None:
+    trainer = MaskDINOTrainer(tiny_config(tmp_path))
+    data = {"model": trainer.model.state_dict(), **content}
+    torch.save(data, tmp_path / "model_0000003.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
+    with pytest.raises(CheckpointError, match=f"the last checkpoint of {tmp_path} .*{message}"):
+        trainer.resume_or_load(True)
