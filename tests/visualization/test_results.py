@@ -111,6 +111,8 @@ def test_colors_of_things_and_classes(result: ImageResult) -> None:
     assert colors("panoptic") == [color_of(3), color_of(1), color_of(3 + 2)]
     assert colors("panoptic", [8, 6, 7]) == [color_of(11), color_of(1), color_of(10)]
     assert colors("instance") == [color_of(0), color_of(1)]
+    swapped = result.select(np.array([1, 0])).regions("instance")
+    assert [region.color for region in swapped] == [color_of(1), color_of(1)]  # class 1, thing 1
     assert colors("instance", [8, 6]) == [color_of(8), color_of(6)]
     assert colors("semantic") == [color_of(0), color_of(1)]
 
