@@ -106,7 +106,7 @@ def test_trainings_and_evaluations_settle_their_device(
         raise Stop
 
     monkeypatch.setattr("maskdino.engine.trainer.check_datasets", stop)
-    cfg = load_config(None, ["MODEL.DEVICE", "cuda:1"])
+    cfg = load_config(None, ["MODEL.DEVICE", "cuda:1", "DATASETS.TRAIN", "('nuclei_train',)"])
     with pytest.raises(Stop):
         MaskDINOTrainer(cfg)
     with pytest.raises(Stop):

@@ -1,14 +1,7 @@
 """Draws what a trained model sees in images, in videos, and in front of a camera.
 
-    maskdino predict --config-file coco/instance/maskdino_R50 --weights W --input a.jpg --output DIR
-    maskdino predict --config-file F --weights W --input folder 'x/*.png' clip.mp4 --output DIR
-    maskdino predict --config-file F --weights W --webcam --output DIR
-    maskdino predict --backend onnx --model exported.onnx --input photo.jpg --output DIR
-    maskdino predict --config-file F --weights W --input huge.tif --slice 1024 --output DIR
-    maskdino predict --config-file F --weights W --input folder --coco labels.json
-
 A file that cannot be read is named, and the others go on; the exit status is then 1. Ctrl-C ends a
-video or a camera in a file that can be played.
+video or a camera in a file that can be played. demo/README.md has a command for each use.
 """
 
 from __future__ import annotations
@@ -69,7 +62,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--json", action="store_true", help="write the results of images as JSON, too")
     add("--coco", type=Path, metavar="FILE", help="write the objects of all images as one dataset")
     add("--polygons", type=float, metavar="T", help="in --coco, within T pixels (run lengths)")
-    add("--class-thresholds", metavar="NAME=T,...", help="least scores of single classes")
+    add("--class-thresholds", metavar="A=T,B=T", help="least scores of single classes")
     add("--slice", type=int, metavar="PIXELS", help="predict images in slices of this size")
     add("--overlap", type=float, default=0.2, metavar="SHARE", help="of two slices (0.2)")
     add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (the first it can)")

@@ -18,7 +18,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+try:
     import msvcrt
+except ImportError:  # POSIX
+    msvcrt = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +118,11 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 def _lock(descriptor: int) -> None:
     if fcntl is not None:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    os.lseek(descriptor, FAR, os.SEEK_SET)
-    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    elif msvcrt is not None:
+        os.lseek(descriptor, FAR, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        raise OSError("this system has no locks")
 
 
 def _owner(text: str) -> str:
