@@ -47,6 +47,8 @@ def narrow(cfg: CfgNode) -> None:
     resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS, resnets.WIDTH_PER_GROUP = 8, 32, 8
     if cfg.MODEL.BACKBONE.NAME.startswith("swin"):
         cfg.MODEL.TIMM.ARGS.update(SWIN)
+    elif cfg.MODEL.BACKBONE.NAME.startswith("vit_"):
+        cfg.MODEL.TIMM.ARGS.update({"embed_dim": 24, "depth": 4, "num_heads": 2})
     elif cfg.MODEL.BACKBONE.NAME == "resnet10t":
         cfg.MODEL.TIMM.ARGS.update({"channels": [8, 16, 32, 64]})
 
