@@ -14,6 +14,7 @@ from pycocotools import mask as mask_util
 
 from maskdino.data import DataError
 from maskdino.data.annotation_checks import LISTS, format_problem
+from maskdino.data.reading import read_json
 from maskdino.rle import encode_segmentation
 
 
@@ -95,14 +96,7 @@ def read_annotations(json_file: str | Path, image_root: str | Path) -> Annotatio
         DataError: the file is missing, or not COCO's; then the message says what it looks like.
     """
     json_file, image_root = Path(json_file), Path(image_root)
-    try:
-        content = json.loads(json_file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise DataError(f"there is no annotation file {json_file}") from error
-    except RecursionError as error:
-        raise DataError(f"{json_file} is no annotation file: it is nested too deeply") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{json_file} cannot be read as JSON: {error}") from error
+    content = read_json(str(json_file), encoding="utf-8-sig")
     problem = format_problem(content)
     if problem:
         raise DataError(f"{json_file} is not in COCO's format: {problem}")

@@ -20,17 +20,21 @@ class DataError(UserError):
     """Something is wrong with a dataset: the message names the file, the value, and what to do."""
 
 
-def read_json(path: str) -> Any:
-    """Reads a JSON file.
+def read_json(path: str, encoding: str = "utf-8") -> Any:
+    """Reads a JSON file of annotations.
+
+    Args:
+        path: of the file, or whatever detectron2's path manager knows.
+        encoding: "utf-8-sig" also takes a mark at the beginning, which readers of others refuse.
 
     Raises:
-        DataError: it is missing, or no JSON in UTF-8.
+        DataError: it is missing, or no JSON in this encoding.
     """
     try:
-        with PathManager.open(path) as file:
+        with PathManager.open(path, encoding=encoding) as file:
             return json.load(file)
     except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}") from error
+        raise DataError(f"there is no annotation file {path}") from error
     except RecursionError as error:
         raise DataError(f"{path} cannot be read as JSON: it is nested too deeply") from error
     except (OSError, ValueError) as error:
