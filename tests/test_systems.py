@@ -6,11 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from maskdino.custom import plan
 from maskdino.ops.ms_deform_attn import compiled_op_available
+from tests.helpers import drawn_batch, tiny_model
 
 IMPORT_ALL = """
 import importlib, os, pkgutil, sys
@@ -79,3 +84,26 @@ def test_operator_on_processors_without_newer_instructions(repository: Path, new
     assert done.returncode == 0, done.stderr
     allowed = ["plain", "AVX2", "AVX-512"][: ["plain", "avx2", "avx512"].index(newest) + 1]
     assert done.stdout.split()[-1] in allowed
+
+
+class WithoutDoubles(TorchDispatchMode):
+    """Refuses what Apple's GPUs cannot hold: tensors in float64."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **(kwargs or {}))
+        found = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        assert not any(x.dtype == torch.float64 for x in found), function
+        return result
+
+
+def test_devices_without_float64_train_and_predict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS: the operator's PyTorch form, and no float64 on the way."""
+    monkeypatch.setenv("MASKDINO_OP", "reference")
+    overrides = {f"TEST__{task}_ON": True for task in ("INSTANCE", "PANOPTIC", "SEMANTIC")}
+    model = tiny_model(**overrides)
+    batch = drawn_batch([(60, 90), (64, 64)], (3, 0))
+    with WithoutDoubles():
+        sum(model.train()(batch).values()).backward()
+        with torch.no_grad():
+            results = model.eval()(batch)
+    assert [set(result) for result in results] == [{"instances", "panoptic_seg", "sem_seg"}] * 2
