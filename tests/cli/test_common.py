@@ -80,11 +80,11 @@ def test_interruption_is_one_line_and_its_status(capsys: pytest.CaptureFixture[s
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal as Ctrl-C does")
 def test_interrupted_preparation_leaves_no_traceback(tmp_path: Path) -> None:
     code = (
-        "import time\n"
+        "import os, time\n"
         "from maskdino.cli.common import errors_in_one_line\n"
         "from maskdino.cli.prepare.common import run\n"
         "def work(item):\n"
-        "    print('works', flush=True)\n"
+        "    os.write(1, b'works\\n')\n"  # one write, so that two processes' lines never mix
         "    time.sleep(0.2)\n"
         "with errors_in_one_line():\n"
         "    run(work, range(1000), 2, 'work')\n"
