@@ -5,9 +5,10 @@ detectron2, under names that are free; names that other packages are known to re
 `add_maskdino_config`.
 """
 
-from maskdino import program, released_names
-from maskdino.program import VERSION as __version__  # noqa: F401
-from maskdino.released_names import missing_attribute as __getattr__  # noqa: F401
+from maskdino.integration import released_names
+from maskdino.integration.released_names import missing_attribute as __getattr__  # noqa: F401
+from maskdino.system import program
+from maskdino.system.program import VERSION as __version__  # noqa: F401
 
 released_names.install()
 if program.is_command() or program.is_script():
@@ -15,8 +16,8 @@ if program.is_command() or program.is_script():
     program.leave_out_deprecations()
 if not program.is_command():  # which loads the rest when it is sure to need it
     program.require_detectron2()
-    from maskdino import extensions
     from maskdino.api import *  # noqa: F403
     from maskdino.api import __all__  # noqa: F401
+    from maskdino.integration import extensions
 
     extensions.import_recorded()  # they may import this package, which is complete now

@@ -4,7 +4,6 @@ import maskdino.data as data
 import maskdino.model_zoo as model_zoo
 from maskdino.backbones import TimmBackbone, build_backbone
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
-from maskdino.compat import alias_cityscapes_scripts
 from maskdino.config import add_maskdino_config
 from maskdino.data import (
     InstanceMapper,
@@ -13,10 +12,11 @@ from maskdino.data import (
     build_train_mapper,
     register_coco_folder,
 )
+from maskdino.engine.plain_detectron2 import adapt_to_detectron2, build_optimizer
 from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.integration.compat import alias_cityscapes_scripts
+from maskdino.integration.registration import register_all
 from maskdino.model import MaskDINO
-from maskdino.plain_detectron2 import adapt_to_detectron2, build_optimizer
-from maskdino.registration import register_all
 from maskdino.visualization.results import ImageResult
 
 alias_cityscapes_scripts()

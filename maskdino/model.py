@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from maskdino.backbones import build_backbone
 from maskdino.categories import Categories
 from maskdino.config import complete_config
-from maskdino.cuda_graphs import CudaGraphs
+from maskdino.integration.registration import offer_to
 from maskdino.losses.criterion import BOX_LOSSES, MASK_LOSSES, Criterion
+from maskdino.modeling.cuda_graphs import CudaGraphs
 from maskdino.modeling.decoder import Decoder, DecoderState
 from maskdino.modeling.denoising import (
     DenoisingQueries,
@@ -29,9 +30,8 @@ from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbeddin
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.query_selection import build_query_selection
 from maskdino.postprocess import Frame, InferenceOptions, postprocess
-from maskdino.precision import check_precision, network_precision
-from maskdino.registration import offer_to
 from maskdino.structures import Memory, Outputs, Predictions, Targets, send
+from maskdino.system.precision import check_precision, network_precision
 from maskdino.targets import prepare_targets
 
 logger = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Instances
 from PIL import Image
 
-from maskdino import extensions
 from maskdino.backbones import build_backbone
 from maskdino.config import load_config
+from maskdino.integration import extensions
 from maskdino.losses.criterion import BOX_LOSSES
 from tests.helpers import CHANNELS, NARROW, drawn_instances
 

@@ -19,7 +19,7 @@ from maskdino.checkpoint.released_config import (
     SAME_VALUE,
 )
 from maskdino.checkpoint.released_weights import INPUT_PROJECTION, RENAMES
-from maskdino.released_names import MODULES, NAMES
+from maskdino.integration.released_names import MODULES, NAMES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "from_released.md"
 # Values of each converted key, which the page shows.

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from maskdino.backbones.frozen_norm import keep_frozen_norms
 from maskdino.data.mappers import InferenceMapper, InstanceMapper
 from maskdino.data.transforms import LargeScaleJitter
+from maskdino.engine.plain_detectron2 import clipped_adamw, feature_shapes
 from maskdino.engine.solver import parameter_groups
 from maskdino.evaluation.coco import COCOInstanceEvaluator
 from maskdino.losses.criterion import Criterion
@@ -31,7 +32,6 @@ from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbeddin
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.query_selection import UnifiedQuerySelection
 from maskdino.ops.points import PointSampler
-from maskdino.plain_detectron2 import clipped_adamw, feature_shapes
 from maskdino.postprocess.options import InferenceOptions
 
 gpu = torch.cuda.is_available()

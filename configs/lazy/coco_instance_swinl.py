@@ -3,7 +3,7 @@
 from detectron2.config import LazyCall as L
 
 from maskdino.backbones import TimmBackbone
-from maskdino.plain_detectron2 import feature_shapes
+from maskdino.engine.plain_detectron2 import feature_shapes
 
 from .coco_instance_R50 import dataloader, lr_multiplier, model, optimizer, train
 

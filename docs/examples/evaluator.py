@@ -5,7 +5,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from maskdino.extensions import EVALUATOR_REGISTRY
+from maskdino.integration.extensions import EVALUATOR_REGISTRY
 
 
 @EVALUATOR_REGISTRY.register(name="counting")

@@ -4,7 +4,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
 from maskdino.data import InstanceMapper
-from maskdino.extensions import AUGMENTATION_REGISTRY, MAPPER_REGISTRY
+from maskdino.integration.extensions import AUGMENTATION_REGISTRY, MAPPER_REGISTRY
 
 
 @MAPPER_REGISTRY.register()

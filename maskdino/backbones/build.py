@@ -10,7 +10,7 @@ from maskdino.backbones.convert import load_backbone
 from maskdino.backbones.frozen_norm import keep_frozen_norms
 from maskdino.backbones.timm_backbone import TimmBackbone
 from maskdino.backbones.vit import PlainViTBackbone, is_plain_vit
-from maskdino.registration import offer_to, register_postponed
+from maskdino.integration.registration import offer_to, register_postponed
 
 # Released Swin configurations give every dimension themselves; any Swin of timm can carry them.
 _SWIN_FOR_DIMENSIONS = "swin_tiny_patch4_window7_224"

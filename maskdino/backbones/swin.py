@@ -12,7 +12,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maskdino.compat import change_class
+from maskdino.integration.compat import change_class
 
 SWIN_MODULES = ("swin_transformer", "swin_transformer_v2")
 

@@ -24,10 +24,10 @@ from maskdino.checkpoint.released_weights import (
     is_released,
     refuse_foreign,
 )
-from maskdino.errors import WriteError
-from maskdino.files import written_whole
 from maskdino.model import MaskDINO
 from maskdino.modeling.query_selection import UnifiedQuerySelection
+from maskdino.system.errors import WriteError
+from maskdino.system.files import written_whole
 
 # Tensors whose size depends on the classes or the number of learned queries: fine-tuning may start
 # them anew.

@@ -16,7 +16,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from torch import Tensor
 
-from maskdino.errors import UserError
+from maskdino.system.errors import UserError
 
 logger = logging.getLogger(__name__)
 

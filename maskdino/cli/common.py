@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from maskdino.errors import UserError
+from maskdino.system.errors import UserError
 
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 

@@ -14,8 +14,8 @@ from timm.models import load_state_dict
 from maskdino.backbones import TimmBackbone, build_backbone, convert_backbone
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
-from maskdino.files import written_whole
 from maskdino.model_zoo import find_config
+from maskdino.system.files import written_whole
 
 
 @errors_in_one_line()

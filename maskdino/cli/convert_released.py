@@ -28,8 +28,8 @@ from maskdino.checkpoint.released_weights import (
 from maskdino.checkpoint.released_yaml import read_released_yaml
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
-from maskdino.files import written_whole
 from maskdino.model import MaskDINO
+from maskdino.system.files import written_whole
 
 OTHER_MODELS = {
     "MASK_DINO": "this project",

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from maskdino import program
 from maskdino.cli.common import CommandError, make_parser
+from maskdino.system import program
 
 if TYPE_CHECKING:
     import torch

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from maskdino.checkpoint.loading import load_trained
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
-from maskdino.devices import pick_device
 from maskdino.export.onnx import METADATA_KEY, ExportedMetadata, batch_of, open_session
 from maskdino.export.trace import (
     MASK_SIZES,
@@ -50,10 +49,11 @@ from maskdino.export.trace import (
     to_onnx,
     trace,
 )
-from maskdino.extensions import add_import_option
-from maskdino.files import written_whole
+from maskdino.integration.extensions import add_import_option
 from maskdino.model import MaskDINO
 from maskdino.model_zoo import read_config
+from maskdino.system.devices import pick_device
+from maskdino.system.files import written_whole
 from maskdino.visualization.images import fitting_size, load_image, network_image, network_size
 
 BOUND = 1e-3  # of an output's largest magnitude

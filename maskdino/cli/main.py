@@ -2,7 +2,7 @@
 
 Help and mistakes need no more than this module: a command's own module, and PyTorch with it, is
 imported when it runs. (Importing the package loads everything, but not where this is the program;
-see `maskdino.program`.)
+see `maskdino.system.program`.)
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import importlib
 import sys
 from dataclasses import dataclass, field
 
-from maskdino import program
 from maskdino.cli.common import errors_in_one_line
+from maskdino.system import program
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def load_package() -> None:
     program.require_detectron2()
     package, api = map(importlib.import_module, ("maskdino", "maskdino.api"))
     vars(package).update({name: getattr(api, name) for name in ("__all__", *api.__all__)})
-    importlib.import_module("maskdino.extensions").import_recorded()
+    importlib.import_module("maskdino.integration.extensions").import_recorded()
 
 
 def overview(name: str, command: Command) -> str:

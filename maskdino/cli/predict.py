@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from maskdino.cli.common import INTERRUPTED, CommandError, errors_in_one_line, make_parser
 from maskdino.export.onnx import onnx_predictor
-from maskdino.extensions import add_import_option
 from maskdino.inference.labels import ClassThresholds, CocoLabels
 from maskdino.inference.outputs import Wanted
 from maskdino.inference.predictor import MaskDINOPredictor
@@ -37,6 +36,7 @@ from maskdino.inference.video import (
     VideoWriter,
     require_pyav,
 )
+from maskdino.integration.extensions import add_import_option
 from maskdino.visualization.images import ImageError
 from maskdino.visualization.results import ImageResult
 

@@ -25,14 +25,14 @@ from detectron2.utils.logger import setup_logger
 
 from maskdino import model_zoo
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
-from maskdino.devices import configured_device, settle_device
 from maskdino.engine.before_training import check_settings
 from maskdino.engine.launch import launch
 from maskdino.engine.run_folder import check_folder, locked
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
 from maskdino.evaluation.report import report_paths, write_report
-from maskdino.extensions import add_import_option, config_header
-from maskdino.precision import check_precision
+from maskdino.integration.extensions import add_import_option, config_header
+from maskdino.system.devices import configured_device, settle_device
+from maskdino.system.precision import check_precision
 
 logger = logging.getLogger("maskdino.train_net")
 

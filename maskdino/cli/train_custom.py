@@ -22,10 +22,10 @@ from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.cli.visualize import CONFIDENCE, draw_comparisons
 from maskdino.config import load_config
 from maskdino.custom import Request, Run, plan_run, train_run
-from maskdino.devices import configured_device
 from maskdino.engine.launch import launch
-from maskdino.extensions import add_import_option
 from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.integration.extensions import add_import_option
+from maskdino.system.devices import configured_device
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

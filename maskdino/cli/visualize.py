@@ -26,9 +26,9 @@ from maskdino.categories import Categories
 from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.data import build_train_mapper
-from maskdino.extensions import add_import_option
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.integration.extensions import add_import_option
 from maskdino.model_zoo import find_config
 from maskdino.visualization.drawing import below, beside, enlarge
 from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of_example

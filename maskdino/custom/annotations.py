@@ -15,7 +15,7 @@ from pycocotools import mask as mask_util
 from maskdino.data import DataError
 from maskdino.data.annotation_checks import LISTS, format_problem
 from maskdino.data.reading import read_json
-from maskdino.rle import encode_segmentation
+from maskdino.ops.rle import encode_segmentation
 
 
 @dataclass(frozen=True)

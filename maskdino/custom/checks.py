@@ -21,7 +21,7 @@ from maskdino.data.annotation_checks import (
     where,
 )
 from maskdino.data.images import BROKEN, EXIF_ORIENTATION, decode
-from maskdino.rle import encode_segmentation
+from maskdino.ops.rle import encode_segmentation
 
 TINY = 4  # pixels of the shorter side
 RARE = 10  # objects of a class

@@ -20,8 +20,8 @@ from maskdino.custom.request import Request
 from maskdino.data import DataError
 from maskdino.engine.hooks import peak_memory_mb
 from maskdino.engine.trainer import MaskDINOTrainer
-from maskdino.precision import mixed_precision_dtype
 from maskdino.structures import PackedMasks
+from maskdino.system.precision import mixed_precision_dtype
 
 ASSUMED_FREE_MB = 4096  # where the system does not tell
 TRAIN_NAME, VALIDATION_NAME = "custom_train", "custom_val"

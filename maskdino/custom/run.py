@@ -26,7 +26,7 @@ from maskdino.custom.request import Request
 from maskdino.custom.training import CustomTrainer
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
 from maskdino.engine.run_folder import locked
-from maskdino.extensions import config_header
+from maskdino.integration.extensions import config_header
 from maskdino.model_zoo import read_config
 
 NO_WEIGHTS = "none"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pycocotools import mask as mask_util
 
-from maskdino.rle import counts_of_text, encode_segmentation
+from maskdino.ops.rle import counts_of_text, encode_segmentation
 
 MALFORMED, NO_PIXEL = "mask is malformed", "no pixel of the image belongs to it"
 LISTS = ("images", "annotations", "categories")

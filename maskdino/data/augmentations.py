@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
 from maskdino.data.reading import DataError
-from maskdino.extensions import AUGMENTATION_REGISTRY
+from maskdino.integration.extensions import AUGMENTATION_REGISTRY
 
 # Called with image=(H, W, 3) uint8 RGB and mask=(H, W, 2) float32; gives a dict of both.
 Compose = Callable[..., dict[str, Any]]

@@ -27,7 +27,7 @@ from maskdino.data.annotation_checks import (
 from maskdino.data.datasets import OWN_ROOT_VARIABLE, ROOT_VARIABLE, own_datasets_root
 from maskdino.data.numbering import renumber_things
 from maskdino.data.reading import DataError, read_json
-from maskdino.registration import register_postponed
+from maskdino.integration.registration import register_postponed
 
 logger = logging.getLogger(__name__)
 

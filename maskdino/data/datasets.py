@@ -16,7 +16,7 @@ from detectron2.data.datasets import load_coco_json, load_sem_seg
 from detectron2.utils.file_io import PathManager
 
 from maskdino.data.reading import DataError, read_json
-from maskdino.registration import Offer, offer
+from maskdino.integration.registration import Offer, offer
 
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 OWN_ROOT_VARIABLE = "MASKDINO_DATASETS"

@@ -12,7 +12,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 
-from maskdino.errors import UserError
+from maskdino.system.errors import UserError
 
 ImageSource = str | os.PathLike | np.ndarray | Image.Image | torch.Tensor
 CHANNEL_ORDERS = ("RGB", "BGR")

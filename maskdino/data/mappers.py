@@ -30,7 +30,7 @@ from maskdino.data.reading import (
     segment_indices,
 )
 from maskdino.data.transforms import Always, build_augmentations
-from maskdino.extensions import MAPPER_REGISTRY
+from maskdino.integration.extensions import MAPPER_REGISTRY
 
 
 class PinnableInstances(Instances):

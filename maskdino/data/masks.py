@@ -18,7 +18,7 @@ from detectron2.data import transforms as T
 from maskdino.data.annotation_checks import MAX_COORDINATE
 from maskdino.data.augmentations import split_at_pixels
 from maskdino.data.reading import DataError
-from maskdino.rle import encode_segmentation
+from maskdino.ops.rle import encode_segmentation
 from maskdino.structures import PackedMasks
 
 

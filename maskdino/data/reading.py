@@ -11,7 +11,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from maskdino.data.images import BROKEN, ImageError, load_image
-from maskdino.errors import UserError
+from maskdino.system.errors import UserError
 
 MOST_CLASSES = 255  # of a label map with 8 bits, one value of which stands for "ignored"
 

@@ -5,11 +5,11 @@ import logging
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from maskdino.config_checks import check_training, check_values
+from maskdino.config.checks import check_training, check_values
 from maskdino.engine.best_checkpoint import check_best
 from maskdino.engine.writers import check_writers
 from maskdino.evaluation.build import check_evaluators
-from maskdino.extensions import AUGMENTATION_REGISTRY, MAPPER_REGISTRY
+from maskdino.integration.extensions import AUGMENTATION_REGISTRY, MAPPER_REGISTRY
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def check_settings(cfg: CfgNode, *, trains: bool = True) -> None:
         trains: whether there will be a training, or only an evaluation.
 
     Raises:
-        ValueError: a name is unknown, a value makes no sense (`maskdino.config_checks`), or
+        ValueError: a name is unknown, a value makes no sense (`maskdino.config.checks`), or
             SOLVER.BEST cannot be followed.
     """
     check_values(cfg)

@@ -23,7 +23,7 @@ from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import WeightAverage
 from maskdino.data import DataError
 from maskdino.evaluation.build import PER_CLASS, known_metrics
-from maskdino.files import written_whole
+from maskdino.system.files import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from maskdino.compat import create_local_process_group
 from maskdino.engine.interruption import Interrupted
-from maskdino.errors import UserError
+from maskdino.integration.compat import create_local_process_group
+from maskdino.system.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
@@ -41,8 +41,8 @@ def launch(
 
     Under torchrun, this process joins the others. Else the processes of this machine are started,
     with NCCL where there are GPUs and with gloo where there are none. What the user
-    can mend (`maskdino.errors.UserError`) ends all of them with one line that says so; other errors
-    keep their traceback.
+    can mend (`maskdino.system.errors.UserError`) ends all of them with one line that says so; other
+    errors keep their traceback.
 
     Args:
         main: importable by its name, for it is pickled.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maskdino.checkpoint.reading import LAST
-from maskdino.errors import UserError
+from maskdino.system.errors import UserError
 
 try:
     import fcntl

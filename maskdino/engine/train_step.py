@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from maskdino.engine.solver import GradientClipper
-from maskdino.precision import mixed_precision_dtype, training_precision
+from maskdino.system.precision import mixed_precision_dtype, training_precision
 
 logger = logging.getLogger(__name__)
 

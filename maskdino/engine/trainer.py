@@ -43,7 +43,6 @@ from maskdino.data.stream import (
     derive_seed,
     seed_everything,
 )
-from maskdino.devices import settle_device
 from maskdino.engine.before_training import check_settings, warn_of_schedule
 from maskdino.engine.best_checkpoint import BestCheckpoint
 from maskdino.engine.hooks import PeriodicCheckpoint, Resources, SaveAverage
@@ -51,9 +50,10 @@ from maskdino.engine.interruption import Interrupted, SignalWatch
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
 from maskdino.engine.writers import WriteScalars, build_writers
-from maskdino.errors import UserError, WriteError
 from maskdino.evaluation.build import build_evaluator
 from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
+from maskdino.system.devices import settle_device
+from maskdino.system.errors import UserError, WriteError
 
 logger = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ from detectron2.utils.events import (
 )
 
 from maskdino.engine.hooks import ConsoleWriter
-from maskdino.extensions import WRITER_REGISTRY
-from maskdino.files import written_whole
+from maskdino.integration.extensions import WRITER_REGISTRY
+from maskdino.system.files import written_whole
 
 RUNS_FILE = "runs.json"  # name of the writer -> identity of its run
 

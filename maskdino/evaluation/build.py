@@ -14,12 +14,12 @@ from detectron2.evaluation import (
     LVISEvaluator,
 )
 
-from maskdino.compat import cityscapes_scripts
 from maskdino.evaluation import coco as coco_evaluation
 from maskdino.evaluation.coco import COCOInstanceEvaluator
 from maskdino.evaluation.panoptic import PanopticEvaluator
 from maskdino.evaluation.semantic import SemanticEvaluator
-from maskdino.extensions import EVALUATOR_REGISTRY
+from maskdino.integration.compat import cityscapes_scripts
+from maskdino.integration.extensions import EVALUATOR_REGISTRY
 
 
 @dataclass(frozen=True)

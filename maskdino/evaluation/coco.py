@@ -25,7 +25,7 @@ from torch import Tensor
 from maskdino.data.numbering import renumber_things
 from maskdino.evaluation.files import CONVERTED_FILE, INSTANCES_FILE
 from maskdino.ops.host import pack_masks, to_host, unpack_mask
-from maskdino.rle import encode_mask, to_json
+from maskdino.ops.rle import encode_mask, to_json
 
 try:
     import faster_coco_eval

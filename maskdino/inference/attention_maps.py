@@ -20,9 +20,9 @@ from maskdino.model import MaskDINO
 from maskdino.modeling.attention import MultiScaleDeformableAttention
 from maskdino.modeling.decoder import DecoderState
 from maskdino.ops.ms_deform_attn import locations_and_weights
+from maskdino.ops.rle import encode_mask
 from maskdino.postprocess import Frame
 from maskdino.postprocess.frame import output_boxes, output_masks
-from maskdino.rle import encode_mask
 from maskdino.structures import SpatialShapes
 from maskdino.visualization.drawing import Region, draw_regions, line_width
 from maskdino.visualization.images import ImageSource, load_image, network_image

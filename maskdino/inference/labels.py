@@ -18,8 +18,8 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from maskdino.categories import Categories
-from maskdino.files import written_whole
-from maskdino.rle import to_json
+from maskdino.ops.rle import to_json
+from maskdino.system.files import written_whole
 from maskdino.visualization.drawing import crop_mask
 from maskdino.visualization.results import ImageResult
 

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from maskdino.categories import Categories
 from maskdino.checkpoint.loading import load_trained
-from maskdino.devices import pick_device
 from maskdino.inference.options import PredictorOptions
 from maskdino.inference.sliced import predict_sliced
 from maskdino.inference.tiles import TiledImage
@@ -34,6 +33,7 @@ from maskdino.model import MaskDINO
 from maskdino.model_zoo import read_config
 from maskdino.postprocess import Frame, InferenceOptions, postprocess
 from maskdino.structures import Predictions
+from maskdino.system.devices import pick_device
 from maskdino.visualization.images import ImageSource, load_image, network_image
 from maskdino.visualization.results import ImageResult
 

@@ -27,7 +27,7 @@ from maskdino.inference.parts import (
     slices_of,
 )
 from maskdino.inference.tiles import TiledImage
-from maskdino.rle import encode_mask
+from maskdino.ops.rle import encode_mask
 from maskdino.visualization.drawing import crop_mask
 from maskdino.visualization.results import ImageResult
 

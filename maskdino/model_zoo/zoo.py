@@ -17,7 +17,7 @@ from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.loading import not_whole, settle_weights
 from maskdino.checkpoint.reading import fetch
 from maskdino.config import load_config
-from maskdino.config_checks import check_values
+from maskdino.config.checks import check_values
 
 from .catalogue import RELEASED, ReleasedModel, find_released
 

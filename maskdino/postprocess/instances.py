@@ -14,9 +14,9 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from maskdino.ops.host import Steps, pack_masks, true_first, unpack_mask
+from maskdino.ops.rle import encode_mask
 from maskdino.postprocess.frame import Frame, maps_at_once, mask_parts, output_boxes, output_masks
 from maskdino.postprocess.options import InferenceOptions
-from maskdino.rle import encode_mask
 from maskdino.structures import Predictions
 
 MASK_BYTES_AT_ONCE = 1 << 27  # packed masks of one image that exist on the device at one time

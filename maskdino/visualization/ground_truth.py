@@ -7,7 +7,7 @@ from detectron2.structures import BoxMode
 
 from maskdino.categories import Categories
 from maskdino.data.reading import DataError, read_map, segment_indices
-from maskdino.rle import encode_mask, encode_segmentation
+from maskdino.ops.rle import encode_mask, encode_segmentation
 from maskdino.visualization.images import load_image
 from maskdino.visualization.results import ImageResult
 

@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from maskdino.categories import Categories
-from maskdino.rle import encode_mask, to_json
+from maskdino.ops.rle import encode_mask, to_json
 from maskdino.visualization.drawing import MAX_LABELS, Region, color_of, draw_regions
 from maskdino.visualization.images import ImageSource, load_image
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskdino import files
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.reading import read_checkpoint
 from maskdino.checkpoint.released_weights import DECODER, ENCODER
 from maskdino.model import MaskDINO
+from maskdino.system import files
 from tests.checkpoint.test_released_weights import released_case_cfg, released_case_weights
 from tests.helpers import CHANNELS, NUM_CLASSES, tiny_model
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from maskdino import program
 from maskdino.cli import main as command
 from maskdino.cli import train
+from maskdino.system import program
 
 
 def leaves(group: command.Command, name: str) -> Iterator[tuple[str, command.Command]]:

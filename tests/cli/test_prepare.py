@@ -23,7 +23,7 @@ from maskdino.data import (
     register_coco_folder,
     register_panoptic_folder,
 )
-from maskdino.registration import register_postponed
+from maskdino.integration.registration import register_postponed
 from tests.data import synthetic
 from tests.data.synthetic import Scene, make_scenes
 

@@ -1,4 +1,4 @@
-"""Tests of configs/ and of the keys in maskdino/config.py."""
+"""Tests of configs/ and of the keys in maskdino/config/defaults.py."""
 
 import ast
 import re

@@ -17,7 +17,7 @@ from maskdino.custom.formats.shapes import ellipse, turned
 from maskdino.custom.prepare import prepare_data
 from maskdino.custom.request import Request
 from maskdino.data import DataError
-from maskdino.rle import decode_segmentation
+from maskdino.ops.rle import decode_segmentation
 from tests.custom import written
 from tests.custom.drawn import write_drawn
 from tests.custom.written import Sample

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from maskdino.rle import decode_segmentation
+from maskdino.ops.rle import decode_segmentation
 
 
 @dataclass

@@ -20,7 +20,7 @@ from maskdino.data.augmentations import (
     PixelTransform,
     own_augmentations,
 )
-from maskdino.extensions import AUGMENTATION_REGISTRY
+from maskdino.integration.extensions import AUGMENTATION_REGISTRY
 
 HEIGHT, WIDTH = 48, 64
 SQUARE = (slice(8, 20), slice(16, 40))  # rows and columns of the object

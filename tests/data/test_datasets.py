@@ -22,7 +22,7 @@ from maskdino.data import (
     register_coco_folder,
     register_panoptic_folder,
 )
-from maskdino.registration import register_all
+from maskdino.integration.registration import register_all
 from tests.data.synthetic import make_scenes, write_coco
 
 

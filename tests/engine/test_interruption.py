@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskdino import files
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.reading import CheckpointError
 from maskdino.engine.interruption import Interrupted
 from maskdino.engine.trainer import MaskDINOTrainer
-from maskdino.errors import WriteError
+from maskdino.system import files
+from maskdino.system.errors import WriteError
 from tests.engine.stand_in import CallbackHook, read_checkpoint, tiny_config, train
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]

@@ -24,7 +24,7 @@ from maskdino.engine.writers import (
     build_writers,
     check_writers,
 )
-from maskdino.extensions import WRITER_REGISTRY
+from maskdino.integration.extensions import WRITER_REGISTRY
 
 STEPS = 6
 

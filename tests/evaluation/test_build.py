@@ -13,7 +13,7 @@ from detectron2.evaluation import DatasetEvaluator
 from maskdino.config import load_config
 from maskdino.evaluation.build import build_evaluator, check_evaluators, known_metrics
 from maskdino.evaluation.coco import COCOInstanceEvaluator
-from maskdino.extensions import EVALUATOR_REGISTRY
+from maskdino.integration.extensions import EVALUATOR_REGISTRY
 
 
 class Own(DatasetEvaluator):

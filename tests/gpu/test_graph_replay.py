@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maskdino.cuda_graphs import CALLS_BEFORE
 from maskdino.model import MaskDINO
+from maskdino.modeling.cuda_graphs import CALLS_BEFORE
 from tests.gpu.cases import TASKS, assert_same_results, error_of, make_batch, make_cfg, make_model
 
 pytestmark = pytest.mark.gpu

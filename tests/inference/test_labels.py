@@ -14,7 +14,7 @@ from maskdino.categories import Categories
 from maskdino.custom.annotations import read_annotations
 from maskdino.custom.checks import check
 from maskdino.inference.labels import ClassThresholds, CocoLabels, polygons_of
-from maskdino.rle import decode_segmentation, encode_mask
+from maskdino.ops.rle import decode_segmentation, encode_mask
 from maskdino.visualization.results import ImageResult
 
 CATEGORIES = Categories(("cat", "dog, wet"), (True, True), (7, 3))

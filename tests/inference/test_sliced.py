@@ -23,7 +23,7 @@ from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.inference.sliced import predict_sliced
 from maskdino.inference.tiles import TiledImage
 from maskdino.model import MaskDINO
-from maskdino.rle import decode_segmentation, encode_mask
+from maskdino.ops.rle import decode_segmentation, encode_mask
 from maskdino.visualization.images import ImageError
 from maskdino.visualization.results import ImageResult
 from tests.helpers import tiny_cfg

@@ -29,8 +29,8 @@ def test_what_is_noticed_and_what_is_not_are_told_apart(tmp_path: Path) -> None:
         {"from": "nowhere to be found", "to": ""},
     ]
     table = tmp_path / "table.yaml"
-    group = {"tests": ["tests/test_rle.py"], "mutations": mutations}
-    table.write_text(yaml.safe_dump({"maskdino/rle.py": group}))
+    group = {"tests": ["tests/ops/test_rle.py"], "mutations": mutations}
+    table.write_text(yaml.safe_dump({"maskdino/ops/rle.py": group}))
     command = [sys.executable, REPOSITORY / "tools" / "mutate.py", "--table", table]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from maskdino.rle import encode_mask
+from maskdino.ops.rle import encode_mask
 from maskdino.visualization.drawing import (
     FILL_OPACITY,
     Region,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from maskdino.categories import Categories
-from maskdino.rle import encode_mask
+from maskdino.ops.rle import encode_mask
 from maskdino.visualization.drawing import color_of
 from maskdino.visualization.results import ImageResult
 

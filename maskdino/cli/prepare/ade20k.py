@@ -32,7 +32,7 @@ from maskdino.cli.prepare.common import (
 )
 from maskdino.data.datasets import ADE20K_THING_IDS, ade20k_classes
 from maskdino.data.reading import colors_of_ids, ids_of_colors
-from maskdino.rle import encode_mask, to_json
+from maskdino.ops.rle import encode_mask, to_json
 
 TASKS = ("semantic", "instance", "panoptic")
 SPLITS = {"train": "training", "val": "validation"}

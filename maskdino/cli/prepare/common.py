@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from maskdino.cli import common
 from maskdino.cli.common import CommandError
-from maskdino.files import written_whole
+from maskdino.system.files import written_whole
 
 VOID = 255  # in maps of classes: no class
 

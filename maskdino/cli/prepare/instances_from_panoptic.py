@@ -27,7 +27,7 @@ from maskdino.cli.prepare.common import (
     say,
 )
 from maskdino.data.reading import ids_of_colors
-from maskdino.rle import encode_mask, to_json
+from maskdino.ops.rle import encode_mask, to_json
 
 
 def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[dict]:

@@ -23,7 +23,7 @@ from maskdino.cli.prepare.common import (
     say,
 )
 from maskdino.data.datasets import own_datasets_root
-from maskdino.rle import decode_segmentation
+from maskdino.ops.rle import decode_segmentation
 
 
 def convert(

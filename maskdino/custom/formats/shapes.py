@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from maskdino.data import DataError
-from maskdino.rle import encode_mask, to_json
+from maskdino.ops.rle import encode_mask, to_json
 
 DEVIATION = 0.05  # pixels by which a polygon may miss its ellipse
 

@@ -1,4 +1,4 @@
-"""Users' own modules and registries: `maskdino.extensions`."""
+"""Users' own modules and registries: `maskdino.integration.extensions`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from maskdino import extensions
 from maskdino.config import load_config
-from maskdino.extensions import ExtensionError, ExtensionRegistry, import_extension
+from maskdino.integration import extensions
+from maskdino.integration.extensions import ExtensionError, ExtensionRegistry, import_extension
 
 OWN_KEYS = """
 def add_config(cfg):
@@ -128,7 +128,7 @@ def test_started_processes_import_it_too(tmp_path: Path, repository: Path) -> No
     script = tmp_path / "main.py"
     script.write_text(
         "import multiprocessing, os\n"
-        "from maskdino.extensions import import_extension\n"
+        "from maskdino.integration.extensions import import_extension\n"
         "if __name__ == '__main__':\n"
         f"    module = import_extension({str(tmp_path / 'my_functions.py')!r})\n"
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"

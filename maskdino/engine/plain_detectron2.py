@@ -15,9 +15,9 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from maskdino.compat import name_keys_of_our_trainer
-from maskdino.devices import configured_device
 from maskdino.engine import solver
+from maskdino.integration.compat import name_keys_of_our_trainer
+from maskdino.system.devices import configured_device
 
 logger = logging.getLogger(__name__)
 

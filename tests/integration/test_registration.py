@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from fvcore.common.registry import Registry
 
-from maskdino import registration
-from maskdino.registration import offer_to, register_all, register_postponed
+from maskdino.integration import registration
+from maskdino.integration.registration import offer_to, register_all, register_postponed
 
 NEIGHBOUR = """
 import os

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskdino import precision as precision_module
 from maskdino.export.trace import ExportableNetwork, ExportOptions
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from maskdino.modeling.heads import PredictionHeads
-from maskdino.precision import (
+from maskdino.system import precision as precision_module
+from maskdino.system.precision import (
     inference_precision,
     mixed_precision_dtype,
     network_precision,
@@ -172,7 +172,7 @@ def test_tensor_float_32_where_the_process_uses_the_newer_switches(gpu: str) -> 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     precision_module._log_once.cache_clear()
-    caplog.set_level(logging.INFO, logger="maskdino.precision")
+    caplog.set_level(logging.INFO, logger="maskdino.system.precision")
     for _ in range(3):
         with network_precision("auto", CPU):
             pass

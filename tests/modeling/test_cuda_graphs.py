@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskdino import cuda_graphs
-from maskdino.cuda_graphs import CALLS_BEFORE, CudaGraphs
+from maskdino.modeling import cuda_graphs
+from maskdino.modeling.cuda_graphs import CALLS_BEFORE, CudaGraphs
 from maskdino.modeling.layers import holding_constants, map_sine_embedding
 from maskdino.structures import Predictions
 from tests.helpers import tiny_model

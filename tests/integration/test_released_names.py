@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import maskdino
-from maskdino import released_names
-from maskdino.released_names import MODULES, NAMES
+from maskdino.integration import released_names
+from maskdino.integration.released_names import MODULES, NAMES
 
 
 @pytest.mark.parametrize("name", [*NAMES, *MODULES])

@@ -8,7 +8,7 @@ import pytest
 
 from maskdino import model_zoo
 from maskdino.config import load_config
-from maskdino.config_checks import RULES, ConfigError, check_training, check_values
+from maskdino.config.checks import RULES, ConfigError, check_training, check_values
 from maskdino.engine.before_training import check_settings
 
 NODE = "MODEL.MASK_DINO."

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from maskdino import files
-from maskdino.files import written_whole
+from maskdino.system import files
+from maskdino.system.files import written_whole
 
 
 @pytest.mark.parametrize("sync", [True, False])

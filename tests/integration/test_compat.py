@@ -15,7 +15,7 @@ from detectron2.utils import comm
 from timm.models.swin_transformer import SwinTransformerBlock
 
 from maskdino.backbones.swin import SwinBlock, pad_before_shift
-from maskdino.compat import (
+from maskdino.integration.compat import (
     CITYSCAPES_ALIAS,
     _CityscapesAlias,
     alias_cityscapes_scripts,

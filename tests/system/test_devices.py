@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from maskdino.config import load_config
-from maskdino.devices import comm as devices_comm
-from maskdino.devices import configured_device, find_device, pick_device, settle_device
 from maskdino.engine.hooks import peak_memory_mb
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
+from maskdino.system.devices import comm as devices_comm
+from maskdino.system.devices import configured_device, find_device, pick_device, settle_device
 
 
 @pytest.fixture

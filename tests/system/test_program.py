@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from maskdino import program
+from maskdino.system import program
 
 
 def is_command(monkeypatch: pytest.MonkeyPatch, argv: list[str], started: list[str]) -> bool:

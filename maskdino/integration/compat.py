@@ -1,7 +1,7 @@
 """What other packages need to work together: the one place where their objects are changed.
 
-Each entry names the releases that it is for. ``tests/test_compat.py`` has a test for each that
-fails once the newest release of a package does without.
+Each entry names the releases that it is for. ``tests/integration/test_compat.py`` has a test for
+each that fails once the newest release of a package does without.
 """
 
 from __future__ import annotations

@@ -1,213 +1,14 @@
 """Configuration keys that Mask DINO adds to detectron2's, one node for each module."""
 
-import difflib
-import os
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from detectron2.config import CfgNode
 
-import yaml
-from detectron2.config import CfgNode, get_cfg
-
-from maskdino.extensions import extend_config, read_header
-from maskdino.registration import register_postponed
-
-_CONVERT = (
-    "`maskdino convert released --config FILE --output FOLDER` (tools/convert_released.py) "
-    "converts configurations of the released Mask DINO code"
-)
-# Nodes of a file whose keys another library defines: arguments of a timm model, released Swin
-# configurations.
-_OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
-_OWN_KEYS = " A module of your own that adds it, in add_config(cfg), is imported with --import."
-
-
-def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
-    """Reads a configuration: detectron2's and our defaults, a YAML file, then single values.
-
-    Nothing in the file is executed.
-
-    Args:
-        config_file: path of a YAML file, which may name a `_BASE_`; None: the defaults alone.
-        overrides: keys and values in turn, as on a command line.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        KeyError: if a key does not exist; the message names it and those most like it.
-        ValueError: if the file is no YAML, or one of the released Mask DINO code.
-        ValueError: if an override lacks its value, or a value has the wrong type.
-    """
-    cfg = get_cfg()
-    add_maskdino_config(cfg)
-    extend_config(cfg)
-    known = dict.fromkeys(_key_names(cfg))
-    if config_file:
-        loaded = _read_file(config_file)
-        names = [name for name in _key_names(loaded) if not name.startswith(_OPEN_NODES)]
-        _check_keys(names, known, f"in {config_file}", read_header(config_file) or _OWN_KEYS)
-        try:
-            _merge_file(cfg, config_file, loaded)
-        except (AssertionError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{config_file}: {error}") from error
-    if len(overrides) % 2:
-        raise ValueError(
-            f"Overrides are KEY VALUE pairs, but these are {len(overrides)} words: "
-            f"{list(overrides)}"
-        )
-    names = [name for name in overrides[::2] if not name.startswith(_OPEN_NODES)]
-    _check_keys(names, known, "on the command line")
-    _make_open_keys(cfg, overrides[::2])
-    try:
-        cfg.merge_from_list(_with_floats(cfg, overrides))
-    except AssertionError as error:
-        raise ValueError(str(error)) from error
-    return cfg
-
-
-def _merge_file(cfg: CfgNode, config_file: str, loaded: dict[str, Any]) -> None:
-    if loaded.get("VERSION") != cfg.VERSION:  # detectron2 knows how to read older ones
-        cfg.merge_from_file(config_file, allow_unsafe=False)
-        return
-    _make_floats(loaded, cfg)
-    cfg.merge_from_other_cfg(CfgNode(loaded))
-
-
-def _make_floats(values: dict[str, Any], like: CfgNode) -> None:
-    """Turns integers into floats where `like` has floats (in place): 2 is a number like 2.0."""
-    for name, value in values.items():
-        if isinstance(value, dict) and isinstance(like.get(name), dict):
-            _make_floats(value, like[name])
-        elif type(value) is int and isinstance(like.get(name), float):
-            values[name] = float(value)
-
-
-def _with_floats(cfg: CfgNode, overrides: Sequence[str]) -> list[Any]:
-    """The same for keys and values in turn."""
-    result: list[Any] = list(overrides)
-    for index in range(0, len(result), 2):
-        node: Any = cfg
-        for part in result[index].split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(result[index + 1])):
-            result[index + 1] = float(result[index + 1])
-    return result
-
-
-def _make_open_keys(cfg: CfgNode, names: Sequence[str]) -> None:
-    """Gives the keys of open nodes a place, as a list of values can only replace what is there."""
-    for name in names:
-        if name.startswith(_OPEN_NODES):
-            *nodes, last = name.split(".")
-            node = cfg
-            for part in nodes:
-                node = node[part]
-            node.setdefault(last, None)
-
-
-def _read_file(config_file: str) -> dict[str, Any]:
-    """The nested values of a YAML file, with those of its `_BASE_`."""
-    _check_yaml(config_file)
-    try:
-        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
-    except AssertionError as error:
-        raise ValueError(f"{config_file}: {error}") from error
-    nodes = loaded.get("MODEL")
-    nodes = nodes if isinstance(nodes, dict) else {}
-    if "MaskDINO" in nodes:
-        raise ValueError(f"{config_file} has MODEL.MaskDINO: {_CONVERT}")
-    if "MASK_FORMER" in nodes:
-        raise ValueError(f"{config_file} is a configuration of Mask2Former or MaskFormer")
-    return loaded
-
-
-def _check_yaml(path: str, within: tuple[str, ...] = ()) -> None:
-    """Checks that a file, and every `_BASE_` of it, is YAML with keys and values.
-
-    Args:
-        path: of the file.
-        within: the files that name it as `_BASE_`, the first one first.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_config`.
-    """
-    if path in within:
-        raise ValueError(f"{path} is its own _BASE_: {' -> '.join([*within, path])}")
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except FileNotFoundError as error:
-        named = f"{within[-1]} names it as _BASE_, but " if within else ""
-        raise FileNotFoundError(f"{named}there is no configuration {path}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{mark.name}, line {mark.line + 1}" if mark else path
-        hint = f"; {_CONVERT}" if ":python/" in str(error.problem) else ""
-        raise ValueError(f"{where}: {error.problem}{hint}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
-    if not isinstance(content, dict):
-        kind = "nothing" if content is None else f"a single {type(content).__name__}"
-        raise ValueError(f"{path} holds {kind}; a configuration holds keys and values (KEY: VALUE)")
-    bases = content.get("_BASE_", [])
-    for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise ValueError(f"{path}: _BASE_ is {base!r}; it must be the path of a file")
-        if not base.startswith(("http://", "https://")):
-            found = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-            _check_yaml(os.path.normpath(found), (*within, path))
-
-
-def _key_names(node: dict, prefix: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _key_names(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _check_keys(
-    names: Iterator[str] | Sequence[str],
-    known: dict[str, None],
-    where: str,
-    header: str = _OWN_KEYS,
-) -> None:
-    for name in names:
-        if name not in known:
-            similar = difflib.get_close_matches(name, known, n=3) or _keys_ending_alike(name, known)
-            hint = f"; did you mean {' or '.join(similar)}?" if similar else "."
-            raise KeyError(f"Unknown configuration key {name} {where}{hint}{header}")
-
-
-def _keys_ending_alike(name: str, known: dict[str, None]) -> list[str]:
-    last = name.rpartition(".")[2]
-    alike = [key for key in known if key.rpartition(".")[2] == last]
-    return sorted(alike, key=lambda key: "MASK_DINO" not in key)[:3]
-
-
-def complete_config(cfg: CfgNode) -> CfgNode:
-    """Fills in the keys that a configuration lacks, with their usual values.
-
-    Programs that know nothing of Mask DINO (SAHI) read a file after `cfg.set_new_allowed(True)`:
-    then it has the keys of the file alone.
-
-    Returns:
-        The configuration itself, if nothing is missing; it is never changed.
-    """
-    whole = get_cfg()
-    add_maskdino_config(whole)
-    if set(_key_names(whole)) <= set(_key_names(cfg)):
-        return cfg
-    whole.set_new_allowed(True)
-    whole.merge_from_other_cfg(cfg)
-    return whole
+from maskdino.integration.registration import register_postponed
 
 
 def add_maskdino_config(cfg: CfgNode) -> None:
     """Adds Mask DINO's keys, with the paper's values, to a detectron2 configuration (in place).
 
-    Registers the names that waited for a configuration (:mod:`maskdino.registration`).
+    Registers the names that waited for a configuration (:mod:`maskdino.integration.registration`).
     """
     register_postponed()
     _add_model(cfg)
@@ -375,8 +176,8 @@ def _add_test(cfg: CfgNode) -> None:
 
 
 def _add_input(cfg: CfgNode) -> None:
-    # "instance", "panoptic", "semantic", or a name in MAPPER_REGISTRY (maskdino.extensions): what
-    # the training mapper reads (maskdino.data).
+    # "instance", "panoptic", "semantic", or a name in MAPPER_REGISTRY
+    # (maskdino.integration.extensions): what the training mapper reads (maskdino.data).
     cfg.INPUT.DATASET_MAPPER_NAME = "instance"
     # Large-scale jitter: resize by a random factor, then crop or pad to SIZE (height, width), in
     # pixels.

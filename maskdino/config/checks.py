@@ -9,7 +9,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from maskdino.errors import UserError
+from maskdino.system.errors import UserError
 
 
 class ConfigError(UserError):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from maskdino import rle
+from maskdino.ops import rle
 
 SIZE = (20, 30)
 

@@ -20,7 +20,7 @@ NO_DETECTRON2 = (
     "maskdino needs detectron2, which is not installed: `maskdino doctor --install-detectron2` "
     "builds 0.6 for this PyTorch; or see https://github.com/facebookresearch/detectron2"
 )
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = ("tools", "demo", "datasets")  # folders of the repository
 
 

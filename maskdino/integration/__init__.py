@@ -1,0 +1,1 @@
+"""How the package meets detectron2, the released code's names and the user's own modules."""
