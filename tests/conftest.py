@@ -25,11 +25,17 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where torch finds no CUDA device.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where torch finds no CUDA device, and campaigns unless asked for.
 
-    Those that ask for the fixture `device` run on MASKDINO_TEST_DEVICE, if it is set.
+    Those that ask for the fixture `device` run on MASKDINO_TEST_DEVICE, if it is set. Campaigns
+    take minutes to hours: they run where ``-m`` names them.
     """
+    if "campaign" not in config.getoption("markexpr"):
+        left = [item for item in items if item.get_closest_marker("campaign")]
+        if left:
+            config.hook.pytest_deselected(items=left)
+            items[:] = [item for item in items if not item.get_closest_marker("campaign")]
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -3,6 +3,7 @@
 #
 #   bash tools/test.sh                    everything
 #   bash tools/test.sh -m "not slow"      without the slow ones
+#   bash tools/test.sh -m campaign        the campaigns, which nothing else runs; minutes to hours
 #   TEST_PROCESSES=4 bash tools/test.sh   in four processes (each needs up to 4 GB) instead of two
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
