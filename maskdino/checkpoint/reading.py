@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
+from safetensors import SafetensorError
 from torch import Tensor
 
+from maskdino.checkpoint.tensor_files import SUFFIX, read_tensors
 from maskdino.system.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +37,7 @@ BROKEN = (
     OverflowError,
     struct.error,
     zipfile.BadZipFile,
+    zlib.error,
 )
 # What a pickle of numpy arrays (ImageNet weights of detectron2's model zoo) may contain.
 _PICKLE_GLOBALS = {
@@ -78,14 +84,17 @@ def read_checkpoint(path: str, device: str = "cpu") -> dict[str, Any]:
     """Reads a file into a dict with the tensors, by the file's names, under "model".
 
     Args:
-        path: of a `.pth` file, or a `.pkl` file of numpy arrays.
-        device: of the tensors of a `.pth` file; "meta": their shapes alone are read.
+        path: of a `.pth` or `.safetensors` file, or a `.pkl` file of numpy arrays.
+        device: of the tensors, but for `.pkl`; "meta": their shapes alone are read.
 
     Raises:
         CheckpointError: the file is none, was cut off, holds more than tensors and plain values, or
             no tensors.
     """
-    data = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path, device)
+    if path.endswith(SUFFIX):
+        data: Any = {"model": _read_safetensors(path, device)}
+    else:
+        data = _read_pickle(path) if path.endswith(".pkl") else _read_torch(path, device)
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is no checkpoint: it holds {_what(data)}")
     data = _with_model(data, path)
@@ -137,6 +146,35 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
+def check_sums(path: str) -> None:
+    """Compares what a zip file holds, which is what `torch.save` writes, with its checksums.
+
+    Each entry has its CRC-32 beside it; `torch.load` does not look. Other files have none.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if zipfile.is_zipfile(path):
+        status = os.stat(path)
+        _check_sums(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache  # a run that goes on asks several times
+def _check_sums(path: str, _size: int, _changed: int) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch writes zeros where it was told to write no checksums.
+            has_sums = any(entry.CRC for entry in archive.infolist())
+            broken = archive.testzip() if has_sums else None
+    except BROKEN as error:
+        raise CheckpointError(f"{path} is no checkpoint, or was cut off: {error}") from error
+    if broken is not None:
+        raise CheckpointError(
+            f"{path} is damaged: the checksum of its entry {broken} is wrong; copy or download it "
+            "again, or use another"
+        )
+
+
 def _read_torch(path: str, device: str) -> dict[str, Any]:
     mapped = device == "meta" and zipfile.is_zipfile(path)  # else all of the file would be read
     try:
@@ -151,6 +189,13 @@ def _read_torch(path: str, device: str) -> dict[str, Any]:
             f"({error})"
         ) from error
     except BROKEN as error:
+        raise CheckpointError(f"{path} is no checkpoint, or was cut off: {error}") from error
+
+
+def _read_safetensors(path: str, device: str) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path, device)
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is no checkpoint, or was cut off: {error}") from error
 
 
@@ -216,12 +261,11 @@ def find_resumption(folder: str) -> Resumption:
             fault = f"{Path(folder, LAST)} names no checkpoint that can be read ({error})"
     elif not any(Path(folder).glob("model_*.pth")):
         return Resumption("")
-    others = sorted(_of_training(folder))
-    if others:
-        iteration, newest = others[-1]
-        return Resumption(
-            newest, f"{fault}: going on from the newest other, {newest}, of iteration {iteration}"
-        )
+    for iteration, path in sorted(_of_training(folder), reverse=True):
+        if _is_whole(path):
+            return Resumption(
+                path, f"{fault}: going on from the newest other, {path}, of iteration {iteration}"
+            )
     if not Path(folder, LAST).is_file():
         return Resumption("")  # weights that somebody put there
     raise CheckpointError(
@@ -230,12 +274,22 @@ def find_resumption(folder: str) -> Resumption:
     )
 
 
-def _of_training(folder: str) -> Iterator[tuple[int, str]]:
-    """The readable checkpoints of a training in a folder, each with its iteration."""
+def _of_training(folder: str) -> list[tuple[int, str]]:
+    """The checkpoints of a training in a folder, each with its iteration; sums are not compared."""
+    found = []
     for path in Path(folder).glob("model_*.pth"):
         try:
-            data = read_checkpoint(str(path), "meta")
-        except CheckpointError:
+            data = read_checkpoint(str(path), "meta", sums=False)
+        except (CheckpointError, OSError):
             continue
         if "trainer" in data and isinstance(data.get("iteration"), int):
-            yield data["iteration"], str(path)
+            found.append((data["iteration"], str(path)))
+    return found
+
+
+def _is_whole(path: str) -> bool:
+    try:
+        check_sums(path)
+    except (CheckpointError, OSError):
+        return False
+    return True
