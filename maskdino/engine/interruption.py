@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from detectron2.utils import comm
 
 logger = logging.getLogger(__name__)
+
+_outside: dict[signal.Signals, Any] = {}  # while a watch is installed: the handlers before it
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,9 +53,11 @@ class SignalWatch:
             return
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self._handle) for number in numbers}
+        _outside.update(before)
         try:
             yield
         finally:
+            _outside.clear()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -73,3 +79,33 @@ class SignalWatch:
         if again or not self.in_step:
             raise KeyboardInterrupt
         logger.warning("Interrupted: this iteration is finished first; once more ends at once.")
+
+
+def _hold_termination() -> None:
+    if _outside:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _deliver_termination() -> None:
+    if _outside:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _end_when_told() -> None:
+    """Takes the handler of SIGTERM from a process that was forked inside a training.
+
+    Cityscapes' loader and `panopticapi` make pools of processes and abandon them: they would wait
+    forever for processes that delay a signal, or raise an exception while they hold a lock. A
+    signal between the fork and this function would be lost, so it is held meanwhile.
+    """
+    if _outside:
+        signal.signal(signal.SIGTERM, _outside[signal.SIGTERM])
+        _deliver_termination()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_hold_termination,
+        after_in_parent=_deliver_termination,
+        after_in_child=_end_when_told,
+    )

@@ -8,10 +8,7 @@ import itertools
 import json
 import logging
 import os
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from detectron2.evaluation import COCOPanopticEvaluator
@@ -67,29 +64,12 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             pairs = [(a, written[a["image_id"]]) for a in content["annotations"]]
             truth = PathManager.get_local_path(self._metadata.panoptic_root)
             maps = PathManager.get_local_path(os.path.join(folder, PANOPTIC_FOLDER))
-            with contextlib.redirect_stdout(io.StringIO()), default_termination():
+            with contextlib.redirect_stdout(io.StringIO()):
                 quality = pq_compute_multi_core(pairs, truth, maps, categories)
         results = panoptic_metrics(quality, categories)
         means = {name: value for name, value in results.items() if not name.startswith("PQ-")}
         logger.info("Evaluation results for panoptic_seg:\n%s", create_small_table(means))
         return {"panoptic_seg": results}
-
-
-@contextlib.contextmanager
-def default_termination() -> Iterator[None]:
-    """Inside, SIGTERM ends this process at once, and those that are forked meanwhile.
-
-    A handler would be theirs too, and one that comes a moment before they wait is never called: the
-    pool that `panopticapi` makes and abandons would then wait for them forever.
-    """
-    if threading.current_thread() is not threading.main_thread():  # others cannot set any
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _write(folder: str, predictions: list[dict]) -> list[dict]:

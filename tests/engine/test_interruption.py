@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,26 @@ def test_a_second_signal_ends_the_step_which_is_not_saved(tmp_path: Path) -> Non
     trainer.model.register_forward_pre_hook(send)
     assert "after iteration 2;" in str(interrupted(trainer, signal.SIGTERM))
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_processes_forked_in_a_training_end_when_told(tmp_path: Path) -> None:
+    """Those of pools that other packages abandon, such as detectron2's loader of Cityscapes."""
+    cfg = tiny_config(tmp_path)
+    trainer = MaskDINOTrainer(cfg)
+    codes = []
+
+    def fork(_: object) -> None:
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        worker.terminate()
+        worker.join(30)
+        codes.append(worker.exitcode)
+
+    trainer.register_hooks([CallbackHook(after_step=fork)])
+    trainer.resume_or_load(False)
+    trainer.train()
+    assert codes == [-signal.SIGTERM] * cfg.SOLVER.MAX_ITER
 
 
 @pytest.mark.parametrize(
