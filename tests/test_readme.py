@@ -58,7 +58,7 @@ def source_of(module: str) -> str:
     path = folder.joinpath(*module.split("."))
     own = path.with_suffix(".py")
     files = [own] if own.is_file() else sorted(path.glob("*.py"))
-    files += [folder / "common.py", folder.parent / "extensions.py"]
+    files += [folder / "common.py", folder.parent / "integration" / "extensions.py"]
     return "".join(file.read_text() for file in files)
 
 

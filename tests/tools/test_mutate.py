@@ -20,7 +20,7 @@ def mutate() -> ModuleType:
 
 @pytest.mark.slow
 def test_what_is_noticed_and_what_is_not_are_told_apart(tmp_path: Path) -> None:
-    package = REPOSITORY / "maskdino" / "rle.py"
+    package = REPOSITORY / "maskdino" / "ops" / "rle.py"
     before = package.read_text()
     mutations = [
         {"from": "(mask, dtype=np.uint8)", "to": "(mask.T, dtype=np.uint8)"},
