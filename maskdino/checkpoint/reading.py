@@ -80,17 +80,20 @@ def fetch(weights: str) -> str:
     return path
 
 
-def read_checkpoint(path: str, device: str = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str, device: str = "cpu", *, sums: bool = True) -> dict[str, Any]:
     """Reads a file into a dict with the tensors, by the file's names, under "model".
 
     Args:
         path: of a `.pth` or `.safetensors` file, or a `.pkl` file of numpy arrays.
         device: of the tensors, but for `.pkl`; "meta": their shapes alone are read.
+        sums: compare its checksums first; see `check_sums`.
 
     Raises:
-        CheckpointError: the file is none, was cut off, holds more than tensors and plain values, or
-            no tensors.
+        CheckpointError: the file is none, was cut off, is damaged, holds more than tensors and
+            plain values, or no tensors.
     """
+    if sums:
+        check_sums(path)
     if path.endswith(SUFFIX):
         data: Any = {"model": _read_safetensors(path, device)}
     else:
@@ -166,7 +169,7 @@ def _check_sums(path: str, _size: int, _changed: int) -> None:
             # PyTorch writes zeros where it was told to write no checksums.
             has_sums = any(entry.CRC for entry in archive.infolist())
             broken = archive.testzip() if has_sums else None
-    except BROKEN as error:
+    except (OSError, *BROKEN) as error:  # the former of a disk, too, that cannot read
         raise CheckpointError(f"{path} is no checkpoint, or was cut off: {error}") from error
     if broken is not None:
         raise CheckpointError(

@@ -195,3 +195,81 @@ def test_nothing_to_go_on_from_is_said(tmp_path: Path) -> None:
     (tmp_path / "last_checkpoint").unlink()
     torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "model_final.pth")  # brought along
     assert find_resumption(str(tmp_path)).path == ""
+
+
+def flip(path: Path, content: torch.Tensor, bit: int = 0) -> None:
+    """Changes one bit of a tensor in a file, as a failing disk does."""
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(content.numpy().tobytes()) + 5] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def test_one_wrong_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    content = torch.rand(50)
+    torch.save({"model": {"a": content}}, path)
+    read_checkpoint(str(path))
+    flip(path, content)
+    torch.load(path, weights_only=True)  # does not look
+    for device in ("cpu", "meta"):
+        with pytest.raises(CheckpointError, match=r"model\.pth is damaged: the checksum") as error:
+            read_checkpoint(str(path), device)
+        assert "\n" not in str(error.value)
+
+
+def test_every_byte_that_matters_is_noticed(tmp_path: Path) -> None:
+    """A file with one byte changed is refused, or holds the same as before."""
+    path = tmp_path / "model.pth"
+    content = torch.rand(9)
+    torch.save({"model": {"a": content}}, path)
+    raw = path.read_bytes()
+    refused = 0
+    for position in range(0, len(raw), 7):
+        changed = bytearray(raw)
+        changed[position] ^= 0x40
+        path.write_bytes(changed)
+        try:
+            found = read_checkpoint(str(path))["model"]["a"]
+        except CheckpointError:
+            refused += 1
+            continue
+        assert torch.equal(found, content), position
+    assert refused > len(raw) // 7 // 4  # the rest is padding and dates
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="writes sums")
+def test_files_without_sums_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": {"a": torch.ones(9)}}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_checkpoint(str(path))["model"]["a"], torch.ones(9))
+
+
+@pytest.mark.parametrize("damaged", [{19}, {19, 14}, {19, 14, 9}])
+def test_a_damaged_checkpoint_is_passed_over(damaged: set[int], tmp_path: Path) -> None:
+    write_run(tmp_path, [9, 14, 19])
+    for iteration in damaged:
+        flip(tmp_path / f"model_{iteration:07d}.pth", torch.ones(9), bit=iteration % 8)
+    if len(damaged) == 3:
+        with pytest.raises(CheckpointError, match="is damaged.*there is no other.*--overwrite"):
+            find_resumption(str(tmp_path))
+        return
+    found = find_resumption(str(tmp_path))
+    whole = max({9, 14, 19} - damaged)
+    assert Path(found.path).name == f"model_{whole:07d}.pth"
+    assert "\n" not in found.note
+    for part in ("model_0000019.pth is damaged", "last_checkpoint", f"of iteration {whole}"):
+        assert part in found.note
+
+
+def test_settings_of_weights_notice_damage(tmp_path: Path) -> None:
+    """Prediction and evaluation read what the file decides before they build a model."""
+    path = tmp_path / "model.pth"
+    state = tiny_model().state_dict()
+    torch.save({"model": state}, path)
+    flip(path, state[WEIGHT])
+    with pytest.raises(CheckpointError, match=r"model\.pth is damaged"):
+        settle_weights(tiny_cfg_of(path))
