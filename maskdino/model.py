@@ -27,6 +27,7 @@ from maskdino.modeling.denoising import (
     split_noised,
 )
 from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbedding
+from maskdino.modeling.half_weights import half_weights
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.query_selection import build_query_selection
 from maskdino.postprocess import Frame, InferenceOptions, postprocess
@@ -183,7 +184,8 @@ class MaskDINO(nn.Module):
         targets = prepare_targets(
             instances, canvas, self.is_thing, self.device, names, with_masks=bool(learned)
         )
-        return self.losses(images.tensor, targets)
+        with half_weights(self, self.device, self.heads.in_full):
+            return self.losses(images.tensor, targets)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalized images, padded at the right and at the bottom."""

@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tests.pretend_kernels import compute
+
 CUDA = torch.device("cuda", 1)
 _attention_of_cpu = F.scaled_dot_product_attention
 PACKAGE = str(Path(__file__).resolve().parent.parent / "maskdino") + "/"
@@ -207,7 +209,7 @@ class PretendDevice(TorchDispatchMode):
         if target is not None:
             plain["device"] = torch.device("cpu")
         plain.pop("non_blocking" if name == "_to_copy" else "pin_memory", None)
-        out = _compute(func, name, _map(_numbers, args), plain)
+        out = compute(func, name, _map(_numbers, args), plain)
         if to_device:
             return self._wrapped(func, args, kwargs, out)
         if name == "_to_copy" and kwargs.get("non_blocking"):
@@ -367,22 +369,6 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-def _compute(func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if name == "cudnn_batch_norm":
-        reserve = torch.zeros(0, dtype=torch.uint8)
-        return (*torch.ops.aten.native_batch_norm(*args), reserve)
-    if name != "_scaled_dot_product_efficient_attention":
-        return func(*args, **kwargs)
-    query, key, value, bias = args[:4]
-    scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
-    scores = scores if bias is None else scores + bias.float()
-    out = (scores.softmax(-1) @ value.float()).to(query.dtype)
-    seed = torch.zeros((), dtype=torch.int64)
-    # In memory as CUDA returns it: heads of a query beside each other.
-    out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, scores.logsumexp(-1), seed, seed.clone()
-
-
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
 ) -> Tensor:
@@ -396,4 +382,5 @@ def _attention(
         bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
         attn_mask = bias.masked_fill(~attn_mask, float("-inf"))
     attention = torch.ops.aten._scaled_dot_product_efficient_attention
-    return attention(query, key, value, attn_mask, False)[0]
+    learned = torch.is_grad_enabled() and query.requires_grad
+    return attention(query, key, value, attn_mask, learned)[0]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
 from maskdino.structures import SpatialShapes
 
+ALIGNED = 8  # elements from which rows of a mask begin
+
 
 @dataclass(frozen=True)
 class LayerSizes:
@@ -46,8 +48,12 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, content: Tensor, position: Tensor, may_attend: Tensor | None) -> Tensor:
-        """Content, position (B, Q, C) and `may_attend` (Q, Q) bool (None: all) to (B, Q, C)."""
+    def forward(self, content: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        """Content, position (B, Q, C) and a mask to (B, Q, C).
+
+        The mask (Q, Q) is True where a query may see another, or is an `attention_bias`; None:
+        everywhere.
+        """
         parts = (2 * content.shape[-1], content.shape[-1])
         query_key_weight, value_weight = self.in_proj_weight.split(parts)
         query_key_bias, value_bias = self.in_proj_bias.split(parts)
@@ -57,8 +63,26 @@ class SelfAttention(nn.Module):
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x in (*query_key.chunk(2, dim=-1), value)
         )
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=may_attend)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def attention_bias(may_attend: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores, which it would else make of a mask in each layer.
+
+    Args:
+        may_attend: (Q, Q) bool, True where a query (row) may see another (column).
+        dtype: of the content.
+
+    Returns:
+        (Q, Q) of 0 and -inf, in the type in which attention computes. Rows begin where CUDA's
+        kernels can read them, or they would copy it.
+    """
+    device, size = may_attend.device, len(may_attend)
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    rows = torch.zeros(size, -(-size // ALIGNED) * ALIGNED, dtype=dtype, device=device)
+    return rows[:, :size].masked_fill_(may_attend.logical_not(), float("-inf"))
 
 
 DeformableAttention = Callable[[Tensor, SpatialShapes, Tensor, Tensor | None, int], Tensor]
@@ -152,4 +176,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        return self.linear2(F.relu(self.linear1(x), inplace=True))
+        # As a matrix: of more dimensions the result is a view, and what changes a view in place is
+        # copied twice in the backward pass.
+        hidden = F.relu(self.linear1(x.flatten(0, -2)), inplace=True)
+        return self.linear2(hidden).unflatten(0, x.shape[:-1])

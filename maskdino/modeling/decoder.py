@@ -17,6 +17,7 @@ from maskdino.modeling.attention import (
     LayerSizes,
     MultiScaleDeformableAttention,
     SelfAttention,
+    attention_bias,
 )
 from maskdino.modeling.layers import MLP, box_sine_embedding
 from maskdino.ops.boxes import inverse_sigmoid
@@ -58,10 +59,10 @@ class DecoderLayer(nn.Module):
         position: Tensor,
         anchors: Tensor,
         memory: Memory,
-        may_attend: Tensor | None,
+        mask: Tensor | None,
     ) -> Tensor:
         """Content and position (B, Q, C), anchors (B, Q, 4) in [0, 1] to content (B, Q, C)."""
-        content = self.self_norm(content + self.self_attn(content, position, may_attend))
+        content = self.self_norm(content + self.self_attn(content, position, mask))
         read = self.cross_attn(content + position, memory.tokens, memory.spatial_shapes, anchors)
         content = self.cross_norm(content + read)
         return self.ffn_norm(content + self.ffn(content))
@@ -130,6 +131,7 @@ class Decoder(nn.Module):
             The state before the first layer and after each layer.
         """
         memory = memory.finest(self.num_levels)
+        mask = None if may_attend is None else attention_bias(may_attend, queries.content.dtype)
         content, anchors = queries.content, queries.anchor_logits.float().sigmoid()
         # The same numbers, with gradient: a layer's box also trains the layer before (look forward
         # twice).
@@ -139,7 +141,7 @@ class Decoder(nn.Module):
             position = self.position_head(
                 box_sine_embedding(anchors, self.channels_per_coordinate).to(content.dtype)
             )
-            content = layer(content, position, anchors, memory, may_attend)
+            content = layer(content, position, anchors, memory, mask)
             normed = heads.norm(content)
             boxes, entered = heads.box_logits(
                 torch.stack([normed, content]), torch.stack([entered_logits, anchor_logits])

@@ -51,6 +51,11 @@ class PredictionHeads(nn.Module):
         for parameter in self.box_head.layers[-1].parameters():
             nn.init.zeros_(parameter)
 
+    @property
+    def in_full(self) -> tuple[nn.Module, ...]:
+        """Those that autocast leaves alone."""
+        return self.class_head, self.box_head
+
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Reads sizes and kind of the heads from MODEL.MASK_DINO."""

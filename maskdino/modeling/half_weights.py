@@ -1,0 +1,100 @@
+"""Weights in autocast's type for a training step, those of a layer converted at once.
+
+Autocast converts each weight when it is read, and its gradient on the way back. With some 300 of
+them these are most of a step's conversions, and a launch each. Here one launch converts the weights
+of a layer, and one their gradients: the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from detectron2.layers import Conv2d
+from torch import Tensor, nn
+
+from maskdino.modeling.attention import SelfAttention
+
+# Whoever calls these converts the weights to autocast's type, and uses them for nothing else.
+CONVERTING = (nn.Linear.forward, nn.Conv2d.forward, Conv2d.forward, SelfAttention.forward)
+# Modules of others may leave autocast for a while, and then need their weights as they are.
+KNOWN_PACKAGES = ("torch", "detectron2", "maskdino")
+LAYER_DEPTH = 3  # names of one layer begin with the same words: "encoder.layers.0"
+
+Place = tuple[nn.Module, str]  # of a weight: its module, and its name there
+
+
+@contextmanager
+def half_weights(
+    model: nn.Module, device: torch.device, leave: Iterable[nn.Module] = ()
+) -> Iterator[None]:
+    """Within, where autocast is on, modules hold converted weights in the place of their own.
+
+    One thread at a time. What is computed again for the backward pass, when this is over, reads the
+    weights themselves, which autocast then converts.
+
+    Args:
+        model: whose children may be of others.
+        device: where it is.
+        leave: modules within that compute in the type of their weights.
+    """
+    if not torch.is_autocast_enabled(device.type) or torch.compiler.is_compiling():
+        yield
+        return
+    dtype, before = torch.get_autocast_dtype(device.type), dict[Place, nn.Parameter]()
+    try:
+        for weights in _layers(model, leave).values():
+            before |= weights
+            converted = _Converted.apply(dtype, *weights.values())
+            for (module, name), weight in zip(weights, converted, strict=True):
+                module._parameters[name] = weight
+        yield
+    finally:
+        for (module, name), weight in before.items():
+            module._parameters[name] = weight
+
+
+def _layers(model: nn.Module, leave: Iterable[nn.Module]) -> dict[str, dict[Place, nn.Parameter]]:
+    """The float32 weights of each layer that autocast would convert."""
+    left = {part for module in leave for part in module.modules()}
+    layers: dict[str, dict[Place, nn.Parameter]] = {}
+    for child_name, child in model.named_children():
+        if any(type(m).__module__.split(".")[0] not in KNOWN_PACKAGES for m in child.modules()):
+            continue
+        for name, module in child.named_modules(prefix=child_name):
+            if module in left or type(module).forward not in CONVERTING:
+                continue
+            places = layers.setdefault(".".join(name.split(".")[:LAYER_DEPTH]), {})
+            for key, weight in module._parameters.items():
+                if weight is not None and weight.dtype == torch.float32:
+                    places[module, key] = weight
+    return {name: places for name, places in layers.items() if places}
+
+
+class _Converted(torch.autograd.Function):
+    """Tensors in another type, in one launch each way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        converted = _copied(weights, dtype)
+        ctx.mark_non_differentiable(
+            *(c for c, w in zip(converted, weights, strict=True) if not w.requires_grad)
+        )
+        return tuple(converted)
+
+    @staticmethod
+    def backward(_: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = _copied([grad for grad in grads if grad is not None], torch.float32)
+        full = iter(there)
+        return None, *(None if grad is None else next(full) for grad in grads)
+
+
+def _copied(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    sources = list(tensors)
+    copies = [torch.empty_like(source, dtype=dtype) for source in sources]
+    if sources:
+        torch._foreach_copy_(copies, sources)
+    return copies

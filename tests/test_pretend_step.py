@@ -1,0 +1,99 @@
+"""A whole training step on the pretend device: launches, waits, and that gradients are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import _foreach_utils
+
+from maskdino.config import load_config
+from maskdino.engine.solver import build_gradient_clipper, build_optimizer
+from maskdino.engine.train_step import TrainStep
+from maskdino.losses import matcher
+from maskdino.model import MaskDINO
+from maskdino.ops import _library
+from tests.helpers import CHANNELS, NARROW, NODE, drawn_batch, tiny_cfg
+from tests.pretend_backward import backward
+from tests.pretend_device import OnDevice, PretendDevice, missing_api
+from tests.test_pretend_device import SIZES, TRAINING, entered
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing_api()), reason=missing_api()),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device"),
+]
+
+# The R50 model's layers; widths, queries and points are few, and launch no less.
+LAYERS = {
+    f"{NODE}ENCODER.NUM_LAYERS": 6,
+    f"{NODE}DECODER.NUM_LAYERS": 9,
+    f"{NODE}DENOISING.NUM_QUERIES": 100,
+}
+OBJECTS = (5, 3)
+OUTPUTS_AT_ONCE = 4  # whose costs that model's 300 queries and 12,544 points leave room for
+FORWARD, STEP = 1440, 3360  # launches: forward pass with losses, and the whole step
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendDevice]:
+    """The device, with gradients, and with one launch for many tensors where CUDA has it."""
+    monkeypatch.setattr(OnDevice, "backward", backward, raising=False)
+    known = [*_foreach_utils._foreach_supported_types, OnDevice]
+    monkeypatch.setattr(_foreach_utils, "_foreach_supported_types", known)
+    with entered() as device:
+        yield device
+
+
+@pytest.mark.skipif(not _library.is_loaded(), reason="PyTorch's form of the operator needs more")
+def test_launches_and_waits_of_a_step(
+    device: PretendDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = load_config(None, [word for item in (NARROW | LAYERS).items() for word in item])
+    elements = OUTPUTS_AT_ONCE * (12 + CHANNELS) * 64
+    monkeypatch.setattr(matcher, "ELEMENTS_AT_ONCE", elements)
+    model = device.put(MaskDINO(cfg))
+    step = TrainStep(
+        model,
+        build_optimizer(cfg, model),
+        build_gradient_clipper(cfg),
+        accumulation_steps=1,
+        mixed_precision=True,
+    )
+    forward: list[int] = []
+    losses = model.losses
+
+    def counted(*args: object) -> dict[str, torch.Tensor]:
+        try:
+            return losses(*args)
+        finally:
+            forward.append(device.launches.total())
+
+    monkeypatch.setattr(model, "losses", counted)
+    step.run(iter([drawn_batch(SIZES, OBJECTS)]))
+    device.clear()
+    scalars = step.run(iter([drawn_batch(SIZES, OBJECTS)]))
+    assert np.isfinite(list(scalars.values())).all()
+    assert device.waits == TRAINING
+    assert forward[-1] <= FORWARD
+    assert device.launches.total() <= STEP, device.launches.most_common(12)
+
+
+@pytest.mark.parametrize("objects", [OBJECTS, (0, 0)], ids=str)
+def test_gradients_are_those_of_the_cpu(device: PretendDevice, objects: tuple[int, int]) -> None:
+    """An error in the pretended backward pass would hide those that it is to find."""
+    models = []
+    for place in (lambda model: model, device.put):
+        torch.manual_seed(1)
+        model = place(MaskDINO(tiny_cfg())).train()
+        torch.manual_seed(2)
+        batch = drawn_batch(SIZES, objects)
+        sum(model(batch).values()).backward()
+        models.append(model)
+    plain, pretended = (dict(model.named_parameters()) for model in models)
+    for name, parameter in plain.items():
+        if parameter.requires_grad:
+            found = pretended[name].grad.numbers
+            scale = parameter.grad.norm().clamp(min=1e-6)
+            assert (found - parameter.grad).norm() < 1e-3 * scale, name
