@@ -26,6 +26,7 @@ from maskdino.system.errors import UserError
 logger = logging.getLogger(__name__)
 
 LAST = "last_checkpoint"  # the file that names the checkpoint to go on from
+ZIP = b"PK\x03\x04"  # how a zip file begins, to PyTorch too
 # What reading a file of any other content may raise.
 BROKEN = (
     EOFError,
@@ -157,7 +158,7 @@ def check_sums(path: str) -> None:
     Raises:
         CheckpointError: they differ.
     """
-    if zipfile.is_zipfile(path):
+    if _begins_with(path, ZIP):
         status = os.stat(path)
         _check_sums(path, status.st_size, status.st_mtime_ns)
 
@@ -179,11 +180,11 @@ def _check_sums(path: str, _size: int, _changed: int) -> None:
 
 
 def _read_torch(path: str, device: str) -> dict[str, Any]:
-    mapped = device == "meta" and zipfile.is_zipfile(path)  # else all of the file would be read
+    mapped = device == "meta" and _begins_with(path, ZIP)  # else all of the file would be read
     try:
         return torch.load(path, map_location=device, mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
-        if not (zipfile.is_zipfile(path) or _is_pickle(path)):
+        if not (_begins_with(path, ZIP) or _begins_with(path, pickle.PROTO)):
             raise CheckpointError(f"{path} is no checkpoint, or was cut off") from error
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, and is not loaded, because that "
@@ -202,9 +203,9 @@ def _read_safetensors(path: str, device: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is no checkpoint, or was cut off: {error}") from error
 
 
-def _is_pickle(path: str) -> bool:
+def _begins_with(path: str, mark: bytes) -> bool:
     with open(path, "rb") as file:
-        return file.read(1) == pickle.PROTO
+        return file.read(len(mark)) == mark
 
 
 class _ArrayUnpickler(pickle.Unpickler):
