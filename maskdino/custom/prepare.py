@@ -92,7 +92,7 @@ def _checked(
     warnings = [finding for finding in findings if not finding.fatal]
     path = output / DATA_FOLDER / FINDINGS_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         for title, part in (("errors", fatal), ("warnings", warnings)):
             if part:
                 file.write(f"{data.json_file}, {title}:\n")

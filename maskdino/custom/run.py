@@ -100,7 +100,7 @@ def plan_run(request: Request) -> tuple[Run, str]:
     text = plan_text(cfg, data, machine, epochs, cost)
     if data.notes:
         text += "\n" + "\n".join(data.notes)
-    (request.output / "plan.txt").write_text(f"{text}\n")
+    (request.output / "plan.txt").write_text(f"{text}\n", encoding="utf-8")
     run.config.write_text(config_header() + cfg.dump())  # last: it says that the run is planned
     return run, text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,8 +99,10 @@ def check_categories(categories: list[dict]) -> Iterator[Finding]:
     if not categories:
         yield Finding("there are no classes", "'categories' is empty")
     for category in categories:
-        if not is_id(category.get("id")) or not str(category.get("name", "")):
-            yield Finding("category without id or name", str(category))
+        name = category.get("name")
+        is_named = _is_text(name) or _is_number(name)
+        if not is_id(category.get("id")) or not is_named:
+            yield Finding("category without id or name", ascii(category)[:200])
     for key in ("id", "name"):
         counts = Counter(str(category.get(key)) for category in categories)
         for value, number in counts.items():
@@ -111,6 +114,10 @@ def check_images(images: list[dict]) -> Iterator[Finding]:
     """Checks ids, names and sizes of images."""
     if not images:
         yield Finding("there are no images", "'images' is empty")
+    files: dict[Any, set[str]] = defaultdict(set)  # by id
+    for image in images:
+        if _image_problem(image) is None:
+            files[image["id"]].add(image["file_name"])
     ids, names = set(), set()
     for index, image in enumerate(images):
         problem = _image_problem(image)
@@ -118,7 +125,8 @@ def check_images(images: list[dict]) -> Iterator[Finding]:
             yield Finding(*problem, image=index)
             continue
         name = f"image {image['id']!r} ({image['file_name']})"
-        if image["id"] in ids:
+        # Of two files with one id, none can be told to be the one that is meant.
+        if image["id"] in ids or len(files[image["id"]]) > 1:
             yield Finding("several images with one id", name, image=index)
         elif image["file_name"] in names:
             yield Finding(SHARED_FILE, name, image=index)
@@ -129,8 +137,8 @@ def check_images(images: list[dict]) -> Iterator[Finding]:
 def _image_problem(image: dict) -> tuple[str, str] | None:
     if not is_id(image.get("id")):
         return "image without id", str(image)[:200]
-    if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-        return "image without file name", f"image {image['id']!r}"
+    if not _is_text(image.get("file_name")):
+        return "image without file name", f"image {image['id']!r}: {image.get('file_name')!a}"
     size: list[Any] = [image.get("height"), image.get("width")]
     if not all(_is_number(side) and side >= 1 and side == int(side) for side in size):
         return (
@@ -197,6 +205,9 @@ def geometry_problem(
     box, segmentation = annotation.get("bbox"), annotation.get("segmentation")
     if not box and not segmentation:
         return "neither box nor mask", f"bbox {box!r}, segmentation {segmentation!r}"
+    area = annotation.get("area")
+    if area is not None and not (_is_number(area) and area >= 0):
+        return "area is no number of pixels", repr(area)[:80]
     if box:
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             return "box is not four numbers x, y, width, height", str(box)
@@ -276,6 +287,11 @@ def _run_lengths_problem(rle: object, size: tuple[int, int]) -> tuple[str, str] 
 def is_id(value: object) -> bool:
     """Whether a value can be an id."""
     return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is a text that can be a name; JSON can hold halves of characters."""
+    return isinstance(value, str) and bool(value) and not re.search("[\ud800-\udfff]", value)
 
 
 def _is_number(value: Any) -> bool:

@@ -25,6 +25,7 @@ from maskdino.data.annotation_checks import (
     format_problem,
 )
 from maskdino.data.datasets import OWN_ROOT_VARIABLE, ROOT_VARIABLE, own_datasets_root
+from maskdino.data.folders import check_names
 from maskdino.data.numbering import renumber_things
 from maskdino.data.reading import DataError, read_json
 from maskdino.integration.registration import register_postponed
@@ -163,12 +164,15 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_traine
             raise DataError(f"{metadata.json_file} is not in COCO's format: {problem}")
         number = len(content["categories"])
     if number is not None and number != num_classes:
+        file = "" if content is None else f" ({metadata.json_file})"
         raise DataError(
-            f"dataset {name!r} has {number} classes, but MODEL.MASK_DINO.NUM_CLASSES is "
+            f"dataset {name!r}{file} has {number} classes, but MODEL.MASK_DINO.NUM_CLASSES is "
             f"{num_classes}"
         )
     if content is None:
         return True
+    if not metadata.get("any_path", False):
+        _judge([*check_names(content["images"], metadata.image_root)], metadata.json_file)
     _check_coco(content, metadata.json_file, metadata.image_root)
     annotations = content.get("annotations", ())
     if is_trained and all(annotation.get("iscrowd") for annotation in annotations):
@@ -199,6 +203,33 @@ def _num_classes(metadata: Metadata) -> int | None:
     return len(known["thing_classes"]) if "thing_classes" in known else None
 
 
+def _check_loadable(content: dict, json_file: str) -> None:
+    """Raises where the reader of registered datasets, detectron2's, fails; own data are rewritten.
+
+    Args:
+        content: of the file, in which categories and images are in order.
+        json_file: for messages.
+    """
+    for name in ("images", "categories"):
+        ids = [entry["id"] for entry in content[name]]
+        if len({isinstance(x, str) for x in ids}) > 1:
+            raise DataError(f"{json_file}: ids of {name} are numbers and texts: {ids[:4]}")
+    for category in content["categories"]:
+        if not isinstance(category["name"], str):
+            raise DataError(f"{json_file}: a category has the name {category['name']!r}: no text")
+    for annotation in content.get("annotations", ()):
+        box, points = annotation.get("bbox", True), annotation.get("keypoints") or []
+        problem = None
+        if not box:
+            problem = f"bbox is {box!r}: leave the key out of annotations that have a mask alone"
+        elif not isinstance(points, list) or not all(isinstance(x, int | float) for x in points):
+            problem = f"keypoints are {points!r}: no list of numbers"
+        elif annotation.get("ignore", 0) != 0:
+            problem = f"ignore is {annotation['ignore']!r}, which nothing here reads"
+        if problem:
+            raise DataError(f"{json_file}: annotation {annotation.get('id')!r}: {problem}")
+
+
 def _check_coco(content: dict, json_file: str, image_root: str) -> None:
     """Checks COCO annotations, and the image files by their names."""
     images, categories = content["images"], content["categories"]
@@ -208,6 +239,7 @@ def _check_coco(content: dict, json_file: str, image_root: str) -> None:
     annotations = content.get("annotations", [])
     findings += check_annotations(annotations, images, categories, sizes, draw=False)
     _judge(findings, json_file)
+    _check_loadable(content, json_file)
     for line in describe(findings, most=1):
         logger.warning("%s: %s", json_file, line.strip())
     by_folder = defaultdict(set)

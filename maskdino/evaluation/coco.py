@@ -23,9 +23,10 @@ from detectron2.utils.logger import create_small_table
 from torch import Tensor
 
 from maskdino.data.numbering import renumber_things
+from maskdino.data.reading import read_json
 from maskdino.evaluation.files import CONVERTED_FILE, INSTANCES_FILE
 from maskdino.ops.host import pack_masks, to_host, unpack_mask
-from maskdino.ops.rle import encode_mask, to_json
+from maskdino.ops.rle import box_and_area, encode_mask, to_json
 
 try:
     import faster_coco_eval
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 MASK_BYTES_AT_ONCE = 1 << 27  # packed masks of one image that are on their way at one time
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
+LARGEST_ID = 1 << 62
 COCO_DETECTIONS = 100  # of an image that published numbers count
 AREAS = ("all", "small", "medium", "large")
 
@@ -113,8 +115,19 @@ class COCOInstanceEvaluator(DatasetEvaluator):
         if annotations is None:
             logger.info("%s has no annotations: predictions are only written.", dataset_name)
         self._tasks = ["bbox"]
-        if with_masks and any(annotation.get("segmentation") for annotation in annotations or ()):
-            self._tasks.append("segm")
+        bare = [a for a in annotations or () if not a.get("segmentation")]
+        if with_masks and annotations and len(bare) < len(annotations):
+            if bare:
+                logger.warning(
+                    "Mask AP is not measured in '%s': %d of its objects have no mask, such as "
+                    "annotation %s of image %s.",
+                    dataset_name,
+                    len(bare),
+                    bare[0]["id"],
+                    bare[0]["image_id"],
+                )
+            else:
+                self._tasks.append("segm")
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id") or {
             category["id"]: category["id"] for category in self._ground_truth["categories"]
         }
@@ -213,7 +226,10 @@ def average_precision(
     # Size classes (small, medium, large) come from the box in one task, the mask in the other.
     predictions = [{key: record[key] for key in kept} for record in records]
     ground_truth = copy.deepcopy(ground_truth)  # both libraries add to it
-    _number_images(ground_truth["images"], ground_truth["annotations"], predictions)
+    _number(ground_truth, predictions, "images", "image_id")
+    categories = _number(ground_truth, predictions, "categories", "category_id")
+    for number, annotation in enumerate(ground_truth["annotations"], start=1):
+        annotation["id"] = number  # an object of id 0, or of a text, would count as found never
     if fast:
         api = faster_coco_eval.COCO(ground_truth)
         evaluation = faster_coco_eval.COCOeval_faster(api, api.loadRes(predictions), iouType=task)
@@ -234,18 +250,25 @@ def average_precision(
     single = [whole[np.isclose(thresholds, threshold)] for threshold in (0.5, 0.75)]
     sizes = [precisions[..., area, -1] for area in range(1, len(AREAS))]
     parts = [whole, *single, *sizes, recalls[..., 0, -1]]
-    return [_mean(part) for part in parts], precisions, list(evaluation.params.catIds)
+    ids = [categories[number] for number in evaluation.params.catIds]
+    return [_mean(part) for part in parts], precisions, ids
 
 
-def _number_images(images: list[dict], annotations: list[dict], predictions: list[dict]) -> None:
-    """Gives numbers to images whose ids are names, as faster-coco-eval wants them (in place)."""
-    if all(isinstance(image["id"], int) for image in images):
-        return
-    numbers = {image["id"]: number for number, image in enumerate(images, start=1)}
-    for image in images:
-        image["id"] = numbers[image["id"]]
-    for entry in (*annotations, *predictions):
-        entry["image_id"] = numbers[entry["image_id"]]
+def _number(ground_truth: dict, predictions: list[dict], name: str, key: str) -> dict[int, Any]:
+    """Gives numbers to entries whose ids are none that faster-coco-eval takes (in place).
+
+    Returns:
+        The ids before, by those afterwards.
+    """
+    ids = [entry["id"] for entry in ground_truth[name]]
+    if all(isinstance(x, int) and 0 <= x < LARGEST_ID for x in ids):
+        return {x: x for x in ids}
+    numbers = {x: number for number, x in enumerate(ids, start=1)}
+    for entry in ground_truth[name]:
+        entry["id"] = numbers[entry["id"]]
+    for entry in (*ground_truth["annotations"], *predictions):
+        entry[key] = numbers[entry[key]]
+    return {number: x for x, number in numbers.items()}
 
 
 def _run(evaluation: Any, detections: int) -> None:
@@ -277,12 +300,19 @@ def read_annotations(path: str) -> dict:
     Args:
         path: of the JSON file, with or without "annotations".
     """
-    with PathManager.open(path) as file:
-        ground_truth = json.load(file)
+    ground_truth = read_json(path)
     ground_truth.setdefault("info", {})
+    for image in ground_truth["images"]:
+        image |= {side: int(image[side]) for side in ("height", "width") if side in image}
+    sizes = {x["id"]: (x.get("height"), x.get("width")) for x in ground_truth["images"]}
     for annotation in ground_truth.get("annotations", ()):
-        annotation.setdefault("iscrowd", 0)
-        if "area" not in annotation:
+        annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
+        segmentation = annotation.get("segmentation")
+        if not annotation.get("bbox"):
+            box, area = box_and_area(segmentation, sizes[annotation["image_id"]])
+            annotation["bbox"] = box
+            annotation["area"] = area if annotation.get("area") is None else annotation["area"]
+        if annotation.get("area") is None:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     return ground_truth
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 from pycocotools import mask as mask_utils
 
+LONGEST = 60  # bits of a run length, in text
+
 
 def encode_mask(mask: np.ndarray) -> dict:
     """(H, W) bool, or integers 0 and 1, to the compressed form."""
@@ -37,6 +39,17 @@ def decode_segmentation(segmentation: list | dict, size: tuple[int, int]) -> np.
     return mask_utils.decode(encode_segmentation(segmentation, size)).astype(bool)
 
 
+def box_and_area(segmentation: list | dict, size: tuple[int, int]) -> tuple[list[float], float]:
+    """[x, y, width, height] around the "segmentation" of an annotation, and its pixels.
+
+    Args:
+        segmentation: see `encode_segmentation`.
+        size: (H, W).
+    """
+    rle = encode_segmentation(segmentation, size)
+    return mask_utils.toBbox(rle).tolist(), float(mask_utils.area(rle))
+
+
 def counts_of_text(text: str) -> list[int]:
     """The run lengths that a compressed form's text stands for.
 
@@ -54,6 +67,8 @@ def counts_of_text(text: str) -> list[int]:
             raise ValueError(f"run lengths hold the character {chr(code)!r}")
         value |= (digit & 31) << shift
         shift += 5
+        if shift > LONGEST:
+            raise ValueError("run lengths hold a number that is too large")
         if digit & 32:  # more digits follow
             continue
         if digit & 16:  # negative

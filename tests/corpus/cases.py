@@ -1,0 +1,13 @@
+"""All cases of the corpus."""
+
+from __future__ import annotations
+
+from tests.corpus import annotations
+from tests.corpus.case import Case
+
+KINDS = (annotations,)
+
+
+def all_cases() -> list[Case]:
+    """In an order that does not change."""
+    return [case for kind in KINDS for case in kind.cases()]
