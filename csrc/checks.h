@@ -15,7 +15,7 @@ struct Sizes {
   int64_t images, tokens, heads, channels, queries, levels, points;
   int64_t samples() const { return levels * points; }
   // True when there is nothing to compute: the output is empty.
-  bool empty() const { return images * queries * heads * channels == 0; }
+  bool empty() const { return images == 0 || queries == 0 || heads == 0 || channels == 0; }
 };
 
 // The dtype of arithmetic, locations, weights and references.
@@ -63,7 +63,21 @@ inline Sizes check_value(const at::Tensor& value, at::IntArrayRef shapes) {
   sizes.heads = value.size(2);
   sizes.channels = value.size(3);
   sizes.levels = static_cast<int64_t>(shapes.size()) / 2;
+  // Tensors without elements may have sides of any length: their products must be in range, too.
+  constexpr int64_t kMostChannels = 1 << 28;
+  TORCH_CHECK_VALUE(sizes.heads < kMostChannels && sizes.channels < kMostChannels &&
+                        sizes.heads * sizes.channels < kMostChannels,
+                    "value has too many channels: ", sizes.heads, " heads of ", sizes.channels);
   return sizes;
+}
+
+// Sets P; with the bounds above it keeps M x L x P x 3 in range.
+inline void set_points(Sizes& sizes, int64_t points) {
+  constexpr int64_t kMostPoints = 1 << 20, kMostSamples = 1 << 30;
+  TORCH_CHECK_VALUE(points > 0 && points < kMostPoints && sizes.levels * points < kMostSamples,
+                    "points per level must be at least 1 and below 2^20, and below 2^30 on all ",
+                    sizes.levels, " levels, got ", points);
+  sizes.points = points;
 }
 
 inline Sizes check_inputs(const at::Tensor& value, at::IntArrayRef shapes,
@@ -74,8 +88,7 @@ inline Sizes check_inputs(const at::Tensor& value, at::IntArrayRef shapes,
   TORCH_CHECK_VALUE(locations.dim() == 6, "sampling_locations must be (B, Q, M, L, P, 2), got ",
                     "shape ", locations.sizes());
   sizes.queries = locations.size(1);
-  sizes.points = locations.size(4);
-  TORCH_CHECK_VALUE(sizes.points > 0, "sampling_locations has no points: ", locations.sizes());
+  set_points(sizes, locations.size(4));
   check_shape(locations, "sampling_locations",
               {sizes.images, sizes.queries, sizes.heads, sizes.levels, sizes.points, 2});
   check_shape(weights, "attention_weights",
@@ -87,14 +100,12 @@ inline Sizes check_fused_inputs(const at::Tensor& value, at::IntArrayRef shapes,
                                 const at::Tensor& offsets_and_logits,
                                 const std::optional<at::Tensor>& reference, int64_t num_points) {
   Sizes sizes = check_value(value, shapes);
-  TORCH_CHECK_VALUE(num_points > 0 && num_points < (1 << 20),
-                    "num_points must be at least 1 and below 2^20, got ", num_points);
   check_like(offsets_and_logits, "offsets_and_logits", value, value.scalar_type());
   TORCH_CHECK_VALUE(offsets_and_logits.dim() == 3,
                     "offsets_and_logits must be (B, Q, M * L * P * 3), got shape ",
                     offsets_and_logits.sizes());
   sizes.queries = offsets_and_logits.size(1);
-  sizes.points = num_points;
+  set_points(sizes, num_points);
   check_shape(offsets_and_logits, "offsets_and_logits",
               {sizes.images, sizes.queries, sizes.heads * sizes.samples() * 3});
   if (!reference.has_value()) {

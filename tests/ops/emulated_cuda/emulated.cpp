@@ -23,8 +23,9 @@ using std::min;
 namespace maskdino {
 namespace cuda {
 namespace {
-SampleLevel levels[48 * 1024 / sizeof(SampleLevel)];  // the kernels' shared memory
+SampleLevel levels[kSharedBytes / sizeof(SampleLevel)];  // the kernels' shared memory
 }
+inline char* shared_memory() { return reinterpret_cast<char*>(levels); }
 }  // namespace cuda
 }  // namespace maskdino
 
