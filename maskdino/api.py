@@ -4,6 +4,7 @@ import maskdino.data as data
 import maskdino.model_zoo as model_zoo
 from maskdino.backbones import TimmBackbone, build_backbone
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.checkpoint.pretrained import save_pretrained
 from maskdino.config import add_maskdino_config
 from maskdino.data import (
     InstanceMapper,
@@ -17,6 +18,7 @@ from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.compat import alias_cityscapes_scripts
 from maskdino.integration.registration import register_all
 from maskdino.model import MaskDINO
+from maskdino.model_zoo import load_pretrained
 from maskdino.visualization.results import ImageResult
 
 alias_cityscapes_scripts()
@@ -36,7 +38,9 @@ __all__ = [
     "build_optimizer",
     "build_train_mapper",
     "data",
+    "load_pretrained",
     "model_zoo",
     "register_all",
     "register_coco_folder",
+    "save_pretrained",
 ]

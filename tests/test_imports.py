@@ -80,8 +80,11 @@ RULES = (
             "targets",
         ),
     ),
-    Rule("checkpoint", ("backbones", "config", "model", "modeling", "system")),
-    Rule("model_zoo", ("checkpoint", "config")),
+    Rule(
+        "checkpoint",
+        ("backbones", "categories", "config", "integration", "model", "modeling", "system"),
+    ),
+    Rule("model_zoo", ("checkpoint", "config", "model", "system")),
     Rule("visualization", ("categories", "data", "ops.rle", "structures")),
     Rule(
         "evaluation",

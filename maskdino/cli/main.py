@@ -63,6 +63,7 @@ COMMANDS = {
     "export": Command("write a model as ONNX or torch.export program", "export"),
     "convert": Command("convert released configurations and weights", parts=CONVERTED),
     "prepare": Command("prepare downloaded datasets", parts=PREPARED),
+    "publish": Command("a model's folder of a training; what is in a file", "publish"),
     "doctor": Command("what is installed, what is missing", "doctor", needs_detectron2=False),
 }
 MAIN = Command("", parts=COMMANDS)

@@ -52,7 +52,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.usage = "%(prog)s --config-file FILE --input PATH ... --output DIR [options]"
     parser.formatter_class = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
     add = parser.add_argument
-    add("--config-file", metavar="FILE", help="path of a configuration, or name below configs")
+    add("--config-file", metavar="FILE", help="a configuration, its name, or a model's folder")
     add("--weights", metavar="FILE", help="checkpoint, or 'released' (MODEL.WEIGHTS)")
     add("--backend", choices=("torch", "onnx"), default="torch", help="what computes (torch)")
     add("--model", type=Path, metavar="FILE", help="exported network, for --backend onnx")
@@ -116,6 +116,8 @@ def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
     }
     if args.backend == "onnx":
         predictor = onnx_predictor(args.model, **common)
+    elif Path(args.config_file).is_dir() and args.weights is None:
+        predictor = MaskDINOPredictor.from_pretrained(args.config_file, opts=args.opts, **common)
     else:
         predictor = MaskDINOPredictor.from_config(
             args.config_file, args.weights, opts=args.opts, **common

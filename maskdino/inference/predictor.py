@@ -15,6 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,11 +27,12 @@ from torch import Tensor
 
 from maskdino.categories import Categories
 from maskdino.checkpoint.loading import load_trained
+from maskdino.checkpoint.pretrained import find_pretrained, save_pretrained
 from maskdino.inference.options import PredictorOptions
 from maskdino.inference.sliced import predict_sliced
 from maskdino.inference.tiles import TiledImage
 from maskdino.model import MaskDINO
-from maskdino.model_zoo import read_config
+from maskdino.model_zoo import build_pretrained, read_config
 from maskdino.postprocess import Frame, InferenceOptions, postprocess
 from maskdino.structures import Predictions
 from maskdino.system.devices import pick_device
@@ -80,8 +82,9 @@ class MaskDINOPredictor:
         inference: InferenceOptions,
         is_thing: Tensor,
         options: PredictorOptions,
+        configuration: str | None = None,
     ) -> None:
-        """Joins the parts; see `from_config` and `from_model`.
+        """Joins the parts; see `from_config`, `from_pretrained` and `from_model`.
 
         Args:
             network: computes predictions.
@@ -89,9 +92,10 @@ class MaskDINOPredictor:
             inference: how predictions become results (`model.inference`).
             is_thing: (K,) bool (`model.is_thing`).
             options: what is asked for.
+            configuration: of the model, as text, for `save_pretrained`.
         """
         self.network, self.categories, self.inference = network, categories, inference
-        self.is_thing, self.options = is_thing, options
+        self.is_thing, self.options, self.configuration = is_thing, options, configuration
 
     @classmethod
     def from_config(
@@ -152,12 +156,59 @@ class MaskDINOPredictor:
         )
 
     @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        device: str | torch.device | None = None,
+        max_detections: int | None = None,
+        opts: Sequence[str] = (),
+        **asked: Any,
+    ) -> MaskDINOPredictor:
+        """Builds a model of a folder that `save_pretrained` or `maskdino publish` wrote.
+
+        Args:
+            source: the folder; or a file of weights with its configuration; or "user/name" of a
+                model of the Hugging Face Hub. See `maskdino.load_pretrained`, also for errors.
+            revision: of the hub's.
+            device: see `from_config`.
+            max_detections: see `from_config`.
+            opts: see `from_config`.
+            asked: `confidence_threshold`, `tasks`, `size`, `batch_size`, `features` and `dataset`;
+                see `from_config`.
+        """
+        found = find_pretrained(source, revision)
+        most = [] if max_detections is None else ["TEST.DETECTIONS_PER_IMAGE", str(max_detections)]
+        model, cfg = build_pretrained(found, device=device, opts=[*opts, *most])
+        return cls.from_model(model, cfg, categories=found.categories, **asked)
+
+    def save_pretrained(self, folder: str | os.PathLike, **facts: Any) -> Path:
+        """Writes the model as a folder, which `from_pretrained` reads.
+
+        What was asked of this predictor (tasks, threshold, size) is not in it.
+
+        Args:
+            folder: made if need be.
+            facts: `name`, `metrics`, `dataset`, `license`, `averaged`, `iterations` and `half`; see
+                `maskdino.save_pretrained`, also for errors.
+
+        Raises:
+            ValueError: this predictor has no model in PyTorch, or not its configuration.
+        """
+        if not isinstance(self.network, TorchNetwork) or self.configuration is None:
+            raise ValueError("an exported network cannot be saved: save the model that it is of")
+        cfg = CfgNode.load_cfg(self.configuration)
+        return save_pretrained(self.network.model, cfg, folder, categories=self.categories, **facts)
+
+    @classmethod
     def from_model(
         cls,
         model: MaskDINO,
         cfg: CfgNode,
         *,
         dataset: str | None = None,
+        categories: Categories | None = None,
         **asked: Any,
     ) -> MaskDINOPredictor:
         """From a model that is there already.
@@ -166,17 +217,19 @@ class MaskDINOPredictor:
             model: in PyTorch.
             cfg: its configuration.
             dataset: see `from_config`.
+            categories: the classes, where neither a dataset nor the configuration tells them.
             asked: as for `from_config`: `confidence_threshold`, `tasks`, `size`, `batch_size` and
                 `features`.
         """
+        if dataset is not None:
+            categories = Categories.of_dataset(dataset, cfg.MODEL.MASK_DINO.NUM_CLASSES)
         return cls(
             TorchNetwork(model),
-            categories=Categories.from_config(cfg)
-            if dataset is None
-            else Categories.of_dataset(dataset, cfg.MODEL.MASK_DINO.NUM_CLASSES),
+            categories=Categories.from_config(cfg) if categories is None else categories,
             inference=model.inference,
             is_thing=model.is_thing,
             options=PredictorOptions.from_config(cfg, **asked),
+            configuration=cfg.dump(),
         )
 
     def with_options(self, **changes: Any) -> MaskDINOPredictor:
@@ -187,6 +240,7 @@ class MaskDINOPredictor:
             inference=self.inference,
             is_thing=self.is_thing,
             options=replace(self.options, **changes),
+            configuration=self.configuration,
         )
 
     def __call__(

@@ -5,6 +5,7 @@ model = model_zoo.get("coco/instance/maskdino_R50.yaml", trained=True)
 """
 
 from .catalogue import RELEASED, ReleasedModel, find_released
+from .pretrained import build_pretrained, load_pretrained
 from .zoo import (
     RELEASED_WEIGHTS,
     download,
@@ -21,6 +22,7 @@ __all__ = [
     "RELEASED",
     "RELEASED_WEIGHTS",
     "ReleasedModel",
+    "build_pretrained",
     "download",
     "find_config",
     "find_released",
@@ -29,5 +31,6 @@ __all__ = [
     "get_config",
     "get_config_file",
     "list",
+    "load_pretrained",
     "read_config",
 ]

@@ -15,6 +15,7 @@ from torch import nn
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.loading import not_whole, settle_weights
+from maskdino.checkpoint.pretrained import CONFIG, WEIGHTS
 from maskdino.checkpoint.reading import fetch
 from maskdino.config import load_config
 from maskdino.config.checks import check_values
@@ -99,13 +100,14 @@ def get_config(name: str, trained: bool = False) -> CfgNode | DictConfig:
 
 
 def find_config(config: str | os.PathLike) -> Path:
-    """The path of a configuration, given as path or as name in the zoo.
+    """The path of a configuration, given as path, as name in the zoo, or as folder that has one.
 
     Raises:
         FileNotFoundError: if there is none; the message names those most like it.
         ValueError: if it is a LazyConfig, which our commands do not read.
     """
-    path = Path(config) if Path(config).is_file() else Path(get_config_file(str(config)))
+    path = Path(config, CONFIG) if Path(config).is_dir() else Path(config)
+    path = path if path.is_file() else Path(get_config_file(str(config)))
     if path.suffix == ".py":
         raise ValueError(
             f"{path} is a LazyConfig: detectron2's tools/lazyconfig_train_net.py trains it, and "
@@ -125,10 +127,10 @@ def read_config(
     """Reads a configuration, with weights, as the model is to be built: the way of all commands.
 
     Args:
-        config: path of a YAML file, or name in the zoo.
+        config: path of a YAML file, name in the zoo, or folder of a model (`save_pretrained`).
         weights: path or address of a checkpoint, ours or a released one; name of a released model;
             "released": what was released for this configuration; "": random weights; None:
-            MODEL.WEIGHTS of the configuration.
+            MODEL.WEIGHTS of the configuration or, if it names none, those of the folder.
         overrides: keys and values in turn, which have the last word.
         whole: the weights must be those of a whole model (to predict), not of a backbone alone.
         resume: prefer the last checkpoint of OUTPUT_DIR, if there is one.
@@ -145,6 +147,8 @@ def read_config(
     """
     cfg = load_config(str(find_config(config)), overrides)
     check_values(cfg)
+    if weights is None and not cfg.MODEL.WEIGHTS and Path(config, WEIGHTS).is_file():
+        weights = Path(config, WEIGHTS)
     if weights is not None:
         cfg.MODEL.WEIGHTS = str(weights)
     if cfg.MODEL.WEIGHTS == RELEASED_WEIGHTS:

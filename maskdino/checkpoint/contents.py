@@ -1,0 +1,131 @@
+"""What is in a file of weights, of any kind, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from maskdino.checkpoint.pretrained import ABOUT, Facts, texts_of
+from maskdino.checkpoint.reading import read_checkpoint, shapes_of
+from maskdino.checkpoint.released_weights import FOREIGN, is_released
+
+CLASS_HEADS = ("heads.class_head.weight", "sem_seg_head.predictor.class_embed.weight")
+PARTS = {  # beside the weights, by their names in a file
+    "optimizer": "the optimizer's state",
+    "scheduler": "the schedule",
+    "ema": "averaged weights",
+    "trainer": "the state of a training",
+}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+        path: of the file.
+        size: in bytes.
+        kind: whose weights they are.
+        tensors: how many there are.
+        numbers: how many numbers they hold, by type.
+        class_scores: rows of the class head; None: there is none.
+        beside: what else is in it.
+        iterations: steps of training behind it; None: it does not tell.
+        facts: what it says of its model; None: nothing.
+    """
+
+    path: str
+    size: int
+    kind: str
+    tensors: int
+    numbers: Mapping[str, int]
+    class_scores: int | None
+    beside: tuple[str, ...]
+    iterations: int | None
+    facts: Facts | None
+
+    def lines(self) -> list[str]:
+        """All of it, to be printed."""
+        types = ", ".join(f"{count:,} {kind}" for kind, count in self.numbers.items())
+        rows = {
+            "file": f"{self.path}, {self.size / 2**20:.1f} MiB",
+            "holds": self.kind,
+            "numbers": f"{types}, in {self.tensors} tensors",
+        }
+        if self.facts is not None:
+            rows |= _told(self.facts)
+        elif self.class_scores is not None:
+            rows["classes"] = f"{self.class_scores} (scores of the class head)"
+        if "weights" not in rows:
+            rows["weights"] = "whether they are averaged is not told"
+        if self.iterations is not None:
+            rows["iterations"] = str(self.iterations)
+        rows["beside"] = ", ".join(self.beside) or "nothing"
+        return [f"{name:<11}{value}" for name, value in rows.items()]
+
+
+def _told(facts: Facts) -> dict[str, str]:
+    names = facts.categories.names
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    averaged = {True: "averaged (EMA)", False: "not averaged", None: "not told"}[facts.averaged]
+    rounded = ", rounded to float16" if facts.rounded else ""
+    metrics = [f"{name} {value:.4g}" for name, value in facts.metrics.items() if "-" not in name]
+    return {
+        "name": facts.name,
+        "task": ", ".join(facts.tasks) or "not told",
+        "weights": averaged + rounded,
+        "classes": f"{len(names)}: {shown}",
+        "metrics": ", ".join(metrics) or "none",
+        "license": facts.license,
+    }
+
+
+def contents_of(path: str) -> Contents:
+    """Looks into a file; of tensors, shapes and types alone are read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is no checkpoint.
+    """
+    size = Path(path).stat().st_size
+    data = read_checkpoint(path, "meta")
+    state = data["model"]
+    numbers: Counter[str] = Counter()
+    for value in state.values():
+        numbers[str(value.dtype).removeprefix("torch.")] += (
+            value.numel() if isinstance(value, Tensor) else value.size
+        )
+    shapes = shapes_of(state)
+    heads = [shapes[name][0] for name in CLASS_HEADS if name in shapes]
+    texts = texts_of(Path(path))
+    facts = Facts.from_json(texts[ABOUT]) if ABOUT in texts else None
+    iteration = data.get("iteration")
+    iterations = iteration + 1 if isinstance(iteration, int) else None
+    return Contents(
+        path,
+        size,
+        _kind(list(state), heuristic=bool(data.get("matching_heuristics"))),
+        len(state),
+        dict(numbers),
+        heads[0] if heads else None,
+        tuple(PARTS[name] for name in PARTS if name in data),
+        iterations if facts is None else facts.iterations,
+        facts,
+    )
+
+
+def _kind(names: list[str], *, heuristic: bool) -> str:
+    if is_released(names):
+        return "a Mask DINO, under the names of the released code"
+    for model, pattern in FOREIGN:
+        if any(pattern.fullmatch(name) for name in names):
+            return f"the weights of {model}"
+    if any(name.startswith("heads.class_head.") for name in names):
+        return "a Mask DINO"
+    if heuristic or all(name.startswith("backbone.") for name in names):
+        return "a backbone"
+    return f"tensors of no known model, such as {names[0]}"
