@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
+from maskdino.backbones.packaged import PREFIX, read_packaged
 from maskdino.backbones.timm_backbone import TimmBackbone
 from maskdino.backbones.vit import PlainViTBackbone
 
@@ -81,11 +82,18 @@ def read_tensors(path: str) -> Mapping[str, Any]:
 def load_backbone(path: str, backbone: TimmBackbone | PlainViTBackbone) -> None:
     """Loads a file of weights (see `convert_backbone`) into the trunk of a backbone.
 
+    Args:
+        path: of the file, or "pip:" and an installed package (see `read_packaged`).
+        backbone: where the weights belong.
+
     Raises:
         ValueError: if the file cannot be read, or is not of this model.
+        FileNotFoundError: if the package is not installed.
     """
     try:
-        weights = convert_backbone(read_tensors(path), backbone)
+        is_packaged = path.startswith(PREFIX)
+        content = read_packaged(path) if is_packaged else read_tensors(path)
+        weights = convert_backbone(content, backbone)
     except ValueError as error:
         raise ValueError(f"MODEL.TIMM.WEIGHTS: {error}") from error
     backbone.load_state_dict(backbone.state_dict() | weights)

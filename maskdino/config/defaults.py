@@ -92,7 +92,8 @@ def _add_backbone(cfg: CfgNode) -> None:
     timm.NAME = "resnet50"
     timm.PRETRAINED = False  # load timm's weights; left out where MODEL.WEIGHTS gives a file
     # A file with weights of the backbone alone, as timm or its authors publish them (.pth,
-    # .safetensors); left out where MODEL.WEIGHTS gives a file.
+    # .safetensors), or "pip:" and the name of an installed package of weights
+    # (maskdino.backbones.packaged); left out where MODEL.WEIGHTS gives a file.
     timm.WEIGHTS = ""
     timm.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     timm.OUTPUT_NORM = False  # a layer norm on each output, as Swin detectors have
