@@ -65,8 +65,11 @@ def fetch(weights: str) -> str:
     Raises:
         FileNotFoundError: there is no such file.
         ConnectionError: it cannot be downloaded.
+        CheckpointError: the address is one of http or ftp, which tell nobody who answers.
     """
     path = weights
+    if weights.startswith(("http://", "ftp://")):
+        raise CheckpointError(f"{weights} could be changed on its way: use https://")
     if "://" in weights:
         try:
             path = PathManager.get_local_path(weights)

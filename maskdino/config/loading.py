@@ -155,9 +155,10 @@ def _check_yaml(path: str, within: tuple[str, ...] = ()) -> None:
         raise ValueError(f"{path} holds {kind}; a configuration holds keys and values (KEY: VALUE)")
     bases = content.get("_BASE_", [])
     for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise ValueError(f"{path}: _BASE_ is {base!r}; it must be the path of a file")
-        if not base.startswith(("http://", "https://")):
+        if not isinstance(base, str) or base.startswith("http://"):
+            hint = "the path of a file, or https://, which nobody can change on its way"
+            raise ValueError(f"{path}: _BASE_ is {base!r}; it must be {hint}")
+        if not base.startswith("https://"):
             found = os.path.join(os.path.dirname(path), os.path.expanduser(base))
             _check_yaml(os.path.normpath(found), (*within, path))
 

@@ -20,6 +20,7 @@ from maskdino.data.annotation_checks import (
     is_id,
     where,
 )
+from maskdino.data.folders import check_names
 from maskdino.data.images import BROKEN, EXIF_ORIENTATION, decode
 from maskdino.ops.rle import encode_segmentation
 
@@ -39,6 +40,7 @@ def check(data: Annotations, *, need_all_masks: bool = False) -> list[Finding]:
             cannot be measured), or only worth a warning.
     """
     findings = [*check_categories(data.categories), *check_images(data.images)]
+    findings += check_names(data.images, str(data.image_root))
     if any(finding.image is None for finding in findings):
         return findings  # without usable lists, all that follows would be noise
     bad = {finding.image for finding in findings}

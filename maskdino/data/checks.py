@@ -25,6 +25,7 @@ from maskdino.data.annotation_checks import (
     format_problem,
 )
 from maskdino.data.datasets import OWN_ROOT_VARIABLE, ROOT_VARIABLE, own_datasets_root
+from maskdino.data.folders import check_names
 from maskdino.data.numbering import renumber_things
 from maskdino.data.reading import DataError, read_json
 from maskdino.integration.registration import register_postponed
@@ -170,6 +171,8 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_traine
         )
     if content is None:
         return True
+    if not metadata.get("any_path", False):
+        _judge([*check_names(content["images"], metadata.image_root)], metadata.json_file)
     _check_coco(content, metadata.json_file, metadata.image_root)
     annotations = content.get("annotations", ())
     if is_trained and all(annotation.get("iscrowd") for annotation in annotations):

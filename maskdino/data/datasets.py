@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, load_sem_seg
 from detectron2.utils.file_io import PathManager
 
+from maskdino.data.folders import inside
 from maskdino.data.reading import DataError, read_json
 from maskdino.integration.registration import Offer, offer
 
@@ -65,7 +67,8 @@ def register_coco_folder(
         json_file: annotations.
         image_root: folder of the images.
         root_variable: the environment variable that moves the dataset, for messages.
-        metadata: more for detectron2's MetadataCatalog, as `thing_classes`.
+        metadata: more for detectron2's MetadataCatalog, as `thing_classes`; `any_path=True`: file
+            names in the annotations may lead out of `image_root`.
 
     Raises:
         ValueError: the name is taken by other files.
@@ -89,6 +92,7 @@ def register_panoptic_folder(
     sem_seg_root: str | Path | None = None,
     evaluator_type: str = "coco_panoptic_seg",
     root_variable: str = ROOT_VARIABLE,
+    any_path: bool = False,
 ) -> None:
     """Registers a dataset in COCO's panoptic format; classes are numbered as in `categories`.
 
@@ -102,6 +106,7 @@ def register_panoptic_folder(
         sem_seg_root: folder of PNG files of classes (255 is ignored), for mIoU.
         evaluator_type: what evaluates it.
         root_variable: the environment variable that moves the dataset, for messages.
+        any_path: file names in the annotations may lead out of the folders.
 
     Raises:
         ValueError: the name is taken by other files.
@@ -112,6 +117,7 @@ def register_panoptic_folder(
         "panoptic_root": str(panoptic_root),
         "evaluator_type": evaluator_type,
         "root_variable": root_variable,
+        "any_path": any_path,
         "ignore_label": 255,
         "label_divisor": 1000,
         **panoptic_metadata(categories),
@@ -155,7 +161,8 @@ def load_panoptic(metadata: dict) -> list[dict]:
         maps, "sem_seg_file_name".
 
     Raises:
-        DataError: an annotation belongs to no image, or to no category.
+        DataError: an annotation belongs to no image, or to no category, or a file name leads out
+            of its folder.
     """
     json_file = metadata["panoptic_json"]
     content = read_json(json_file)
@@ -176,6 +183,7 @@ def _panoptic_dicts(content: dict, metadata: dict) -> list[dict]:
         **metadata["stuff_dataset_id_to_contiguous_id"],
     }
     dicts = []
+    find = partial(inside, source=json_file, any_path=metadata.get("any_path", False))
     for annotation in content["annotations"]:
         image = images.get(annotation["image_id"])
         if image is None:
@@ -190,16 +198,16 @@ def _panoptic_dicts(content: dict, metadata: dict) -> list[dict]:
             {**s, "category_id": numbers[s["category_id"]]} for s in annotation["segments_info"]
         ]
         record = {
-            "file_name": os.path.join(metadata["image_root"], image["file_name"]),
+            "file_name": find(metadata["image_root"], image["file_name"]),
             "image_id": image["id"],
             "height": image["height"],
             "width": image["width"],
-            "pan_seg_file_name": os.path.join(metadata["panoptic_root"], annotation["file_name"]),
+            "pan_seg_file_name": find(metadata["panoptic_root"], annotation["file_name"]),
             "segments_info": segments,
         }
         if "sem_seg_root" in metadata:
-            folder = metadata["sem_seg_root"]
-            record["sem_seg_file_name"] = os.path.join(folder, annotation["file_name"])
+            maps = metadata["sem_seg_root"]
+            record["sem_seg_file_name"] = find(maps, annotation["file_name"])
         dicts.append(record)
     return dicts
 

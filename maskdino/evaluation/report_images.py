@@ -22,6 +22,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
+from maskdino.data.folders import inside
 from maskdino.data.numbering import renumber_things
 from maskdino.data.reading import read_label_map, read_map
 from maskdino.evaluation.coco import read_annotations
@@ -204,10 +205,11 @@ class PanopticImages(EvaluatedImages):
     def results(self, record: dict) -> tuple[ImageResult, ImageResult]:
         """Annotated and predicted segments: files of the same format."""
         found = self._found[record["image_id"]]
+        maps = self.folder / PANOPTIC_FOLDER
         keys = ("pan_seg_file_name", "segments_info")
         true = {key: record[key] for key in keys}
         predicted = {
-            "pan_seg_file_name": str(self.folder / PANOPTIC_FOLDER / found["file_name"]),
+            "pan_seg_file_name": inside(maps, found["file_name"], maps),
             "segments_info": [
                 {**segment, "category_id": self.labels[segment["category_id"]]}
                 for segment in found["segments_info"]
@@ -244,7 +246,8 @@ class SemanticImages(EvaluatedImages):
         return truth, prediction
 
     def _file(self, record: dict) -> str:
-        return str(self.folder / SEMANTIC_FOLDER / self._found[record["file_name"]])
+        maps = self.folder / SEMANTIC_FOLDER
+        return inside(maps, self._found[record["file_name"]], maps)
 
 
 # What the evaluator of a task leaves, and under which names its results stand.

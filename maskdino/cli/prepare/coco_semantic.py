@@ -26,6 +26,7 @@ from maskdino.cli.prepare.common import (
     save_image,
     say,
 )
+from maskdino.data.folders import inside
 from maskdino.data.reading import ids_of_colors
 
 
@@ -33,10 +34,10 @@ def convert(
     annotation: dict, numbers: dict[int, int], panoptic: Path, output: Path, overwrite: bool
 ) -> bool:
     """Makes one map; False if it was there."""
-    path = output / annotation["file_name"]
+    path = Path(inside(output, annotation["file_name"], output))
     if path.exists() and not overwrite:
         return False
-    source = panoptic / annotation["file_name"]
+    source = Path(inside(panoptic, annotation["file_name"], panoptic))
     ids = ids_of_colors(read_pixels(source))
     labels = np.full(ids.shape, VOID, np.uint8)
     for segment in annotation["segments_info"]:

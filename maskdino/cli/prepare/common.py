@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from maskdino.cli import common
 from maskdino.cli.common import CommandError
+from maskdino.data.images import BROKEN
 from maskdino.system.files import written_whole
 
 VOID = 255  # in maps of classes: no class
@@ -107,7 +108,7 @@ def read_pixels(path: Path) -> np.ndarray:
     """(H, W) or (H, W, C), as the file has them; errors name the file."""
     try:
         return np.array(Image.open(path))
-    except (OSError, SyntaxError) as error:
+    except BROKEN as error:
         raise PreparationError(f"cannot read {path}: {error}") from error
 
 

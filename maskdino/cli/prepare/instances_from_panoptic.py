@@ -26,13 +26,14 @@ from maskdino.cli.prepare.common import (
     save_json,
     say,
 )
+from maskdino.data.folders import inside
 from maskdino.data.reading import ids_of_colors
 from maskdino.ops.rle import encode_mask, to_json
 
 
 def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[dict]:
     """COCO annotations, without "id", of the things of one image."""
-    source = panoptic / annotation["file_name"]
+    source = Path(inside(panoptic, annotation["file_name"], panoptic))
     ids = ids_of_colors(read_pixels(source))
     instances = []
     for segment in annotation["segments_info"]:

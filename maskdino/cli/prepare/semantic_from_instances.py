@@ -23,6 +23,7 @@ from maskdino.cli.prepare.common import (
     say,
 )
 from maskdino.data.datasets import own_datasets_root
+from maskdino.data.folders import inside
 from maskdino.ops.rle import decode_segmentation
 
 
@@ -31,7 +32,7 @@ def convert(
 ) -> bool:
     """Makes the map of one image; False if it was there."""
     image, annotations = item
-    path = output / Path(image["file_name"]).with_suffix(".png")
+    path = Path(inside(output, image["file_name"], output)).with_suffix(".png")
     if path.exists() and not overwrite:
         return False
     size = (image["height"], image["width"])

@@ -11,6 +11,7 @@ from maskdino.custom.annotations import Annotations, read_annotations
 from maskdino.custom.formats.collect import Dataset, Part
 from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, split_of
 from maskdino.data import DataError
+from maskdino.data.folders import leaves
 
 KIND = "COCO"
 PROBED = 50  # images by which the folder of all is found
@@ -55,7 +56,7 @@ def _with_images(data: Annotations, tree: Tree, split: str | None) -> Annotation
     )
     counts = {folder: sum((folder / name).is_file() for name in probed) for folder in folders}
     best = max(counts, key=counts.__getitem__, default=tree.root)
-    if counts[best] == len(probed):
+    if counts[best] == len(probed) and not any(leaves(str(best), name) for name in names):
         return replace(data, image_root=best)
     # Paths of another machine, as Label Studio writes them, or images in several folders.
     images = []

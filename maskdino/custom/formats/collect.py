@@ -16,6 +16,7 @@ from maskdino.custom.annotations import Annotations
 from maskdino.custom.checks import Finding
 from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, image_size
 from maskdino.data import DataError
+from maskdino.data.folders import leaves
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,24 @@ class Collector:
         for split in (s for s in (None, TRAIN, VALIDATION, TEST) if s in found_splits):
             images = [{k: v for k, v in x.items() if k != "split"} for x in self._images[split]]
             source = _common(self._labels[split], self.source)
-            data = Annotations(
-                source, self.tree.root, images, self._objects[split], list(categories)
-            )
+            root = _with_others(self.tree.root, images)
+            data = Annotations(source, root, images, self._objects[split], list(categories))
             parts[split] = Part(data, self._findings[split], self.by_name)
         return Dataset(self.kind, self.source, parts, self.notes)
+
+
+def _with_others(root: Path, images: list[dict]) -> Path:
+    """A folder of all images; renames them (in place) where some lie out of the root.
+
+    YOLO's data.yaml names folders, which may be any; no other format leads out of the root.
+    """
+    if not any(leaves(str(root), image["file_name"]) for image in images):
+        return root
+    paths = [os.path.abspath(os.path.join(root, image["file_name"])) for image in images]
+    common = os.path.commonpath([os.path.abspath(root), *paths])
+    for image, path in zip(images, paths, strict=True):
+        image["file_name"] = Path(path).relative_to(common).as_posix()
+    return Path(common)
 
 
 def _common(labels: list[Path], otherwise: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from maskdino.data import DataError
+from maskdino.data.folders import leaves
 from maskdino.data.images import BROKEN, EXIF_ORIENTATION
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
@@ -71,12 +72,12 @@ class Tree:
         return split_of(path.relative_to(self.root).parent)
 
     def relative(self, path: Path) -> str:
-        """The name of a file as it is told to the user."""
+        """The name of a file, below the root, as it is told to the user."""
         inside = path.is_relative_to(self.root)
-        return path.relative_to(self.root).as_posix() if inside else str(path)
+        return path.relative_to(self.root).as_posix() if inside else str(path.absolute())
 
     def find_image(self, name: str, label: Path, split: str | None) -> Path | None:
-        """The image that a file of labels is about.
+        """The image that a file of labels is about, one of those below the root.
 
         Args:
             name: how the labels call it: a path, or a name, with or without suffix.
@@ -90,7 +91,7 @@ class Tree:
         for folder in (label.parent, self.root):
             if wanted.name and (folder / wanted).suffix.lower() in IMAGE_SUFFIXES:
                 path = Path(os.path.normpath(folder / wanted))
-                if path.is_file():
+                if not leaves(str(self.root), str(path.absolute())) and path.is_file():
                     return path
         key = wanted.name.lower()
         found = self._by_name.get(key) or self._by_name.get(wanted.stem.lower(), [])
