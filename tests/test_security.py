@@ -302,6 +302,16 @@ def test_images_of_own_coco_data_stay_in_their_folder(
         assert "leads out of" in found[0].kind or "missing" in found[0].kind
 
 
+def test_own_coco_data_may_lie_in_two_folders(folder: Path, tmp_path: Path) -> None:
+    """Names that lead from the folder of the annotations to that of the images, in the data."""
+    path = folder.parent / "annotations" / "instances.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(coco_content("../images/good.png")))
+    data = read_own_data(Request(output=tmp_path, data=folder.parent)).train.data
+    assert data.path_of(data.images[0]) == folder / "good.png"
+    assert not any(finding.fatal for finding in check(data))
+
+
 def test_labels_find_no_image_outside_of_their_folder(folder: Path, tmp_path: Path) -> None:
     """labelme's files name their image by any path."""
     shape = {"label": "thing", "points": [[1, 1], [6, 1], [6, 6]], "shape_type": "polygon"}
@@ -347,6 +357,23 @@ def test_preparations_write_and_read_in_their_folders(
         semantic_from_instances.prepare(path, folder, 1, True)
     assert sorted(tmp_path.rglob("*.png")) == before
     assert {Image.open(file).getpixel((0, 0)) for file in before} == {(255, 0, 0)}
+
+
+@pytest.mark.parametrize("place", ["maps", "output"])
+def test_a_preparation_reads_in_one_folder_and_writes_in_another(
+    place: str, tmp_path: Path
+) -> None:
+    """A whole path lies in one of them at most."""
+    for other in ("maps", "output"):
+        (tmp_path / other).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / other / "a.png")
+    content = coco_content("good.png")
+    name = str(tmp_path / place / "a.png")
+    content["annotations"] = [{"image_id": 1, "file_name": name, "segments_info": []}]
+    path = tmp_path / "panoptic.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="leads out of"):
+        coco_semantic.prepare(path, tmp_path / "maps", tmp_path / "output", 1, True)
 
 
 @pytest.mark.parametrize("file_name", GOES_OUT)
