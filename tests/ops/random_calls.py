@@ -97,11 +97,13 @@ class Draw:
 
     def attention(self) -> Call:
         """A call of deformable attention: either form, forward or backward."""
-        images, heads = self.size(3), self.size(4)
+        images, heads = (
+            (self.size(2), self.size(2)) if self.emulated else (self.size(3), self.size(4))
+        )
         channels = self.size(self.random.choice((8, 64)))
         if self.random.random() < 0.4:
             channels = self.random.choice((16, 32, 64))  # those of the vectorized kernels
-        side = 5 if self.emulated else 12
+        side = 4 if self.emulated else 12
         shapes = [self.random.randint(1, side) for _ in range(2 * self.random.randint(1, 5))]
         tokens = sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True))
         points = self.random.randint(1, 8)

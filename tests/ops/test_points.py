@@ -16,6 +16,7 @@ from maskdino.ops.points import (
     sample_packed_masks,
 )
 from maskdino.structures import PackedMasks
+from tests.memory import NewTensors
 from tests.sampling import bilinear
 
 
@@ -227,3 +228,36 @@ def test_uncertain_points_lie_where_logits_change_their_sign() -> None:
     assert points.shape == (5, 40, 2)
     distance = (points[..., 0] - 0.5).abs()
     assert distance[:, :30].max() < 0.25 < distance[:, 30:].max()
+
+
+def test_points_of_many_masks_are_chosen_with_little_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is larger than the points themselves, and they are those of one large draw."""
+    maps, sampler = torch.randn(1000, 6, 8), PointSampler(200, 3.0, 0.75)
+    torch.manual_seed(0)
+    with NewTensors() as tensors:
+        points = sampler.sample_uncertain(maps)
+    assert tensors.largest == points.nbytes == 1000 * 200 * 2 * 4
+    monkeypatch.setattr(points_module, "CPU_NUMBERS_AT_ONCE", 1 << 30)
+    torch.manual_seed(0)
+    with NewTensors() as tensors:
+        assert torch.equal(sampler.sample_uncertain(maps), points)
+    assert tensors.largest > 2 * points.nbytes
+
+
+def test_gradients_of_many_masks_need_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, maps of gradients are made few at a time, as many as fit its cache."""
+    embeddings = torch.randn(2000, 4, requires_grad=True)
+    pixels, points = torch.randn(4, 32, 32, requires_grad=True), torch.rand(2000, 5, 2)
+    found, _ = mask_logits_at_points(embeddings, pixels, CyclingPoints(points))
+    whole = 2000 * 32 * 32 * 4
+    with NewTensors() as tensors:
+        grads = torch.autograd.grad(found.sum(), (embeddings, pixels), retain_graph=True)
+    assert tensors.largest <= whole / 4
+    monkeypatch.setattr(points_module, "CPU_NUMBERS_AT_ONCE", 1 << 30)
+    with NewTensors() as tensors:
+        expected = torch.autograd.grad(found.sum(), (embeddings, pixels))
+    assert tensors.largest >= whole
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
