@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
 """Changes the package in one place at a time, and tells which changes the tests notice.
 
-    python tools/mutate.py [--table FILE] [--limit SECONDS] [PART ...]
+    python tools/mutate.py [--table FILE] [--limit SECONDS] [--record FILE] [PART ...]
+    python tools/mutate.py --check                      which changes no longer fit the files
 
 The table (tools/mutations.yaml) maps each file to its `tests` (arguments of pytest) and to
 `mutations`: `from`, text that the file holds once; `to`, what stands there instead; `tests` of this
 mutation alone; and `equivalent`, the reason why no test can notice it, which keeps it from being
 run. With PARTs, files whose path holds one of them are tried alone.
+
+With --record, verdicts are also written there, and those that stand there are not asked for again:
+what was interrupted goes on.
 
 All is done in a copy of the repository, in processes that begin where the large packages have been
 imported already (so not on Windows). What ends in a failed test, an error or the time limit is
@@ -18,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -85,6 +90,42 @@ def read_table(path: Path, parts: Sequence[str] = ()) -> list[Mutation]:
         if not parts or any(part in file for part in parts)
         for entry in group["mutations"]
     ]
+
+
+def misfits(mutations: Sequence[Mutation]) -> list[str]:
+    """What is wrong with those whose text is not in its file, or not once."""
+    found = []
+    for mutation in mutations:
+        try:
+            mutation.applied((REPOSITORY / mutation.file).read_text())
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+class Record:
+    """Verdicts of earlier runs, in a file with one line of JSON for each; no path: none."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Reads the file, if it is there."""
+        self.path = path
+        self.verdicts: dict[tuple[str, ...], str] = {}
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                *mutation, verdict = json.loads(line)
+                self.verdicts[tuple(mutation)] = verdict
+
+    def get(self, mutation: Mutation) -> str | None:
+        """An earlier verdict; None where there is none, or it was none."""
+        verdict = self.verdicts.get((mutation.file, mutation.before, mutation.after))
+        return None if verdict == "unjudged" else verdict
+
+    def add(self, mutation: Mutation, verdict: str) -> None:
+        """Appends a line."""
+        if self.path is not None:
+            with self.path.open("a") as file:
+                words = (mutation.file, mutation.before, mutation.after, verdict)
+                file.write(json.dumps(words) + "\n")
 
 
 def copy_repository(folder: Path) -> None:
@@ -172,16 +213,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help="of paths of files; none: all")
     parser.add_argument("--table", type=Path, default=TABLE, help="%(default)s")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for each mutation")
+    parser.add_argument("--record", type=Path, help="of verdicts, to go on from")
+    parser.add_argument("--check", action="store_true", help="only whether all fit their files")
     arguments = parser.parse_args(argv)
+    mutations = read_table(arguments.table, arguments.parts)
+    if arguments.check:
+        print("\n".join(wrong := misfits(mutations)), end="\n" if wrong else "")
+        return int(bool(wrong))
+    record = Record(arguments.record)
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a change of the same size in the same second
     sys.dont_write_bytecode = True
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MASKDINO_SHARED", str(REPOSITORY.parent / "shared"))
     counts = dict.fromkeys(("killed", "survived", "equivalent", "unjudged"), 0)
-    for mutation, verdict, seconds in judge(
-        read_table(arguments.table, arguments.parts), arguments.limit
-    ):
+    known = [verdict for mutation in mutations if (verdict := record.get(mutation))]
+    for verdict in known:
         counts[verdict] += 1
+    new = [mutation for mutation in mutations if not record.get(mutation)]
+    for mutation, verdict, seconds in judge(new, arguments.limit):
+        counts[verdict] += 1
+        record.add(mutation, verdict)
         reason = f"  ({mutation.equivalent})" if mutation.equivalent else ""
         print(f"{verdict:<10} {seconds:5.1f} s  {mutation}{reason}", flush=True)
     judged = counts["killed"] + counts["survived"]

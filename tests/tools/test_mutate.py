@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -51,3 +52,39 @@ def test_the_table_names_tests_that_there_are(mutate: ModuleType) -> None:
     assert {name for name in files | tests if not (REPOSITORY / name).is_file()} == set()
     assert len(mutations) > 200
     assert len(mutate.read_table(mutate.TABLE, ["ops/boxes"])) < 20
+
+
+def test_the_table_fits_the_package(mutate: ModuleType) -> None:
+    """Of changed code a few may lag behind (`--check` names them); more, and the score is none."""
+    mutations = mutate.read_table(mutate.TABLE)
+    assert len(mutate.misfits(mutations)) <= len(mutations) // 20
+
+
+def test_an_interrupted_run_goes_on(
+    mutate: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Verdicts of the record are kept; what could not be judged is asked for again."""
+    names = ("a", "b", "c", "d")
+    entries = [{"from": name, "to": "x"} for name in names]
+    table, record = tmp_path / "table.yaml", tmp_path / "record"
+    table.write_text(yaml.safe_dump({"maskdino/a.py": {"tests": [], "mutations": entries}}))
+    old = [("a", "killed"), ("b", "survived"), ("c", "unjudged"), ("c", "unjudged")]
+    lines = [f'["maskdino/a.py", "{name}", "x", "{verdict}"]\n' for name, verdict in old]
+    record.write_text("".join(lines))
+    asked = []
+
+    def judge(mutations: list, limit: float) -> Iterator[tuple]:
+        assert limit == 120
+        for mutation in mutations:
+            asked.append(mutation.before)
+            yield mutation, "killed", 1.0
+
+    monkeypatch.setattr(mutate, "judge", judge)
+    for expected in (["c", "d"], []):
+        asked.clear()
+        assert mutate.main(["--table", str(table), "--record", str(record)]) == 1
+        assert asked == expected
+        assert "3 killed, 1 survived, 0 equivalent, 0 unjudged" in capsys.readouterr().out
