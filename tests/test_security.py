@@ -24,6 +24,7 @@ from PIL import Image
 
 from maskdino.backbones.convert import read_tensors
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.checkpoint.pretrained import save_pretrained
 from maskdino.checkpoint.reading import fetch, find_resumption, read_checkpoint
 from maskdino.checkpoint.released_yaml import read_released_yaml
 from maskdino.cli.install_detectron2 import unpack
@@ -44,7 +45,8 @@ from maskdino.evaluation.report_images import SemanticImages
 from maskdino.export.onnx import ExportedMetadata, open_session
 from maskdino.inference.video import VideoError, VideoReader
 from maskdino.model_zoo.catalogue import RELEASED
-from tests.helpers import tiny_model
+from maskdino.model_zoo.pretrained import load_pretrained
+from tests.helpers import tiny_cfg, tiny_model
 
 GOES_OUT = ("../secret.png", "a/../../secret.png", "{outside}/secret.png")
 
@@ -160,6 +162,19 @@ def test_no_code_from_yaml(text: str, touched: Path, tmp_path: Path) -> None:
         with pytest.raises(Exception, match=r"python/|constructor|refused|unhashable"):
             read()
         assert not touched.exists()
+
+
+def test_no_code_from_model_folders(touched: Path, tmp_path: Path) -> None:
+    """Neither from the configuration nor from weights that are a pickle in truth."""
+    folder = save_pretrained(tiny_model(), tiny_cfg(), tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(pickle.dumps(RunsCode(touched)))
+    with pytest.raises(ValueError, match="no checkpoint, or was cut off"):
+        load_pretrained(folder)
+    for text in YAML_ATTACKS:
+        (folder / "config.yaml").write_text(text.format(touched=touched))
+        with pytest.raises(Exception, match=r"python/|constructor|unhashable"):
+            load_pretrained(folder)
+    assert not touched.exists()
 
 
 def test_overrides_are_values(touched: Path) -> None:
