@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dis
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -63,10 +63,7 @@ def was_raised(error: BaseException) -> bool:
     """
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("maskdino"):
         return True
-    trace = error.__traceback__
-    if trace is None or "Traceback" in f"{error} {error.__cause__}":
+    if "Traceback" in f"{error} {error.__cause__}":
         return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    operation = trace.tb_frame.f_code.co_code[trace.tb_lasti]
-    return operation == dis.opmap["RAISE_VARARGS"]
+    (*_, last) = traceback.extract_tb(error.__traceback__)
+    return (last.line or "").startswith("raise ")
