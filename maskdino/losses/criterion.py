@@ -26,7 +26,12 @@ from maskdino.losses.functional import (
     position_targets,
 )
 from maskdino.losses.matcher import HybridMatcher, check_boxes_are_learned
-from maskdino.ops.points import PointSampler, mask_logits_at_points, sample_packed_masks
+from maskdino.ops.points import (
+    PointSampler,
+    joined,
+    mask_logits_at_points,
+    sample_packed_masks,
+)
 from maskdino.structures import (
     DenoisedOutputs,
     Matches,
@@ -307,7 +312,7 @@ class Criterion(nn.Module):
             all_logits.append(logits)
             all_labels.append(sample_packed_masks(targets.masks, target, points))
         counts = targets.has_mask[matches.target]
-        losses = self._of_pairs(MASK_LOSSES, torch.cat(all_logits), torch.cat(all_labels))  # (M, P)
+        losses = self._of_pairs(MASK_LOSSES, joined(all_logits), joined(all_labels))  # (M, P)
         return {
             term: _sum_by_output(loss * counts, matches.output, embeddings.shape[0]) / normalizer
             for term, loss in losses.items()

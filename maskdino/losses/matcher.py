@@ -23,7 +23,13 @@ from maskdino.losses.functional import (
     mask_dice_cost,
     position_factor,
 )
-from maskdino.ops.points import PointSampler, sample_maps, sample_packed_masks
+from maskdino.ops.points import (
+    PointSampler,
+    items_at_once,
+    joined,
+    sample_maps,
+    sample_packed_masks,
+)
 from maskdino.structures import Matches, PackedMasks, Predictions, Targets, of_mask_branch
 
 ELEMENTS_AT_ONCE = 1 << 25  # features and mask logits at points (128 MiB of float32)
@@ -129,31 +135,44 @@ class HybridMatcher:
         image = torch.cat(
             [targets.labels.new_full((count,), i) for i, count in enumerate(targets.counts)]
         )  # (N,) of each object
+        outputs, _, queries, _ = predictions.boxes.shape
+        # A pair holds copies of what is known of its query: a few objects at a time.
+        at_once = items_at_once(4 * outputs * queries, image.device)
+        few = [slice(i, i + at_once) for i in range(0, max(1, len(targets)), at_once)]
         if self.weights.class_weight:
-            costs = self.weights.class_weight * self._class_cost(predictions, targets, image)
+            parts = [self._class_cost(predictions, targets, image, part) for part in few]
+            costs = joined(parts, dim=2)
         else:
-            outputs, _, queries, _ = predictions.boxes.shape
             costs = targets.boxes.new_zeros(outputs, queries, len(targets))
         if self.weights.boxes:
-            costs = costs + self._box_cost(predictions, targets, image)
+            parts = [self._box_cost(predictions, targets, image, part) for part in few]
+            costs += self._with_stuff(joined(parts, dim=2), targets, image)
         if self.weights.masks:
-            costs = costs + self._mask_cost(predictions, pixel_embedding, targets)
+            costs += self._mask_cost(predictions, pixel_embedding, targets)
         return PendingMatches(costs, targets)
 
-    def _class_cost(self, predictions: Predictions, targets: Targets, image: Tensor) -> Tensor:
-        """(O, Q, N): of giving an object to a query of its image, as all costs here."""
-        logits = predictions.class_logits[:, image, :, targets.labels]  # (N, O, Q)
+    def _class_cost(
+        self, predictions: Predictions, targets: Targets, image: Tensor, part: slice
+    ) -> Tensor:
+        """(O, Q, n): of giving some of the objects to a query of their image (N,)."""
+        logits = predictions.class_logits[:, image[part], :, targets.labels[part]]  # (n, O, Q)
         logits, factor = logits.float().permute(1, 2, 0), None
         if self.position_modulated:
-            factor = position_factor(_boxes_of_pairs(predictions, image), targets.boxes)
+            boxes = _boxes_of_pairs(predictions, image[part])
+            factor = position_factor(boxes, targets.boxes[part])
             if self.decouple_stuff_boxes:
-                factor = torch.where(targets.is_thing, factor, 1.0)
-        return focal_cost(logits, factor)
+                factor = torch.where(targets.is_thing[part], factor, 1.0)
+        return self.weights.class_weight * focal_cost(logits, factor)
 
-    def _box_cost(self, predictions: Predictions, targets: Targets, image: Tensor) -> Tensor:
-        boxes = _boxes_of_pairs(predictions, image)
+    def _box_cost(
+        self, predictions: Predictions, targets: Targets, image: Tensor, part: slice
+    ) -> Tensor:
+        """(O, Q, n), likewise."""
         terms = ((self.weights.l1_weight, l1_loss), (self.weights.giou_weight, giou_loss))
-        cost = _weighted_sum(terms, boxes, targets.boxes)
+        return _weighted_sum(terms, _boxes_of_pairs(predictions, image[part]), targets.boxes[part])
+
+    def _with_stuff(self, cost: Tensor, targets: Targets, image: Tensor) -> Tensor:
+        """Where it is decoupled, the box cost (O, Q, N) of stuff becomes that of the mean thing."""
         if not self.decouple_stuff_boxes:
             return cost
         of_things = cost.new_zeros(len(cost), len(targets.counts))  # (O, B)
@@ -176,7 +195,7 @@ class HybridMatcher:
                 if count
                 else targets.boxes.new_zeros(outputs, queries, 0)
             )
-        return torch.cat(costs, dim=2) * targets.has_mask
+        return joined(costs, dim=2).mul_(targets.has_mask)
 
     def _mask_cost_of_image(
         self, embeddings: Tensor, pixel_embedding: Tensor, masks: PackedMasks
@@ -192,12 +211,13 @@ class HybridMatcher:
             (self.weights.mask_dice_weight, mask_dice_cost),
         )
         pixel_embedding, costs = pixel_embedding[None].float(), []
-        at_once = max(1, ELEMENTS_AT_ONCE // ((queries + channels) * places.shape[1]))
+        numbers = (queries + channels) * places.shape[1]
+        at_once = min(items_at_once(numbers, places.device), max(1, ELEMENTS_AT_ONCE // numbers))
         for begin in range(0, outputs, at_once):
             few = slice(begin, begin + at_once)
             logits = _logits_at(embeddings[few], pixel_embedding, places[few])
             costs.append(_weighted_sum(terms, logits, labels[few]))
-        return torch.cat(costs)
+        return joined(costs)
 
 
 def check_boxes_are_learned(loss: CfgNode, key: str) -> None:

@@ -5,7 +5,7 @@ Shape key: B images, C channels, H, W pixels of a map, M masks, P points. Points
 from where the ground truth is read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from maskdino.structures import PackedMasks
 
 MAP_ELEMENTS_AT_ONCE = 1 << 24  # mask logits that exist at one time (64 MiB of float32)
 LABELS_AT_ONCE = 1 << 21  # samples of packed masks made at one time (some 80 bytes each)
+# Numbers of a temporary tensor. A CPU keeps so many in its cache, and asks the system for no new
+# memory; a GPU starts fewer kernels with more.
+CPU_NUMBERS_AT_ONCE, NUMBERS_AT_ONCE = 1 << 18, 1 << 26
 
 
 def mask_logits(mask_embeddings: Tensor, pixel_embedding: Tensor) -> Tensor:
@@ -37,7 +40,7 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
         (B, C, P), in the wider of the dtypes of maps and points.
     """
     dtype = torch.promote_types(maps.dtype, points.dtype)
-    grid = (2 * points - 1).to(dtype).unsqueeze(1)  # (B, 1, P, 2)
+    grid = (2 * points).sub_(1).to(dtype).unsqueeze(1)  # (B, 1, P, 2)
     return F.grid_sample(
         maps.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False
     ).squeeze(2)
@@ -138,13 +141,29 @@ class PointSampler:
             (M, P, 2).
         """
         number, device = maps.shape[0], maps.device
-        candidates = torch.rand(number, self.num_candidates, 2, device=device)
-        # The uncertainty is minus this: the largest are the smallest.
-        certainty = sample_maps(maps.unsqueeze(1), candidates).squeeze(1).abs()  # (M, candidates)
-        chosen = certainty.topk(self.num_uncertain, dim=1, largest=False, sorted=False).indices
-        points = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+        parts = maps.split(items_at_once(2 * self.num_candidates, device))
+        points = joined([self._most_uncertain(part) for part in parts])
         rest = torch.rand(number, self.num_points - self.num_uncertain, 2, device=device)
         return torch.cat([points, rest], dim=1)
+
+    def _most_uncertain(self, maps: Tensor) -> Tensor:
+        """Of candidates drawn for maps (m, H, W): (m, num_uncertain, 2)."""
+        candidates = torch.rand(maps.shape[0], self.num_candidates, 2, device=maps.device)
+        # The uncertainty is minus this: the largest are the smallest.
+        certainty = sample_maps(maps.unsqueeze(1), candidates).squeeze(1).abs_()  # (m, candidates)
+        chosen = certainty.topk(self.num_uncertain, dim=1, largest=False, sorted=False).indices
+        return candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+
+
+def items_at_once(numbers: int, device: torch.device) -> int:
+    """How many items, of so many numbers each in a temporary tensor, are computed together."""
+    at_once = CPU_NUMBERS_AT_ONCE if device.type == "cpu" else NUMBERS_AT_ONCE
+    return max(1, at_once // max(1, numbers))
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The parts, one after the other along a dimension; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def mask_logits_at_points(
@@ -183,8 +202,12 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
             maps = torch.mm(part, features).unflatten(1, size)
             maps = maps.to(torch.promote_types(dtype, torch.float32))
             points.append(choose_points(maps))
-            logits.append(sample_maps(maps.unsqueeze(1), points[-1]).squeeze(1))
-        logits, points = torch.cat(logits), torch.cat(points)
+            at_once = items_at_once(points[-1][:1].numel(), maps.device)
+            logits += [
+                sample_maps(few.unsqueeze(1), places).squeeze(1)
+                for few, places in zip(maps.split(at_once), points[-1].split(at_once), strict=True)
+            ]
+        logits, points = joined(logits), joined(points)
         ctx.save_for_backward(embeddings, features, points)
         ctx.size, ctx.dtypes = size, (mask_embeddings.dtype, pixel_embedding.dtype)
         ctx.mark_non_differentiable(points)
@@ -194,6 +217,8 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
     def backward(ctx, grad_logits, _):
         embeddings, features, points = ctx.saved_tensors
         at_once = _maps_at_once(ctx.size)
+        if features.device.type == "cpu":
+            at_once = min(at_once, items_at_once(ctx.size.numel() // 4, features.device))
         grad_features = torch.zeros_like(features, dtype=grad_logits.dtype)
         grad_embeddings = []
         for part, grads, places in zip(
@@ -205,7 +230,7 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
             grad_maps = _spread(grads, places, ctx.size).flatten(1).to(features.dtype)
             grad_embeddings.append(torch.mm(grad_maps, features.t()))
             grad_features += torch.mm(part.t(), grad_maps)
-        grad_embeddings = torch.cat(grad_embeddings).to(ctx.dtypes[0])
+        grad_embeddings = joined(grad_embeddings).to(ctx.dtypes[0])
         return grad_embeddings, grad_features.unflatten(1, ctx.size).to(ctx.dtypes[1]), None
 
 

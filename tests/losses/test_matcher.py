@@ -15,10 +15,12 @@ from maskdino.losses import assignment
 from maskdino.losses import functional as losses
 from maskdino.losses import matcher as matcher_module
 from maskdino.losses.matcher import CostWeights, HybridMatcher
+from maskdino.ops import points as points_module
 from maskdino.ops.points import sample_maps
 from maskdino.structures import Matches, Predictions, Targets
 from tests.helpers import tiny_cfg
 from tests.losses.drawn import FixedPoints, drawn_predictions, drawn_targets
+from tests.memory import NewTensors
 
 WEIGHTS = CostWeights(4.0, 5.0, 2.0, 5.0, 5.0)
 
@@ -316,3 +318,27 @@ def test_config_gives_the_weights_of_the_paper() -> None:
     assert not HybridMatcher(tiny_cfg(MASK_ON=False)).weights.masks
     off = HybridMatcher(tiny_cfg(MATCHER__L1_WEIGHT=0.0, MATCHER__GIOU_WEIGHT=0.0)).weights
     assert not off.boxes and off.masks
+
+
+@pytest.mark.parametrize("weights", [CostWeights(2, 0, 0, 0, 0), CostWeights(0, 5, 2, 0, 0)])
+def test_costs_of_many_objects_need_little_memory(weights: CostWeights) -> None:
+    """No copy of all queries for each object: nothing is larger than the costs themselves."""
+    targets = drawn_targets((1500, 500), stuff=(0,))
+    predictions, _ = drawn_predictions(4, 2, 50)
+    matcher = HybridMatcher(weights=weights, decouple_stuff_boxes=True, points=FixedPoints())
+    with NewTensors() as tensors:
+        pending = matcher.start(predictions, None, targets)
+    costs = pending._costs.nbytes
+    assert costs == 4 * 50 * 2000 * 4 and tensors.largest == costs
+
+
+def test_costs_of_few_objects_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets, points = drawn_targets((7, 0, 4), stuff=(0, 1)), FixedPoints()
+    predictions, pixels = drawn_predictions(3, 3, 5)
+    matcher = HybridMatcher(
+        weights=WEIGHTS, decouple_stuff_boxes=True, points=points, position_modulated=True
+    )
+    together = matcher.start(predictions, pixels, targets)._costs
+    monkeypatch.setattr(points_module, "CPU_NUMBERS_AT_ONCE", 2 * 4 * 3 * 5)
+    found = matcher.start(predictions, pixels, targets)._costs
+    torch.testing.assert_close(found, together, atol=1e-6, rtol=1e-5)  # SIMD rounds its ends anew

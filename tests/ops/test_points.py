@@ -248,13 +248,13 @@ def test_points_of_many_masks_are_chosen_with_little_memory(
 
 def test_gradients_of_many_masks_need_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, maps of gradients are made few at a time, as many as fit its cache."""
-    embeddings = torch.randn(2000, 4, requires_grad=True)
-    pixels, points = torch.randn(4, 32, 32, requires_grad=True), torch.rand(2000, 5, 2)
+    embeddings = torch.randn(4000, 4, requires_grad=True)
+    pixels, points = torch.randn(4, 32, 32, requires_grad=True), torch.rand(4000, 5, 2)
     found, _ = mask_logits_at_points(embeddings, pixels, CyclingPoints(points))
-    whole = 2000 * 32 * 32 * 4
+    whole = 4000 * 32 * 32 * 4
     with NewTensors() as tensors:
         grads = torch.autograd.grad(found.sum(), (embeddings, pixels), retain_graph=True)
-    assert tensors.largest <= whole / 4
+    assert tensors.largest < whole / 3
     monkeypatch.setattr(points_module, "CPU_NUMBERS_AT_ONCE", 1 << 30)
     with NewTensors() as tensors:
         expected = torch.autograd.grad(found.sum(), (embeddings, pixels))
