@@ -151,9 +151,10 @@ def read_config(
         weights = Path(config, WEIGHTS)
     if weights is not None:
         cfg.MODEL.WEIGHTS = str(weights)
+    is_released = any(cfg.MODEL.WEIGHTS in model.names for model in RELEASED)
     if cfg.MODEL.WEIGHTS == RELEASED_WEIGHTS:
         cfg.MODEL.WEIGHTS = download(_name_of(config))
-    elif not Path(cfg.MODEL.WEIGHTS).is_file() and _is_released_name(cfg.MODEL.WEIGHTS):
+    elif is_released and not Path(cfg.MODEL.WEIGHTS).is_file():
         cfg.MODEL.WEIGHTS = download(cfg.MODEL.WEIGHTS)
     resume = resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
     whole = whole and not resume
@@ -172,10 +173,6 @@ def _name_of(config: str | os.PathLike) -> str:
     """The name of a configuration in the zoo, of which the path may be given."""
     path, folder = Path(config).resolve(), _configs_folder()
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(config)
-
-
-def _is_released_name(name: str) -> bool:
-    return any(name in model.names for model in RELEASED)
 
 
 def get_checkpoint_url(name: str) -> str:

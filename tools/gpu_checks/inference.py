@@ -82,7 +82,8 @@ def parity(run: Run) -> None:
     with torch.no_grad():
         exact, exact_pixels = model.predict(images.cpu())
     for precision, (predictions, pixels) in found.items():
-        errors = {part: relative_error(*_by_score(part, predictions, exact)) for part in PARTS}
+        pairs = {part: (getattr(predictions, part)[0], getattr(exact, part)[0]) for part in PARTS}
+        errors = {part: relative_error(*pair) for part, pair in pairs.items()}
         errors["pixel_embedding"] = relative_error(pixels, exact_pixels)
         run.say(
             "parity",
@@ -90,10 +91,6 @@ def parity(run: Run) -> None:
             of={part: float(f"{error:.2g}") for part, error in errors.items()},
             same_queries=_same_queries(predictions, exact),
         )
-
-
-def _by_score(part: str, ours: Predictions, exact: Predictions) -> tuple[Tensor, Tensor]:
-    return getattr(ours, part)[0], getattr(exact, part)[0]
 
 
 def _same_queries(ours: Predictions, exact: Predictions) -> float:

@@ -259,17 +259,14 @@ def _parse(
         raise DataError(
             f"{where}: class {words[0]}, but the classes are {min(names)} to {max(names)}"
         )
-    beyond = [word for word, x in zip(words[1:], points, strict=True) if not _is_share(x)]
+    pairs = zip(words[1:], points, strict=True)
+    beyond = [word for word, share in pairs if not -OUTSIDE <= share <= 1 + OUTSIDE]
     if beyond:
         raise DataError(
             f"{where}: {beyond[0][:40]} is no share of the image's size, from 0 to 1: divide "
             "pixels by width or height"
         )
     return int(category), points
-
-
-def _is_share(value: float) -> bool:
-    return -OUTSIDE <= value <= 1 + OUTSIDE
 
 
 def is_label(line: str) -> bool:
