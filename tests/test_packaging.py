@@ -12,6 +12,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import maskdino
@@ -41,6 +42,11 @@ def test_one_version() -> None:
     assert PROJECT["dynamic"] == ["version"]
     citation = (REPOSITORY / "CITATION.cff").read_text()
     assert f"\nversion: {maskdino.__version__}\n" in citation
+
+
+def test_citation_has_what_its_format_demands() -> None:
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
 @pytest.fixture(scope="module")
