@@ -158,7 +158,7 @@ RULES = (
     ),
 )
 # Modules that are read before PyTorch is loaded, or by a Python that has nothing installed.
-BARE = ("system.program", "system.errors", "system.files", "integration.released_names")
+BARE = ("system.program", "system.errors", "integration.released_names")
 ROOMS = tuple(rule.room for rule in RULES)
 RULES += (
     Rule("api", ROOMS, outside=()),

@@ -26,7 +26,6 @@ from maskdino.checkpoint.released_weights import (
 )
 from maskdino.model import MaskDINO
 from maskdino.modeling.query_selection import UnifiedQuerySelection
-from maskdino.system.errors import WriteError
 from maskdino.system.files import written_whole
 
 # Tensors whose size depends on the classes or the number of learned queries: fine-tuning may start
@@ -65,21 +64,24 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
         self.require_all = require_all
 
     def save(self, name: str, **kwargs: object) -> None:
-        """Writes `<name>.pth`, whole or not at all."""
+        """Writes `<name>.pth`, whole or not at all.
+
+        Raises:
+            WriteError: there is no room, or no permission; the checkpoints before are whole.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
         data |= {key: item.state_dict() for key, item in self.checkpointables.items()} | kwargs
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        try:
-            with written_whole(path) as temporary:
-                torch.save(data, temporary)
-        except (OSError, RuntimeError) as error:  # PyTorch's own writer raises the latter
-            raise WriteError(
-                f"cannot write {path}: {error}. The checkpoints before are whole: make room, or "
-                "mend the permissions, and go on with --resume"
-            ) from error
+        with written_whole(path) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(data, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # which PyTorch's writer hides
+                    raise error.__context__ from None
+                raise
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

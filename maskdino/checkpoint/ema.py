@@ -7,6 +7,8 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from maskdino.system.signals import uninterrupted
+
 
 class WeightAverage:
     """The exponential moving average of a model's weights (EMA).
@@ -27,6 +29,7 @@ class WeightAverage:
         self._model = model
         self._decay = decay
         self.restored = False
+        self._is_applied = False
         self._average: dict[str, Tensor] = {}
         # Pairs of lists, of the average's and the model's tensors: a step has no time to look
         # hundreds of names up.
@@ -62,18 +65,21 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights; afterwards its own again."""
-        self._exchange()
         try:
+            self._exchange()
             yield
         finally:
-            self._exchange()
+            if self._is_applied:
+                self._exchange()
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for name, value in self._model.state_dict().items():
-            kept = value.clone()
-            value.copy_(self._average[name])
-            self._average[name].copy_(kept)
+        with uninterrupted():  # what is saved after Ctrl-C must not be half exchanged
+            for name, value in self._model.state_dict().items():
+                kept = value.clone()
+                value.copy_(self._average[name])
+                self._average[name].copy_(kept)
+            self._is_applied = not self._is_applied
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the averaged weights, under the model's names."""

@@ -21,17 +21,17 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 
 from maskdino import model_zoo
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.engine.before_training import check_settings
 from maskdino.engine.launch import launch
-from maskdino.engine.run_folder import check_folder, locked
+from maskdino.engine.run_folder import check_folder, locked, open_logs
 from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
 from maskdino.evaluation.report import report_paths, write_report
 from maskdino.integration.extensions import add_import_option, config_header
 from maskdino.system.devices import configured_device, settle_device
+from maskdino.system.files import written_whole
 from maskdino.system.precision import check_precision
 
 logger = logging.getLogger("maskdino.train_net")
@@ -88,13 +88,12 @@ def read_config(args: argparse.Namespace) -> CfgNode:
 def set_up(cfg: CfgNode) -> CfgNode:
     """Opens the logs, settles the device, and writes the whole configuration beside the logs."""
     PathManager.mkdirs(cfg.OUTPUT_DIR)
-    for name in ("fvcore", "detectron2", "maskdino"):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
+    open_logs(cfg.OUTPUT_DIR)
     cfg = settle_device(cfg)
     if comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-        with PathManager.open(path, "w") as file:
-            file.write(config_header() + cfg.dump())
+        with written_whole(path) as temporary:
+            temporary.write_text(config_header() + cfg.dump())
         logger.info("Command: %s", " ".join(sys.argv))
         logger.info("The whole configuration is in %s", path)
         versions = (detectron2.__version__, torch.__version__, platform.python_version())

@@ -297,7 +297,9 @@ def _as_list(batch: list[dict]) -> list[dict]:
 
 
 def _one_thread(_worker: int) -> None:
-    # Ctrl-C reaches all processes of a terminal: the training ends its workers when it is ready.
+    # Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job: the training still
+    # needs its workers, and ends them when it is ready. A second SIGTERM is meant.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     # A worker is one of many: more threads in each would only get in each other's way.
     torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import sys
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from maskdino.checkpoint.ema import WeightAverage
@@ -53,11 +53,20 @@ class SaveAverage(HookBase):
         self._checkpointer = checkpointer
         self._average = average
 
-    def after_step(self) -> None:
-        """Saves after the last step."""
-        if self.trainer.iter == self.trainer.max_iter - 1:
+    def after_train(self) -> None:
+        """Saves after the last step; a resumed run that has nothing left to do makes up for it."""
+        if self.trainer.iter >= self.trainer.max_iter:
             with self._average.applied():
                 self._checkpointer.save("model_final")
+
+
+class Evaluate(hooks.EvalHook):
+    """Evaluates every so many iterations, and after a training that came to its end."""
+
+    def after_train(self) -> None:
+        """Evaluates; not after an error or Ctrl-C in the last iteration."""
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
 
 
 class Resources(HookBase):
@@ -110,12 +119,14 @@ class ConsoleWriter(EventWriter):
     def __init__(self, max_iter: int, window: int = 20) -> None:
         self._max_iter = max_iter
         self._window = window
+        self._last = -1  # iteration that was written
 
     def write(self) -> None:
-        """Writes the line of the present iteration; nothing after the last one."""
+        """Writes the line of the present iteration, once; nothing after the last one."""
         storage = get_event_storage()
-        if storage.iter >= self._max_iter:
+        if not self._last < storage.iter < self._max_iter:
             return
+        self._last = storage.iter
         histories = storage.histories()
         parts = [f"iter {storage.iter + 1}/{self._max_iter}"]
         if "time" in histories:

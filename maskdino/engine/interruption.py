@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from detectron2.utils import comm
 
-logger = logging.getLogger(__name__)
+from maskdino.system.signals import ENDING
 
 _outside: dict[signal.Signals, Any] = {}  # while a watch is installed: the handlers before it
 
@@ -22,19 +21,23 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended the training; the text says where it stands.
 
     Attributes:
-        status: of the process, 128 and the number of the signal.
+        number: of the signal.
+        status: of the process, 128 and that number.
     """
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
+        self.number = number
         self.status = 128 + number
 
 
 class SignalWatch:
     """Delays signals while a step is made, which must not be left half done.
 
-    A second signal ends the step too. With several processes nothing is delayed: a step of one of
-    them cannot be finished without the others.
+    A second signal ends the step too. Several processes end after the same step: each tells the
+    others, along with its losses, that a signal came (`TrainStep`). Between steps they leave an
+    evaluation alone, all at once. Whoever started them passes the first signal on, maybe once more
+    than the terminal did, and ends them all at the second.
 
     Attributes:
         number: of the signal that came; 0: none.
@@ -44,15 +47,20 @@ class SignalWatch:
     def __init__(self) -> None:
         self.number = 0
         self.in_step = False
+        self._in_evaluation = False
+
+    @property
+    def came(self) -> bool:
+        """Whether a signal came to this process."""
+        return bool(self.number)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Inside, signals come here."""
-        if threading.current_thread() is not threading.main_thread() or comm.get_world_size() > 1:
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._handle) for number in numbers}
+        before = {number: signal.signal(number, self._handle) for number in ENDING}
         _outside.update(before)
         try:
             yield
@@ -62,23 +70,48 @@ class SignalWatch:
                 signal.signal(number, handler)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def step(self, agreed: Callable[[], bool | None]) -> Iterator[None]:
         """Inside, a step is made; a signal that came meanwhile is raised at its end.
+
+        Args:
+            agreed: whether a signal came to any of several processes, as all of them say after the
+                step; None: they did not ask, and nothing is known of the others.
 
         Raises:
             KeyboardInterrupt: a signal came.
         """
         self.in_step = True
         yield
-        self.in_step = False
-        if self.number:
+        ends = agreed() if comm.get_world_size() > 1 else self.came
+        self.in_step = ends is None
+        if ends or (ends is None and self.came):
             raise KeyboardInterrupt
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        again, self.number = bool(self.number), number
-        if again or not self.in_step:
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Inside, an evaluation is made, which a signal ends at once.
+
+        Raises:
+            KeyboardInterrupt: a signal has come, to any of several processes.
+        """
+        if any(comm.all_gather(self.came)):
             raise KeyboardInterrupt
-        logger.warning("Interrupted: this iteration is finished first; once more ends at once.")
+        self._in_evaluation = True
+        try:
+            yield
+        finally:
+            self._in_evaluation = False
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        again, several = self.came, comm.get_world_size() > 1
+        if again and several:
+            return
+        self.number = number
+        if again or (self._in_evaluation if several else not self.in_step):
+            raise KeyboardInterrupt
+        if comm.is_main_process():
+            # Logging may be what the signal interrupts, and cannot be entered twice.
+            os.write(2, b"Interrupted: this iteration is finished first; once more ends at once.\n")
 
 
 def _hold_termination() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import multiprocessing
 import os
 import signal
 import sys
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.queues import SimpleQueue
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed
@@ -23,8 +25,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from maskdino.engine.interruption import Interrupted
 from maskdino.integration.compat import create_local_process_group
 from maskdino.system.errors import UserError
+from maskdino.system.signals import ENDING
 
 TIMEOUT = timedelta(minutes=30)
+PATIENCE = 600  # seconds
 INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}  # what it sets, among others
 
@@ -56,8 +60,8 @@ def launch(
         ValueError: there are fewer GPUs than processes, or several machines have no address.
         ChildFailedError: a process that was started here failed.
         SystemExit: 1, after an error that the user can mend.
-        KeyboardInterrupt: after Ctrl-C, once the processes that were started here have ended;
-            `Interrupted`, which is one, after SIGTERM.
+        KeyboardInterrupt: after Ctrl-C, as `Interrupted` where processes were started here, and
+            after SIGTERM; they have ended, at the second signal at once.
     """
     if os.environ.keys() >= TORCHRUN:
         with user_errors_in_one_line():
@@ -67,19 +71,29 @@ def launch(
             main(*args)
     else:
         config = _configure(processes, machines, machine_rank, url)
-        messages = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        try:
-            with _handlers_restored():
-                elastic_launch(config, _run_started)(main, args, messages)
-        except ChildFailedError:
-            # Which process ended first is chance: the others fail when they lose it.
-            if not messages.empty():
-                _end_with(messages.get())
-            raise
-        except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise Interrupted("interrupted; go on with --resume", int(error.sigval)) from None
+        _run_all(config, main, args)
+
+
+def _run_all(config: LaunchConfig, main: Callable[..., object], args: tuple) -> None:
+    """Runs the processes of this machine; errors as of `launch`."""
+    messages = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    message, number, failed = "interrupted; go on with --resume", 0, None
+    try:
+        with _handlers_restored(), _second_signal_kills():
+            elastic_launch(config, _run_started)(main, args, messages)
+    except ChildFailedError as error:
+        failed = error
+    except SignalException as error:
+        number = int(error.sigval)
+    # Which process ended first is chance: the others may fail when they lose it.
+    if not messages.empty():
+        message, number = messages.get()
+        if not number:
+            _end_with(message)
+    if number:
+        raise Interrupted(message, number)
+    if failed is not None:
+        raise failed
 
 
 @contextmanager
@@ -96,6 +110,38 @@ def _handlers_restored() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():  # others cannot set any
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _second_signal_kills() -> Iterator[None]:
+    """Inside, a second Ctrl-C or SIGTERM kills the processes that have been started meanwhile.
+
+    Torch passes the first one on, and waits for their end whatever comes.
+    """
+    if os.name != "posix" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    others = multiprocessing.active_children()
+    arrivals, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch() -> None:
+        count = 0
+        while came := os.read(arrivals, 64):  # one byte for each signal, its number
+            count += sum(number in ENDING for number in came)
+            if count > 1:
+                for child in multiprocessing.active_children():
+                    if child not in others:
+                        child.kill()
+        os.close(arrivals)
+
+    before = signal.set_wakeup_fd(write)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)
 
 
 @contextmanager
@@ -125,7 +171,11 @@ def _configure(processes: int, machines: int, machine_rank: int, url: str) -> La
     if machines > 1 and url == "auto":
         raise ValueError("Several machines need --dist-url tcp://HOST:PORT of the first one.")
     here = url == "auto"
+    # Newer releases of PyTorch: how long processes may take to save their state after Ctrl-C; 30 s.
+    known = {field.name for field in dataclasses.fields(LaunchConfig)}
+    longer: dict[str, Any] = {"shutdown_timeout": PATIENCE} if "shutdown_timeout" in known else {}
     return LaunchConfig(
+        **longer,
         min_nodes=machines,
         max_nodes=machines,
         nproc_per_node=processes,
@@ -140,16 +190,24 @@ def _configure(processes: int, machines: int, machine_rank: int, url: str) -> La
 
 def _run_started(main: Callable[..., object], args: tuple, messages: SimpleQueue) -> None:
     """Runs ``main`` in a process that was started here."""
-    # Ctrl-C reaches it twice, from the terminal and from the process that started it, which speaks.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    if hasattr(os, "setpgrp"):
+        # The process that started it hears Ctrl-C, and passes it on: it would come twice.
+        os.setpgrp()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # before there is a training
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         # All cores for each process would make them wait for one another.
         share = (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(max(1, share))
     try:
         _join_others(main, args)
+    except Interrupted as error:
+        messages.put((str(error), error.number))
+        # Returning waits for a word of the process that started it, which may wait for its end.
+        end = threading.Timer(1, os._exit, (0,))
+        end.daemon = True
+        end.start()
     except UserError as error:
-        messages.put(str(error))
+        messages.put((str(error), 0))
         sys.exit(1)
 
 
@@ -165,6 +223,14 @@ def _join_others(main: Callable[..., object], args: tuple) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
-    main(*args)
+    interruption = None
+    try:
+        main(*args)
+    except Interrupted as error:  # of all of them, after the same step
+        interruption = Interrupted(
+            str(error), error.number
+        )  # without the frames, and what is there
     gc.collect()  # a trainer that lingers would keep the group's threads, beyond the end of Python
     torch.distributed.destroy_process_group()
+    if interruption is not None:
+        raise interruption

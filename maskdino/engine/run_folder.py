@@ -7,12 +7,18 @@ import json
 import logging
 import os
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
 from maskdino.checkpoint.reading import LAST
 from maskdino.system.errors import UserError
+from maskdino.system.files import clear_left
 
 try:
     import fcntl
@@ -26,10 +32,10 @@ except ImportError:  # POSIX
 logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
+LOGGERS = ("fvcore", "detectron2", "maskdino")
 FAR = 1 << 30  # the byte that Windows locks, and then refuses to read: far behind the text
 # What a run leaves that another would go on with, or mix with its own.
 LEFT_BY_RUNS = ("model_*.pth", "metrics.json", LAST, "ema/*.pth", "best/*.pth", "best/history.json")
-TEMPORARY = ("*.tmp[0-9]*", "ema/*.tmp[0-9]*", "best/*.tmp[0-9]*")
 
 
 class RunError(UserError):
@@ -50,9 +56,8 @@ def check_folder(folder: str | os.PathLike, *, resume: bool, overwrite: bool = F
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"probe.tmp{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise RunError(
             f"cannot write to OUTPUT_DIR {folder} ({error.strerror or error}): give another folder "
@@ -101,9 +106,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         before = _owner(file.read())
         if before:
             logger.warning("The run before (%s) was killed; its lock is taken over.", before)
-        for pattern in TEMPORARY:
-            for left in folder.glob(pattern):
-                left.unlink(missing_ok=True)
+        clear_left(folder)
         file.truncate(0)
         now = datetime.datetime.now().isoformat(timespec="seconds")
         json.dump({"process": os.getpid(), "machine": socket.gethostname(), "since": now}, file)
@@ -113,6 +116,44 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         finally:
             # Left empty rather than removed: another process may have opened it to wait.
             file.truncate(0)
+
+
+class _LogStream:
+    """A log that fills up neither ends a training nor buries the console under tracebacks."""
+
+    def __init__(self, path: str) -> None:
+        self.name = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._is_told = False
+
+    def write(self, text: str) -> None:
+        """Writes at once; what cannot be written is left out, which is said once."""
+        try:
+            os.write(self._descriptor, text.encode())
+        except OSError as error:
+            if not self._is_told:
+                sys.stderr.write(
+                    f"cannot write {self.name}: {error.strerror}. The training goes on without "
+                    "its log until there is room: make some before the next checkpoint\n"
+                )
+            self._is_told = True
+
+    def flush(self) -> None:
+        """There is nothing to do."""
+
+
+def open_logs(folder: str | os.PathLike) -> None:
+    """Logs to the console and to ``log.txt`` in a folder, each process to a file of its own."""
+    streams: dict[str, _LogStream] = {}
+    for name in LOGGERS:
+        known = set(logging.getLogger(name).handlers)
+        for handler in setup_logger(str(folder), comm.get_rank(), name=name).handlers:
+            path = getattr(getattr(handler, "stream", None), "name", "")
+            is_new = handler not in known and isinstance(handler, logging.StreamHandler)
+            if is_new and str(path).startswith(os.path.join(folder, "log.txt")):
+                if path not in streams:
+                    streams[path] = _LogStream(path)
+                handler.setStream(streams[path])
 
 
 def _lock(descriptor: int) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,14 +36,19 @@ class LossReader:
     Args:
         losses: scalars by name; the same names in every process.
         extra: one more scalar that travels along, equal in all processes.
+        told: whether this process was told to end; travels along where there are several.
+
+    Attributes:
+        ends: once read, whether any of several processes was told to end.
     """
 
-    def __init__(self, losses: dict[str, Tensor], extra: Tensor) -> None:
+    def __init__(self, losses: dict[str, Tensor], extra: Tensor, *, told: bool = False) -> None:
+        self.ends = False
         self._names = sorted(losses)
         own = torch.stack([losses[name].detach().float() for name in self._names])  # (L,)
         mean = own
         if comm.get_world_size() > 1:
-            mean = own / comm.get_world_size()
+            mean = torch.cat([own, own.new_full((1,), float(told))]) / comm.get_world_size()
             torch.distributed.all_reduce(mean)
         values = torch.cat([own, mean, extra.detach().float().reshape(1)])
         self._host = values.to("cpu", non_blocking=True)
@@ -59,7 +64,8 @@ class LossReader:
         values = self._host.tolist()
         count = len(self._names)
         own = dict(zip(self._names, values[:count], strict=True))
-        mean = dict(zip(self._names, values[count:-1], strict=True))
+        mean = dict(zip(self._names, values[count : 2 * count], strict=True))
+        self.ends = any(values[2 * count : -1])
         return own, mean, values[-1]
 
 
@@ -75,6 +81,9 @@ class TrainStep:
         model: the model, possibly wrapped for several processes.
         optimizer: its optimizer.
         grad_scaler: scales losses in float16 training; does nothing otherwise.
+        told: says whether this process was told to end.
+        ends: whether any of several processes was, by the same step in all of them; None before the
+            first step.
     """
 
     def __init__(
@@ -107,6 +116,8 @@ class TrainStep:
         self._images: list[str] = []
         self._overflow: dict[str, float] = {}  # losses of the last step that are not finite
         self._left_out = 0  # steps in a row
+        self.told: Callable[[], bool] = lambda: False
+        self.ends: bool | None = None
 
     def run(self, batches: Iterator[list[dict]]) -> dict[str, float]:
         """Takes the next micro-batches and makes one step.
@@ -133,6 +144,7 @@ class TrainStep:
             self._images += [str(image.get("file_name", "?")) for image in batch]
             reader = self._backward(batch, synchronize=micro == self._accumulation_steps - 1)
             own, mean, norm = reader.read()
+            self.ends = reader.ends  # of the last micro-batch, like the gradient
             if micro == 0:
                 self._check_norm(norm, last_images, last_overflow)
             self._check_losses(own, mean)
@@ -162,7 +174,7 @@ class TrainStep:
                 self._device.type, dtype=self._dtype, enabled=self._dtype is not None
             ):
                 losses = self.model(batch)
-            reader = LossReader(losses, self._gradient_norm)
+            reader = LossReader(losses, self._gradient_norm, told=self.told())
             total = torch.stack([loss.float() for loss in losses.values()]).sum()
             self.grad_scaler.scale(total / self._accumulation_steps).backward()
         return reader

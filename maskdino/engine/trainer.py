@@ -1,7 +1,6 @@
 """Training as detectron2's users know it: resumable data, averaged weights, one exact step."""
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -45,19 +44,19 @@ from maskdino.data.stream import (
 )
 from maskdino.engine.before_training import check_settings, warn_of_schedule
 from maskdino.engine.best_checkpoint import BestCheckpoint
-from maskdino.engine.hooks import PeriodicCheckpoint, Resources, SaveAverage
+from maskdino.engine.hooks import Evaluate, PeriodicCheckpoint, Resources, SaveAverage
 from maskdino.engine.interruption import Interrupted, SignalWatch
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
-from maskdino.engine.writers import WriteScalars, build_writers
-from maskdino.evaluation.build import build_evaluator
+from maskdino.engine.writers import WriteFirst, WriteScalars, build_writers
+from maskdino.evaluation.build import build_evaluator, masks_as_read
 from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
 from maskdino.system.devices import settle_device
-from maskdino.system.errors import UserError, WriteError
+from maskdino.system.errors import UserError
+from maskdino.system.files import write_errors, written_whole
 
 logger = logging.getLogger(__name__)
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 WRITE_PERIOD = 20  # iterations between lines of the log
 
 
@@ -116,6 +115,8 @@ class MaskDINOTrainer(TrainerBase):
         self._plain_model = model
         self._results: dict[str, Any] = {}  # of the last evaluation
         self._is_restored = False
+        self._signals = SignalWatch()
+        self._train_step.told = lambda: self._signals.came
         parts: dict[str, Any] = {"trainer": weakref.proxy(self)}
         if self.average is not None:
             parts["ema"] = self.average
@@ -174,6 +175,8 @@ class MaskDINOTrainer(TrainerBase):
         cfg = self.cfg
         resources = Resources(cfg.SOLVER.IMS_PER_BATCH, torch.device(cfg.MODEL.DEVICE))
         result: list[HookBase] = [hooks.IterationTimer(), resources]
+        writers = self.build_writers() if comm.is_main_process() else []
+        result.append(WriteFirst(writers, WRITE_PERIOD, cfg.TEST.EVAL_PERIOD))
         if self.average is not None:
             folder = os.path.join(cfg.OUTPUT_DIR, "ema")
             PathManager.mkdirs(folder)
@@ -183,11 +186,10 @@ class MaskDINOTrainer(TrainerBase):
         result.append(PeriodicCheckpoint(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
         if cfg.SOLVER.BEST.METRIC:
             best = BestCheckpoint(cfg, self._plain_model, self.average)
-            result += [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, best.evaluate), best]
+            result += [Evaluate(cfg.TEST.EVAL_PERIOD, best.evaluate), best]
         else:
-            result.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
-        if comm.is_main_process():
-            result.append(WriteScalars(self.build_writers(), period=WRITE_PERIOD))
+            result.append(Evaluate(cfg.TEST.EVAL_PERIOD, self.evaluate))
+        result.append(WriteScalars(writers, WRITE_PERIOD, cfg.TEST.EVAL_PERIOD))
         return result
 
     def build_writers(self) -> list[EventWriter]:
@@ -226,7 +228,7 @@ class MaskDINOTrainer(TrainerBase):
         Raises:
             DataError: the data are at fault; nothing is logged, as the message says it all.
             FloatingPointError: see `TrainStep.run`.
-            Interrupted: Ctrl-C or SIGTERM; with one process, the last whole step is saved.
+            Interrupted: Ctrl-C or SIGTERM; the last whole step, of all processes, is saved.
             WriteError: a file cannot be written.
         """
         logger.info("The seed is %d; training starts at iteration %d.", self.seed, self.start_iter)
@@ -239,6 +241,13 @@ class MaskDINOTrainer(TrainerBase):
                 logger.warning("The data of a %s begin anew.", type(data).__name__)
         try:
             self._iterate()
+        except Interrupted:
+            raise
+        except (KeyboardInterrupt, RuntimeError) as error:  # in the last evaluation, or again
+            if isinstance(error, RuntimeError) and not self._lost_others():
+                raise
+            number = self._signals.number or signal.SIGINT
+            raise Interrupted("interrupted; go on with --resume", number) from None
         finally:
             self._batches = iter(())  # ends the loading processes
         if not self._results or not comm.is_main_process():
@@ -252,46 +261,52 @@ class MaskDINOTrainer(TrainerBase):
         self.stopped = False
         self.iter = self.start_iter
         complete = self.start_iter - 1  # the last iteration whose step was made
-        signals = SignalWatch()
-        with signals.installed(), EventStorage(self.start_iter) as self.storage:
+        self._signals = SignalWatch()
+        with (
+            self._signals.installed(),
+            write_errors(self.cfg.OUTPUT_DIR),
+            EventStorage(self.start_iter) as self.storage,
+        ):
             try:
                 self.before_train()
                 while self.iter < self.max_iter and not self.stopped:
                     self.before_step()
-                    with signals.step():
+                    with self._signals.step(lambda: self._train_step.ends):
                         self.run_step()
                         complete = self.iter
                     self.after_step()
                     self.iter += not self.stopped
             except KeyboardInterrupt:
-                raise self._interrupted(signals, complete) from None
-            except UserError:
+                raise self._interrupted(complete) from None
+            except (UserError, OSError):  # the latter of what cannot be written or read
                 raise
-            except OSError as error:
-                if error.errno not in CANNOT_WRITE:
-                    raise
-                raise WriteError(
-                    f"{error}: make room for {self.cfg.OUTPUT_DIR}, or mend its permissions, and "
-                    "go on with --resume"
-                ) from error
-            except Exception:
+            except Exception as error:
+                if isinstance(error, RuntimeError) and self._lost_others():
+                    raise self._interrupted(complete) from None
                 logger.exception("The training ended at iteration %d:", self.iter)
                 raise
             finally:
                 self.after_train()
 
-    def _interrupted(self, signals: SignalWatch, complete: int) -> Interrupted:
+    def _lost_others(self) -> bool:
+        """Whether an error may be that others of several processes, told to end too, are gone."""
+        return comm.get_world_size() > 1 and self._signals.came
+
+    def _interrupted(self, complete: int) -> Interrupted:
         """Saves the state after the last whole step; returns the error that says so."""
         where = "before the first iteration"
         if complete >= self.start_iter:
             where = f"after iteration {complete + 1}"
-            if comm.get_world_size() == 1 and not signals.in_step:
+            if not self._signals.in_step:
                 self.iter = complete
                 self.check_gradient()
+                for hook in self._hooks:
+                    if isinstance(hook, WriteFirst):
+                        hook.after_step()
                 name = "model_final" if complete == self.max_iter - 1 else f"model_{complete:07d}"
                 self.checkpointer.save(name, iteration=complete)
         return Interrupted(
-            f"interrupted {where}; go on with --resume", signals.number or signal.SIGINT
+            f"interrupted {where}; go on with --resume", self._signals.number or signal.SIGINT
         )
 
     def run_step(self) -> None:
@@ -319,7 +334,7 @@ class MaskDINOTrainer(TrainerBase):
     def evaluate(self) -> dict[str, Any]:
         """Evaluates the averaged weights, if there are, else the model's; also to a JSON file."""
         averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
-        with averaged:
+        with self._signals.evaluation(), averaged:
             self._results = self.test(self.cfg, self._plain_model)
         if comm.is_main_process():
             write_results(self.cfg.OUTPUT_DIR, self._results)
@@ -355,7 +370,8 @@ class MaskDINOTrainer(TrainerBase):
         for index, name in enumerate(names):
             loader = cls.build_test_loader(cfg, name)
             evaluator = cls.build_evaluator(cfg, name) if evaluators is None else evaluators[index]
-            results[name] = inference_on_dataset(model, loader, evaluator)
+            with masks_as_read(model, evaluator):
+                results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
                 logger.info("Results on %s:", name)
                 print_csv_format(results[name])
@@ -417,9 +433,10 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     load_trained(model, cfg, run.get_checkpoint_file() if resume and run.has_checkpoint() else None)
     if cfg.TEST.AUG.ENABLED:
         model = AugmentedSemanticModel(cfg, model)
-    results = MaskDINOTrainer.test(cfg, model)
-    if comm.is_main_process():
-        write_results(cfg.OUTPUT_DIR, results)
+    with write_errors(cfg.OUTPUT_DIR):
+        results = MaskDINOTrainer.test(cfg, model)
+        if comm.is_main_process():
+            write_results(cfg.OUTPUT_DIR, results)
     return results
 
 
@@ -427,8 +444,8 @@ def write_results(folder: str, results: dict) -> None:
     """Writes the numbers of an evaluation to `<folder>/inference/results.json`."""
     target = os.path.join(folder, "inference")
     PathManager.mkdirs(target)
-    with PathManager.open(os.path.join(target, "results.json"), "w") as file:
-        json.dump(results, file, indent=1)
+    with written_whole(os.path.join(target, "results.json")) as temporary:
+        temporary.write_text(json.dumps(results, indent=1))
 
 
 def _draw_seed() -> int:

@@ -23,14 +23,10 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
-from detectron2.utils.events import (
-    EventWriter,
-    JSONWriter,
-    TensorboardXWriter,
-    get_event_storage,
-)
+from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
 
 from maskdino.engine.hooks import ConsoleWriter
+from maskdino.engine.metrics_file import MetricsFile
 from maskdino.integration.extensions import WRITER_REGISTRY
 from maskdino.system.files import written_whole
 
@@ -63,7 +59,7 @@ def build_writers(cfg: CfgNode, max_iter: int) -> list[EventWriter]:
     folder.mkdir(parents=True, exist_ok=True)
     return [
         ConsoleWriter(max_iter),
-        JSONWriter(str(folder / "metrics.json")),
+        MetricsFile(folder / "metrics.json"),
         *(WRITER_REGISTRY.find(name)(cfg) for name in cfg.LOG.WRITERS),
     ]
 
@@ -215,13 +211,50 @@ def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 class WriteScalars(hooks.PeriodicWriter):
-    """Calls the writers every so many iterations, and opens and closes their runs."""
+    """Calls the writers every so many iterations, and opens and closes their runs.
+
+    Args:
+        writers: all of them.
+        period: iterations.
+        evaluations: iterations between evaluations, which `metrics.json` has at once; 0: none.
+    """
+
+    def __init__(self, writers: list[EventWriter], period: int, evaluations: int = 0) -> None:
+        super().__init__(writers, period)
+        self._evaluations = evaluations
 
     def before_train(self) -> None:
         """Opens runs, those of the checkpoint if the training was resumed."""
         for writer in self._writers:
             if isinstance(writer, RunWriter):
                 writer.start(goes_on=self.trainer.start_iter > 0)
+            elif isinstance(writer, MetricsFile):
+                writer.start(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        """Writes if it is time."""
+        super().after_step()
+        if self._evaluations > 0 and (self.trainer.iter + 1) % self._evaluations == 0:
+            for writer in self._writers:
+                if isinstance(writer, MetricsFile):
+                    writer.write()
+
+
+class WriteFirst(WriteScalars):
+    """Calls those of the writers that must be ahead of the checkpoint of an iteration.
+
+    `WriteScalars` calls them again after the evaluation, whose results they lack till then.
+    """
+
+    def __init__(self, writers: list[EventWriter], period: int, evaluations: int = 0) -> None:
+        ahead = [writer for writer in writers if isinstance(writer, ConsoleWriter | MetricsFile)]
+        super().__init__(ahead, period, evaluations)
+
+    def before_train(self) -> None:
+        """Leaves the beginning to `WriteScalars`."""
+
+    def after_train(self) -> None:
+        """Leaves the end to `WriteScalars`."""
 
 
 def _tensorboard(cfg: CfgNode) -> EventWriter:

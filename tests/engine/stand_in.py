@@ -100,6 +100,11 @@ def train_in_process(cfg: CfgNode) -> None:
     train(cfg)
 
 
+def resume_in_process(cfg: CfgNode) -> None:
+    """Goes on with a training."""
+    train(cfg, resume=True)
+
+
 def read_checkpoint(folder: Path, name: str = "model_final.pth") -> dict:
     """Reads a checkpoint without running code from it."""
     return torch.load(folder / name, weights_only=True)

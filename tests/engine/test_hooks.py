@@ -13,7 +13,13 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from maskdino.checkpoint.ema import WeightAverage
-from maskdino.engine.hooks import ConsoleWriter, PeriodicCheckpoint, Resources, SaveAverage
+from maskdino.engine.hooks import (
+    ConsoleWriter,
+    Evaluate,
+    PeriodicCheckpoint,
+    Resources,
+    SaveAverage,
+)
 
 
 class Recorder:
@@ -74,9 +80,21 @@ def test_the_average_is_saved_at_the_end() -> None:
     nn.init.constant_(model.weight, 2.0)
     average.load_state_dict({"weight": torch.tensor([[7.0]])})
     recorder = Recorder(lambda: model.weight.item())
-    after_steps(SaveAverage(recorder, average), 4)
+    hook = SaveAverage(recorder, average)
+    for iteration in (3, 4):  # the training was interrupted after its last step, or came to its end
+        hook.trainer = SimpleNamespace(iter=iteration, max_iter=4)
+        hook.after_train()
     assert recorder.saved == [("model_final", {}, 7.0)]
     assert model.weight.item() == 2.0
+
+
+@pytest.mark.parametrize("iteration", [3, 4])
+def test_no_evaluation_after_an_error_in_the_last_iteration(iteration: int) -> None:
+    evaluated: list[int] = []
+    hook = Evaluate(0, lambda: evaluated.append(iteration))
+    hook.trainer = SimpleNamespace(iter=iteration, max_iter=4)
+    hook.after_train()
+    assert evaluated == [4] * (iteration == 4)
 
 
 def test_throughput_and_memory() -> None:
@@ -98,6 +116,7 @@ def test_the_line_of_the_console(caplog: pytest.LogCaptureFixture) -> None:
         for name, value in {"total_loss": 12.0, "time": 0.5, **values}.items():
             storage.put_scalar(name, value)
         writer.write()
+        writer.write()  # once for each iteration
         assert storage.latest()["eta_seconds"][0] == 3  # six more of half a second
         storage.iter = 10
         writer.write()  # nothing after the end

@@ -6,19 +6,30 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
 
-from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.reading import CheckpointError
 from maskdino.engine.interruption import Interrupted
+from maskdino.engine.launch import launch
 from maskdino.engine.trainer import MaskDINOTrainer
-from maskdino.system import files
 from maskdino.system.errors import WriteError
-from tests.engine.stand_in import CallbackHook, read_checkpoint, tiny_config, train
+from tests.engine.stand_in import (
+    CallbackHook,
+    read_checkpoint,
+    resume_in_process,
+    tiny_config,
+    train,
+    train_in_process,
+)
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -95,32 +106,16 @@ def test_processes_forked_in_a_training_end_when_told(tmp_path: Path) -> None:
     assert codes == [-signal.SIGTERM] * cfg.SOLVER.MAX_ITER
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("writer failed")]
-)
-def test_a_full_disk_is_one_error_with_advice(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpointer = MaskDINOCheckpointer(torch.nn.Linear(1, 1), str(tmp_path))
-
-    def fail(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(files.os, "replace", fail)
-    with pytest.raises(WriteError, match=rf"cannot write {tmp_path}/model.pth: .*--resume"):
-        checkpointer.save("model")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_full_disk_under_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = MaskDINOTrainer(tiny_config(tmp_path))
 
     def fail(_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "metrics.json")
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "notes.txt"))
 
     trainer.register_hooks([CallbackHook(after_step=fail)])
     trainer.resume_or_load(False)
-    with pytest.raises(WriteError, match=rf"metrics.json.*make room for {tmp_path}.*--resume"):
+    message = rf"cannot write {tmp_path}/notes.txt: No space left.*make room.*--resume"
+    with pytest.raises(WriteError, match=message):
         trainer.train()
     assert "Traceback" not in caplog.text
 
@@ -139,3 +134,110 @@ def test_what_is_no_state_of_a_training(content: dict, message: str, tmp_path: P
     (tmp_path / "last_checkpoint").write_text("model_0000003.pth")
     with pytest.raises(CheckpointError, match=f"the last checkpoint of {tmp_path} .*{message}"):
         trainer.resume_or_load(True)
+
+
+GROUP = """
+import os, signal, sys
+from pathlib import Path
+from maskdino.engine.interruption import Interrupted
+from maskdino.engine.trainer import MaskDINOTrainer
+from tests.engine.stand_in import tiny_config
+from tests.engine.test_interruption import send_at
+trainer = MaskDINOTrainer(tiny_config(Path(sys.argv[1]), "DATALOADER.NUM_WORKERS", 2))
+trainer.resume_or_load(False)
+send_at(trainer, 2, lambda: os.killpg(os.getpgrp(), signal.SIGTERM))
+try:
+    trainer.train()
+except Interrupted as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_a_signal_to_all_processes_of_a_job(tmp_path: Path, repository: Path) -> None:
+    """Those that load images are needed until the step is made."""
+    ended = subprocess.run(
+        [sys.executable, "-c", GROUP, str(tmp_path)],
+        cwd=repository,
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "interrupted after iteration 3; go on with --resume" in ended.stdout, ended.stderr
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+
+
+def send_at(trainer: MaskDINOTrainer, iteration: int, send: Callable[[], None]) -> None:
+    """Sends signals in a step, before its first forward pass."""
+    sent: list[bool] = []
+
+    def hook(*_: object) -> None:
+        if trainer.iter == iteration and not sent:
+            sent.append(True)
+            send()
+
+    trainer.model.register_forward_pre_hook(hook)
+
+
+def train_and_signal(cfg: CfgNode, number: int, way: str) -> None:
+    """One of two processes, of which the first or the second sends a signal, to whom `way` says."""
+    trainer = MaskDINOTrainer(cfg)
+    if way == "all" and comm.get_rank() == 0:
+        send_at(trainer, 2, lambda: os.kill(os.getppid(), number))
+    elif way == "one" and comm.get_rank() == 1:
+        send_at(trainer, 2, lambda: os.kill(os.getpid(), number))
+    elif way == "twice" and comm.get_rank() == 0:
+
+        def send() -> None:
+            for _ in range(2):
+                os.kill(os.getppid(), number)
+                time.sleep(2)
+            time.sleep(10**6)  # a step that would not end
+
+        send_at(trainer, 2, send)
+    elif way == "evaluation" and comm.get_rank() == 0:
+        plain = trainer.model.module
+        plain._middle = lambda _: os.kill(os.getppid(), number) or time.sleep(100)
+    trainer.resume_or_load(False)
+    trainer.train()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize(("number", "way"), [(SIGNALS[0], "all"), (SIGNALS[1], "one")])
+def test_two_processes_end_after_the_same_step(number: int, way: str, tmp_path: Path) -> None:
+    words = ("SOLVER.ACCUMULATION_STEPS", 2)
+    cfg = tiny_config(tmp_path / "broken", *words)
+    with pytest.raises(Interrupted) as error:
+        launch(train_and_signal, cfg, number, way, processes=2)
+    assert error.value.status == 128 + number
+    assert str(error.value) == "interrupted after iteration 3; go on with --resume"
+    assert (tmp_path / "broken" / "last_checkpoint").read_text() == "model_0000002.pth"
+    launch(resume_in_process, cfg, processes=2)
+    whole = tiny_config(tmp_path / "whole", *words)
+    launch(train_in_process, whole, processes=2)
+    found, expected = (read_checkpoint(tmp_path / name) for name in ("broken", "whole"))
+    for name, value in expected["model"].items():
+        assert torch.equal(value, found["model"][name])
+    assert str(expected["trainer"]) == str(found["trainer"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_a_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="interrupted; go on with --resume"):
+        launch(train_and_signal, tiny_config(tmp_path), signal.SIGINT, "twice", processes=2)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_two_processes_leave_an_evaluation(tmp_path: Path) -> None:
+    words = ("DATASETS.TEST", "('nuclei_val',)", "TEST.EVAL_PERIOD", 3)
+    cfg = tiny_config(tmp_path, *words, "INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 64)
+    with pytest.raises(Interrupted, match="after iteration 3; go on"):
+        launch(train_and_signal, cfg, signal.SIGTERM, "evaluation", processes=2)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"

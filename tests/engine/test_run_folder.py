@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from maskdino.cli import train
+from maskdino.engine import run_folder
 from maskdino.engine.run_folder import LOCK, RunError, check_folder, locked
+from maskdino.system.files import MARK
 from tests.engine.stand_in import tiny_config
 
 HOLD = """
@@ -47,10 +49,10 @@ def test_a_folder_in_use_is_refused_and_a_dead_owner_followed(
     finally:
         other.kill()
         other.communicate()
-    left = tmp_path / "model_0000009.pth.tmp123"
+    left = tmp_path / f"model_0000009.pth{MARK}{other.pid}"
     left.write_text("half")
-    kept = tmp_path / "my.tmpl"
-    kept.write_text("mine")
+    kept = tmp_path / f"predictions.json{MARK}{os.getppid()}"
+    kept.write_text("still written")
     with caplog.at_level(logging.WARNING), locked(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
     assert f"The run before (process {other.pid}" in caplog.text
@@ -93,7 +95,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(run_folder.tempfile, "TemporaryFile", refuse)
     with pytest.raises(RunError, match=r"Read-only file system\): give another folder"):
         check_folder(tmp_path, resume=False)
 

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, TrainerBase
-from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, get_event_storage
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 
 from maskdino.config import load_config
 from maskdino.engine.hooks import ConsoleWriter
+from maskdino.engine.metrics_file import MetricsFile
 from maskdino.engine.writers import (
     RunWriter,
     WriteScalars,
@@ -100,7 +101,7 @@ def test_console_and_json_are_always_there(tmp_path: Path) -> None:
         writer.close()
     assert list((tmp_path / "default").glob("events.out.tfevents*"))
     bare = build_writers(config(tmp_path / "bare"), STEPS)
-    assert [type(writer) for writer in bare] == [ConsoleWriter, JSONWriter]
+    assert [type(writer) for writer in bare] == [ConsoleWriter, MetricsFile]
 
 
 def test_own_writer(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """Files are written whole or not at all."""
 
+import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from maskdino.system import files
-from maskdino.system.files import written_whole
+from maskdino.system.errors import WriteError
+from maskdino.system.files import MARK, clear_left, write_errors, written_whole
 
 
 @pytest.mark.parametrize("sync", [True, False])
@@ -34,3 +38,45 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
             raise OSError("no space left on device")
         assert (path.read_text() if path.exists() else None) == before
         assert len(list(tmp_path.iterdir())) == (before is not None)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_no_room_is_one_line_that_says_what_to_do(number: int, tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    message = rf"cannot write {path}: {os.strerror(number)}\. What was there .*--resume"
+    with pytest.raises(WriteError, match=message) as error, written_whole(path):
+        raise OSError(number, os.strerror(number))
+    assert "\n" not in str(error.value)
+    with pytest.raises(WriteError, match=message), write_errors(tmp_path):
+        raise OSError(number, os.strerror(number), str(path))
+
+
+def test_what_cannot_be_read_is_not_said_to_be_written(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "images" / "a.png"
+    (tmp_path / "output").mkdir()
+    with pytest.raises(PermissionError), write_errors(tmp_path / "output"):
+        raise OSError(errno.EACCES, "Permission denied", str(elsewhere))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no process is asked for on Windows")
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / "best").mkdir()
+    removed = [
+        tmp_path / f"model_final.pth{MARK}{gone.pid}",
+        tmp_path / "best" / f"model_best.pth{MARK}{gone.pid}",
+        tmp_path / f"last_checkpoint{MARK}{os.getpid()}",  # in a container, numbers come again
+        tmp_path / f"metrics.json{MARK}{10**30}",
+    ]
+    kept = [
+        tmp_path / f"model_final.pth{MARK}{os.getppid()}",  # its writer runs
+        tmp_path / f"model_final.pth{MARK}mine",
+        tmp_path / "notes.tmp1",
+        tmp_path / "model_final.pth",
+    ]
+    for path in removed + kept:
+        path.write_text("")
+    clear_left(tmp_path)
+    assert [path.exists() for path in removed] == [False] * len(removed)
+    assert [path.exists() for path in kept] == [True] * len(kept)
