@@ -226,7 +226,7 @@ class PanopticMapper(Mapper):
         indices = segment_indices(transforms.apply_segmentation(colors), ids)
         present = np.flatnonzero(np.bincount(indices.ravel())[1:])
 
-        cropped = [masks.CroppedMask(indices == index + 1) for index in present]
+        cropped = [masks.CroppedMask.around(indices == index + 1) for index in present]
         classes = [segments[index]["category_id"] for index in present]
         example["image"] = _image_tensor(aug_input.image)
         instances = _instances(indices.shape, classes, [mask.box() for mask in cropped], cropped)
@@ -305,7 +305,7 @@ class SemanticMapper(Mapper):
         labels = aug_input.sem_seg  # 0 to be ignored, else class + 1
 
         classes = np.flatnonzero(np.bincount(labels.ravel())[1:])
-        cropped = [masks.CroppedMask(labels == index + 1) for index in classes]
+        cropped = [masks.CroppedMask.around(labels == index + 1) for index in classes]
         boxes = [mask.box() for mask in cropped]
         example["image"] = _image_tensor(aug_input.image)
         example["instances"] = _instances(labels.shape, classes.tolist(), boxes, cropped)

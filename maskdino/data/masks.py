@@ -30,6 +30,18 @@ class CroppedMask:
     top: int = 0  # position in the image, in pixels
     left: int = 0  # a multiple of 8, as masks are packed in bytes
 
+    @staticmethod
+    def around(mask: np.ndarray) -> CroppedMask:
+        """Copies what surrounds the foreground of a mask of the whole image.
+
+        So the masks of many objects of a large image never exist at one time.
+        """
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            return CroppedMask(mask[:0, :0].copy())
+        top, left = int(rows[0]), int(columns[0]) // 8 * 8
+        return CroppedMask(mask[top : rows[-1] + 1, left : columns[-1] + 1].copy(), top, left)
+
     def box(self) -> tuple[int, int, int, int] | None:
         """Gives (x0, y0, x1, y1) around the foreground, in pixels of the image; None if empty.
 
@@ -84,7 +96,7 @@ def transform_mask(
         DataError: the annotation is malformed, or RLE of another size than the image.
     """
     if isinstance(segmentation, dict):
-        return CroppedMask(transforms.apply_segmentation(_decode(segmentation, before)))
+        return CroppedMask.around(transforms.apply_segmentation(_decode(segmentation, before)))
     polygons = [_points(polygon) for polygon in segmentation]
     transforms, size, of_pixels = split_at_pixels(transforms, after)
     drawn = draw_polygons(
@@ -92,7 +104,7 @@ def transform_mask(
     )
     if drawn is None or of_pixels is None:
         return drawn
-    return CroppedMask(of_pixels.apply_segmentation(drawn.whole(size)))
+    return CroppedMask.around(of_pixels.apply_segmentation(drawn.whole(size)))
 
 
 def draw_polygons(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> CroppedMask | None:

@@ -46,8 +46,9 @@ def instances_to_records(instances: Instances, image_id: int) -> list[dict]:
     """Turns predictions into COCO's result records, masks as compressed RLE.
 
     Args:
-        instances: ``scores`` (N,), ``pred_classes`` (N,), and ``pred_boxes`` and ``pred_masks``
-            (N, H, W) bool as far as the model predicts them.
+        instances: ``scores`` (N,), ``pred_classes`` (N,), and as far as the model predicts them
+            ``pred_boxes`` and ``pred_masks`` (N, H, W) bool, or in their place ``pred_rles``, N in
+            COCO's compressed form.
         image_id: of the dataset.
 
     Returns:
@@ -71,6 +72,9 @@ def instances_to_records(instances: Instances, image_id: int) -> list[dict]:
         masks = (mask for copied in copies for part in copied for mask in part.numpy())
         for record, mask in zip(records, masks, strict=True):
             record["segmentation"] = to_json(encode_mask(unpack_mask(mask, instances.image_size)))
+    if instances.has("pred_rles"):
+        for record, rle in zip(records, instances.pred_rles, strict=True):
+            record["segmentation"] = to_json(rle)
     return records
 
 
@@ -94,6 +98,8 @@ class COCOInstanceEvaluator(DatasetEvaluator):
     Raises:
         ImportError: if ``fast`` is asked for and faster-coco-eval is not installed.
     """
+
+    reads_run_lengths = True
 
     def __init__(
         self,

@@ -33,6 +33,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
     format of panoptic results, and its PNG files in `panoptic/`.
     """
 
+    reads_run_lengths = True  # as it reads no objects
+
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns the metrics under "panoptic_seg" on the main process; None on the others.
 

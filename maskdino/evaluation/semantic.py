@@ -40,6 +40,8 @@ class SemanticEvaluator(DatasetEvaluator):
             ``sem_seg/``, and which of them is whose to ``sem_seg.json``; None: nowhere.
     """
 
+    reads_run_lengths = True  # as it reads no objects
+
     def __init__(self, dataset_name: str, output_folder: str | None) -> None:
         metadata = MetadataCatalog.get(dataset_name)
         self._names = list(metadata.stuff_classes)

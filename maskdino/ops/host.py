@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskdino.ops.rle import by_columns
+
 Result = TypeVar("Result")
 # A computation that stops where it needs tensors on the host: it yields them, and is sent them.
 Steps = Generator[Sequence[Tensor], list[Tensor], Result]
@@ -98,7 +100,7 @@ def _packed_on_host(masks: Tensor) -> Tensor:
     number, height, width = masks.shape
     bits = torch.empty(number, -(-height * width // 8), dtype=torch.uint8)
     for row, mask in zip(bits.numpy(), masks.numpy(), strict=True):
-        row[:] = np.packbits(mask.T, bitorder=sys.byteorder)
+        row[:] = np.packbits(by_columns(mask).T, bitorder=sys.byteorder)
     return bits
 
 

@@ -9,6 +9,7 @@ Shape key: H, W pixels of the image.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from pycocotools import mask as mask_utils
 
 LONGEST = 60  # bits of a run length, in text
@@ -16,7 +17,17 @@ LONGEST = 60  # bits of a run length, in text
 
 def encode_mask(mask: np.ndarray) -> dict:
     """(H, W) bool, or integers 0 and 1, to the compressed form."""
-    return mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return mask_utils.encode(by_columns(mask))
+
+
+def by_columns(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool, or integers 0 and 1, as uint8 that lie column by column in memory."""
+    pixels = mask.view(np.uint8) if mask.dtype == bool else mask.astype(np.uint8, copy=False)
+    if pixels.flags.c_contiguous and pixels.flags.writeable:
+        # Torch is many times faster than NumPy where masks are large.
+        rows = torch.from_numpy(pixels.reshape(-1)).view(pixels.shape)
+        return rows.t().contiguous().numpy().T
+    return np.asfortranarray(pixels)
 
 
 def encode_segmentation(segmentation: list | dict, size: tuple[int, int]) -> dict:

@@ -6,9 +6,11 @@ queries among them, C channels; output OH, OW pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
@@ -99,19 +101,20 @@ def instance_steps(
         if predictions.content is None:
             raise ValueError("this network, as exported ones, gives no features of objects")
         fields["features"] = predictions.content[pairs.queries].float()
-    masks, packed, quality = None, None, list[Tensor]()
+    masks, encoded, quality = None, None, list[Tensor]()
     if predictions.mask_embeddings is not None:
         embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
-        parts = _foregrounds(embeddings[pairs.different], pixel_embedding, frame, quality)
+        wanted = quality if options.mask_scoring else None
+        parts = _foregrounds(embeddings[pairs.different], pixel_embedding, frame, wanted)
         if compact:
-            packed = yield from _packed(parts)
+            encoded = yield from _encoded(parts, frame)
         else:
             masks = _written(parts, pairs, frame)
     if options.mask_scoring and quality:
         fields["scores"] = pairs.scores * torch.cat(quality)[pairs.which]
     if compact:
         kept = fields["scores"] >= options.score_threshold
-        return (yield from _on_host(fields, kept, pairs.which, packed, frame))
+        return (yield from _on_host(fields, kept, pairs.which, encoded, frame))
     if options.mask_scoring and masks is not None:
         kept = fields["scores"] >= options.score_threshold
         (number,) = yield (kept.sum(),)
@@ -156,13 +159,23 @@ def mean_probability(probs: Tensor, foreground: Tensor) -> Tensor:
     return (probs * foreground).sum((-2, -1)) / (foreground.sum((-2, -1)) + 1e-6)
 
 
+def _areas(masks: Tensor) -> Tensor:
+    """Pixels (N,) of masks (N, OH, OW) bool."""
+    if masks.device.type != "cpu" or torch.jit.is_tracing():
+        return masks.sum((-2, -1))
+    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
+
+
 def _foregrounds(
-    embeddings: Tensor, pixel_embedding: Tensor, frame: Frame, quality: list[Tensor]
+    embeddings: Tensor, pixel_embedding: Tensor, frame: Frame, quality: list[Tensor] | None
 ) -> Iterator[Tensor]:
     """Masks (r, OH, OW) bool, a few at a time; `quality` gets the mean probability over each."""
     for logits in output_masks(embeddings, pixel_embedding, frame):
         foreground = logits > 0
-        quality.append(mean_probability(logits.sigmoid_(), foreground))
+        if quality is not None:
+            # Nothing as large as the probabilities is made once more.
+            total = logits.sigmoid_().mul_(foreground).sum((-2, -1))
+            quality.append(total / (_areas(foreground) + 1e-6))
         yield foreground
 
 
@@ -182,38 +195,60 @@ def _written(parts: Iterator[Tensor], pairs: Pairs, frame: Frame) -> Tensor:
     return masks
 
 
-def _packed(parts: Iterator[Tensor]) -> Steps[tuple[list[Tensor], list[Tensor]]]:
-    """Packed masks of the U queries: those that are on the host already, and the last ones."""
-    on_host: list[Tensor] = []
+def _encoded(parts: Iterator[Tensor], frame: Frame) -> Steps[tuple[list[dict], list[Tensor]]]:
+    """Masks of the U queries: run lengths of those that came to the host, and the last, packed."""
+    rles: list[dict] = []
     packed: list[Tensor] = []
     for foreground in parts:
+        if foreground.device.type == "cpu":
+            rles += [encode_mask(mask) for mask in foreground.numpy()]
+            continue
         packed.append(pack_masks(foreground))
         if sum(part.numel() for part in packed) >= MASK_BYTES_AT_ONCE:
-            on_host += yield packed
+            rles += _run_lengths((yield packed), frame).values()
             packed = []
-    return on_host, packed
+    return rles, packed
+
+
+def _run_lengths(
+    packed: Iterable[Tensor], frame: Frame, first: int = 0, rows: Container[int] | None = None
+) -> dict[int, dict]:
+    """Masks, packed on the host, by their numbers in COCO's compressed form.
+
+    Args:
+        packed: some masks each.
+        frame: their output is the masks' size.
+        first: number of the first mask.
+        rows: numbers of those that are wanted; None: all.
+    """
+    bits = enumerate((mask for part in packed for mask in part.numpy()), first)
+    return {
+        row: encode_mask(unpack_mask(mask, frame.output))
+        for row, mask in bits
+        if rows is None or row in rows
+    }
 
 
 def _on_host(
     fields: dict[str, Tensor],
     kept: Tensor,
     which: Tensor,
-    packed: tuple[list[Tensor], list[Tensor]] | None,
+    encoded: tuple[list[dict], list[Tensor]] | None,
     frame: Frame,
 ) -> Steps[Instances]:
-    """The objects that are kept, on the host; `which` (R,) of the packed masks each has."""
-    before, last = ([], []) if packed is None else packed
+    """The objects that are kept, on the host; `which` (R,) of the masks each has."""
+    before, last = ([], []) if encoded is None else encoded
     found = iter((yield (*fields.values(), kept, which, *last)))
     values = {name: next(found) for name in fields}
     kept, which = next(found), next(found)
     index = kept.nonzero()[:, 0]
-    result = {name: value[index] for name, value in values.items()}
-    if packed is None:
+    result: dict[str, Any] = {name: value[index] for name, value in values.items()}
+    if encoded is None:
         return _as_instances(result, frame)
-    masks = [mask for part in (*before, *found) for mask in part.numpy()]
     rows = which[index].tolist()
-    rles = {row: encode_mask(unpack_mask(masks[row], frame.output)) for row in set(rows)}
-    return _as_instances(result | {"pred_rles": [dict(rles[row]) for row in rows]}, frame)
+    rles = dict(enumerate(before)) | _run_lengths(found, frame, len(before), set(rows))
+    result["pred_rles"] = [dict(rles[row]) for row in rows]
+    return _as_instances(result, frame)
 
 
 def _moved_up(masks: Tensor, index: Tensor) -> Tensor:

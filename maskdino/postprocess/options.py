@@ -13,7 +13,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """MODEL.MASK_DINO.TEST, and the class scores that follow from the loss."""
+    """MODEL.MASK_DINO.TEST, and the class scores that follow from the loss.
+
+    `run_lengths` asks for objects on the host with `pred_rles` in place of `pred_masks`.
+    """
 
     instance_on: bool
     panoptic_on: bool
@@ -29,6 +32,7 @@ class InferenceOptions:
     cross_entropy: bool
     precision: str
     cuda_graphs: bool
+    run_lengths: bool = False
 
     @staticmethod
     def from_config(cfg: CfgNode) -> InferenceOptions:

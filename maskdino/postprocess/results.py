@@ -59,7 +59,9 @@ def postprocess(
     makers = {
         "semantic": lambda: semantic_steps(*arguments, compact),
         "panoptic": lambda: panoptic_steps(*arguments, is_thing, compact),
-        "instance": lambda: instance_steps(*arguments, is_thing, compact, features),
+        "instance": lambda: instance_steps(
+            *arguments, is_thing, compact or options.run_lengths, features
+        ),
     }
     wanted = [task for task in makers if task in (options.tasks if tasks is None else tasks)]
     return dict(zip(wanted, run_steps([makers[task]() for task in wanted]), strict=True))

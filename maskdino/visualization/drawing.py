@@ -138,8 +138,8 @@ def _draw_mask(canvas: np.ndarray, region: Region, rle: dict, scale: int, width:
     if region.fill:
         values = np.arange(256)[:, None] * (1 - FILL_OPACITY)
         blended = (values + np.multiply(region.color, FILL_OPACITY)).round().astype(np.uint8)
-        # By table: many times faster than arithmetic on chosen pixels.
-        np.copyto(window, cv2.LUT(window, blended[:, None]), where=mask[..., None])
+        # By table, and cv2 for chosen pixels: many times faster than NumPy's arithmetic on them.
+        cv2.copyTo(cv2.LUT(window, blended[:, None]), mask.view(np.uint8), window)
     window[contour(mask, width)] = region.color
 
 

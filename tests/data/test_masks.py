@@ -106,3 +106,18 @@ def test_boxes_and_packing_of_cropped_masks() -> None:
     expected[0, 31:34, 42:50] = True
     assert packed.size == SIZE and torch.equal(packed.to_bool(), expected)
     assert len(pack([], SIZE)) == 0
+
+
+@pytest.mark.parametrize("window", [(3, 9, 10, 30), (0, 0, 40, 53), (39, 52, 40, 53), (5, 5, 5, 5)])
+def test_masks_of_whole_images_are_held_cropped(window: tuple[int, int, int, int]) -> None:
+    """A copy: many whole masks of a large image never exist at one time."""
+    top, left, bottom, right = window
+    mask = np.zeros(SIZE, bool)
+    mask[top:bottom, left:right] = True
+    found = CroppedMask.around(mask)
+    assert (whole(found) == mask).all() and found.mask.base is None
+    assert found.left % 8 == 0 and found.mask.size <= (bottom - top) * (right - left + 7)
+    assert found.box() == ((left, top, right, bottom) if mask.any() else None)
+    rle = mask_util.encode(np.asfortranarray(mask, np.uint8))
+    again = transform_mask(rle, NOTHING, SIZE, SIZE)
+    assert again.mask.shape == found.mask.shape and (again.mask == found.mask).all()

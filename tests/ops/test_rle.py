@@ -59,3 +59,14 @@ def test_text_stands_for_the_run_lengths() -> None:
         expected = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
         expected = [0, *expected] if flat[0] else expected
         assert rle.counts_of_text(rle.to_json(rle.encode_mask(mask))["counts"]) == expected
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 9), (9, 1), (0, 4)])
+def test_columns_of_masks_of_any_layout(size: tuple[int, int]) -> None:
+    whole = np.random.default_rng(0).random(size) < 0.5
+    frozen = whole.copy()
+    frozen.flags.writeable = False
+    for mask in (whole, whole[::-1], whole[:, ::-1], np.asfortranarray(whole), frozen):
+        found = rle.by_columns(mask)
+        assert found.dtype == np.uint8 and found.flags.f_contiguous
+        assert found.shape == size and (found == mask).all()

@@ -442,3 +442,21 @@ def test_masks_of_a_large_image_are_held_once(
     assert len(found) == queries if threshold == 0 else 20 < len(found) < queries
     # Beside all masks, a map in float32, its resized form and a product; a few single masks.
     assert len(found) * pixels <= memory.most < (queries + 3 * 4 + 4) * pixels
+
+
+def test_run_lengths_of_a_large_image_need_no_memory_for_all_masks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queries, frame = 150, Frame((64, 64), (64, 64), (512, 768))
+    pixels = 512 * 768
+    monkeypatch.setattr(frame_module, "ELEMENTS_AT_ONCE", pixels)
+    _, pixel_embedding = drawn(frame)
+    predictions = Predictions(
+        torch.rand(queries, 1), torch.rand(queries, 4), torch.randn(queries, CHANNELS)
+    )
+    asked = options(max_detections=queries, mask_scoring=True, run_lengths=True)
+    with Memory() as memory:
+        found = postprocess(predictions, pixel_embedding, frame, asked, THINGS)["instance"]
+    assert len(found.pred_rles) == queries and not found.has("pred_masks")
+    # A map in float32, its resized form and a product; a single mask. Packed, all have 19 `pixels`.
+    assert memory.most < (3 * 4 + 4) * pixels
