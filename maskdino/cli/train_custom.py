@@ -46,7 +46,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--weights", metavar="W", help='to start from: file, URL, "released" or "none"'
     )
     model.add_argument("--boxes-only", action="store_true", help="do not learn masks")
-    model.add_argument("--epochs", type=_positive, metavar="N", help="passes over all images")
+    time = model.add_mutually_exclusive_group()
+    time.add_argument("--epochs", type=_positive, metavar="N", help="passes over all images")
+    time.add_argument("--minutes", type=_positive, metavar="N", help="as many epochs as they last")
     model.add_argument("--batch-size", type=_positive, metavar="N", help="images, of all GPUs")
     model.add_argument("--image-size", type=_positive, metavar="PIXELS", help="longest side")
     model.add_argument(
@@ -112,6 +114,7 @@ def prepare(args: argparse.Namespace) -> Run:
             epochs=args.epochs,
             batch_size=args.batch_size,
             image_size=args.image_size,
+            minutes=args.minutes,
             boxes_only=args.boxes_only,
             processes=args.num_gpus,
             overrides=args.opts,

@@ -8,7 +8,8 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from maskdino.custom.annotations import Summary
-from maskdino.custom.plan import Cost, Machine
+from maskdino.custom.measure import Memory, Pace, total_seconds
+from maskdino.custom.plan import Machine
 from maskdino.custom.prepare import PreparedData
 from maskdino.engine.best_checkpoint import Evaluation
 
@@ -17,7 +18,12 @@ METRICS = ("AP", "AP50", "AP75")
 
 
 def plan_text(
-    cfg: CfgNode, data: PreparedData, machine: Machine, epochs: int, cost: Cost | None
+    cfg: CfgNode,
+    data: PreparedData,
+    machine: Machine,
+    epochs: int,
+    memory: Memory | None,
+    pace: Pace | None,
 ) -> str:
     """The choices that were made, one in a line, each with what it follows from."""
     solver, size = cfg.SOLVER, cfg.INPUT.LSJ.SIZE[0]
@@ -26,27 +32,44 @@ def plan_text(
     if data.was_split:
         images += " (set aside by a hash of the file names)"
     kind = "the GPU" if machine.device == "cuda" else "the CPU"
-    memory = f"{machine.processes} x {kind}, {machine.memory_mb / 1024:.1f} GB free"
+    room = f"{machine.processes} x {kind}, {machine.memory_mb / 1024:.1f} GB free"
     batch = f"{solver.IMS_PER_BATCH} images"
     schedule = f"{epochs} epochs, {solver.MAX_ITER} iterations"
-    if cost is not None:
-        batch += f"; a step needs {cost.fixed_mb:.0f} MB and {cost.image_mb:.0f} MB for each image"
-        seconds = solver.MAX_ITER * solver.IMS_PER_BATCH * cost.image_seconds / machine.processes
-        schedule += f", about {timedelta(seconds=round(seconds))} without evaluations"
+    if memory is not None:
+        batch += f"; a step needs {memory.fixed_mb:.0f} MB and {memory.image_mb:.0f} MB per image"
+    if pace is not None:
+        steps, period = solver.MAX_ITER, cfg.TEST.EVAL_PERIOD
+        total = total_seconds(steps, period, pace.step, pace.evaluation)
+        evaluations = _time(total - steps * pace.step)
+        schedule += f", about {_time(total)}, of which {evaluations} in evaluations"
     rows = [
         ("classes", f"{cfg.MODEL.MASK_DINO.NUM_CLASSES}: {_counts(data.train)}"),
         ("task", "boxes and masks" if cfg.MODEL.MASK_DINO.MASK_ON else "boxes"),
         ("images", images),
-        ("machine", memory),
+        ("machine", room),
         ("image size", f"{size} pixels (median of the data: {data.train.longest_side})"),
-        ("queries", f"{queries} (fullest image: {data.train.most_objects} objects)"),
+        ("queries", f"{queries} ({_fullness(data.train)})"),
         ("batch", batch),
         ("learning rate", f"{solver.BASE_LR:g}, {_decay(cfg)}"),
         ("schedule", schedule),
         ("evaluation", f"every {cfg.TEST.EVAL_PERIOD} iterations: COCO's AP"),
-        ("starts from", cfg.MODEL.WEIGHTS or "random weights"),
+        ("starts from", _start(cfg)),
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def _start(cfg: CfgNode) -> str:
+    weights, backbone = cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.WEIGHTS
+    return weights or (f"{backbone} (the backbone)" if backbone else "random weights")
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _fullness(train: Summary) -> str:
+    most, many = train.most_objects, train.many_objects
+    return f"19 of 20 images have at most {many} objects; the fullest has {most}"
 
 
 def _decay(cfg: CfgNode) -> str:

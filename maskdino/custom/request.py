@@ -21,6 +21,7 @@ class Request:
         weights: path or address to start from, "released", or "none" for random weights; None: the
             configuration's.
         epochs, batch_size, image_size: None leaves the choice to the plan.
+        minutes: how long the training may take, instead of epochs; None leaves the choice too.
         boxes_only: do not learn masks.
         processes: number of GPUs, or of processes without one.
         overrides: keys and values of the configuration, which have the last word.
@@ -38,6 +39,7 @@ class Request:
     epochs: int | None = None
     batch_size: int | None = None
     image_size: int | None = None
+    minutes: float | None = None
     boxes_only: bool = False
     processes: int = 1
     overrides: Sequence[str] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -13,17 +14,23 @@ from detectron2.utils.logger import setup_logger
 
 from maskdino.config import load_config
 from maskdino.custom.annotations import read_annotations, summarize
+from maskdino.custom.measure import Pace, measure_pace
 from maskdino.custom.plan import (
     VALIDATION_NAME,
+    Machine,
+    apply_batch,
     apply_data,
     apply_schedule,
+    epoch_length,
     find_machine,
     fit_memory,
+    set_batch,
 )
 from maskdino.custom.prepare import prepare_data, prepared_files, register_prepared
 from maskdino.custom.report import plan_text, results_text
 from maskdino.custom.request import Request
-from maskdino.custom.training import CustomTrainer
+from maskdino.custom.training import CustomTrainer, Plan
+from maskdino.data import DataError
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
 from maskdino.engine.run_folder import locked
 from maskdino.integration.extensions import config_header
@@ -31,6 +38,8 @@ from maskdino.model_zoo import read_config
 
 NO_WEIGHTS = "none"
 DEFAULT_CONFIGS = {"cuda": "custom/maskdino_R50", "cpu": "custom/maskdino_small"}
+OFFLINE_CONFIG = "custom/maskdino_lite2"  # in place of one whose weights are out of reach
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,17 +96,28 @@ def plan_run(request: Request) -> tuple[Run, str]:
     run = Run(request.output)
     machine = find_machine(request.processes)
     # Before the data, whose check takes longer.
-    cfg = read_start(request.config or DEFAULT_CONFIGS[machine.device], request)
+    cfg = (
+        read_default(machine, request)
+        if request.config is None
+        else read_start(request.config, request)
+    )
     data = prepare_data(request)
     register_prepared(request.output)
     apply_data(cfg, data.train, machine, request)
     known = request.epochs and request.batch_size
-    cost = None if known else fit_memory(cfg, data.train, machine, request)
-    epochs = apply_schedule(cfg, data.train, machine, request, cost)
+    memory = None if known else fit_memory(cfg, data.train, machine, request)
+    apply_batch(cfg, data.train, machine, request, memory)
+    pace = None if known else fit_pace(cfg, machine, request, data.validation.images)
+    epochs = apply_schedule(cfg, data.train, machine, request, pace)
     cfg.OUTPUT_DIR = str(request.output)
     cfg.merge_from_list(list(request.overrides))
     judge_by_masks(cfg)
-    text = plan_text(cfg, data, machine, epochs, cost)
+    Plan(
+        epoch_length(cfg, data.train),
+        None if pace is None else pace.step,
+        0.0 if pace is None else pace.evaluation,
+    ).write(request.output)
+    text = plan_text(cfg, data, machine, epochs, memory, pace)
     if data.notes:
         text += "\n" + "\n".join(data.notes)
     (request.output / "plan.txt").write_text(f"{text}\n", encoding="utf-8")
@@ -105,10 +125,53 @@ def plan_run(request: Request) -> tuple[Run, str]:
     return run, text
 
 
+def fit_pace(cfg: CfgNode, machine: Machine, request: Request, images: int) -> Pace:
+    """Measures with all settings that are known, and makes batches smaller until one fits.
+
+    Args:
+        cfg: with batch size, of all processes; may get a smaller one.
+        machine: where it will train.
+        request: what was asked for.
+        images: of an evaluation.
+
+    Raises:
+        DataError: not even one image fits, or the batch that was asked for does not.
+    """
+    while True:
+        trial = cfg.clone()
+        trial.merge_from_list(list(request.overrides))
+        trial.SOLVER.IMS_PER_BATCH = max(1, trial.SOLVER.IMS_PER_BATCH // machine.processes)
+        pace = measure_pace(trial, partial(register_prepared, request.output), images)
+        if pace is not None:
+            return pace
+        batch = cfg.SOLVER.IMS_PER_BATCH
+        if request.batch_size or batch <= machine.processes:
+            raise DataError(
+                f"a batch of {batch} images does not fit in {machine.processes} x "
+                f"{machine.memory_mb:.0f} MB; give a smaller --batch-size or --image-size"
+            )
+        set_batch(cfg, batch // 2)
+
+
 def judge_by_masks(cfg: CfgNode) -> None:
     """Judges evaluations by mask AP or, without masks, box AP, if nothing else was asked for."""
     if not cfg.SOLVER.BEST.METRIC:
         cfg.SOLVER.BEST.METRIC = "segm/AP" if cfg.MODEL.MASK_DINO.MASK_ON else "bbox/AP"
+
+
+def read_default(machine: Machine, request: Request) -> CfgNode:
+    """The configuration that suits the machine, or one whose weights need no network.
+
+    Raises:
+        ConnectionError: weights that were asked for cannot be downloaded.
+    """
+    try:
+        return read_start(DEFAULT_CONFIGS[machine.device], request)
+    except ConnectionError as error:
+        if request.weights is not None:
+            raise
+        logger.warning("%s: starting from %s instead.", error, OFFLINE_CONFIG)
+        return read_start(OFFLINE_CONFIG, request)
 
 
 def read_start(config: str, request: Request) -> CfgNode:
@@ -119,8 +182,11 @@ def read_start(config: str, request: Request) -> CfgNode:
         ConnectionError: the weights cannot be downloaded.
         KeyError: no weights were released for the configuration, or a key is unknown.
     """
-    weights = "" if request.weights == NO_WEIGHTS else request.weights
-    return read_config(config, weights, request.overrides)
+    if request.weights != NO_WEIGHTS:
+        return read_config(config, request.weights, request.overrides)
+    cfg = read_config(config, "", request.overrides)
+    cfg.MODEL.TIMM.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "", False
+    return cfg
 
 
 def train_run(run: Run, resume: bool, early_stop: int) -> None:
@@ -134,7 +200,7 @@ def train_run(run: Run, resume: bool, early_stop: int) -> None:
     """
     for name in ("fvcore", "detectron2", "maskdino"):
         setup_logger(str(run.output), distributed_rank=comm.get_rank(), name=name)
-    logging.getLogger(__name__).info("The whole configuration is in %s", run.config)
+    logger.info("The whole configuration is in %s", run.config)
     register_prepared(run.output)
     cfg = load_config(str(run.config))
     cfg.OUTPUT_DIR = str(run.output)  # the folder may have been moved

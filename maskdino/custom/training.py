@@ -1,15 +1,51 @@
-"""Training that keeps, of the checkpoints to resume from, only the newest."""
+"""Training that keeps, of the checkpoints to resume from, only the newest, and tells how long."""
 
 from __future__ import annotations
 
+import json
+import logging
 import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
+from statistics import mean
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
+from maskdino.custom.measure import WARM_UP, total_seconds
 from maskdino.engine.trainer import MaskDINOTrainer
+
+PLAN_NAME = "plan.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training compares its pace with.
+
+    Attributes:
+        epoch: iterations.
+        step: seconds; None: nothing was measured.
+        evaluation: seconds.
+    """
+
+    epoch: int
+    step: float | None
+    evaluation: float
+
+    def write(self, folder: Path) -> None:
+        """Writes it to the folder of a run."""
+        (folder / PLAN_NAME).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Plan | None:
+        """Reads it; None of runs of earlier versions."""
+        path = folder / PLAN_NAME
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 class CustomTrainer(MaskDINOTrainer):
@@ -18,7 +54,51 @@ class CustomTrainer(MaskDINOTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Those of every training, and one that removes checkpoints."""
         period = self.cfg.SOLVER.CHECKPOINT_PERIOD
-        return [*super().build_hooks(), _KeepNewest(self.checkpointer, period)]
+        result = [*super().build_hooks(), _KeepNewest(self.checkpointer, period)]
+        plan = Plan.read(Path(self.cfg.OUTPUT_DIR))
+        return result if plan is None else [TellTime(plan, self.cfg.TEST.EVAL_PERIOD), *result]
+
+
+class TellTime(HookBase):
+    """Says, after the first epoch, how long the training takes after all.
+
+    The first of the hooks: it counts steps, and not what the others do after them.
+
+    Args:
+        plan: what was expected.
+        eval_period: iterations.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self, plan: Plan, eval_period: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._plan, self._eval_period, self._clock = plan, eval_period, clock
+        self._seconds: list[float] = []
+
+    def before_step(self) -> None:
+        """Notes when the step begins."""
+        self._began = self._clock()
+
+    def after_step(self) -> None:
+        """Speaks once."""
+        self._seconds.append(self._clock() - self._began)
+        if len(self._seconds) == self._plan.epoch and comm.is_main_process():
+            logger.info(self._text(mean(self._seconds[WARM_UP:] or self._seconds)))
+
+    def _text(self, step: float) -> str:
+        planned = self._plan.step
+        text = f"After the first epoch: {step:.3g} s per iteration"
+        if planned is not None:
+            text += f", where {planned:.3g} were planned"
+        text += f"; the whole training takes about {self._total(step)}"
+        return text if planned is None else f"{text} instead of {self._total(planned)}"
+
+    def _total(self, step: float) -> timedelta:
+        seconds = total_seconds(
+            self.trainer.max_iter, self._eval_period, step, self._plan.evaluation
+        )
+        return timedelta(seconds=round(seconds))
 
 
 class _KeepNewest(HookBase):

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from maskdino.config import load_config
 from maskdino.custom import plan
-from maskdino.custom.annotations import Summary
-from maskdino.custom.plan import Cost, Machine
+from maskdino.custom.annotations import Annotations, Summary, summarize
+from maskdino.custom.measure import Memory, Pace, StopWatch, measure_memory, measure_pace
+from maskdino.custom.plan import Machine
+from maskdino.custom.prepare import prepare_data, register_prepared
 from maskdino.custom.request import Request
 from maskdino.data import DataError
+from tests.custom.drawn import write_drawn
 from tests.helpers import tiny_cfg
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "custom" / "maskdino_R50.yaml")
 CPU = Machine("cpu", 8000.0, 1)
 GPU = Machine("cuda", 40000.0, 1)
-CHEAP = Cost(1000.0, 500.0, 0.1)
+SMALL = Memory(1000.0, 500.0)
+FAST = Pace(step=0.1, evaluation=0.0)
 
 
 def summary(images: int = 100, **values: object) -> Summary:
     known = {"counts": {"a": 50, "b": 9}, "has_masks": True, "longest_side": 640}
-    return Summary(**{"images": images, "most_objects": 7, **known, **values})
+    known |= {"images": images, "most_objects": 7, "many_objects": 7}
+    return Summary(**known | values)
 
 
 def asked(**values: object) -> Request:
@@ -34,12 +41,14 @@ def planned(
     data: Summary,
     machine: Machine = GPU,
     request: Request | None = None,
-    cost: Cost | None = CHEAP,
+    memory: Memory | None = SMALL,
+    pace: Pace | None = FAST,
 ) -> tuple[object, int]:
     cfg = load_config(CONFIG)
     request = request or asked()
     plan.apply_data(cfg, data, machine, request)
-    return cfg, plan.apply_schedule(cfg, data, machine, request, cost)
+    plan.apply_batch(cfg, data, machine, request, memory)
+    return cfg, plan.apply_schedule(cfg, data, machine, request, pace)
 
 
 def test_classes_and_masks_follow_from_the_data() -> None:
@@ -70,41 +79,66 @@ def test_image_size(side: int, machine: Machine, wanted: int | None, expected: i
 
 
 def test_crowded_images_get_more_queries_and_detections() -> None:
-    few, many = (planned(summary(most_objects=n))[0] for n in (7, 420))
+    few, many = (planned(summary(most_objects=n, many_objects=n))[0] for n in (7, 420))
     assert few.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES == 300
     assert few.TEST.DETECTIONS_PER_IMAGE == 100
     assert many.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES == 850
     assert many.TEST.DETECTIONS_PER_IMAGE == 450
 
 
+def test_one_full_image_among_many_does_not_decide_the_queries() -> None:
+    numbers = [400, *range(100), 0]  # the fullest, others, and one without objects
+    data = Annotations(
+        json_file=Path(),
+        image_root=Path(),
+        images=[{"id": i, "width": 9, "height": 9} for i in range(len(numbers))],
+        annotations=[
+            {"image_id": i, "category_id": 1} for i, n in enumerate(numbers) for _ in range(n)
+        ],
+        categories=[{"id": 1, "name": "a"}],
+    )
+    found = summarize(data)
+    assert (found.most_objects, found.many_objects) == (400, 95)
+    cfg = planned(found, CPU, pace=FAST)[0]
+    assert cfg.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES == 300
+    assert cfg.TEST.DETECTIONS_PER_IMAGE == 400
+
+
 @pytest.mark.parametrize(
-    ("images", "machine", "cost", "expected"),
+    ("images", "machine", "memory", "expected"),
     [
-        (10_000, GPU, CHEAP, 16),  # the configuration's own
-        (10_000, GPU, Cost(1000.0, 7000.0, 0.1), 4),  # of 31,000 MB
-        (10_000, Machine("cuda", 40000.0, 4), Cost(1000.0, 20000.0, 0.1), 4),
-        (15, GPU, CHEAP, 2),  # few images: more steps
-        (1, GPU, CHEAP, 2),
+        (10_000, GPU, SMALL, 16),  # the configuration's own
+        (10_000, GPU, Memory(1000.0, 7000.0), 4),  # of 31,000 MB
+        (10_000, Machine("cuda", 40000.0, 4), Memory(1000.0, 20000.0), 4),
+        (15, GPU, SMALL, 2),  # few images: more steps
+        (1, GPU, SMALL, 2),
     ],
 )
-def test_batch_size(images: int, machine: Machine, cost: Cost, expected: int) -> None:
-    cfg, _ = planned(summary(images), machine, cost=cost)
+def test_batch_size(images: int, machine: Machine, memory: Memory, expected: int) -> None:
+    cfg, _ = planned(summary(images), machine, memory=memory)
     assert expected == cfg.SOLVER.IMS_PER_BATCH
     assert pytest.approx(1e-4 * math.sqrt(expected / 16), rel=0.01) == cfg.SOLVER.BASE_LR
 
 
 @pytest.mark.parametrize(
-    ("images", "machine", "seconds", "expected"),
+    ("images", "machine", "pace", "minutes", "expected"),
     [
-        (15, GPU, 0.1, 300),
-        (240, GPU, 0.1, 100),
-        (118_000, GPU, 0.1, 12),
-        (240, CPU, 1.5, 10),  # 3600 s / (1.5 s x 240)
-        (100_000, CPU, 1.5, 1),
+        (15, GPU, FAST, None, 300),
+        (240, GPU, FAST, None, 100),
+        (118_000, GPU, FAST, None, 12),
+        (240, CPU, Pace(12.0, 0.0), None, 10),  # 3600 s / (12 s x 240 / 8)
+        (240, CPU, Pace(12.0, 360.0), None, 5),  # as much time again for evaluations
+        (100_000, CPU, Pace(24.0, 0.0), None, 1),
+        (240, CPU, FAST, None, 100),  # there is more time than need be
+        (240, CPU, FAST, 10, 200),
+        (240, CPU, Pace(0.1, 3.0), 10, 180),  # 20 evaluations take a minute of the ten
+        (240, GPU, Pace(24.0, 0.0), 60, 10),
     ],
 )
-def test_epochs(images: int, machine: Machine, seconds: float, expected: int) -> None:
-    cfg, epochs = planned(summary(images), machine, cost=Cost(1000.0, 500.0, seconds))
+def test_epochs(
+    images: int, machine: Machine, pace: Pace, minutes: int | None, expected: int
+) -> None:
+    cfg, epochs = planned(summary(images), machine, asked(minutes=minutes), pace=pace)
     per_epoch = math.ceil(images / cfg.SOLVER.IMS_PER_BATCH)
     assert epochs == expected
     assert expected * per_epoch == cfg.SOLVER.MAX_ITER
@@ -115,7 +149,9 @@ def test_epochs(images: int, machine: Machine, seconds: float, expected: int) ->
 
 
 def test_what_was_asked_for_needs_no_measurement() -> None:
-    cfg, epochs = planned(summary(15), request=asked(epochs=1, batch_size=15), cost=None)
+    cfg, epochs = planned(
+        summary(15), request=asked(epochs=1, batch_size=15), memory=None, pace=None
+    )
     assert (epochs, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (1, 1, ())
 
 
@@ -124,24 +160,67 @@ def test_images_shrink_until_a_step_fits(monkeypatch: pytest.MonkeyPatch) -> Non
     plan.apply_data(cfg, summary(longest_side=1000), GPU, asked())
     sizes = []
 
-    def cost(cfg: object, _objects: int) -> Cost | None:
+    def cost(cfg: object, objects: int) -> Memory | None:
+        assert objects == 70
         sizes.append(cfg.INPUT.LSJ.SIZE[0])
-        return None if sizes[-1] > 700 else Cost(1000.0, 0.09 * sizes[-1] ** 2, 1.0)
+        return None if sizes[-1] > 700 else Memory(1000.0, 0.09 * sizes[-1] ** 2)
 
-    monkeypatch.setattr(plan, "measure", cost)
-    fitting = plan.fit_memory(cfg, summary(), GPU, asked())
+    monkeypatch.setattr(plan, "measure_memory", cost)
+    fullest = summary(most_objects=70)
+    fitting = plan.fit_memory(cfg, fullest, GPU, asked())
     assert sizes == [1024, 768, 576]
     assert fitting.image_mb == pytest.approx(0.09 * 576**2)
     with pytest.raises(DataError, match="does not fit.*--image-size"):
-        plan.fit_memory(cfg, summary(), Machine("cuda", 100.0, 1), asked())
+        plan.fit_memory(cfg, fullest, Machine("cuda", 100.0, 1), asked())
+
+
+class Ticking:
+    """A clock on which steps take given times, in seconds."""
+
+    def __init__(self, *steps: float) -> None:
+        self.now, self.steps = 0.0, list(steps)
+
+    def __call__(self) -> float:
+        now = self.now
+        self.now += self.steps.pop(0) if self.steps else 0.0
+        return now
+
+
+@pytest.mark.parametrize(
+    ("steps", "counted", "pace"),
+    [
+        ([9.0, 5.0, *[0.1] * 50], 42, 0.1),  # at most 40, after the first two
+        ([9.0, 5.0, *[4.0, 1.0] * 9], 10, 2.5),  # after 20 seconds
+        ([9.0, 5.0, *[30.0] * 9], 8, 30.0),  # but six at least
+    ],
+)
+def test_steps_are_timed_once_they_are_at_pace(
+    steps: list[float], counted: int, pace: float
+) -> None:
+    watch = StopWatch(Ticking(*steps))
+    watch.trainer = SimpleNamespace(stopped=False)
+    watch.before_train()
+    number = 0
+    while not watch.trainer.stopped:
+        watch.after_step()
+        number += 1
+    assert number == counted
+    assert watch.step() == pytest.approx(pace)
 
 
 @pytest.mark.slow
-def test_measured_cost_is_plausible() -> None:
+def test_measured_cost_is_plausible(tmp_path: Path) -> None:
     cfg = tiny_cfg(NUM_CLASSES=2)
     plan.apply_data(cfg, summary(), CPU, asked(image_size=64))
-    cost = plan.measure(cfg, 3)
-    assert 100 < cost.fixed_mb < 4000  # PyTorch and detectron2 alone take some hundred
-    assert 0 < cost.image_mb < 1000
-    assert 0 < cost.image_seconds < 60
+    memory = measure_memory(cfg, 3)
+    assert 100 < memory.fixed_mb < 4000  # PyTorch and detectron2 alone take some hundred
+    assert 0 < memory.image_mb < 1000
     assert plan.find_machine(1).memory_mb > 100
+    drawn = write_drawn(tmp_path / "drawn")
+    request = Request(train_json=drawn.json_file, train_images=drawn.images, output=tmp_path)
+    data = prepare_data(request)
+    plan.apply_data(cfg, data.train, CPU, asked(image_size=64))
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    pace = measure_pace(cfg, partial(register_prepared, tmp_path), 3)
+    assert 0 < pace.step < 60
+    assert 0 <= pace.evaluation < 60

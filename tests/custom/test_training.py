@@ -8,6 +8,7 @@ import pytest
 
 from maskdino.custom import CustomTrainer
 from maskdino.custom.run import judge_by_masks
+from maskdino.custom.training import Plan, TellTime
 from maskdino.engine.trainer import MaskDINOTrainer
 from tests.engine.stand_in import tiny_config
 
@@ -46,3 +47,10 @@ def test_what_decides_which_is_best(tmp_path: Path) -> None:
     cfg.SOLVER.BEST.METRIC = "bbox/AP50"
     judge_by_masks(cfg)
     assert cfg.SOLVER.BEST.METRIC == "bbox/AP50"
+
+
+def test_the_first_of_the_hooks_tells_the_time(tmp_path: Path) -> None:
+    cfg = tiny_config(tmp_path, "TEST.EVAL_PERIOD", 7)
+    assert not any(isinstance(hook, TellTime) for hook in CustomTrainer(cfg).build_hooks())
+    Plan(3, 0.1, 0.0).write(tmp_path)
+    assert isinstance(CustomTrainer(cfg).build_hooks()[0], TellTime)

@@ -1,0 +1,70 @@
+"""What a training on own data starts from."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from maskdino.custom import Machine, Request, run
+from maskdino.custom.measure import Pace
+from maskdino.custom.run import OFFLINE_CONFIG, fit_pace, read_default, read_start
+from maskdino.data import DataError
+from tests.helpers import tiny_cfg
+
+GPU, CPU = Machine("cuda", 40000.0, 1), Machine("cpu", 8000.0, 2)
+
+
+def asked(**values: object) -> Request:
+    return Request(train_json=Path(), train_images=Path(), output=Path(), **values)
+
+
+def test_without_network_a_gpu_starts_from_the_weights_of_a_package(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = []
+
+    def no_network(config: str, request: Request) -> object:
+        read.append(config)
+        if config != OFFLINE_CONFIG:
+            raise ConnectionError("cannot download R-50.pkl")
+        return read_start(config, request)
+
+    monkeypatch.setattr(run, "read_start", no_network)
+    with caplog.at_level(logging.WARNING):
+        cfg = read_default(GPU, asked())
+    assert read == ["custom/maskdino_R50", OFFLINE_CONFIG]
+    assert cfg.MODEL.TIMM.WEIGHTS.startswith("pip:")
+    (line,) = caplog.messages
+    assert line == f"cannot download R-50.pkl: starting from {OFFLINE_CONFIG} instead."
+    with pytest.raises(ConnectionError):  # what was asked for is not replaced
+        read_default(GPU, asked(weights="https://somewhere/model.pth"))
+
+
+def test_none_is_no_weights_of_the_backbone_either() -> None:
+    assert read_default(CPU, asked()).MODEL.TIMM.WEIGHTS.startswith("pip:")
+    cfg = read_default(CPU, asked(weights="none"))
+    assert (cfg.MODEL.WEIGHTS, cfg.MODEL.TIMM.WEIGHTS) == ("", "")
+
+
+def test_batches_shrink_until_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def measured(cfg: object, _register: object, images: int) -> Pace | None:
+        assert images == 9
+        tried.append(cfg.SOLVER.IMS_PER_BATCH)
+        return None if tried[-1] > fitting else Pace(1.0, 1.0)
+
+    monkeypatch.setattr(run, "measure_pace", measured)
+    cfg, fitting = tiny_cfg(), 4
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR = 16, 0.4
+    assert fit_pace(cfg, CPU, asked(), 9) == Pace(1.0, 1.0)
+    assert tried == [8, 4]  # of one of two processes
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (8, 0.283)
+    fitting = 0
+    with pytest.raises(DataError, match="a batch of 2 images does not fit.*--batch-size"):
+        fit_pace(cfg, CPU, asked(), 9)
+    cfg.SOLVER.IMS_PER_BATCH = 8
+    with pytest.raises(DataError, match="a batch of 8 images"):
+        fit_pace(cfg, CPU, asked(batch_size=8), 9)
