@@ -1,47 +1,38 @@
-"""Draws what a trained model sees in images, in videos, and in front of a camera.
-
-A file that cannot be read is named, and the others go on; the exit status is then 1. Ctrl-C ends a
-video or a camera in a file that can be played. demo/README.md has a command for each use.
-"""
+"""Draws what a trained model sees in images, videos, streams and cameras (demo/README.md)."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from maskdino.cli.common import INTERRUPTED, CommandError, errors_in_one_line, make_parser
+from maskdino.cli.predict_videos import (
+    WantedOfVideos,
+    draw_camera,
+    draw_stream,
+    draw_video,
+    run_overlapped,
+    stream_targets,
+)
 from maskdino.export.onnx import onnx_predictor
 from maskdino.inference.labels import ClassThresholds, CocoLabels
 from maskdino.inference.outputs import Wanted
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.inference.sliced import check_slices
-from maskdino.inference.sources import find_inputs, is_video, output_paths, unused
+from maskdino.inference.sources import find_inputs, is_video, output_paths
+from maskdino.inference.streams import is_stream
 from maskdino.inference.tiles import TiledImage
-from maskdino.inference.tracks import Tracks
-from maskdino.inference.video import (
-    Camera,
-    TimedImage,
-    VideoError,
-    VideoReader,
-    VideoWriter,
-    require_pyav,
-)
+from maskdino.inference.video import VideoError, require_pyav
+from maskdino.inference.video_results import WEAK, VideoLabels
 from maskdino.integration.extensions import add_import_option
 from maskdino.visualization.images import ImageError
 from maskdino.visualization.results import ImageResult
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 TASKS = ("panoptic", "instance", "semantic")  # the first that the model does is drawn
 
@@ -56,13 +47,17 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--weights", metavar="FILE", help="checkpoint, or 'released' (MODEL.WEIGHTS)")
     add("--backend", choices=("torch", "onnx"), default="torch", help="what computes (torch)")
     add("--model", type=Path, metavar="FILE", help="exported network, for --backend onnx")
-    add("--input", nargs="+", default=[], metavar="PATH", help="files, folders, 'patterns'")
+    add(
+        "--input", nargs="+", default=[], metavar="PATH", help="files, folders, 'patterns', rtsp://"
+    )
     add("--webcam", nargs="?", type=int, const=0, metavar="N", help="in place of --input (0)")
     add("--output", type=Path, metavar="DIR", help="folder of the drawings")
     add("--json", action="store_true", help="write the results of images as JSON, too")
-    add("--coco", type=Path, metavar="FILE", help="write the objects of all images as one dataset")
+    add("--coco", type=Path, metavar="FILE", help="one dataset of all images, or of --track")
     add("--polygons", type=float, metavar="T", help="in --coco, within T pixels (run lengths)")
     add("--class-thresholds", metavar="A=T,B=T", help="least scores of single classes")
+    add("--track", action="store_true", help="name the objects of videos, and write them as JSON")
+    add("--every", type=int, default=1, metavar="N", help="look at one of N frames of videos (1)")
     add("--slice", type=int, metavar="PIXELS", help="predict images in slices of this size")
     add("--overlap", type=float, default=0.2, metavar="SHARE", help="of two slices (0.2)")
     add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (the first it can)")
@@ -98,17 +93,20 @@ def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error("--polygons is of --coco")
     if (args.coco or args.class_thresholds) and args.task not in (None, "instance"):
         parser.error(f"--coco and --class-thresholds are of objects, not of --task {args.task}")
-    if (args.coco or args.slice) and args.webcam is not None:
-        parser.error("--coco and --slice are of images, not of --webcam")
+    if args.slice and args.webcam is not None:
+        parser.error("--slice is of images, not of --webcam")
+    if args.track and args.task == "semantic":
+        parser.error("--track is of objects, not of --task semantic")
+    if args.every < 1:
+        parser.error(f"--every {args.every}: it must be 1 or more")
 
 
 def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
     """The model, doing the one task that is drawn."""
+    threshold = args.confidence_threshold * (WEAK if args.track else 1)
     common = {
         "device": args.device,
-        "confidence_threshold": ClassThresholds(args.class_thresholds or "").least(
-            args.confidence_threshold
-        ),
+        "confidence_threshold": ClassThresholds(args.class_thresholds or "").least(threshold),
         "tasks": None if args.task is None else (args.task,),
         "size": args.size,
         "max_detections": args.max_detections,
@@ -127,46 +125,9 @@ def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
         if "instance" not in able:
             raise CommandError(f"--coco and --class-thresholds: this model does {able}, no objects")
         able = ("instance",)
+    if args.track and not {"instance", "panoptic"} & set(able):
+        raise CommandError(f"--track: this model does {able}, no objects")
     return predictor.with_options(tasks=(next(task for task in TASKS if task in able),))
-
-
-def run_overlapped(
-    items: Iterable[Item],
-    work: Callable[[list[Item]], list[Result]],
-    write: Callable[[Result], None],
-    batch_size: int,
-) -> None:
-    """Works on batches here, while one thread reads the next batch and another writes the last.
-
-    Order is kept. On an error or Ctrl-C, what was worked on is still written, and both threads have
-    ended, so that a caller can close its files.
-
-    Args:
-        items: read in a thread of its own.
-        work: turns a batch into results.
-        write: takes one result, in a thread of its own.
-        batch_size: items that are worked on together; the last batch may be smaller.
-    """
-    source = iter(items)
-
-    def read_batch() -> list[Item]:
-        return list(islice(source, batch_size))
-
-    def write_all(results: list[Result]) -> None:
-        for result in results:
-            write(result)
-
-    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-        following = reading.submit(read_batch)
-        written: Future[None] = writing.submit(write_all, [])
-        try:
-            while batch := following.result():
-                following = reading.submit(read_batch)
-                results = work(batch)
-                written.result()
-                written = writing.submit(write_all, results)
-        finally:
-            written.result()
 
 
 def draw_images(
@@ -203,82 +164,17 @@ def draw_images(
     return failures
 
 
-def draw_tracked(result: ImageResult, tracks: Tracks) -> np.ndarray:
-    """Draws a frame; objects keep the colors that they had in the frames before."""
-    if result.label_map is not None:
-        return result.draw()
-    if result.boxes is not None and result.class_ids is not None:
-        boxes, labels = result.boxes, result.class_ids
-    else:
-        boxes, labels = result.segment_boxes()
-    return result.draw(colors=tracks.update(boxes, labels))
-
-
-def draw_frames(
-    predictor: MaskDINOPredictor,
-    frames: VideoReader | Camera,
-    writer: VideoWriter,
-) -> None:
-    """Draws frame by frame, with the times of the frames."""
-    tracks = Tracks()
-
-    def work(batch: list[TimedImage]) -> list[tuple[ImageResult, float]]:
-        results = predictor.stream(image for image, _ in batch)
-        return [(result, seconds) for result, (_, seconds) in zip(results, batch, strict=True)]
-
-    def write(timed: tuple[ImageResult, float]) -> None:
-        result, seconds = timed
-        writer.write(draw_tracked(result, tracks), seconds)
-        bar.update()
-
-    with tqdm(total=frames.frames, unit="frame", desc=frames.name) as bar:
-        run_overlapped(frames, work, write, predictor.options.batch_size)
-
-
-def draw_video(predictor: MaskDINOPredictor, path: Path, target: Path) -> str:
-    """Draws a video; returns what was wrong with its frames, or "".
-
-    Raises:
-        VideoError: it cannot be read or written at all.
-    """
-    with (
-        closing(VideoReader(path)) as reader,
-        closing(VideoWriter(target, reader.rate)) as writer,
-    ):
-        draw_frames(predictor, reader, writer)
-    if writer.frames == 0:
-        raise VideoError(f"cannot read video {path}: none of its frames can be decoded")
-    if reader.skipped == 0:
-        return ""
-    total = writer.frames + reader.skipped
-    return f"video {path}: {reader.skipped} of {total} frames are damaged or missing, and skipped"
-
-
-def draw_camera(predictor: MaskDINOPredictor, number: int, folder: Path) -> None:
-    """Draws what a camera sees, until Ctrl-C, or until it gives no more.
-
-    Raises:
-        VideoError: there is no such camera, or it ended.
-    """
-    target = unused(folder / f"camera_{number}.mp4", list(folder.glob("camera_*.mp4")))
-    writer = VideoWriter(target)
-    with closing(Camera(number)) as camera:
-        print(f"camera {number}: Ctrl-C ends, and leaves {target}", file=sys.stderr)
-        try:
-            with closing(writer):
-                draw_frames(predictor, camera, writer)
-        except VideoError as error:
-            seen = f"; what it saw before is in {target}" if target.exists() else ""
-            raise VideoError(f"{error}{seen}") from error
-
-
 def draw_files(
-    predictor: MaskDINOPredictor, outputs: dict[Path, Path | None], wanted: Wanted
+    predictor: MaskDINOPredictor,
+    outputs: dict[Path, Path | None],
+    streams: dict[str, Path],
+    wanted: Wanted,
+    of_videos: WantedOfVideos,
 ) -> tuple[int, list[str]]:
-    """Draws images, then videos.
+    """Draws images, then videos, then streams.
 
     Returns:
-        How many files were drawn, and a message for each that was not, or only in part.
+        How many were drawn, and a message for each that was not, or only in part.
     """
     videos = {path: target for path, target in outputs.items() if target and is_video(path)}
     images = {path: target for path, target in outputs.items() if path not in videos}
@@ -286,38 +182,63 @@ def draw_files(
     drawn = len(images) - len(failures)
     for path, target in videos.items():
         try:
-            problem = draw_video(predictor, path, target)
+            problem = draw_video(predictor, path, target, of_videos)
         except VideoError as error:
             failures.append(str(error))
         else:
             drawn += 1
             failures += [problem] if problem else []
+    for address, target in streams.items():
+        try:
+            draw_stream(predictor, address, target, of_videos)
+            drawn += 1
+        except VideoError as error:
+            failures.append(str(error))
     return drawn, failures
 
 
-def _plan_outputs(args: argparse.Namespace) -> dict[Path, Path | None]:
-    """Where the drawing of each input goes; refuses files that do not fit the options."""
+def _plan_outputs(args: argparse.Namespace) -> tuple[dict[Path, Path | None], dict[str, Path]]:
+    """Where the drawing of each file and stream goes; refuses what does not fit the options."""
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise CommandError(f"--output {args.output} is a file: give a folder")
     if args.coco is not None and args.coco.is_dir():
         raise CommandError(f"--coco {args.coco} is a folder: give a file")
     if args.slice is not None:
         check_slices(args.slice, args.overlap)
-    inputs = find_inputs(args.input)
-    videos = [path for path in inputs if is_video(path)]
-    if videos and (args.coco or args.slice or args.class_thresholds):
-        raise CommandError(f"--coco, --class-thresholds and --slice are of images: {videos[0]}")
-    if args.webcam is not None or videos:
+    addresses = [word for word in args.input if is_stream(word)]
+    inputs = find_inputs(word for word in args.input if not is_stream(word))
+    moving = [*(str(path) for path in inputs if is_video(path)), *addresses]
+    if args.webcam is not None:
+        moving.append(f"camera {args.webcam}")
+    if moving:
+        _check_videos(args, len(moving) < len(inputs) + len(addresses), moving[0])
         require_pyav()
+    elif args.track or args.every > 1:
+        raise CommandError("--track and --every are of videos, streams and cameras")
     if args.output is None:
-        return dict.fromkeys(inputs)
-    return {**output_paths(inputs, args.output, with_json=args.json)}
+        return dict.fromkeys(inputs), {}
+    outputs = output_paths(inputs, args.output, with_json=args.json, with_tracks=args.track)
+    return {**outputs}, stream_targets(addresses, args.output)
 
 
-def _write_labels(labels: CocoLabels | None, path: Path) -> None:
+def _check_videos(args: argparse.Namespace, beside_images: bool, first: str) -> None:
+    """Refuses options that videos do not have."""
+    if args.slice or args.class_thresholds or args.polygons is not None:
+        raise CommandError(f"--class-thresholds, --polygons and --slice are of images: {first}")
+    if args.coco and (beside_images or not args.track):
+        raise CommandError(f"--coco of videos needs --track, and no images beside them: {first}")
+    if args.output is None:
+        raise CommandError(f"videos need --output: {first}")
+
+
+def _write_labels(labels: CocoLabels | VideoLabels | None, path: Path) -> None:
     """Writes the dataset, and says what is in it."""
-    if labels is not None:
-        labels.write(path)
+    if labels is None:
+        return
+    labels.write(path)
+    if isinstance(labels, VideoLabels):
+        print(f"{len(labels.annotations)} objects of {len(labels.videos)} videos in {path}")
+    else:
         numbers = f"{len(labels.annotations)} objects of {len(labels.images)} images"
         print(f"{numbers} in {path}; its images are below {labels.root}")
 
@@ -326,30 +247,32 @@ def _write_labels(labels: CocoLabels | None, path: Path) -> None:
 def main(words: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     args = parse_arguments(words)
-    outputs = _plan_outputs(args)
+    outputs, streams = _plan_outputs(args)
     thresholds = ClassThresholds(args.class_thresholds or "")
     predictor = build_predictor(args)
     thresholds.check(predictor.categories)
     labels = None
-    if args.coco is not None:
+    of_videos = VideoLabels(predictor.categories) if args.coco and args.track else None
+    if args.coco and of_videos is None:
         labels = CocoLabels(predictor.categories, list(outputs), tolerance=args.polygons)
     slices = None if args.slice is None else (args.slice, args.overlap)
     wanted = Wanted(args.json, labels, thresholds, args.confidence_threshold, slices)
+    moving = WantedOfVideos(args.track, args.confidence_threshold, args.every, of_videos)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
     try:
         if args.webcam is not None:
-            draw_camera(predictor, args.webcam, args.output)
+            draw_camera(predictor, args.webcam, args.output, moving)
             return 0
-        drawn, failures = draw_files(predictor, outputs, wanted)
+        drawn, failures = draw_files(predictor, outputs, streams, wanted, moving)
     except KeyboardInterrupt:
         place = f"; what was drawn so far is in {args.output}" if args.output else ""
         print(f"\nstopped{place}", file=sys.stderr)
-        _write_labels(labels, args.coco)
         return INTERRUPTED
+    finally:
+        _write_labels(labels or of_videos, args.coco)
     if args.output is not None:
-        print(f"{drawn} of {len(outputs)} files drawn, in {args.output}")
-    _write_labels(labels, args.coco)
+        print(f"{drawn} of {len(outputs) + len(streams)} files drawn, in {args.output}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

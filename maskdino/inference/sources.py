@@ -58,11 +58,12 @@ def _of_pattern(pattern: str) -> list[Path]:
 
 
 def output_paths(
-    inputs: Iterable[Path], folder: Path, *, with_json: bool = False
+    inputs: Iterable[Path], folder: Path, *, with_json: bool = False, with_tracks: bool = False
 ) -> dict[Path, Path]:
     """Where the drawing of each input goes: its name, made unique, in the output folder.
 
-    Images become .png, or .jpg if they were; videos .mp4.
+    Images become .png, or .jpg if they were; videos .mp4. There may be JSON files beside those of
+    images (`with_json`) and of videos (`with_tracks`).
 
     Raises:
         ValueError: a drawing, or its JSON file, would replace an input, or another file beside one.
@@ -76,7 +77,7 @@ def output_paths(
         suffix = ".mp4" if is_video(path) else suffix
         target = unused(folder / f"{path.stem}{suffix}", outputs.values())
         written = [target]
-        if with_json and not is_video(path):
+        if with_tracks if is_video(path) else with_json:
             written.append(json_beside(target))
         for file in written:
             if file.resolve() in own:

@@ -52,6 +52,13 @@ def require_pyav() -> ModuleType:
     return av
 
 
+def upright(frame: VideoFrame) -> np.ndarray:
+    """A decoded frame as (H, W, 3) uint8 RGB, turned as it is meant."""
+    # Up to 16, PyAV follows the frame's own color space only where another one is named.
+    image = frame.reformat(format="rgb24", dst_colorspace="ITU601").to_ndarray()
+    return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
+
+
 class VideoReader:
     """The frames of a file, turned upright; damaged ones are left out.
 
@@ -99,9 +106,7 @@ class VideoReader:
             if self.decoded > 0:
                 seconds = self._time(frame, seconds)
             self.decoded += 1
-            # Up to 16, PyAV follows the frame's own color space only where another one is named.
-            image = frame.reformat(format="rgb24", dst_colorspace="ITU601").to_ndarray()
-            yield np.ascontiguousarray(np.rot90(image, frame.rotation // 90)), seconds
+            yield upright(frame), seconds
 
     @property
     def skipped(self) -> int:

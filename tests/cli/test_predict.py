@@ -18,7 +18,7 @@ from PIL import Image
 from maskdino.cli import predict
 from maskdino.custom.annotations import read_annotations
 from maskdino.custom.checks import check
-from maskdino.inference import video
+from maskdino.inference import streams, video
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from tests.helpers import tiny_cfg
@@ -30,6 +30,7 @@ from tests.inference.media import (
     save_noise,
     save_video,
 )
+from tests.inference.test_streams import Server
 
 Run = Callable[..., int]
 
@@ -136,7 +137,7 @@ def test_help_fits_a_screen(
 def test_commands_of_the_page_are_understood(repository: Path) -> None:
     lines = (repository / "demo" / "README.md").read_text().splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("maskdino predict ")]
-    assert len(commands) == 7
+    assert len(commands) == 9
     for words in commands:
         arguments = predict.parse_arguments(words[2:])
         assert arguments.output == Path("drawn") or arguments.coco == Path("labels.json")
@@ -284,6 +285,58 @@ class TestVideos:
         assert len(frames_of(path)[1]) == 3
         assert capture.released
 
+    def test_identities_and_frames_that_are_left_out(
+        self, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A video and a stream of it, in one dataset; what is in it is in the files beside them."""
+        clip = save_video(tmp_path / "clip.mp4", 7)
+        with Server(clip.read_bytes()) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            words = ["--input", clip, server.address, "--track", "--every", "3"]
+            assert run(*words, "--coco", tmp_path / "vis.json", "--batch-size", "2") == 0
+            server.shutdown()
+        printed = capsys.readouterr()
+        assert "2 of 2 files drawn" in printed.out and "secret" not in printed.out + printed.err
+        assert "clip.mp4: objects seen in 3 frames or more: " in printed.out
+        assert "3/3 frames" in printed.err and "frames/s" in printed.err
+        data = json.loads((tmp_path / "vis.json").read_text())
+        names = [video["file_names"][2] for video in data["videos"]]
+        assert names[0] == "clip/00006.jpg" and names[1].startswith("127_0_0_1_")
+        out = sorted(path.name for path in (tmp_path / "out").iterdir())
+        assert len(out) == 4 and out[2:] == ["clip.mp4", "clip.mp4.json"]
+        for name in out[::2]:
+            rate, frames = frames_of(tmp_path / "out" / name)
+            assert (rate, len(frames)) == (pytest.approx(10 / 3, abs=0.01), 3)
+            file = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+            assert [frame["frame"] for frame in file["frames"]] == [0, 3, 6]
+            assert len(file["frames"][0]["objects"]) == 2 == len(file["frames"][2]["objects"])
+        assert {x["video_id"] for x in data["annotations"]} == {1, 2}
+
+    def test_stream_that_breaks_off(
+        self,
+        tmp_path: Path,
+        run: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """What was seen can be played; files beside it go on."""
+        monkeypatch.setattr(streams, "WAIT", 0.01)
+        content = bytes(save_noise(tmp_path / "noise.mkv", "libx264", cluster_time_limit="300"))
+        with Server(content) as server:
+            server.ranges, server.rest = False, len(content) // 2
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            other = save_image(tmp_path / "a.png")
+            assert run("--input", server.address, other, "rtsp://127.0.0.1:9/x") == 1
+            server.shutdown()
+        printed = capsys.readouterr()
+        assert "1 of 3 files drawn" in printed.out and "secret" not in printed.err
+        told = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        (path,) = (tmp_path / "out").glob("127*.mp4")
+        assert len(told) == 2 and "broke off" in told[0]
+        assert told[0].endswith(f"; what it saw before is in {path}")
+        assert told[1].startswith("error: cannot open rtsp://127.0.0.1:9/x: ")
+        assert 8 <= len(frames_of(path)[1]) <= 20
+
     def test_camera_that_does_not_exist(self, run: Run, capfd: pytest.CaptureFixture[str]) -> None:
         assert run("--webcam", "97") == 1
         # Above it may stand what logging says of streams that earlier tests closed.
@@ -376,6 +429,14 @@ def test_large_images_in_slices(
         (["--class-thresholds", "cat"], "thresholds 'cat': they must be name=score"),
         (["--class-thresholds", "cat=0.5"], "there is no class cat; the classes are class 0,"),
         (["--slice", "99", "--input", "clip.mp4"], "--slice are of images: clip.mp4"),
+        (["--coco", "o.json", "--input", "clip.mp4"], "--coco of videos needs --track"),
+        (
+            ["--coco", "o.json", "--track", "--input", "a.mp4", "b.png"],
+            "no images beside them: a.mp4",
+        ),
+        (["--track"], "--track and --every are of videos, streams and cameras"),
+        (["--track", "--task", "semantic"], "--track is of objects, not of --task semantic"),
+        (["--every", "0"], "--every 0: it must be 1 or more"),
     ],
 )
 def test_labels_and_slices_that_do_not_fit(

@@ -1,0 +1,217 @@
+"""The part of `maskdino predict` that draws videos, streams and what a camera sees."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.inference.sources import json_beside, unused
+from maskdino.inference.streams import Stream, file_stem
+from maskdino.inference.tracking import CERTAIN, Tracker
+from maskdino.inference.video import Camera, VideoError, VideoReader, VideoWriter
+from maskdino.inference.video_results import (
+    IdentityFile,
+    VideoLabels,
+    draw_followed,
+    named_counts,
+)
+from maskdino.visualization.results import ImageResult
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+BAR = "{desc}: {n_fmt}/{total_fmt} frames {bar} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+BAR_WITHOUT_END = "{desc}: {n_fmt} frames [{elapsed}, {rate_noinv_fmt}]"
+
+
+@dataclass(frozen=True)
+class WantedOfVideos:
+    """What is made of videos besides drawings.
+
+    Attributes:
+        track: name identities, and write them to a JSON file beside each drawing.
+        threshold: score from which an object may begin a track.
+        every: of so many frames, one is looked at.
+        labels: where objects are collected, or None.
+    """
+
+    track: bool = False
+    threshold: float = 0.0
+    every: int = 1
+    labels: VideoLabels | None = None
+
+
+def run_overlapped(
+    items: Iterable[Item],
+    work: Callable[[list[Item]], list[Result]],
+    write: Callable[[Result], None],
+    batch_size: int,
+) -> None:
+    """Works on batches here, while one thread reads the next batch and another writes the last.
+
+    Order is kept. On an error or Ctrl-C, what was worked on is still written, and both threads have
+    ended, so that a caller can close its files.
+
+    Args:
+        items: read in a thread of its own.
+        work: turns a batch into results.
+        write: takes one result, in a thread of its own.
+        batch_size: items that are worked on together; the last batch may be smaller.
+    """
+    source = iter(items)
+
+    def read_batch() -> list[Item]:
+        return list(islice(source, batch_size))
+
+    def write_all(results: list[Result]) -> None:
+        for result in results:
+            write(result)
+
+    with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+        following = reading.submit(read_batch)
+        written: Future[None] = writing.submit(write_all, [])
+        try:
+            while batch := following.result():
+                following = reading.submit(read_batch)
+                results = work(batch)
+                written.result()
+                written = writing.submit(write_all, results)
+        finally:
+            written.result()
+
+
+def draw_frames(
+    predictor: MaskDINOPredictor,
+    frames: VideoReader | Stream | Camera,
+    writer: VideoWriter,
+    wanted: WantedOfVideos,
+) -> None:
+    """Draws frame by frame, with the times of the frames; objects keep their colors."""
+    tracker = Tracker(threshold=wanted.threshold)
+    beside = json_beside(writer.path)
+    file = IdentityFile(beside, frames.name, predictor.categories) if wanted.track else None
+    size = (0, 0)
+
+    def work(
+        batch: list[tuple[int, tuple[np.ndarray, float]]],
+    ) -> list[tuple[int, float, ImageResult]]:
+        results = predictor.stream(image for _, (image, _) in batch)
+        return [(i, seconds, x) for x, (i, (_, seconds)) in zip(results, batch, strict=True)]
+
+    def write(found: tuple[int, float, ImageResult]) -> None:
+        nonlocal size
+        i, seconds, result = found
+        seen, drawn = draw_followed(result, tracker, seconds, named=wanted.track)
+        writer.write(drawn, seconds)
+        size = result.size
+        if file is not None:
+            file.write(i, seconds, size, seen)
+        if wanted.labels is not None:
+            wanted.labels.add_frame(writer.path.stem, i, seen)
+        bar.update()
+
+    total = None if frames.frames is None else -(-frames.frames // wanted.every)
+    form = BAR_WITHOUT_END if total is None else BAR
+    chosen = islice(enumerate(frames), 0, None, wanted.every)
+    try:
+        with tqdm(total=total, unit="frames", desc=frames.name, bar_format=form) as bar:
+            run_overlapped(chosen, work, write, predictor.options.batch_size)
+    finally:
+        if file is not None:
+            file.close(tracker)
+        if wanted.labels is not None:
+            wanted.labels.end_video(size)
+    if wanted.track:
+        counts = named_counts(tracker, predictor.categories)
+        told = ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+        print(f"{frames.name}: objects seen in {CERTAIN} frames or more: {told}")
+
+
+def draw_video(
+    predictor: MaskDINOPredictor, path: Path, target: Path, wanted: WantedOfVideos
+) -> str:
+    """Draws a video; returns what was wrong with its frames, or "".
+
+    Raises:
+        VideoError: it cannot be read or written at all.
+    """
+    with (
+        closing(VideoReader(path)) as reader,
+        closing(VideoWriter(target, reader.rate / wanted.every)) as writer,
+    ):
+        draw_frames(predictor, reader, writer, wanted)
+    if writer.frames == 0:
+        raise VideoError(f"cannot read video {path}: none of its frames can be decoded")
+    if reader.skipped == 0:
+        return ""
+    total = reader.decoded + reader.skipped
+    return f"video {path}: {reader.skipped} of {total} frames are damaged or missing, and skipped"
+
+
+def draw_stream(
+    predictor: MaskDINOPredictor, address: str, target: Path, wanted: WantedOfVideos
+) -> None:
+    """Draws what an address shows, until its end, Ctrl-C, or until it cannot be opened again.
+
+    Raises:
+        VideoError: it cannot be read, or not to its end.
+    """
+    with closing(Stream(address)) as stream:
+        if stream.frames is None:
+            print(f"{stream.name}: Ctrl-C ends, and leaves {target}", file=sys.stderr)
+        _draw_all_there_is(predictor, stream, target, stream.rate / wanted.every, wanted)
+        if stream.reopened:
+            print(f"{stream.name}: broke off, and was opened again {stream.reopened} times")
+        if stream.passed:
+            print(f"{stream.name}: {stream.passed} images came too late, and were passed over")
+
+
+def draw_camera(
+    predictor: MaskDINOPredictor, number: int, folder: Path, wanted: WantedOfVideos
+) -> None:
+    """Draws what a camera sees, until Ctrl-C, or until it gives no more.
+
+    Raises:
+        VideoError: there is no such camera, or it ended.
+    """
+    target = unused(folder / f"camera_{number}.mp4", list(folder.glob("camera_*.mp4")))
+    with closing(Camera(number)) as camera:
+        print(f"camera {number}: Ctrl-C ends, and leaves {target}", file=sys.stderr)
+        _draw_all_there_is(predictor, camera, target, None, wanted)
+
+
+def _draw_all_there_is(
+    predictor: MaskDINOPredictor,
+    frames: Stream | Camera,
+    target: Path,
+    rate: float | None,
+    wanted: WantedOfVideos,
+) -> None:
+    """Draws to the end; an error says where what was seen before is."""
+    writer = VideoWriter(target) if rate is None else VideoWriter(target, rate)
+    try:
+        with closing(writer):
+            draw_frames(predictor, frames, writer, wanted)
+    except VideoError as error:
+        seen = f"; what it saw before is in {target}" if target.exists() else ""
+        raise VideoError(f"{error}{seen}") from error
+
+
+def stream_targets(addresses: Iterable[str], folder: Path) -> dict[str, Path]:
+    """Where the drawing of each stream goes: a name of its own, as that of a camera."""
+    targets: dict[str, Path] = {}
+    for address in addresses:
+        stem = file_stem(address)
+        there = [*folder.glob(f"{stem}*.mp4"), *targets.values()]
+        targets[address] = unused(folder / f"{stem}.mp4", there)
+    return targets
