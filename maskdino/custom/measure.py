@@ -132,6 +132,7 @@ def _pace(cfg: CfgNode, register: Callable[[], None], images: int) -> Pace:
     with tempfile.TemporaryDirectory() as folder:
         cfg.OUTPUT_DIR = folder
         cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = WARM_UP + STEPS[1] + 1, ()
+        cfg.SOLVER.WARMUP_ITERS = 0
         trainer = _Trial(cfg)
         trainer.train()
     loader = MaskDINOTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
