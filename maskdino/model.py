@@ -29,6 +29,7 @@ from maskdino.modeling.denoising import (
 from maskdino.modeling.encoder import MultiScaleDeformableEncoder, PixelEmbedding
 from maskdino.modeling.half_weights import half_weights
 from maskdino.modeling.heads import PredictionHeads
+from maskdino.modeling.prepared import Prepared
 from maskdino.modeling.query_selection import build_query_selection
 from maskdino.postprocess import Frame, InferenceOptions, postprocess
 from maskdino.structures import Memory, Outputs, Predictions, Targets, send
@@ -99,7 +100,7 @@ class MaskDINO(nn.Module):
         )
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
-        self._graphs = CudaGraphs()
+        self._graphs, self._prepared = CudaGraphs(), Prepared()
         self._freeze_heads_without_loss()
 
     def _freeze_heads_without_loss(self) -> None:
@@ -154,9 +155,9 @@ class MaskDINO(nn.Module):
         return self.pixel_mean.device
 
     def train(self, mode: bool = True) -> MaskDINO:
-        """Also forgets the graphs of inference, whose memory training needs."""
+        """Also forgets what inference has prepared, whose memory training needs."""
         if mode:
-            self._graphs = CudaGraphs()
+            self._graphs, self._prepared = CudaGraphs(), Prepared()
         return super().train(mode)
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
@@ -216,7 +217,11 @@ class MaskDINO(nn.Module):
         queries, _ = self.query_selection(memory, pixel_embedding, self.heads)
         layers = self.inference.decoder_layer
         states = self.decoder(
-            queries, memory, self.heads, num_layers=None if layers < 0 else layers
+            queries,
+            memory,
+            self.heads,
+            num_layers=None if layers < 0 else layers,
+            last_alone=not self.decoder._forward_hooks,  # which would miss the others
         )
         predictions = self._predict(states[-1:]).map(lambda x: x[0])
         return replace(predictions, content=states[-1].content), pixel_embedding
@@ -236,11 +241,17 @@ class MaskDINO(nn.Module):
         return Predictions(classes, torch.stack([state.boxes for state in states]), masks)
 
     def predict_precisely(self, images: Tensor) -> tuple[Predictions, Tensor | None]:
-        """`predict` in the precision of TEST.PRECISION, on a GPU as a CUDA graph of its shape."""
+        """`predict` in the precision of TEST.PRECISION, on a GPU as a CUDA graph of its shape.
+
+        It is a prepared network that computes (`maskdino.modeling.prepared`).
+        """
         with network_precision(self.inference.precision, self.device):
+            network = self._prepared.of(self, self.heads.in_full, self.device)
+            network.inference = self.inference
             if self.inference.cuda_graphs and images.is_cuda:
-                return self._graphs(self, self.predict, images, self.inference)
-            return self.predict(images)
+                key = self.inference, network
+                return self._graphs(network, network.predict, images, key)
+            return network.predict(images)
 
     @torch.no_grad()
     def _infer(self, batched_inputs: list[dict], images: ImageList) -> list[dict]:

@@ -97,6 +97,9 @@ class OnDevice(Tensor):
     def __repr__(self) -> str:
         return f"OnDevice({self.numbers!r})"
 
+    def data_ptr(self) -> int:
+        return self.numbers.data_ptr()
+
     def tolist(self) -> Any:
         PretendDevice.current.wait("tolist")
         return self.numbers.tolist()

@@ -45,7 +45,7 @@ RULES = (
     Rule("ops", ("structures",), outside=(*TENSORS, "triton", "pycocotools")),
     Rule(
         "modeling",
-        ("ops", "structures", "modeling.layers", "modeling.attention"),
+        ("ops", "structures", "modeling.layers", "modeling.attention", "modeling.half_weights"),
         outside=(*TENSORS, "detectron2.config", "detectron2.layers"),
         own=False,
     ),

@@ -97,12 +97,12 @@ EVALUATION = {
 # Launches of training on two images, and of inference of one: the most that were counted, and a few
 # percent.
 LAUNCHES = {
-    "instance": (1380, 630),
-    "panoptic": (1380, 690),
-    "semantic": (1280, 480),
-    "detection": (1110, 510),
-    "bitmask": (1320, 630),
-    "stable matching": (1500, 630),
+    "instance": (900, 455),
+    "panoptic": (900, 500),
+    "semantic": (790, 310),
+    "detection": (640, 340),
+    "bitmask": (830, 450),
+    "stable matching": (1010, 455),
 }
 
 
@@ -247,6 +247,7 @@ def test_inference_and_evaluation(
     thresholds["panoptic_overlap_threshold"] = 0.02
     model.inference = replace(model.inference, **thresholds)
     image = drawn_batch(SIZES[1:], (0,))[0] | {"height": OUTPUT[0], "width": OUTPUT[1]}
+    model([image])  # prepares the network
     device.clear()
     (result,) = model([image])
     # Where nothing is found, there may be less to wait for.

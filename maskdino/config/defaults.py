@@ -46,6 +46,8 @@ def _add_model(cfg: CfgNode) -> None:
     encoder.FEEDFORWARD_DIM = 2048
     # Recompute each layer in the backward pass: less memory, more time.
     encoder.ACTIVATION_CHECKPOINT = False
+    # Recompute the hidden numbers of feed-forward networks alone: less of it, for little time.
+    encoder.RECOMPUTE_FEEDFORWARD = False
 
     # Pixel embedding map (section 3.4, equation 1).
     pixel_embedding = model.PIXEL_EMBEDDING = CfgNode()

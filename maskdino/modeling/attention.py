@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
 from maskdino.structures import SpatialShapes
@@ -133,6 +134,16 @@ class MultiScaleDeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.value_proj.weight)
         nn.init.xavier_uniform_(self.output_proj.weight)
 
+    def offsets_and_logits(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of both linear layers as one; of a prepared network, made before."""
+        if "joined_weight" in self._parameters:
+            return self.get_parameter("joined_weight"), self.get_parameter("joined_bias")
+        offsets, logits = self.sampling_offsets, self.attention_weights
+        return (
+            torch.cat([offsets.weight, logits.weight]),
+            torch.cat([offsets.bias, logits.bias]),
+        )
+
     def forward(
         self,
         queries: Tensor,
@@ -154,11 +165,7 @@ class MultiScaleDeformableAttention(nn.Module):
             (B, Q, C).
         """
         value = self.value_proj(tokens).unflatten(-1, (self.num_heads, -1))  # (B, S, M, C / M)
-        offsets_and_logits = F.linear(
-            queries,
-            torch.cat([self.sampling_offsets.weight, self.attention_weights.weight]),
-            torch.cat([self.sampling_offsets.bias, self.attention_weights.bias]),
-        )
+        offsets_and_logits = F.linear(queries, *self.offsets_and_logits())
         operator = _operators[-1]
         out = operator(value, spatial_shapes, offsets_and_logits, reference, self.num_points)
         return self.output_proj(out)
@@ -167,8 +174,16 @@ class MultiScaleDeformableAttention(nn.Module):
 class FeedForward(nn.Module):
     """Linear, ReLU, Linear."""
 
-    def __init__(self, sizes: LayerSizes) -> None:
+    def __init__(self, sizes: LayerSizes, *, recompute: bool = False) -> None:
+        """Makes the layers.
+
+        Args:
+            sizes: of the layer.
+            recompute: whether the backward pass computes the hidden numbers, which are eight times
+                as many as the tokens', again instead of keeping them.
+        """
         super().__init__()
+        self.recompute = recompute
         self.linear1 = nn.Linear(sizes.hidden_dim, sizes.feedforward_dim)
         self.linear2 = nn.Linear(sizes.feedforward_dim, sizes.hidden_dim)
         for layer in (self.linear1, self.linear2):
@@ -176,6 +191,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
+        if self.recompute and self.training:
+            return checkpoint(self._both, x, use_reentrant=False, preserve_rng_state=False)
+        return self._both(x)
+
+    def _both(self, x: Tensor) -> Tensor:
         # As a matrix: of more dimensions the result is a view, and what changes a view in place is
         # copied twice in the backward pass.
         hidden = F.relu(self.linear1(x.flatten(0, -2)), inplace=True)

@@ -116,6 +116,8 @@ class Decoder(nn.Module):
         heads: PredictionHeads,
         may_attend: Tensor | None = None,
         num_layers: int | None = None,
+        *,
+        last_alone: bool = False,
     ) -> list[DecoderState]:
         """Decodes.
 
@@ -126,9 +128,10 @@ class Decoder(nn.Module):
             may_attend: (Q, Q) bool, True where a query (row) may see another (column); None for
                 everywhere.
             num_layers: stop after this many layers; None for all.
+            last_alone: nobody asks for what layers before the last one predict.
 
         Returns:
-            The state before the first layer and after each layer.
+            The state before the first layer and after each layer; with `last_alone` only the last.
         """
         memory = memory.finest(self.num_levels)
         mask = None if may_attend is None else attention_bias(may_attend, queries.content.dtype)
@@ -137,11 +140,18 @@ class Decoder(nn.Module):
         # twice).
         entered_logits = anchor_logits = inverse_sigmoid(anchors)
         states = [DecoderState(content, anchors)]
-        for layer in self.layers[:num_layers]:
+        layers = self.layers[:num_layers]
+        for number, layer in enumerate(layers, start=1):
             position = self.position_head(
                 box_sine_embedding(anchors, self.channels_per_coordinate).to(content.dtype)
             )
             content = layer(content, position, anchors, memory, mask)
+            if last_alone:
+                refined = heads.norm(content) if number == len(layers) else content
+                anchors = heads.box_logits(refined, anchor_logits).sigmoid()
+                states = [DecoderState(refined, anchors)]
+                anchor_logits = inverse_sigmoid(anchors)
+                continue
             normed = heads.norm(content)
             boxes, entered = heads.box_logits(
                 torch.stack([normed, content]), torch.stack([entered_logits, anchor_logits])

@@ -22,11 +22,11 @@ NORM_GROUPS = 32  # of the group norms after projections
 class EncoderLayer(nn.Module):
     """Deformable self-attention and feed-forward network, each with residual sum and LayerNorm."""
 
-    def __init__(self, sizes: LayerSizes) -> None:
+    def __init__(self, sizes: LayerSizes, *, recompute_feedforward: bool = False) -> None:
         super().__init__()
         self.self_attn = MultiScaleDeformableAttention(sizes)
         self.norm1 = nn.LayerNorm(sizes.hidden_dim)
-        self.ffn = FeedForward(sizes)
+        self.ffn = FeedForward(sizes, recompute=recompute_feedforward)
         self.norm2 = nn.LayerNorm(sizes.hidden_dim)
 
     def forward(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
@@ -49,6 +49,7 @@ class MultiScaleDeformableEncoder(nn.Module):
         num_layers: int,
         sizes: LayerSizes,
         activation_checkpoint: bool,
+        recompute_feedforward: bool,
     ) -> None:
         """Makes projections and layers.
 
@@ -59,6 +60,8 @@ class MultiScaleDeformableEncoder(nn.Module):
             sizes: of each layer; levels beyond `in_features` are made by convolutions of stride 2.
             activation_checkpoint: recompute each layer in the backward pass: less memory, more
                 time.
+            recompute_feedforward: recompute the hidden numbers of feed-forward networks alone: a
+                good part of this memory for little time.
 
         Raises:
             KeyError: if the backbone lacks one of `in_features`.
@@ -84,7 +87,10 @@ class MultiScaleDeformableEncoder(nn.Module):
         )
         self.num_heads = sizes.num_heads
         self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim))
-        self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(sizes, recompute_feedforward=recompute_feedforward)
+            for _ in range(num_layers)
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -102,6 +108,7 @@ class MultiScaleDeformableEncoder(nn.Module):
                 feedforward_dim=node.FEEDFORWARD_DIM,
             ),
             "activation_checkpoint": node.ACTIVATION_CHECKPOINT,
+            "recompute_feedforward": node.RECOMPUTE_FEEDFORWARD,
         }
 
     def forward(self, features: dict[str, Tensor]) -> Memory:

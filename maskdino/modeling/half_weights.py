@@ -7,6 +7,7 @@ of a layer, and one their gradients: the same numbers.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +46,10 @@ def half_weights(
         return
     dtype, before = torch.get_autocast_dtype(device.type), dict[Place, nn.Parameter]()
     try:
-        for weights in _layers(model, leave).values():
+        layers = defaultdict[str, dict[Place, nn.Parameter]](dict)
+        for place, (layer, weight) in convertible_weights(model, leave).items():
+            layers[layer][place] = weight
+        for weights in layers.values():
             before |= weights
             converted = _Converted.apply(dtype, *weights.values())
             for (module, name), weight in zip(weights, converted, strict=True):
@@ -56,21 +60,30 @@ def half_weights(
             module._parameters[name] = weight
 
 
-def _layers(model: nn.Module, leave: Iterable[nn.Module]) -> dict[str, dict[Place, nn.Parameter]]:
-    """The float32 weights of each layer that autocast would convert."""
-    left = {part for module in leave for part in module.modules()}
-    layers: dict[str, dict[Place, nn.Parameter]] = {}
+def convertible_weights(
+    model: nn.Module, leave: Iterable[nn.Module] = ()
+) -> dict[Place, tuple[str, nn.Parameter]]:
+    """The float32 weights that autocast would convert, each with the name of its layer.
+
+    Args:
+        model: whose children may be of others.
+        leave: modules within that compute in the type of their weights.
+    """
+    # Compiled ones convert where they compute.
+    compiled = (module for module in model.modules() if module._compiled_call_impl is not None)
+    left = {part for module in (*leave, *compiled) for part in module.modules()}
+    found: dict[Place, tuple[str, nn.Parameter]] = {}
     for child_name, child in model.named_children():
         if any(type(m).__module__.split(".")[0] not in KNOWN_PACKAGES for m in child.modules()):
             continue
         for name, module in child.named_modules(prefix=child_name):
             if module in left or type(module).forward not in CONVERTING:
                 continue
-            places = layers.setdefault(".".join(name.split(".")[:LAYER_DEPTH]), {})
+            layer = ".".join(name.split(".")[:LAYER_DEPTH])
             for key, weight in module._parameters.items():
                 if weight is not None and weight.dtype == torch.float32:
-                    places[module, key] = weight
-    return {name: places for name, places in layers.items() if places}
+                    found[module, key] = (layer, weight)
+    return found
 
 
 class _Converted(torch.autograd.Function):
