@@ -25,9 +25,10 @@ from detectron2.utils.file_io import PathManager
 from maskdino import model_zoo
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.engine.before_training import check_settings
+from maskdino.engine.evaluating import evaluate_weights
 from maskdino.engine.launch import launch
 from maskdino.engine.run_folder import check_folder, locked, open_logs
-from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
+from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.evaluation.report import report_paths, write_report
 from maskdino.integration.extensions import add_import_option, config_header
 from maskdino.system.devices import configured_device, settle_device

@@ -233,3 +233,16 @@ class TrainStep:
 
 def _not_finite(losses: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in losses.items() if not math.isfinite(value)}
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model wrapped for several processes, or as it is in one."""
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )

@@ -1,7 +1,6 @@
 """Training as detectron2's users know it: resumable data, averaged weights, one exact step."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -14,24 +13,19 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import (
     DatasetEvaluator,
-    inference_on_dataset,
-    print_csv_format,
     verify_results,
 )
-from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import build_average
-from maskdino.checkpoint.loading import load_trained
 from maskdino.checkpoint.reading import CheckpointError
 from maskdino.data import build_train_mapper, check_datasets
 from maskdino.data.stream import (
@@ -44,16 +38,16 @@ from maskdino.data.stream import (
 )
 from maskdino.engine.before_training import check_settings, warn_of_schedule
 from maskdino.engine.best_checkpoint import BestCheckpoint
+from maskdino.engine.evaluating import build_model, evaluate_model, write_results
 from maskdino.engine.hooks import Evaluate, PeriodicCheckpoint, Resources, SaveAverage
 from maskdino.engine.interruption import Interrupted, SignalWatch
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
-from maskdino.engine.train_step import TrainStep
+from maskdino.engine.train_step import TrainStep, distribute
 from maskdino.engine.writers import WriteFirst, WriteScalars, build_writers
-from maskdino.evaluation.build import build_evaluator, masks_as_read
-from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
+from maskdino.evaluation.build import build_evaluator
 from maskdino.system.devices import settle_device
 from maskdino.system.errors import UserError
-from maskdino.system.files import write_errors, written_whole
+from maskdino.system.files import write_errors
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +100,7 @@ class MaskDINOTrainer(TrainerBase):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.average = build_average(cfg, model)
         self._train_step = TrainStep(
-            _distribute(model),
+            distribute(model),
             optimizer,
             build_gradient_clipper(cfg),
             accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
@@ -136,10 +130,7 @@ class MaskDINOTrainer(TrainerBase):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Builds the meta-architecture that the configuration names, on its device."""
-        model = build_model(cfg)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        logger.info("%s with %.1f M trainable parameters.", type(model).__name__, trained / 1e6)
-        return model
+        return build_model(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -361,21 +352,7 @@ class MaskDINOTrainer(TrainerBase):
         Raises:
             ValueError: if there are more or fewer evaluators than datasets.
         """
-        names = cfg.DATASETS.TEST
-        if isinstance(evaluators, DatasetEvaluator):
-            evaluators = [evaluators]
-        if evaluators is not None and len(evaluators) != len(names):
-            raise ValueError(f"{len(evaluators)} evaluators for {len(names)} datasets {names}")
-        results: dict[str, Any] = {}
-        for index, name in enumerate(names):
-            loader = cls.build_test_loader(cfg, name)
-            evaluator = cls.build_evaluator(cfg, name) if evaluators is None else evaluators[index]
-            with masks_as_read(model, evaluator):
-                results[name] = inference_on_dataset(model, loader, evaluator)
-            if comm.is_main_process():
-                logger.info("Results on %s:", name)
-                print_csv_format(results[name])
-        return results[names[0]] if len(names) == 1 else results
+        return evaluate_model(cfg, model, evaluators, cls.build_test_loader, cls.build_evaluator)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that a run needs to go on, but the weights.
@@ -415,51 +392,6 @@ class MaskDINOTrainer(TrainerBase):
             grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def evaluate_weights(cfg: CfgNode, resume: bool) -> dict[str, Any]:
-    """Evaluates `MODEL.WEIGHTS`, or the last checkpoint of `OUTPUT_DIR`, without training.
-
-    With `SOLVER.EMA.ENABLED`, the averaged weights of the file are used, if it has them. With
-    `TEST.AUG.ENABLED`, semantic maps are means over several sizes of each image, and mirrored
-    ones; evaluations during training are without, as they would take ten times as long.
-
-    Args:
-        cfg: configuration.
-        resume: whether to prefer the last checkpoint.
-    """
-    cfg = settle_device(cfg)
-    check_datasets(cfg)
-    model = MaskDINOTrainer.build_model(cfg)
-    run = MaskDINOCheckpointer(model, cfg.OUTPUT_DIR)
-    load_trained(model, cfg, run.get_checkpoint_file() if resume and run.has_checkpoint() else None)
-    if cfg.TEST.AUG.ENABLED:
-        model = AugmentedSemanticModel(cfg, model)
-    with write_errors(cfg.OUTPUT_DIR):
-        results = MaskDINOTrainer.test(cfg, model)
-        if comm.is_main_process():
-            write_results(cfg.OUTPUT_DIR, results)
-    return results
-
-
-def write_results(folder: str, results: dict) -> None:
-    """Writes the numbers of an evaluation to `<folder>/inference/results.json`."""
-    target = os.path.join(folder, "inference")
-    PathManager.mkdirs(target)
-    with written_whole(os.path.join(target, "results.json")) as temporary:
-        temporary.write_text(json.dumps(results, indent=1))
-
-
 def _draw_seed() -> int:
     """Draws a seed, the same in all processes."""
     return int(comm.all_gather(int.from_bytes(os.urandom(4), "little"))[0])
-
-
-def _distribute(model: nn.Module) -> nn.Module:
-    if comm.get_world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    return DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )

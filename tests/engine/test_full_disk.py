@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskdino.engine.evaluating import write_results
 from maskdino.engine.run_folder import LOGGERS, open_logs
-from maskdino.engine.trainer import MaskDINOTrainer, write_results
+from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.system.errors import WriteError
 from maskdino.system.files import MARK
 from tests.engine.stand_in import CallbackHook, read_checkpoint, tiny_config, train
@@ -84,9 +85,11 @@ def test_results_before_stay(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _handlers() -> Iterator[None]:
-    """The loggers have the handlers of before."""
+    """The loggers have no handlers of other tests, and afterwards those of before."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers[:] = []
     yield
     for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
         logger.handlers[:], logger.propagate = handlers, propagate

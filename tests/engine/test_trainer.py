@@ -18,8 +18,9 @@ from torch import nn
 
 from maskdino.checkpoint.ema import WeightAverage
 from maskdino.data import DataError, build_train_mapper
+from maskdino.engine.evaluating import evaluate_weights
 from maskdino.engine.launch import launch
-from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
+from maskdino.engine.trainer import MaskDINOTrainer
 from tests.engine.stand_in import read_checkpoint, tiny_config, train, train_in_process
 from tests.helpers import NARROW, NODE
 
@@ -202,9 +203,8 @@ def test_averaged_weights_are_saved_as_a_model(whole_run: Path) -> None:
 def test_evaluation_uses_averaged_weights(whole_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        MaskDINOTrainer,
-        "test",
-        classmethod(lambda _cls, _cfg, model: seen.append(model.head.weight.clone()) or {}),
+        "maskdino.engine.evaluating.evaluate_model",
+        lambda _cfg, model: seen.append(model.head.weight.clone()) or {},
     )
     whole = read_checkpoint(whole_run)
     weights = ("MODEL.WEIGHTS", whole_run / "model_final.pth")

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from maskdino.data.datasets import register_panoptic_folder
-from maskdino.engine.trainer import write_results
+from maskdino.engine.evaluating import write_results
 from maskdino.evaluation.coco import COCOInstanceEvaluator
 from maskdino.evaluation.panoptic import PanopticEvaluator
 from maskdino.evaluation.report import write_report

@@ -19,8 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from maskdino.engine.launch import launch
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
-from maskdino.engine.train_step import TrainStep
-from maskdino.engine.trainer import _distribute
+from maskdino.engine.train_step import TrainStep, distribute
 from tests.gpu.cases import make_batch, make_cfg, make_model, same_draws
 
 BATCHES = ((5, 3), (0, 2), (2, 2), (0, 0))  # objects of the images: two steps of two micro-batches
@@ -63,7 +62,7 @@ def main(device: torch.device, output: Path) -> None:
     )
     as_two = mock.patch.object(comm, "get_world_size", lambda: 2)
     with as_two:  # one process alone is not wrapped
-        wrapped = _distribute(grouped)
+        wrapped = distribute(grouped)
     assert isinstance(wrapped, DistributedDataParallel)
     losses = {"alone": run(make_step(alone)), "grouped": run(make_step(wrapped))}
     losses["difference"] = distance(alone, grouped) / distance(alone, start)

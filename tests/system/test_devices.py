@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from maskdino.config import load_config
+from maskdino.engine.evaluating import evaluate_weights
 from maskdino.engine.hooks import peak_memory_mb
-from maskdino.engine.trainer import MaskDINOTrainer, evaluate_weights
+from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.system.devices import comm as devices_comm
 from maskdino.system.devices import configured_device, find_device, pick_device, settle_device
 
@@ -105,7 +106,8 @@ def test_trainings_and_evaluations_settle_their_device(
     def stop(_: object) -> None:
         raise Stop
 
-    monkeypatch.setattr("maskdino.engine.trainer.check_datasets", stop)
+    for module in ("trainer", "evaluating"):
+        monkeypatch.setattr(f"maskdino.engine.{module}.check_datasets", stop)
     cfg = load_config(None, ["MODEL.DEVICE", "cuda:1", "DATASETS.TRAIN", "('nuclei_train',)"])
     with pytest.raises(Stop):
         MaskDINOTrainer(cfg)
