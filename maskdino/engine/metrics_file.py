@@ -64,12 +64,16 @@ class MetricsFile(EventWriter):
 
     def _put(self, iteration: int, scalars: dict[str, float], begin: int) -> None:
         line = json.dumps({**scalars, "iteration": iteration}, sort_keys=True).encode() + b"\n"
-        with write_errors(self._path), open(self._path, "r+b") as file:
-            file.seek(begin)
-            file.write(line)
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
+        if begin < self._end:  # a line that the disk has must not be lost on the way
+            with written_whole(self._path) as temporary:
+                temporary.write_bytes(self._path.read_bytes()[:begin] + line)
+        else:
+            with write_errors(self._path), open(self._path, "r+b") as file:
+                file.seek(begin)
+                file.write(line)
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
         self._last, self._scalars = iteration, scalars
         self._begin, self._end = begin, begin + len(line)
 

@@ -75,6 +75,26 @@ def test_an_evaluation_joins_the_line_of_its_iteration(tmp_path: Path) -> None:
     assert lines(path)[0]["AP"] == 40.0
 
 
+def test_a_kill_as_an_evaluation_joins_loses_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.json"
+    writer = MetricsFile(path)
+    with EventStorage() as storage:
+        storage.put_scalar("loss", 3.0)
+        writer.write()
+        storage.put_scalar("AP", 40.0, smoothing_hint=False)
+
+        def kill(number: int) -> None:
+            os.truncate(number, os.fstat(number).st_size - 5)  # half of it is on the disk
+            raise SystemExit
+
+        monkeypatch.setattr(metrics_file.os, "fsync", kill)
+        with pytest.raises(SystemExit):
+            writer.write()
+    assert lines(path) == [{"iteration": 0, "loss": 3.0}]
+
+
 def test_a_full_disk_leaves_whole_lines_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
