@@ -172,11 +172,10 @@ class MaskDINOPredictor:
             source: the folder; or a file of weights with its configuration; or "user/name" of a
                 model of the Hugging Face Hub. See `maskdino.load_pretrained`, also for errors.
             revision: of the hub's.
-            device: see `from_config`.
-            max_detections: see `from_config`.
-            opts: see `from_config`.
-            asked: `confidence_threshold`, `tasks`, `size`, `batch_size`, `features` and `dataset`;
-                see `from_config`.
+            device: see `from_config`, as for all others.
+            max_detections: at most so many objects for each image.
+            opts: keys and values that override the configuration.
+            asked: further ones.
         """
         found = find_pretrained(source, revision)
         most = [] if max_detections is None else ["TEST.DETECTIONS_PER_IMAGE", str(max_detections)]
@@ -186,15 +185,12 @@ class MaskDINOPredictor:
     def save_pretrained(self, folder: str | os.PathLike, **facts: Any) -> Path:
         """Writes the model as a folder, which `from_pretrained` reads.
 
-        What was asked of this predictor (tasks, threshold, size) is not in it.
-
         Args:
-            folder: made if need be.
-            facts: `name`, `metrics`, `dataset`, `license`, `averaged`, `iterations` and `half`; see
-                `maskdino.save_pretrained`, also for errors.
+            folder: made if need be; tasks, threshold and size of this predictor are not in it.
+            facts: see `maskdino.save_pretrained`, also for errors.
 
         Raises:
-            ValueError: this predictor has no model in PyTorch, or not its configuration.
+            ValueError: this predictor has no model in PyTorch.
         """
         if not isinstance(self.network, TorchNetwork) or self.configuration is None:
             raise ValueError("an exported network cannot be saved: save the model that it is of")
