@@ -212,6 +212,8 @@ def _add_solver(cfg: CfgNode) -> None:
     # gradient.
     # Batches of IMS_PER_BATCH / ACCUMULATION_STEPS images per optimizer step.
     cfg.SOLVER.ACCUMULATION_STEPS = 1
+    # Compile backbone, encoder layers and decoder layers (torch.compile) in training.
+    cfg.SOLVER.COMPILE = False
     cfg.SOLVER.EMA = CfgNode()
     # Keep, evaluate and save an exponential moving average of the weights.
     cfg.SOLVER.EMA.ENABLED = False

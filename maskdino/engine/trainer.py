@@ -38,6 +38,7 @@ from maskdino.data.stream import (
 )
 from maskdino.engine.before_training import check_settings, warn_of_schedule
 from maskdino.engine.best_checkpoint import BestCheckpoint
+from maskdino.engine.compiled import compile_layers
 from maskdino.engine.evaluating import build_model, evaluate_model, write_results
 from maskdino.engine.hooks import Evaluate, PeriodicCheckpoint, Resources, SaveAverage
 from maskdino.engine.interruption import Interrupted, SignalWatch
@@ -93,6 +94,8 @@ class MaskDINOTrainer(TrainerBase):
         self.seed = cfg.SEED if cfg.SEED >= 0 else _draw_seed()
         seed_everything(derive_seed(self.seed, Purpose.MODEL))
         model = self.build_model(cfg)
+        if cfg.SOLVER.COMPILE:
+            compile_layers(model)
         optimizer = self.build_optimizer(cfg, model)
         self.training_data = self.build_train_loader(cfg)
         self._batches: Iterator[list[dict]] = iter(())

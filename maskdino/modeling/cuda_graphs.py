@@ -40,6 +40,7 @@ class CudaGraphs:
         self._most = most
         self._graphs: OrderedDict[Hashable, Network] = OrderedDict()
         self._calls: Counter[Hashable] = Counter()
+        self._model: nn.Module | None = None
         self._modules: tuple[nn.Module, ...] = ()
         self._pool: Any = None
         self._works = True
@@ -59,7 +60,8 @@ class CudaGraphs:
         Returns:
             The network's results, copied: the next replay does not touch them.
         """
-        self._modules = self._modules or tuple(model.modules())
+        if self._model is not model:
+            self._model, self._modules = model, tuple(model.modules())
         hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
         if hooked or not self._works or torch.is_grad_enabled() or torch.jit.is_tracing():
             return network(images)
