@@ -172,6 +172,8 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
         own, wrong = self.model.state_dict(), []
         for name, given in state.items():
             value = torch.as_tensor(given)
+            if value.dtype.itemsize == 1 and value.is_floating_point():
+                value = value.float()  # PyTorch has no `isfinite` of 8 bits
             target = value if heuristic else own.get(name.removeprefix("module."))
             if target is None:
                 continue

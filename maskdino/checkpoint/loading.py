@@ -20,6 +20,7 @@ from maskdino.checkpoint.released_weights import (
     is_released,
     refuse_foreign,
 )
+from maskdino.config.loading import read_file
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,14 @@ def settle_weights(
     """
     saved = Path(cfg.OUTPUT_DIR, "config.yaml")
     if resume and saved.is_file():
-        run = CfgNode(CfgNode.load_yaml_with_base(str(saved)))
-        node = run.MODEL.MASK_DINO.QUERY_SELECTION
-        values = {key: node[key.rpartition(".")[2]] for key in (EMPTY_MASKS, LARGEST_PROPOSALS)}
+        try:
+            node = read_file(str(saved))["MODEL"]["MASK_DINO"]["QUERY_SELECTION"]
+            values = {key: node[key.rpartition(".")[2]] for key in (EMPTY_MASKS, LARGEST_PROPOSALS)}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{saved}, of the run that goes on, is no whole configuration ({error}): mend it, "
+                "or remove the file"
+            ) from error
     elif cfg.MODEL.WEIGHTS:
         values = _decided_by(cfg.MODEL.WEIGHTS, whole)
     else:

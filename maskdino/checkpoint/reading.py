@@ -130,7 +130,7 @@ def _check_state(state: object, path: str, device: str) -> None:
     wrong = {
         str(name): value
         for name, value in state.items()
-        if not isinstance(name, str) or not isinstance(value, Tensor | np.ndarray | np.generic)
+        if not isinstance(name, str) or not _is_numeric(value)
     }
     if wrong:
         found = ", ".join(f"{name!r}: {_what(value)}" for name, value in list(wrong.items())[:3])
@@ -141,6 +141,13 @@ def _check_state(state: object, path: str, device: str) -> None:
     bare = [name for name, x in state.items() if isinstance(x, Tensor) and x.is_meta]
     if bare and device != "meta":
         raise CheckpointError(f"{path} holds the shape of {bare[0]}, but no values (device meta)")
+
+
+def _is_numeric(value: object) -> bool:
+    """Whether a value is a tensor, or an array that can be one."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype.kind in "biufc"
+    return isinstance(value, Tensor)
 
 
 def _what(value: object) -> str:
@@ -192,11 +199,18 @@ def _read_torch(path: str, device: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, and is not loaded, because that "
             "could run code; "
-            f'save its weights alone, as torch.save({{"model": model.state_dict()}}, path). '
-            f"({error})"
+            f'save its weights alone, as torch.save({{"model": model.state_dict()}}, path) '
+            f"({_refused(error)})"
         ) from error
     except BROKEN as error:
-        raise CheckpointError(f"{path} is no checkpoint, or was cut off: {error}") from error
+        said = str(error).strip().partition("\n")[0][:200]
+        raise CheckpointError(f"{path} is no checkpoint, or was cut off: {said}") from error
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    """What PyTorch did not load, without its advice, which has many lines."""
+    said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return said.partition(" was not an allowed")[0].partition("\n")[0]
 
 
 def _read_safetensors(path: str, device: str) -> dict[str, Tensor]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ast
 import operator
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from maskdino.config.loading import read_yaml
 
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -114,7 +117,7 @@ def _calculated(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
 _Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _calculated)
 
 
-def read_released_yaml(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_released_yaml(path: Path, _above: tuple[str, ...] = ()) -> dict[str, Any]:
     """The nested values of a file, with those of its `_BASE_` files below them.
 
     Raises:
@@ -122,23 +125,22 @@ def read_released_yaml(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, A
         ValueError: a file is no YAML, or asks for more than numbers; one line with file and line.
     """
     path = Path(path).expanduser()
-    if path.resolve() in _above:
+    if os.path.realpath(path) in _above:
         raise ValueError(f"{path} is its own _BASE_")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise ValueError(f"{where}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is no configuration: it holds no keys")
+        values = read_yaml(str(path), _Loader)
+    except OSError as error:
+        named = f"{_above[-1]} names it as _BASE_, but " if _above else ""
+        reason = error.strerror or error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{named}configuration {path} cannot be read: {reason}") from error
     bases = values.pop("_BASE_", [])
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases if isinstance(bases, list) else [bases]:
+        if not isinstance(base, str):
+            raise ValueError(f"{path}: _BASE_ is {base!r}; it must be the path of a file")
         below = path.parent / Path(base).expanduser()
-        _merge(read_released_yaml(below, (*_above, path.resolve())), merged)
+        _merge(read_released_yaml(below, (*_above, os.path.realpath(path))), merged)
     _merge(values, merged)
     return merged
 

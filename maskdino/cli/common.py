@@ -50,6 +50,8 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(getattr(error, "status", INTERRUPTED))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except UnicodeEncodeError as error:  # JSON and YAML can hold halves of characters
+        sys.exit(f"error: {error.object!a} cannot be written in {error.encoding}: {error.reason}")
     except (KeyError, ValueError, ImportError) as error:
         if not was_raised(error):
             raise
@@ -62,6 +64,8 @@ def was_raised(error: BaseException) -> bool:
     Raised anew, with the traceback of another process in its text or cause, does not count.
     """
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("maskdino"):
+        return True
+    if "embedded null" in str(error):  # what Python says of paths with such a character
         return True
     if "Traceback" in f"{error} {error.__cause__}":
         return False

@@ -8,14 +8,34 @@ ResNet needs no conversion: detectron2 reads `detectron2://ImageNetPretrained/to
 itself.
 """
 
+from pickle import UnpicklingError
+
 import torch
+from safetensors import SafetensorError
 from timm.models import load_state_dict
+from torch import Tensor
 
 from maskdino.backbones import TimmBackbone, build_backbone, convert_backbone
+from maskdino.checkpoint.reading import BROKEN, fetch
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
+from maskdino.config.loading import one_line
 from maskdino.model_zoo import find_config
 from maskdino.system.files import written_whole
+
+
+def _read(source: str) -> dict[str, Tensor]:
+    """The weights of a file."""
+    try:
+        state = load_state_dict(fetch(source), device="cpu")
+    except (SafetensorError, UnpicklingError, *BROKEN) as error:
+        raise CommandError(
+            f"{source} holds no weights, or was cut off: {one_line(error)}"
+        ) from error
+    wrong = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    if wrong or not state:
+        raise CommandError(f"{source} holds no weights, but {', '.join(wrong[:3]) or 'nothing'}")
+    return state
 
 
 @errors_in_one_line()
@@ -29,6 +49,7 @@ def main(words: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(words)
 
+    state = _read(arguments.source)
     cfg = load_config(str(find_config(arguments.config_file)), ["MODEL.TIMM.PRETRAINED", "False"])
     backbone = build_backbone(cfg)
     if not isinstance(backbone, TimmBackbone):
@@ -36,7 +57,10 @@ def main(words: list[str] | None = None) -> None:
             f"{cfg.MODEL.BACKBONE.NAME} is no timm model: detectron2 loads its weights itself"
         )
 
-    weights = convert_backbone(load_state_dict(arguments.source, device="cpu"), backbone)
+    try:
+        weights = convert_backbone(state, backbone)
+    except ValueError as error:
+        raise CommandError(f"{arguments.source}: {error}") from error
     # The norms of the outputs, which no classifier has, are written as they are initialized.
     weights = backbone.state_dict() | weights
     prefixed = {f"backbone.{name}": tensor for name, tensor in weights.items()}

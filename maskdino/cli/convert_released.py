@@ -28,6 +28,7 @@ from maskdino.checkpoint.released_weights import (
 from maskdino.checkpoint.released_yaml import read_released_yaml
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
+from maskdino.config.loading import one_line
 from maskdino.model import MaskDINO
 from maskdino.system.files import written_whole
 
@@ -55,15 +56,29 @@ def convert(config: Path, weights: Path | None, output: Path) -> list[str]:
         if (output / name).exists():
             raise FileExistsError(f"{output} already has a {name}; choose another folder")
     cfg = load_config(None, ["MODEL.DEVICE", "cpu"])
-    remarks = convert_config(_read(config), cfg)
+    values = _read(config)
+    try:
+        remarks = convert_config(values, cfg)
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        OverflowError,
+    ) as error:
+        raise CommandError(f"{config}: {one_line(error)}") from error
     if weights is None:
         if cfg.MODEL.WEIGHTS and "://" not in cfg.MODEL.WEIGHTS:
             remarks.append(
                 f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}, a file of a backbone: `maskdino convert "
                 "backbone` makes of its source one that fits"
             )
-        with torch.device("meta"):
-            MaskDINO(cfg)  # or its own error
+        try:
+            with torch.device("meta"):
+                MaskDINO(cfg)
+        except (KeyError, ValueError) as error:
+            raise CommandError(f"{config} describes no model: {one_line(error)}") from error
     else:
         remarks += _convert_weights(weights, output, cfg)
     output.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,8 @@ def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(words)
     cfg = read_config(args)
+    if args.eval_only and not cfg.DATASETS.TEST:
+        raise CommandError("DATASETS.TEST is (); it must name at least one dataset to evaluate")
     if not torch.cuda.is_available() and args.num_gpus > 1:
         raise CommandError(f"--num-gpus {args.num_gpus}, but there is no GPU; use --num-processes")
     is_first = args.machine_rank == 0 and os.environ.get("RANK", "0") == "0"

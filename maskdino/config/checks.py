@@ -44,8 +44,20 @@ def one_of(*values: Any) -> Allowed:
     return Allowed(f"one of {', '.join(map(repr, values))}", lambda value: value in values)
 
 
+def numbers(of: Allowed, count: int | None = None) -> Allowed:
+    """Lists of numbers of a kind."""
+    text = f"{count or 'a list of'} numbers, each {of.text}"
+    return Allowed(text, lambda values: count in (None, len(values)) and all(map(of.holds, values)))
+
+
 ABOVE_0 = Allowed("above 0", lambda value: 0 < value < math.inf)
 SHARE = between(0, 1)
+FINITE = Allowed("finite", lambda value: -math.inf < value < math.inf)
+WHOLE = Allowed("whole and at least 0", lambda value: value == value // 1 >= 0)
+SIDE = Allowed("whole and at least 1", lambda value: value == value // 1 >= 1)
+NAMES = Allowed("a list of names", lambda values: all(isinstance(x, str) for x in values))
+FOLDER = Allowed("the path of a folder", lambda value: bool(value) and "\0" not in value)
+FORMATS = ("BGR", "RGB", "L", "YUV-BT.601", "HSV", "LAB", "YCbCr")
 WEIGHT, COUNT, COUNT_OR_0 = at_least(0), at_least(1), at_least(0)
 BELOW_1 = Allowed("at least 0 and below 1", lambda value: 0 <= value < 1)
 
@@ -86,6 +98,8 @@ RULES: dict[str, Allowed] = {
     f"{_MODEL}TEST.PANOPTIC_SCORE_THRESHOLD": SHARE,
     f"{_MODEL}TEST.PANOPTIC_OVERLAP_THRESHOLD": SHARE,
     f"{_MODEL}TEST.TEMPERATURE": ABOVE_0,
+    "MODEL.PIXEL_MEAN": numbers(FINITE),
+    "MODEL.PIXEL_STD": numbers(ABOVE_0),
     "MODEL.TIMM.DROP_PATH_RATE": BELOW_1,
     "SOLVER.OPTIMIZER": one_of("ADAMW", "SGD"),
     "SOLVER.IMS_PER_BATCH": COUNT,
@@ -99,6 +113,7 @@ RULES: dict[str, Allowed] = {
     "SOLVER.WEIGHT_DECAY_NORM": at_least(0),
     "SOLVER.WEIGHT_DECAY_EMBED": at_least(0),
     "SOLVER.MOMENTUM": BELOW_1,
+    "SOLVER.STEPS": numbers(WHOLE),
     "SOLVER.GAMMA": at_least(0),
     "SOLVER.WARMUP_FACTOR": at_least(0),
     "SOLVER.WARMUP_ITERS": COUNT_OR_0,
@@ -106,6 +121,11 @@ RULES: dict[str, Allowed] = {
     "SOLVER.EMA.DECAY": BELOW_1,
     "SOLVER.BEST.PATIENCE": COUNT_OR_0,
     "DATALOADER.NUM_WORKERS": COUNT_OR_0,
+    **dict.fromkeys(("DATASETS.TRAIN", "DATASETS.TEST", "INPUT.AUGMENTATIONS"), NAMES),
+    **dict.fromkeys(("LOG.WRITERS", "TEST.EVALUATORS", f"{_MODEL}CLASS_NAMES"), NAMES),
+    "OUTPUT_DIR": FOLDER,
+    "INPUT.FORMAT": one_of(*FORMATS),
+    "INPUT.LSJ.SIZE": numbers(SIDE, 2),
     "INPUT.LSJ.MIN_SCALE": ABOVE_0,
     "INPUT.LSJ.MAX_SCALE": ABOVE_0,
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": SHARE,
@@ -128,8 +148,18 @@ def check_values(cfg: CfgNode) -> None:
     """
     for key, allowed in RULES.items():
         value = _value(cfg, key)
-        if not allowed.holds(value):
+        try:
+            holds = allowed.holds(value)
+        except TypeError:  # a list may hold anything
+            holds = False
+        if not holds:
             raise ConfigError(f"{key} is {value!r}; it must be {allowed.text}")
+    means, stds = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    if len(means) != len(stds):
+        raise ConfigError(
+            f"MODEL.PIXEL_STD is {stds}; it must have one number for each of MODEL.PIXEL_MEAN, "
+            f"{means}"
+        )
     model = cfg.MODEL.MASK_DINO
     for part in ("ENCODER", "DECODER"):
         heads = model[part].NUM_HEADS

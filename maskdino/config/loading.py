@@ -22,6 +22,8 @@ _CONVERT = (
 # Nodes of a file whose keys another library defines: arguments of a timm model, released Swin
 # configurations.
 _OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
+_LARGEST = 10**300  # of whole numbers that can be floats
+_LONGEST = 250  # characters of both ends of what other packages say
 _OWN_KEYS = " A module of your own that adds it, in add_config(cfg), is imported with --import."
 
 
@@ -43,15 +45,16 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     cfg = get_cfg()
     add_maskdino_config(cfg)
     extend_config(cfg)
-    known = dict.fromkeys(_key_names(cfg))
+    known, whole = dict.fromkeys(_key_names(cfg)), cfg.clone()
     if config_file:
-        loaded = _read_file(config_file)
+        loaded = read_file(config_file)
         names = [name for name in _key_names(loaded) if not name.startswith(_OPEN_NODES)]
         _check_keys(names, known, f"in {config_file}", read_header(config_file) or _OWN_KEYS)
         try:
             _merge_file(cfg, config_file, loaded)
+            _check_given(cfg, whole)
         except (AssertionError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{config_file}: {error}") from error
+            raise ValueError(f"{config_file}: {one_line(error)}") from error
     if len(overrides) % 2:
         raise ValueError(
             f"Overrides are KEY VALUE pairs, but these are {len(overrides)} words: "
@@ -60,14 +63,47 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     names = [name for name in overrides[::2] if not name.startswith(_OPEN_NODES)]
     _check_keys(names, known, "on the command line")
     _make_open_keys(cfg, overrides[::2])
-    try:
-        cfg.merge_from_list(_with_floats(cfg, overrides))
-    except AssertionError as error:
-        raise ValueError(str(error)) from error
+    merge_overrides(cfg, overrides)
     return cfg
 
 
+def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
+    """Sets single values, whose keys are known (in place).
+
+    Raises:
+        ValueError: a value has the wrong type; the message names its key.
+    """
+    usual = cfg.clone()
+    try:
+        cfg.merge_from_list(_with_floats(cfg, overrides))
+    except (AssertionError, ValueError, TypeError, KeyError, RecursionError) as error:
+        words = " ".join(map(ascii, overrides))[:200]
+        raise ValueError(f"{one_line(error)} (on the command line: {words})") from error
+    _check_given(cfg, usual)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, whose values may have several lines."""
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(said).split())
+    return text if len(text) < 2 * _LONGEST else f"{text[:_LONGEST]} ... {text[-_LONGEST:]}"
+
+
+def _check_given(cfg: CfgNode, usual: CfgNode, prefix: str = "") -> None:
+    """Raises where a key has no value, which YACS takes for one of any type."""
+    for name, value in usual.items():
+        if f"{prefix}{name}." in _OPEN_NODES:
+            continue
+        if isinstance(value, CfgNode):
+            _check_given(cfg[name], value, f"{prefix}{name}.")
+        elif value is not None and cfg[name] is None:
+            raise ValueError(f"{prefix}{name} is None; it must be a value like {value!r}")
+
+
 def _merge_file(cfg: CfgNode, config_file: str, loaded: dict[str, Any]) -> None:
+    version = loaded.get("VERSION", cfg.VERSION)
+    if not isinstance(version, int) or version > cfg.VERSION:
+        raise ValueError(f"VERSION is {version!r}; it must be at most {cfg.VERSION}")
     if loaded.get("VERSION") != cfg.VERSION:  # detectron2 knows how to read older ones
         cfg.merge_from_file(config_file, allow_unsafe=False)
         return
@@ -80,7 +116,7 @@ def _make_floats(values: dict[str, Any], like: CfgNode) -> None:
     for name, value in values.items():
         if isinstance(value, dict) and isinstance(like.get(name), dict):
             _make_floats(value, like[name])
-        elif type(value) is int and isinstance(like.get(name), float):
+        elif type(value) is int and abs(value) < _LARGEST and isinstance(like.get(name), float):
             values[name] = float(value)
 
 
@@ -107,13 +143,13 @@ def _make_open_keys(cfg: CfgNode, names: Sequence[str]) -> None:
             node.setdefault(last, None)
 
 
-def _read_file(config_file: str) -> dict[str, Any]:
+def read_file(config_file: str) -> dict[str, Any]:
     """The nested values of a YAML file, with those of its `_BASE_`."""
     _check_yaml(config_file)
     try:
         loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
     except AssertionError as error:
-        raise ValueError(f"{config_file}: {error}") from error
+        raise ValueError(f"{config_file}: {one_line(error)}") from error
     nodes = loaded.get("MODEL")
     nodes = nodes if isinstance(nodes, dict) else {}
     if "MaskDINO" in nodes:
@@ -121,6 +157,36 @@ def _read_file(config_file: str) -> dict[str, Any]:
     if "MASK_FORMER" in nodes:
         raise ValueError(f"{config_file} is a configuration of Mask2Former or MaskFormer")
     return loaded
+
+
+def read_yaml(path: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dict[Any, Any]:
+    """The keys and values of a file, which has some.
+
+    Args:
+        path: of the file.
+        loader: what its tags mean; nothing is executed.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no YAML, or none with keys; one line with file and, if known, line.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        problem = error.problem or error.context
+        hint = f"; {_CONVERT}" if ":python/" in str(problem) else ""
+        raise ValueError(f"{where}: {problem}{hint}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # the latter of texts, numbers and dates
+        raise ValueError(f"{path} is no YAML: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        kind = "nothing" if content is None else f"a single {type(content).__name__}"
+        raise ValueError(f"{path} holds {kind}; a configuration holds keys and values (KEY: VALUE)")
+    return content
 
 
 def _check_yaml(path: str, within: tuple[str, ...] = ()) -> None:
@@ -135,24 +201,14 @@ def _check_yaml(path: str, within: tuple[str, ...] = ()) -> None:
     """
     if path in within:
         raise ValueError(f"{path} is its own _BASE_: {' -> '.join([*within, path])}")
+    named = f"{within[-1]} names it as _BASE_, but " if within else ""
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+        content = read_yaml(path)
     except FileNotFoundError as error:
-        named = f"{within[-1]} names it as _BASE_, but " if within else ""
         raise FileNotFoundError(f"{named}there is no configuration {path}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{mark.name}, line {mark.line + 1}" if mark else path
-        hint = f"; {_CONVERT}" if ":python/" in str(error.problem) else ""
-        raise ValueError(f"{where}: {error.problem}{hint}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
-    if not isinstance(content, dict):
-        kind = "nothing" if content is None else f"a single {type(content).__name__}"
-        raise ValueError(f"{path} holds {kind}; a configuration holds keys and values (KEY: VALUE)")
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{named}configuration {path} cannot be read: {reason}") from error
     bases = content.get("_BASE_", [])
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or base.startswith("http://"):

@@ -21,7 +21,7 @@ from maskdino.data.annotation_checks import (
     where,
 )
 from maskdino.data.folders import check_names
-from maskdino.data.images import BROKEN, EXIF_ORIENTATION, decode
+from maskdino.data.images import BROKEN, decode, orientation
 from maskdino.ops.rle import encode_segmentation
 
 TINY = 4  # pixels of the shorter side
@@ -95,7 +95,7 @@ def file_problem(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
             return "image file is missing", "no such file"
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            turned = orientation(image) >= 5
             # JPEG files are decoded at an eighth of their size: faster, and cut ends still show.
             image.draft(None, (max(width // 8, 1), max(height // 8, 1)))
             decode(image)

@@ -12,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from maskdino.custom.annotations import (
     Annotations,
     Summary,
+    read_annotations,
     summarize,
     write_annotations,
 )
@@ -22,6 +23,7 @@ from maskdino.custom.request import Request
 from maskdino.custom.split import split
 from maskdino.data import DataError, register_coco_folder
 from maskdino.data.annotation_checks import describe
+from maskdino.data.reading import read_json
 
 DATA_FOLDER, INDEX_NAME, FINDINGS_NAME = "data", "datasets.json", "check.txt"
 
@@ -128,11 +130,18 @@ def prepared_files(output: Path) -> dict[str, tuple[Path, Path]]:
     folder = output / DATA_FOLDER
     if not (folder / INDEX_NAME).is_file():
         raise DataError(f"{folder} holds no data that were prepared for training")
-    index = json.loads((folder / INDEX_NAME).read_text())
-    return {
-        name: (folder / entry["json_file"], Path(entry["image_root"]))
-        for name, entry in index.items()
-    }
+    index = read_json(str(folder / INDEX_NAME))
+    try:
+        files = {
+            name: (folder / entry["json_file"], Path(entry["image_root"]))
+            for name, entry in index.items()
+        }
+        return {name: files[name] for name in (TRAIN_NAME, VALIDATION_NAME)}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder / INDEX_NAME} does not name the data that were prepared: give another "
+            "--output, or begin anew"
+        ) from error
 
 
 def register_prepared(output: Path) -> None:
@@ -146,5 +155,5 @@ def register_prepared(output: Path) -> None:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         # Written in the order of the class indices.
-        names = [category["name"] for category in json.loads(json_file.read_text())["categories"]]
+        names = [x["name"] for x in read_annotations(json_file, image_root).categories]
         register_coco_folder(name, json_file, image_root, thing_classes=names)

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from maskdino.config import load_config
+from maskdino.config.loading import merge_overrides
 from maskdino.custom.annotations import read_annotations, summarize
 from maskdino.custom.measure import Pace, measure_pace
 from maskdino.custom.plan import (
@@ -110,7 +111,7 @@ def plan_run(request: Request) -> tuple[Run, str]:
     pace = None if known else fit_pace(cfg, machine, request, data.validation.images)
     epochs = apply_schedule(cfg, data.train, machine, request, pace)
     cfg.OUTPUT_DIR = str(request.output)
-    cfg.merge_from_list(list(request.overrides))
+    merge_overrides(cfg, request.overrides)
     judge_by_masks(cfg)
     Plan(
         epoch_length(cfg, data.train),

@@ -88,6 +88,15 @@ def _from_file(path: str) -> np.ndarray:
         raise ImageError(f"cannot read image {path}: {error}") from error
 
 
+def orientation(image: Image.Image) -> int:
+    """How an image is to be turned, in EXIF's numbers from 1 to 8; 1, not at all, is usual."""
+    try:
+        value = image.getexif().get(EXIF_ORIENTATION)
+    except BROKEN:  # metadata that are none
+        return 1
+    return value if isinstance(value, int) and 2 <= value <= 8 else 1
+
+
 def decode(image: Image.Image) -> np.ndarray:
     """Turns a Pillow image of any mode into (H, W, 3) uint8 RGB, as `load_image` says.
 
@@ -95,7 +104,7 @@ def decode(image: Image.Image) -> np.ndarray:
         ImageError: values do not fit into 16 bits or, floats, into [0, 1].
         OSError, ValueError, ...: see `BROKEN`.
     """
-    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:  # else Pillow would make a copy
+    if orientation(image) != 1:  # else Pillow would make a copy
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         return _from_array(_wide_values(image), "RGB")

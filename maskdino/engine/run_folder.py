@@ -90,11 +90,11 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    with open(path, "a+", encoding="utf-8") as file:
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
         try:
             _lock(file.fileno())
         except (BlockingIOError, PermissionError) as error:
-            owner = _owner(path.read_text(encoding="utf-8"))
+            owner = _owner(path.read_text(encoding="utf-8", errors="replace"))
             raise RunError(
                 f"OUTPUT_DIR {folder} is in use by another run ({owner}): wait for its end, or "
                 "give another OUTPUT_DIR"

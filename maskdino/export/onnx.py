@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor
+from yaml import YAMLError
 
 from maskdino.categories import Categories
 from maskdino.config import load_config
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 METADATA_KEY = "maskdino"
+# What the metadata of files of others raise.
+BROKEN = (LookupError, ValueError, TypeError, AssertionError, AttributeError)
 Size = tuple[int, int]
 
 
@@ -118,13 +121,21 @@ class OnnxNetwork:
         properties = self.session.get_modelmeta().custom_metadata_map
         if METADATA_KEY not in properties:
             raise ValueError(f"{path} was not written by tools/export_model.py")
-        self.metadata = ExportedMetadata(**json.loads(properties[METADATA_KEY]))
+        try:
+            self.metadata = ExportedMetadata(**json.loads(properties[METADATA_KEY]))
+            cfg = self.metadata.cfg()
+        except (*BROKEN, YAMLError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{path} was not written by tools/export_model.py: {said}") from error
         if self.metadata.outputs != "predictions":
             raise ValueError(
                 f"{path} gives results of the task {self.metadata.outputs!r}; the predictor needs "
                 "an export with --outputs predictions"
             )
-        self._mean = torch.tensor(self.metadata.cfg().MODEL.PIXEL_MEAN).view(-1, 1, 1)
+        inputs = [(entry.name, len(entry.shape)) for entry in self.session.get_inputs()]
+        if inputs != [("images", 4)]:
+            raise ValueError(f"{path} has the inputs {inputs}, where images are expected")
+        self._mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
 
     @property
     def canvas(self) -> tuple[int, int] | None:

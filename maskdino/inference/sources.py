@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -69,8 +70,8 @@ def output_paths(
         ValueError: a drawing, or its JSON file, would replace an input, or another file beside one.
     """
     inputs = list(inputs)
-    own = {path.resolve() for path in inputs}
-    beside_inputs = folder.resolve() in {path.parent for path in own}
+    own = {os.path.realpath(path) for path in inputs}
+    beside_inputs = os.path.realpath(folder) in map(os.path.dirname, own)
     outputs: dict[Path, Path] = {}
     for path in inputs:
         suffix = ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
@@ -80,7 +81,7 @@ def output_paths(
         if with_tracks if is_video(path) else with_json:
             written.append(json_beside(target))
         for file in written:
-            if file.resolve() in own:
+            if os.path.realpath(file) in own:
                 raise ValueError(f"{file} is an input: choose another folder for --output")
             if beside_inputs and file.exists():
                 raise ValueError(

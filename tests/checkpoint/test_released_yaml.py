@@ -92,9 +92,9 @@ def test_bases_lie_below(tmp_path: Path) -> None:
         ("B: !!python/object/apply:eval ['1', '2']\n", "line 1: an expression is wanted"),
         ("A: !!python/name:os.system\n", "line 1: could not determine"),
         ("A: [1\nB: 2\n", "line 2: "),
-        ("A: \x00\n", "is no YAML file"),
-        ("- 1\n", "holds no keys"),
-        ("", "holds no keys"),
+        ("A: \x00\n", "is no YAML"),
+        ("- 1\n", "holds a single list"),
+        ("", "holds nothing"),
         ("_BASE_: file.yaml\n", "is its own _BASE_"),
     ],
 )

@@ -120,7 +120,9 @@ def whole_lists() -> Iterator[Fault]:
     )
     segments = {"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 1}]}
     yield refused("panoptic", lists(annotations=[segments]), "panoptic format")
-    yield fine("more keys", lists(info=None, licenses=None, mine={"a": [1]}, type="instances"))
+    yield fine(
+        "more keys of the file", lists(info=None, licenses=None, mine={"a": [1]}, type="instances")
+    )
     yield fine("info is a text", lists(info="made by hand"))
 
 
@@ -133,11 +135,13 @@ def categories() -> Iterator[Fault]:
         ("a fraction", 3.5),
         ("true", True),
     ):
-        yield refused(f"category id {name}", edit("categories", 0, id=value), "category without id")
-    yield refused("category id missing", drop("categories", "id", 0), "category without id")
-    yield refused("category id twice", edit("categories", 0, id=70), "several categories", "70")
+        yield refused(
+            f"id of category {name}", edit("categories", 0, id=value), "category without id"
+        )
+    yield refused("id of category missing", drop("categories", "id", 0), "category without id")
+    yield refused("id of category twice", edit("categories", 0, id=70), "several categories", "70")
     yield refused(
-        "category id infinite", edit("categories", 0, id=float("inf")), "category without"
+        "id of category infinite", edit("categories", 0, id=float("inf")), "category without"
     )
     for name, value in (("empty", ""), ("null", None), ("a list", ["car"]), ("an object", {})):
         word = "category without id or name"
@@ -188,11 +192,11 @@ def images() -> Iterator[Fault]:
         ("true", True),
         ("not a number", float("nan")),
     ):
-        yield of_image(f"image id {name}", first(id=value), "image without id", **_orphans())
-    yield of_image("image id missing", drop("images", "id", 0), "without id", **_orphans())
+        yield of_image(f"id of image {name}", first(id=value), "image without id", **_orphans())
+    yield of_image("id of image missing", drop("images", "id", 0), "without id", **_orphans())
     left = EVERYTHING - {1, 2, 3, 4}
     yield of_image(
-        "image id twice",
+        "id of image twice",
         first(id=2),
         "image 2",
         "several images with one id",

@@ -175,8 +175,9 @@ def _ran(folder: Path, case: Case, command: Command, streams: io.StringIO) -> Ra
     except SystemExit as end:
         code = end.code
         status = code if isinstance(code, int) else int(code is not None)
-        printed = streams.getvalue()[begin:].strip().split("\n")
-        message = code if isinstance(code, str) else printed[-1]
+        printed = f"\n{streams.getvalue()[begin:].strip()}"
+        last = max(printed.rfind("\nerror: "), printed.rfind(" error: "), 0)
+        message = code if isinstance(code, str) else printed[last:].strip()
     except BaseException:  # noqa: BLE001 - whatever escapes is what is looked for
         status, escaped = 1, traceback.format_exc()
     return Ran(folder, status, streams.getvalue()[begin:], message, escaped)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tests.corpus import annotations
+from tests.corpus import annotations, checkpoints, configurations, images, places
 from tests.corpus.case import Case
 
-KINDS = (annotations,)
+KINDS = (annotations, images, checkpoints, configurations, places)
 
 
 def all_cases() -> list[Case]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from maskdino.data import DataError
 from maskdino.data.folders import leaves
-from maskdino.data.images import BROKEN, EXIF_ORIENTATION
+from maskdino.data.images import BROKEN, orientation
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
 TRAIN, VALIDATION, TEST = "train", "val", "test"
@@ -127,7 +127,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            turned = orientation(image) >= 5
     except BROKEN as error:
         raise DataError(f"{path}: the image cannot be read: {error}") from error
     return (width, height) if turned else (height, width)
