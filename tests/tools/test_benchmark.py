@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,52 @@ def test_operators_agree_and_every_column_is_filled(repository: Path) -> None:
         for cell in row[2:]:
             number, unit, gain = cell.split()
             assert float(number) > 0 and unit in ("ms", "MiB") and gain.endswith("x)"), row
+
+
+TINY = ("--config-file", "configs/coco/instance/maskdino_tiny.yaml")
+FAMILIES = {
+    "train": (*TINY, "--size", "128", "--repeats", "1", "--batch", "1", "--objects", "3"),
+    "infer": (*TINY, "--height", "96", "--width", "128", "--repeats", "1"),
+    "data": ("--repeats", "1", "--peer", "maskdino.data:build_train_mapper"),
+    "launches": (*TINY, "--size", "64", "--precision", "float32"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(repository: Path, tmp_path: Path, family: str) -> None:
+    if family == "train" and not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory on a CPU is read from Linux's /proc")
+    record = tmp_path / "record.json"
+    command = [sys.executable, "tools/benchmark.py", family, "--threads", "1", *FAMILIES[family]]
+    command += ["--json", str(record)]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(record.read_text())
+    assert found["command"] == family and found["machine"]
+    rows = found["rows"]
+    for row in rows:
+        assert all(cell in result.stdout for cell in row.values())
+    if family == "train":
+        assert all(float(row["largest difference of a gradient"]) < 1e-4 for row in rows)
+        kept = [float(row["kept for backward"].split()[0]) for row in rows]
+        assert kept[0] > kept[1] > kept[2]
+    elif family == "infer":
+        of_networks = [
+            row["largest relative difference"] for row in rows if "network" in row["stage"]
+        ]
+        assert all(float(x) < 1e-3 for text in of_networks for x in text.split(", "))
+    elif family == "data":
+        polygons, runs, peer = (row["objects, difference of masks"] for row in rows)
+        assert polygons == peer == "10, 0.0e+00"
+        assert float(runs.split(", ")[1]) < 0.05
+    else:
+        step = next(row for row in rows if row["what"] == "step")
+        assert 1000 < int(step["operations"].replace(",", "")) < 3500
+
+
+def test_a_peer_that_is_not_there(repository: Path) -> None:
+    command = [sys.executable, "tools/benchmark.py", "data", "--peer", "nowhere:mapper"]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "--peer nowhere:mapper: No module named 'nowhere'" in result.stderr

@@ -6,13 +6,15 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from benchmarks.operator import compare, ratios, why_not
-from benchmarks.timing import median_milliseconds, peak_mebibytes, table
+from benchmarks.report import Report
+from benchmarks.timing import median_milliseconds, peak_mebibytes
 from maskdino.config import load_config
 from maskdino.model import MaskDINO
 from maskdino.structures import PackedMasks
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="see `op`")
 
 
-def run(args: argparse.Namespace) -> str:
+def run(args: argparse.Namespace) -> Report:
     """Compare predictions, then time and memory of each part; return a Markdown report."""
     torch.manual_seed(0)
     cfg = load_config(args.config_file, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> str:
     with torch.no_grad():
         images = model.preprocess(inputs).tensor
         features = model.backbone(images)
-    parts: dict[str, Callable[[], object]] = {
+    parts: dict[str, Callable[[], Any]] = {
         "encoder": encode,
         "network": network,
         "image to results": results,
@@ -78,11 +80,13 @@ def run(args: argparse.Namespace) -> str:
     differences = "; ".join(
         f"{name}: {_difference(parts[name], backends)}" for name in ("encoder", "network")
     )
-    return (
+    return Report(
         f"{args.config_file}, random weights, one image of {args.height} x {args.width}, "
         f"{args.device}; medians of {args.repeats} runs in turns, {args.clock} clock; in brackets "
         f"the gain over the first column.\n\nLargest relative difference from the {backends[0]} "
-        f"operator: {differences}\n\n" + table(headings, rows)
+        f"operator: {differences}",
+        headings,
+        rows,
     )
 
 
@@ -116,8 +120,8 @@ def _backend(name: str) -> Iterator[None]:
             os.environ["MASKDINO_OP"] = before
 
 
-def _with(backend: str, part: Callable[[], object]) -> Callable[[], object]:
-    def call() -> object:
+def _with(backend: str, part: Callable[[], Any]) -> Callable[[], Any]:
+    def call() -> Any:
         with _backend(backend):
             return part()
 

@@ -6,12 +6,14 @@ import argparse
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from benchmarks.timing import median_milliseconds, peak_mebibytes, table
+from benchmarks.report import Report
+from benchmarks.timing import median_milliseconds, peak_mebibytes
 from maskdino.ops.ms_deform_attn import (
     cell_centers,
     choose_backend,
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each contender")
 
 
-def run(args: argparse.Namespace) -> str:
+def run(args: argparse.Namespace) -> Report:
     """Compare results, then time and memory; return a Markdown report."""
     torch.manual_seed(0)
     shapes = [(-(-args.height // s), -(-args.width // s)) for s in STRIDES]
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> str:
         f"{args.clock} clock; "
         "in brackets the gain over the first line."
     )
-    return sizes + "\n\n" + table(headings, rows)
+    return Report(sizes, headings, rows)
 
 
 def contenders(shapes: list[tuple[int, int]], device: str) -> dict[str, Operator]:
@@ -194,7 +196,7 @@ def peers(
     return found
 
 
-def _optional(name: str) -> object | None:
+def _optional(name: str) -> Any:
     """Import a module of a library that need not be installed."""
     if importlib.util.find_spec(name.split(".")[0]) is None:
         return None

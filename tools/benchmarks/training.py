@@ -1,0 +1,155 @@
+"""A training step: time, memory, and what the backward pass keeps, form by form."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.model import drawn_input
+from benchmarks.report import Report, load_peer
+from benchmarks.timing import MEBIBYTE, median_milliseconds, peak_mebibytes
+from maskdino.config import load_config
+from maskdino.engine.compiled import compile_layers
+from maskdino.model import MaskDINO
+
+NAME = "train"
+HELP = "a training step: batch, objects, precision, compiled layers, memory"
+ENCODER = "MODEL.MASK_DINO.ENCODER."
+FORMS = {  # keys by the form's name
+    "as configured": [],
+    "feed-forward recomputed": [ENCODER + "RECOMPUTE_FEEDFORWARD", "True"],
+    "encoder layers recomputed": [ENCODER + "ACTIVATION_CHECKPOINT", "True"],
+}
+SEED = 7  # of the points and the noise that a step draws
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this family."""
+    parser.add_argument("--config-file", default="configs/coco/instance/maskdino_R50.yaml")
+    parser.add_argument("--size", type=int, default=1024, help="height and width of images")
+    parser.add_argument("--batch", type=int, nargs="+", default=[2], help="images, each tried")
+    parser.add_argument("--objects", type=int, nargs="+", default=[10], help="of an image")
+    parser.add_argument(
+        "--precision", nargs="+", default=["float32"], help="float32, bfloat16, float16"
+    )
+    parser.add_argument("--compile", action="store_true", help="also with compiled layers")
+    parser.add_argument(
+        "--peer",
+        help="package.module:function that makes of our model a module which takes detectron2's "
+        "batches and returns a dict of losses",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each form; 0: none")
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Compare losses and gradients, then memory and time; return a report."""
+    models = _models(args)
+    rows = []
+    for precision in args.precision:
+        for batch in args.batch:
+            for objects in args.objects:
+                inputs = [drawn_input(args.size, args.size, objects) for _ in range(batch)]
+                steps = {n: _step(m, inputs, args.device, precision) for n, m in models.items()}
+                rows += _rows(steps, f"{precision}, {batch} x {objects} objects", models, args)
+    headings = ["step", "form", "loss", "largest difference of a gradient", "kept for backward"]
+    headings += ["peak memory", "forward and backward"]
+    about = (
+        f"{args.config_file}, random weights, images of {args.size} x {args.size}, {args.device}; "
+        f"medians of {args.repeats} steps in turns, without the optimizer. Differences are norms, "
+        "relative to the gradient of the same weight in the first form; that of the whole gradient."
+    )
+    return Report(about, headings, rows)
+
+
+def _models(args: argparse.Namespace) -> dict[str, nn.Module]:
+    fixed = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device]
+    models: dict[str, nn.Module] = {}
+    for name, keys in FORMS.items():
+        models[name] = _model(args, fixed + keys)
+    if args.compile:
+        compiled = _model(args, fixed)
+        if compile_layers(compiled):
+            models["compiled"] = compiled
+    if args.peer:
+        models[args.peer] = load_peer(args.peer)(_model(args, fixed))
+    return models
+
+
+def _model(args: argparse.Namespace, keys: list[str]) -> MaskDINO:
+    torch.manual_seed(0)
+    return MaskDINO(load_config(args.config_file, keys)).to(args.device).train()
+
+
+def _step(
+    model: nn.Module, inputs: list[dict], device: str, precision: str
+) -> Callable[[], Tensor]:
+    dtype = getattr(torch, precision)
+
+    def step() -> Tensor:
+        torch.manual_seed(SEED)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device, dtype=dtype, enabled=precision != "float32"):
+            losses = model(inputs)
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        total.backward()
+        return total.detach()
+
+    return step
+
+
+def _rows(
+    steps: dict[str, Callable[[], Tensor]],
+    case: str,
+    models: dict[str, nn.Module],
+    args: argparse.Namespace,
+) -> list[list[str]]:
+    rows: dict[str, list[str]] = {}
+    expected: dict[str, Tensor] = {}
+    for name, step in steps.items():
+        kept = kept_mebibytes(step)
+        loss = step()
+        grads = {
+            key: p.grad.clone() for key, p in models[name].named_parameters() if p.grad is not None
+        }
+        expected = expected or grads
+        rows[name] = [case, name, f"{loss.item():.6g}", _difference(grads, expected)]
+        rows[name] += [f"{kept:.1f} MiB", f"{peak_mebibytes(step, args.device):.0f} MiB"]
+        models[name].zero_grad(set_to_none=True)
+    times = dict.fromkeys(steps, 0.0)
+    if args.repeats:
+        times = median_milliseconds(steps, args.repeats, args.device)
+    first = next(iter(times.values()))
+    return [
+        [*row, f"{times[name]:.0f} ms ({first / times[name]:.2f}x)" if first else "not timed"]
+        for name, row in rows.items()
+    ]
+
+
+def _difference(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    if grads.keys() != expected.keys():
+        return "other weights"
+    squares = [
+        torch.stack([(grads[k] - g).square().sum(), g.square().sum()]) for k, g in expected.items()
+    ]
+    difference, whole = torch.stack(squares).double().sum(0).sqrt().tolist()
+    return f"{difference / max(whole, 1e-30):.1e}"
+
+
+def kept_mebibytes(step: Callable[[], Any]) -> float:
+    """What a step's forward pass keeps for its backward pass, each piece of memory once."""
+    seen: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        in_backward = torch._C._current_graph_task_id() != -1  # where things are recomputed
+        if not (in_backward or (x.is_leaf and x.requires_grad)):
+            seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        step()
+    return sum(seen.values()) / MEBIBYTE
