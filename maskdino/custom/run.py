@@ -10,7 +10,6 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from maskdino.config import load_config
 from maskdino.config.loading import merge_overrides
@@ -33,7 +32,7 @@ from maskdino.custom.request import Request
 from maskdino.custom.training import CustomTrainer, Plan
 from maskdino.data import DataError
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
-from maskdino.engine.run_folder import locked
+from maskdino.engine.run_folder import locked, open_logs
 from maskdino.integration.extensions import config_header
 from maskdino.model_zoo import read_config
 
@@ -140,7 +139,7 @@ def fit_pace(cfg: CfgNode, machine: Machine, request: Request, images: int) -> P
     """
     while True:
         trial = cfg.clone()
-        trial.merge_from_list(list(request.overrides))
+        merge_overrides(trial, request.overrides)
         trial.SOLVER.IMS_PER_BATCH = max(1, trial.SOLVER.IMS_PER_BATCH // machine.processes)
         pace = measure_pace(trial, partial(register_prepared, request.output), images)
         if pace is not None:
@@ -199,8 +198,7 @@ def train_run(run: Run, resume: bool, early_stop: int) -> None:
         early_stop: evaluations without a better result after which training ends; 0: as
             SOLVER.BEST.PATIENCE says.
     """
-    for name in ("fvcore", "detectron2", "maskdino"):
-        setup_logger(str(run.output), distributed_rank=comm.get_rank(), name=name)
+    open_logs(run.output)
     logger.info("The whole configuration is in %s", run.config)
     register_prepared(run.output)
     cfg = load_config(str(run.config))

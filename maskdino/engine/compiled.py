@@ -17,7 +17,7 @@ from maskdino.model import MaskDINO
 logger = logging.getLogger(__name__)
 
 
-def compile_layers(model: MaskDINO, backend: str = "inductor") -> bool:
+def compile_layers(model: nn.Module, backend: str = "inductor") -> bool:
     """Lets a model's layers compile themselves when they first train.
 
     Names of weights stay as they are, so that checkpoints fit either way. In evaluation the layers
@@ -29,7 +29,15 @@ def compile_layers(model: MaskDINO, backend: str = "inductor") -> bool:
 
     Returns:
         Whether layers are compiled; where nothing can be compiled, a line in the log says why not.
+
+    Raises:
+        ValueError: the model is another architecture, whose layers are not known.
     """
+    if not isinstance(model, MaskDINO):
+        raise ValueError(
+            f"SOLVER.COMPILE is for models of the class MaskDINO, not {type(model).__name__}: "
+            "set it to False"
+        )
     reason = _why_not(model.device, backend)
     if reason:
         logger.warning("SOLVER.COMPILE is on, but layers train as they are: %s", reason)
