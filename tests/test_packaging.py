@@ -32,7 +32,8 @@ SOURCES = ("maskdino", "configs", "csrc", "setup.py", "pyproject.toml", "README.
 def test_requirements_are_those_of_the_package() -> None:
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     listed = [line for line in lines if line and not line.startswith("#")]
-    wanted = PROJECT["dependencies"] + EXTRAS["video"] + EXTRAS["export"] + EXTRAS["dev"]
+    extras = ("video", "export", "analysis", "dev")
+    wanted = PROJECT["dependencies"] + [line for extra in extras for line in EXTRAS[extra]]
     assert listed == wanted
     assert len({Requirement(line).name for line in listed}) == len(listed)
 

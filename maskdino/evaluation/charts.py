@@ -61,6 +61,33 @@ def bars(values: Mapping[str, float]) -> str:
     return _to_svg(figure)
 
 
+def matrix(numbers: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> str:
+    """SVG of a table of numbers, each field as dark as its share of the row.
+
+    Args:
+        numbers: (R, C) counts.
+        rows: names (R).
+        columns: names (C).
+    """
+    figure = Figure(figsize=(0.5 * len(columns) + 1, 0.32 * len(rows) + 1))
+    axes = figure.subplots()
+    shares = numbers / np.maximum(numbers.sum(1, keepdims=True), 1)
+    axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="#ddd", linewidth=0.5)
+    for (i, j), number in np.ndenumerate(numbers):
+        color = "white" if shares[i, j] > 0.6 else "black" if number else "#bbb"
+        axes.text(
+            j + 0.5, i + 0.5, str(number), ha="center", va="center", fontsize="small", color=color
+        )
+    centers = [np.arange(len(names)) + 0.5 for names in (columns, rows)]
+    axes.set_xticks(
+        centers[0], columns, fontsize="small", parse_math=False, rotation=40, ha="right"
+    )
+    axes.set_yticks(centers[1], rows, fontsize="small", parse_math=False)
+    axes.set(xlabel="predicted", ylabel="annotated", ylim=(len(rows), 0))
+    axes.tick_params(length=0)
+    return _to_svg(figure)
+
+
 def _to_svg(figure: Figure) -> str:
     """The element <svg>, with text as text, the same each time."""
     buffer = io.StringIO()

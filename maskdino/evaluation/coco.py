@@ -227,15 +227,7 @@ def average_precision(
         The values of `METRICS` in percent (NaN where nothing could be measured), the precisions
         (thresholds, recalls, categories, areas, detections), and the category ids.
     """
-    geometry = "bbox" if task == "bbox" else "segmentation"
-    kept = ("image_id", "category_id", "score", geometry)
-    # Size classes (small, medium, large) come from the box in one task, the mask in the other.
-    predictions = [{key: record[key] for key in kept} for record in records]
-    ground_truth = copy.deepcopy(ground_truth)  # both libraries add to it
-    _number(ground_truth, predictions, "images", "image_id")
-    categories = _number(ground_truth, predictions, "categories", "category_id")
-    for number, annotation in enumerate(ground_truth["annotations"], start=1):
-        annotation["id"] = number  # an object of id 0, or of a text, would count as found never
+    ground_truth, predictions, categories = numbered(ground_truth, records, task)
     if fast:
         api = faster_coco_eval.COCO(ground_truth)
         evaluation = faster_coco_eval.COCOeval_faster(api, api.loadRes(predictions), iouType=task)
@@ -258,6 +250,31 @@ def average_precision(
     parts = [whole, *single, *sizes, recalls[..., 0, -1]]
     ids = [categories[number] for number in evaluation.params.catIds]
     return [_mean(part) for part in parts], precisions, ids
+
+
+def numbered(
+    ground_truth: dict, records: list[dict], task: str
+) -> tuple[dict, list[dict], dict[int, Any]]:
+    """Copies of annotations and predictions of a task, with ids that evaluating libraries take.
+
+    Args:
+        ground_truth: see `average_precision`.
+        records: likewise.
+        task: likewise.
+
+    Returns:
+        Both, and the ids that the categories had, by those that they have now.
+    """
+    geometry = "bbox" if task == "bbox" else "segmentation"
+    kept = ("image_id", "category_id", "score", geometry)
+    # Size classes (small, medium, large) come from the box in one task, the mask in the other.
+    predictions = [{key: record[key] for key in kept} for record in records]
+    ground_truth = copy.deepcopy(ground_truth)  # the libraries add to it
+    _number(ground_truth, predictions, "images", "image_id")
+    categories = _number(ground_truth, predictions, "categories", "category_id")
+    for number, annotation in enumerate(ground_truth["annotations"], start=1):
+        annotation["id"] = number  # an object of id 0, or of a text, would count as found never
+    return ground_truth, predictions, categories
 
 
 def _number(ground_truth: dict, predictions: list[dict], name: str, key: str) -> dict[int, Any]:

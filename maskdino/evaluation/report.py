@@ -1,4 +1,4 @@
-"""One HTML file that shows an evaluation: tables, curves, bars, and the best and worst images.
+"""One HTML file that shows an evaluation: tables, curves, bars, errors, the best and worst images.
 
 It needs nothing but itself: charts are SVG, images are embedded. What it looks like is in
 ``report.html`` beside this file.
@@ -19,12 +19,15 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from maskdino.evaluation import errors
 from maskdino.evaluation.build import PER_CLASS
-from maskdino.evaluation.charts import bars, curves
+from maskdino.evaluation.charts import bars, curves, matrix
 from maskdino.evaluation.coco import COCO_DETECTIONS, average_precision, faster_coco_eval
 from maskdino.evaluation.report_images import EvaluatedImages, InstanceImages, find_images
 
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
+MAX_CLASSES = 20  # of a drawn confusion matrix
+MAX_DOUBTS = 20
 
 
 def report_paths(datasets: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -51,10 +54,10 @@ def write_report(
     """
     results = _read_results(dataset, folder)
     evaluated = find_images(dataset, folder / "inference" / dataset, results, threshold)
-    precision_curves = {}
+    details = {}
     for images in evaluated:
         if isinstance(images, InstanceImages):
-            precision_curves = _curves(images.ground_truth, images.predictions)
+            details = _details(images, results)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -63,7 +66,8 @@ def write_report(
     page = environment.from_string(template).render(
         dataset=dataset,
         tasks=[_task(name, metrics) for name, metrics in results.items()],
-        curves=precision_curves,
+        details=details,
+        threshold=threshold,
         galleries=[_gallery(images, num_images) for images in evaluated],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,10 +103,12 @@ def _task(name: str, metrics: dict[str, float]) -> dict:
     return {"name": name, "metrics": whole, "classes": classes}
 
 
-def _curves(ground_truth: dict, predictions: list[dict]) -> dict[str, str]:
-    """Charts of "bbox" and "segm", as far as there are predictions and annotations."""
-    charts = {}
-    for task, key in (("bbox", "bbox"), ("segm", "segmentation")):
+def _details(images: InstanceImages, results: Iterable[str]) -> dict[str, dict]:
+    """Curves and errors of "bbox" and "segm", as far as they were measured."""
+    details: dict[str, dict] = {}
+    ground_truth, predictions = images.ground_truth, images.predictions
+    for task in {"bbox", "segm"}.intersection(results):
+        key = "bbox" if task == "bbox" else "segmentation"
         if predictions and key in predictions[0] and ground_truth.get("annotations"):
             fast = faster_coco_eval is not None
             # All that was predicted, so the curves are those of the AP beside them.
@@ -111,8 +117,34 @@ def _curves(ground_truth: dict, predictions: list[dict]) -> dict[str, str]:
             _, precision, _ = average_precision(
                 ground_truth, predictions, task, fast=fast, detections=detections
             )
-            charts[task] = curves(precision_recall(precision), "recall", "precision")
-    return charts
+            chart = curves(precision_recall(precision), "recall", "precision")
+            details[task] = {"curves": chart, "errors": None}
+            if errors.hotcoco is not None:
+                analysis = errors.analyze(
+                    ground_truth,
+                    predictions,
+                    task,
+                    threshold=images.threshold,
+                    detections=detections,
+                )
+                details[task]["errors"] = _errors(analysis)
+    return details
+
+
+def _errors(analysis: errors.Analysis) -> dict:
+    """What the page shows of an analysis: all but the classes that are confused least."""
+    shown, confusion = analysis.most_confused(MAX_CLASSES)
+    names = [analysis.classes[i] for i in shown]
+    return {
+        "confusion": matrix(confusion, [*names, "nothing"], [*names, "nothing"]),
+        "classes": len(names),
+        "all_classes": len(analysis.classes),
+        "kinds": [(k, n, analysis.costs[k]) for k, n in analysis.counts.items()],
+        "groups": analysis.groups,
+        "group_metrics": errors.GROUP_METRICS,
+        "doubts": analysis.doubts[:MAX_DOUBTS],
+        "all_doubts": len(analysis.doubts),
+    }
 
 
 def precision_recall(precision: np.ndarray) -> dict[str, np.ndarray]:

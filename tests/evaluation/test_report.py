@@ -15,7 +15,7 @@ import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from maskdino.evaluation.charts import bars, curves
+from maskdino.evaluation.charts import bars, curves, matrix
 from maskdino.evaluation.report import precision_recall, report_paths, write_report
 from maskdino.visualization.ground_truth import ground_truth_of
 from maskdino.visualization.results import Categories, ImageResult
@@ -76,6 +76,43 @@ def test_report_shows_numbers_curves_and_images(tmp_path: Path, records: list[di
     assert "over 24 of 24 images" in page
 
 
+def test_report_shows_errors(tmp_path: Path, records: list[dict]) -> None:
+    pytest.importorskip("hotcoco", reason="hotcoco is optional, see requirements.txt")
+    twice = records[0] | {"score": 0.3}
+    page = page_of(tmp_path, [*records, twice])
+    errors = page[page.index("Errors: segm") : page.index("Images: instance")]
+    kinds = dict(re.findall(r"<tr><td>([a-z ]+)</td><td>(\d+)</td><td>[\d.]+</td>", errors))
+    assert kinds["duplicate"] == "1"
+    chart = re.search(r"(?s)<svg.*?</svg>", errors)
+    assert chart
+    texts = [text.text for text in ElementTree.fromstring(chart[0]).iter(f"{SVG}text")]
+    assert texts.count("nucleus") == texts.count("nothing") == 2
+    annotated = sum(len(entry["annotations"]) for entry in DatasetCatalog.get("nuclei_val"))
+    assert kinds["missed"] == str(annotated - len(records))
+    assert {str(len(records)), kinds["missed"]} <= set(texts)
+    assert "21 to 100" in errors
+    assert "annotations to look at" not in errors  # every prediction is an object
+
+
+def test_report_says_how_errors_are_shown(
+    tmp_path: Path, records: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskdino.evaluation.errors.hotcoco", None)
+    page = page_of(tmp_path, records)
+    assert "Errors: segm" not in page
+    assert page.count('pip install "maskdino[analysis]"') == 2
+
+
+def page_of(folder: Path, records: list[dict]) -> str:
+    """The report of predictions on the nuclei."""
+    inference = folder / "inference" / "nuclei_val"
+    inference.mkdir(parents=True)
+    (inference / "coco_instances_results.json").write_text(json.dumps(records))
+    results = {"bbox": {"AP": 40.0}, "segm": {"AP": 43.21}}
+    (folder / "inference" / "results.json").write_text(json.dumps(results))
+    return write_report(folder / "r.html", "nuclei_val", folder, num_images=1).read_text()
+
+
 def test_curves_leave_out_classes_without_objects() -> None:
     precision = np.full((10, 101, 3, 4, 3), -1.0)
     precision[:, :, 0], precision[:, :, 2] = 1.0, 0.5
@@ -111,6 +148,22 @@ def test_curves_fall_from_left_to_right() -> None:
     assert x0 < x1 and y0 < y1
     level = drawn(chart, "fill: none; stroke: #ff7f0e")[0]
     np.testing.assert_allclose(level, [[x0, (y0 + 3 * y1) / 4], [x1, (y0 + 3 * y1) / 4]], rtol=1e-4)
+
+
+def test_a_matrix_has_its_numbers_in_place() -> None:
+    chart = matrix(np.array([[7, 0, 1], [2, 5, 3]]), ["$r$", "s"], ["x", "y", "z"])
+    found = {}
+    for text in ElementTree.fromstring(chart).iter(f"{SVG}text"):
+        place = re.search(r"translate\(([\d.]+) ([\d.]+)\)|^$", text.get("transform", ""))
+        x, y = place.groups() if place and place[0] else (text.get("x"), text.get("y"))
+        found[text.text] = (float(x or 0), float(y or 0))
+    assert {"$r$", "s", "predicted", "annotated"} <= set(found)
+    columns, rows = [["7", "2"], ["0", "5"], ["1", "3"]], [["7", "0", "1"], ["2", "5", "3"]]
+    lefts = [{round(found[number][0], 1) for number in column} for column in columns]
+    tops = [{round(found[number][1], 1) for number in row} for row in rows]
+    assert [len(x) for x in lefts + tops] == [1] * 5
+    assert min(lefts[0]) < min(lefts[1]) < min(lefts[2])
+    assert max(tops[0]) < min(tops[1])  # the first row is on top
 
 
 def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
