@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from maskdino.data import register_coco_folder
 from maskdino.evaluation.charts import bars, curves, matrix
 from maskdino.evaluation.report import precision_recall, report_paths, write_report
 from maskdino.visualization.ground_truth import ground_truth_of
@@ -103,14 +104,36 @@ def test_report_says_how_errors_are_shown(
     assert page.count('pip install "maskdino[analysis]"') == 2
 
 
-def page_of(folder: Path, records: list[dict]) -> str:
-    """The report of predictions on the nuclei."""
-    inference = folder / "inference" / "nuclei_val"
+def test_masks_that_were_not_measured_are_left_out(tmp_path: Path, records: list[dict]) -> None:
+    height, width = records[0]["segmentation"]["size"]
+    Image.new("RGB", (width, height)).save(tmp_path / "a.png")
+    box = {"image_id": 1, "category_id": 1, "bbox": [0.0, 0.0, 9.0, 9.0]}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": height, "width": width}],
+        "categories": [{"id": 1, "name": "nucleus"}],
+        "annotations": [{**box, "id": 1, "area": 81.0, "iscrowd": 0}],  # has no mask
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    register_coco_folder("bare", tmp_path / "a.json", tmp_path)
+    try:
+        found = [{**box, "score": 0.9, "segmentation": records[0]["segmentation"]}]
+        page = page_of(tmp_path, found, "bare", {"bbox": {"AP": 100.0}})
+    finally:
+        DatasetCatalog.remove("bare")
+        MetadataCatalog.remove("bare")
+    assert "bbox: precision over recall" in page
+
+
+def page_of(
+    folder: Path, records: list[dict], dataset: str = "nuclei_val", results: dict | None = None
+) -> str:
+    """The report of predictions."""
+    inference = folder / "inference" / dataset
     inference.mkdir(parents=True)
     (inference / "coco_instances_results.json").write_text(json.dumps(records))
-    results = {"bbox": {"AP": 40.0}, "segm": {"AP": 43.21}}
+    results = results or {"bbox": {"AP": 40.0}, "segm": {"AP": 43.21}}
     (folder / "inference" / "results.json").write_text(json.dumps(results))
-    return write_report(folder / "r.html", "nuclei_val", folder, num_images=1).read_text()
+    return write_report(folder / "r.html", dataset, folder, num_images=1).read_text()
 
 
 def test_curves_leave_out_classes_without_objects() -> None:
