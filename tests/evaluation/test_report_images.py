@@ -19,6 +19,7 @@ from PIL import Image
 from maskdino.data.datasets import register_panoptic_folder
 from maskdino.engine.evaluating import write_results
 from maskdino.evaluation.coco import COCOInstanceEvaluator
+from maskdino.evaluation.files import SEMANTIC_FOLDER
 from maskdino.evaluation.panoptic import PanopticEvaluator
 from maskdino.evaluation.report import write_report
 from maskdino.evaluation.report_images import (
@@ -201,10 +202,11 @@ def test_incomplete_predictions_are_named(evaluation: tuple[Path, dict], tmp_pat
 
 def test_large_pictures_are_made_small(found: dict[str, EvaluatedImages], tmp_path: Path) -> None:
     Image.new("RGB", (1500, 1000)).save(tmp_path / "a.png")
-    Image.new("L", (1500, 1000)).save(tmp_path / "b.png")
     images, name = found["semantic"], str(tmp_path / "a.png")
-    images._found[name] = str(tmp_path / "b.png")
-    record = {"file_name": name, "sem_seg_file_name": str(tmp_path / "b.png")}
+    predicted = images.folder / SEMANTIC_FOLDER / "large.png"
+    Image.new("L", (1500, 1000)).save(predicted)
+    images._found[name] = predicted.name
+    record = {"file_name": name, "sem_seg_file_name": str(predicted)}
     height, width, _ = images.draw(record).shape
     assert 1400 < width < 1500
     assert 480 < height < 540
