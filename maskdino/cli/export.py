@@ -4,15 +4,17 @@ r"""Exports a trained model to ONNX, to torch.export, or to ONNX with TensorRT's
         --opts MODEL.WEIGHTS W
     ... --size 800 1344 --output fixed.onnx               # one canvas only, exported sooner
     ... --outputs instance --output instances.onnx        # with post-processing
+    ... --sampling gather --output gather.onnx            # for engines that sample wrongly
+    ... --sampling plugin --size 800 1344 --output tensorrt.onnx   # or --format tensorrt
     ... --format torch --output maskdino.pt2
-    ... --format tensorrt --size 800 1344 --output tensorrt.onnx
 
 The program is compared with the model in PyTorch on the given images before it is written; the
 largest differences are printed. Nothing is written, and the exit status is 1, if more than 1 % of
 the values of an output differ by more than 0.001 of its largest magnitude. (Rounding may turn over
 single choices, as which of two equal queries comes first, or whether a pixel belongs to a mask; a
 wrong program differs everywhere.) TensorRT's plugin runs only there: of that variant the traced
-program is compared, and the graph is checked.
+program is compared, and the graph is checked. With --sampling gather the graph is free of
+GridSample, which some engines compute wrongly (docs/export.md).
 
 The batch size always varies, and so do height and width (multiples of 32) without --size, which
 backbones with windows (Swin) make a matter of patience.
@@ -42,6 +44,7 @@ from maskdino.export.trace import (
     OUTPUTS,
     PLUGIN,
     PLUGIN_DOMAIN,
+    SAMPLINGS,
     ExportableNetwork,
     ExportOptions,
     size_unit,
@@ -227,19 +230,28 @@ def program_of_onnx(content: bytes, options: ExportOptions) -> Program:
     return run
 
 
-def check_plugin_graph(content: bytes, expected: int) -> None:
-    """Checks the nodes of the plugin: their number, their five inputs, and that no other is alien.
+def check_graph(content: bytes, options: ExportOptions, layers: int) -> None:
+    """Checks how a graph samples: not by GridSample, and only with "plugin" by nodes of the plugin.
+
+    Args:
+        content: of the ONNX file.
+        options: its own; with "grid-sample" nothing is asked of the graph.
+        layers: of deformable attention.
 
     Raises:
         ExportError: something is wrong.
     """
+    if options.sampling == "grid-sample":
+        return
     import onnx
 
     model = onnx.load_model_from_string(content)
     onnx.checker.check_model(model)
-    operators = Counter((node.domain, node.op_type) for node in model.graph.node)
-    plugins = [node for node in model.graph.node if node.op_type == PLUGIN]
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    operators = Counter((node.domain, node.op_type) for node in nodes)
+    plugins = [node for node in nodes if node.op_type == PLUGIN]
     alien = [f"{d}::{t}" for d, t in operators if d and (d, t) != (PLUGIN_DOMAIN, PLUGIN)]
+    expected = layers if options.plugin else 0
     if len(plugins) != expected or alien or ("", "GridSample") in operators:
         raise ExportError(
             f"the graph has {len(plugins)} nodes {PLUGIN} instead of {expected}, the unknown "
@@ -248,9 +260,12 @@ def check_plugin_graph(content: bytes, expected: int) -> None:
     for node in plugins:
         if len(node.input) != 5 or len(node.output) != 1 or not all(node.input):
             raise ExportError(f"node {node.name} has the inputs {list(node.input)}, not five")
-    print(
-        f"  {len(plugins)} nodes {PLUGIN_DOMAIN}::{PLUGIN}, each with 5 inputs; others are ONNX's"
-    )
+    if options.plugin:
+        print(
+            f"  {expected} nodes {PLUGIN_DOMAIN}::{PLUGIN}, each with 5 inputs; others are ONNX's"
+        )
+    else:
+        print(f"  {operators['', 'Gather']} nodes Gather, none GridSample; all are ONNX's")
 
 
 def export(
@@ -271,7 +286,7 @@ def export(
     return traced, onnx_model.SerializeToString()
 
 
-def plugin_nodes(model: MaskDINO) -> int:
+def attention_layers(model: MaskDINO) -> int:
     """How often the tested part of the model computes deformable attention."""
     layers = model.inference.decoder_layer
     decoder = len(model.decoder.layers) if layers < 0 else layers
@@ -291,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
     load_trained(model, cfg)
     cfg.MODEL.WEIGHTS = ""  # the file holds its weights
     options = ExportOptions(
-        args.outputs, args.mask_size, args.size and tuple(args.size), args.format == "tensorrt"
+        args.outputs, args.mask_size, args.size and tuple(args.size), args.sampling
     )
     if options.size is None and any(hasattr(m, "window_size") for m in model.modules()):
         print(
@@ -312,8 +327,8 @@ def run(args: argparse.Namespace) -> None:
             program = program_of_trace(traced) if plugin else program_of_onnx(content, options)
         print(f"{len(args.images)} images, program against model:")
         check(model, options, program, batches)
-        if options.plugin and content is not None:
-            check_plugin_graph(content, plugin_nodes(model))
+        if content is not None:
+            check_graph(content, options, attention_layers(model))
     print(f"wrote {args.output} ({args.output.stat().st_size / 2**20:.1f} MiB)")
 
 
@@ -324,7 +339,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, metavar="FILE")
     parser.add_argument("--images", required=True, nargs="+", metavar="FILE", help="for the check")
     add_import_option(parser)
-    parser.add_argument("--format", choices=FORMATS, default="onnx")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="tensorrt: the plugin's")
+    parser.add_argument(
+        "--sampling",
+        choices=SAMPLINGS,
+        help="how attention reads the maps (grid-sample; with --format tensorrt: plugin)",
+    )
     parser.add_argument("--outputs", choices=OUTPUTS, default="predictions")
     parser.add_argument("--mask-size", choices=MASK_SIZES, default="full")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
@@ -333,7 +353,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], help="keys and values, at the end"
     )
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.sampling = args.sampling or ("plugin" if args.format == "tensorrt" else "grid-sample")
+    plugin = args.sampling == "plugin"
+    if args.format == ("torch" if plugin else "tensorrt"):
+        parser.error(f"--format {args.format} and --sampling {args.sampling} exclude each other")
+    return args
 
 
 @errors_in_one_line()
@@ -343,5 +368,6 @@ def main(words: list[str] | None = None) -> None:
     # Of the tracer's and the translator's own workings; what went wrong is raised.
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     run(args)

@@ -2,7 +2,7 @@
 
 A program reads images on a padded canvas and gives the predictions of the network, or the results
 of one task. Nothing in it is a custom operator: deformable attention is spelled out with bilinear
-sampling, or, for TensorRT, kept as the node of TensorRT's own plugin.
+sampling or with look-ups, or, for TensorRT, kept as the node of TensorRT's own plugin.
 
 Shape key: B images, Q queries, S tokens, M heads, D channels of a head, L levels, P points.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from maskdino.export.gather import gather_attention
 from maskdino.export.postprocess import inside_image, instances, panoptic, semantic
 from maskdino.model import MaskDINO
 from maskdino.modeling.attention import DeformableAttention, deformable_attention_by
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 OUTPUTS = ("predictions", "instance", "panoptic", "semantic")
 MASK_SIZES = ("full", "quarter")
+SAMPLINGS = ("grid-sample", "gather", "plugin")
 COARSEST_STRIDE = 32  # of backbones: sizes that vary are multiples of it
 LARGEST_SIZE = 4096  # pixels of a side that varies
 LARGEST_BATCH = 64
@@ -54,13 +56,15 @@ class ExportOptions:
         mask_size: "full": masks have the size of the canvas; "quarter": a quarter of it, as the
             network computes them.
         size: (height, width) of the canvas, multiples of 32; None: any size.
-        plugin: whether deformable attention stays one node, TensorRT's plugin.
+        sampling: how deformable attention reads the maps: "grid-sample": by the operator of that
+            name; "gather": by look-ups and arithmetic alone; "plugin": by the node of TensorRT's
+            plugin, which also sums.
     """
 
     outputs: str = "predictions"
     mask_size: str = "full"
     size: tuple[int, int] | None = None
-    plugin: bool = False
+    sampling: str = "grid-sample"
 
     def __post_init__(self) -> None:
         if self.outputs not in OUTPUTS or self.mask_size not in MASK_SIZES:
@@ -68,8 +72,15 @@ class ExportOptions:
                 f"outputs {self.outputs!r} must be one of {OUTPUTS}, and mask_size "
                 f"{self.mask_size!r} one of {MASK_SIZES}"
             )
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"sampling {self.sampling!r} must be one of {SAMPLINGS}")
         if self.size is not None and any(s < 1 or s % COARSEST_STRIDE for s in self.size):
             raise ValueError(f"size {self.size} must be multiples of {COARSEST_STRIDE}")
+
+    @property
+    def plugin(self) -> bool:
+        """Whether only TensorRT runs the program."""
+        return self.sampling == "plugin"
 
     @property
     def needs_image_sizes(self) -> bool:
@@ -107,7 +118,11 @@ class ExportableNetwork(nn.Module):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.operator: DeformableAttention = ms_deform_attn_fused
         if traceable:
-            self.operator = plugin_attention if options.plugin else ms_deform_attn_fused_reference
+            self.operator = {
+                "grid-sample": ms_deform_attn_fused_reference,
+                "gather": gather_attention,
+                "plugin": plugin_attention,
+            }[options.sampling]
 
     def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> dict[str, Tensor]:
         """Computes a batch.

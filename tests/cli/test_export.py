@@ -239,7 +239,33 @@ def test_tensorrt_variant_keeps_one_node_per_layer(folder: Path) -> None:
     assert sum(node.op_type == PLUGIN for node in graph.node) == 2
     content = (folder / "tensorrt.onnx").read_bytes()
     with pytest.raises(export.ExportError, match="2 nodes .* instead of 3"):
-        export.check_plugin_graph(content, 3)
+        export.check_graph(content, ExportOptions(sampling="plugin"), 3)
+    with pytest.raises(export.ExportError, match="2 nodes .* instead of 0"):
+        export.check_graph(content, ExportOptions(sampling="gather"), 2)
+
+
+@pytest.mark.parametrize(("form", "sampling"), [("tensorrt", "gather"), ("torch", "plugin")])
+def test_forms_that_exclude_each_other(
+    form: str, sampling: str, capsys: pytest.CaptureFixture
+) -> None:
+    needed = ["--config-file", "c.yaml", "--output", "o", "--images", "i.png"]
+    with pytest.raises(SystemExit):
+        export.parse_arguments([*needed, "--format", form, "--sampling", sampling])
+    assert "exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sampling"),
+    [
+        ([], "grid-sample"),
+        (["--format", "tensorrt"], "plugin"),
+        (["--sampling", "plugin"], "plugin"),
+        (["--format", "torch", "--sampling", "gather"], "gather"),
+    ],
+)
+def test_sampling_follows_the_format(words: list[str], sampling: str) -> None:
+    needed = ["--config-file", "c.yaml", "--output", "o", "--images", "i.png"]
+    assert export.parse_arguments([*needed, *words]).sampling == sampling
 
 
 @newer_torch
@@ -337,6 +363,7 @@ def test_compare_counts_missing_and_undefined_values() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"sampling": "scatter"}, "sampling 'scatter' must be one of"),
         ({"outputs": "boxes"}, "outputs 'boxes' must be one of"),
         ({"mask_size": "half"}, "mask_size 'half'"),
         ({"size": (64, 100)}, "must be multiples of 32"),
