@@ -23,6 +23,7 @@ backbones with windows (Swin) make a matter of patience.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import warnings
 from collections import Counter
@@ -293,12 +294,30 @@ def attention_layers(model: MaskDINO) -> int:
     return len(model.encoder.layers) + decoder
 
 
+def check_packages(args: argparse.Namespace) -> None:
+    """Asks for what the export needs before it is traced, which may take minutes.
+
+    Raises:
+        ExportError: a package is not installed.
+    """
+    needed = [] if args.format == "torch" else ["onnx", "onnxscript"]
+    if needed and args.sampling != "plugin":
+        needed.append("onnxruntime")  # compares the program with the model
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{', '.join(missing)}: not installed, and needed for --format {args.format} with "
+            f"--sampling {args.sampling}: pip install 'maskdino[export]'"
+        )
+
+
 def run(args: argparse.Namespace) -> None:
     """Exports, checks and writes.
 
     Raises:
-        ExportError: the program differs from the model.
+        ExportError: the program differs from the model, or a package is missing.
     """
+    check_packages(args)
     cfg = read_config(args.config_file, None, args.opts, whole=True)
     cfg.MODEL.DEVICE = str(pick_device(args.device, cfg.MODEL.DEVICE))
     cfg.MODEL.MASK_DINO.TEST.PRECISION = "float32"  # in which programs are traced and compared

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +254,22 @@ def test_forms_that_exclude_each_other(
     with pytest.raises(SystemExit):
         export.parse_arguments([*needed, "--format", form, "--sampling", sampling])
     assert "exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_missing_engine_is_named_before_the_model_is_read(
+    package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    needed = ["--config-file", "no.yaml", "--output", str(tmp_path / "o"), "--images", "no.png"]
+    with pytest.raises(SystemExit) as ended:
+        export.main([*needed, "--sampling", "gather"])
+    assert re.fullmatch(
+        rf"error: {package}: not installed, .*'maskdino\[export\]'", ended.value.code
+    )
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="no.yaml"):  # needs none of them
+        export.main([*needed, "--format", "torch"])
 
 
 @pytest.mark.parametrize(
