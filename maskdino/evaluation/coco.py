@@ -123,17 +123,16 @@ class COCOInstanceEvaluator(DatasetEvaluator):
         self._tasks = ["bbox"]
         bare = [a for a in annotations or () if not a.get("segmentation")]
         if with_masks and annotations and len(bare) < len(annotations):
+            self._tasks.append("segm")
             if bare:
                 logger.warning(
-                    "Mask AP is not measured in '%s': %d of its objects have no mask, such as "
-                    "annotation %s of image %s.",
+                    "Mask AP of '%s' is that of the objects with masks: %d have none, such as "
+                    "annotation %s of image %s; masks predicted in their boxes do not count.",
                     dataset_name,
                     len(bare),
                     bare[0]["id"],
                     bare[0]["image_id"],
                 )
-            else:
-                self._tasks.append("segm")
         mapping = self._metadata.get("thing_dataset_id_to_contiguous_id") or {
             category["id"]: category["id"] for category in self._ground_truth["categories"]
         }
@@ -274,6 +273,10 @@ def numbered(
     categories = _number(ground_truth, predictions, "categories", "category_id")
     for number, annotation in enumerate(ground_truth["annotations"], start=1):
         annotation["id"] = number  # an object of id 0, or of a text, would count as found never
+        if task == "segm" and not annotation.get("segmentation"):  # neither found nor missed
+            x, y, w, h = annotation["bbox"]
+            annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            annotation["iscrowd"] = 1
     return ground_truth, predictions, categories
 
 

@@ -18,6 +18,7 @@ from maskdino.cli import train
 from maskdino.config import load_config
 from maskdino.custom.request import Request
 from maskdino.custom.run import read_start
+from maskdino.engine import evaluating
 from maskdino.inference import predictor
 from maskdino.model import MaskDINO
 from maskdino.model_zoo import RELEASED, read_config
@@ -102,7 +103,7 @@ def test_the_written_configuration_is_the_evaluated_model(
     """From OUTPUT_DIR/config.yaml alone comes the model that `--eval-only` has measured."""
     evaluated = []
     monkeypatch.setattr(
-        train.MaskDINOTrainer, "test", lambda _, model, *__: evaluated.append(model) or {}
+        evaluating, "evaluate_model", lambda _, model, *__: evaluated.append(model) or {}
     )
     out = tmp_path / "out"
     words = ["--config-file", str(released[0]), "--eval-only", "OUTPUT_DIR", str(out)]

@@ -157,4 +157,4 @@ def test_interrupted_training_ends_in_one_line(
     assert process.returncode == 130
     assert re.fullmatch(r"interrupted.*; go on with --resume", rest.splitlines()[-1])
     assert "Traceback" not in rest
-    assert (tmp_path / "out" / "last_checkpoint").is_file() == (processes == 1)
+    assert (tmp_path / "out" / "last_checkpoint").is_file()

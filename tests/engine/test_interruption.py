@@ -206,7 +206,10 @@ def train_and_signal(cfg: CfgNode, number: int, way: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-@pytest.mark.parametrize(("number", "way"), [(SIGNALS[0], "all"), (SIGNALS[1], "one")])
+@pytest.mark.parametrize(
+    ("number", "way"),
+    [pytest.param(SIGNALS[0], "all", marks=pytest.mark.campaign), (SIGNALS[1], "one")],
+)
 def test_two_processes_end_after_the_same_step(number: int, way: str, tmp_path: Path) -> None:
     words = ("SOLVER.ACCUMULATION_STEPS", 2)
     cfg = tiny_config(tmp_path / "broken", *words)

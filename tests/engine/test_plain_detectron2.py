@@ -53,6 +53,8 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[dic
     """The annotations of a registered dataset of four images."""
     drawn = write_drawn(tmp_path / "drawn", 4)
     drawn.content["info"] = {}  # which detectron2's evaluator wants
+    for number, annotation in enumerate(drawn.content["annotations"], start=1):
+        annotation["id"] = number  # it counts an object of id 0 as never found
     if request.param == "run lengths":
         sizes = {
             image["id"]: (image["height"], image["width"]) for image in drawn.content["images"]

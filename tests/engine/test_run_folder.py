@@ -111,6 +111,8 @@ def test_the_command_asks_before_it_replaces_a_run(tmp_path: Path) -> None:
         train.main(words)
     assert final.stat().st_mtime_ns == before
     train.main([*words, "--resume"])
-    train.main([*words, "--eval-only", "DATASETS.TEST", "()", "MODEL.WEIGHTS", str(final)])
+    train.main(
+        [*words, "--eval-only", "DATASETS.TEST", "('nuclei_val',)", "MODEL.WEIGHTS", str(final)]
+    )
     train.main([*words, "--overwrite"])
     assert final.stat().st_mtime_ns != before

@@ -22,6 +22,7 @@ from maskdino.evaluation.coco import (
     average_precision,
     instances_to_records,
 )
+from maskdino.ops.rle import encode_mask, to_json
 
 SIZE = (40, 60)
 # Category ids as users have them: neither from 0, nor dense, nor in order.
@@ -175,6 +176,30 @@ def test_what_annotations_leave_out_is_filled_in(tmp_path: Path) -> None:
     filled = {"id": 2, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
     expected = {"info": {}, "images": [], "annotations": [whole, filled]}
     assert coco_evaluation.read_annotations(str(path)) == expected
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_objects_without_masks_are_neither_found_nor_missed(fast: bool) -> None:
+    boxes = [(5, 5, 20, 10), (30, 15, 20, 20)]
+    content = {
+        "info": {},
+        "images": [{"id": 1, "file_name": "a.png", "height": SIZE[0], "width": SIZE[1]}],
+        "categories": [{"id": 1, "name": "cell"}],
+        "annotations": [annotation(i, 1, 1, box, masks=True) for i, box in enumerate(boxes, 1)],
+    }
+    records = [
+        {
+            "image_id": 1,
+            "category_id": 1,
+            "score": score,
+            "segmentation": to_json(encode_mask(mask)),
+        }
+        for score, mask in ((0.9, rectangle(5, 5, 20, 10)), (0.95, rectangle(32, 17, 10, 10)))
+    ]
+    both = average_precision(content, records, "segm", fast=fast)[0][1]
+    content["annotations"][1]["segmentation"] = []
+    with_one = average_precision(content, records, "segm", fast=fast)[0][1]
+    assert both < 60 and with_one == pytest.approx(100)
 
 
 def test_no_prediction_is_no_precision(dataset: tuple[str, bool]) -> None:

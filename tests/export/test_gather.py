@@ -135,7 +135,7 @@ def nuclei_model(task: str) -> MaskDINO:
 @pytest.mark.parametrize(
     ("task", "outputs", "size"),
     [
-        pytest.param("instance", "instance", None, marks=newer_torch),
+        pytest.param("instance", "instance", None, marks=[newer_torch, pytest.mark.campaign]),
         ("semantic", "semantic", (96, 128)),
     ],
 )

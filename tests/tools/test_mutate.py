@@ -24,9 +24,9 @@ def test_what_is_noticed_and_what_is_not_are_told_apart(tmp_path: Path) -> None:
     package = REPOSITORY / "maskdino" / "ops" / "rle.py"
     before = package.read_text()
     mutations = [
-        {"from": "(mask, dtype=np.uint8)", "to": "(mask.T, dtype=np.uint8)"},
+        {"from": "mask.view(np.uint8) if", "to": "mask.T.view(np.uint8) if"},
         {"from": "from __future__ import annotations\n", "to": "# nothing\n"},
-        {"from": "(mask, dtype=np.uint8)", "to": "(mask)", "equivalent": "so it seems"},
+        {"from": "np.uint8, copy=False", "to": "np.uint8", "equivalent": "so it seems"},
         {"from": "nowhere to be found", "to": ""},
     ]
     table = tmp_path / "table.yaml"
