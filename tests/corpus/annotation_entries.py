@@ -260,11 +260,11 @@ def run_lengths() -> Iterator[Fault]:
     empty = {"number": 3, "train": works("train", EVERYTHING - {3})}
     yield tolerable("run lengths of nothing", rle(counts=[AREA]), "empty mask", **empty)
     yield this("run lengths without both", edit("annotations", 2, segmentation={"a": 1}), "run len")
-    boxes_alone = works("evaluate", EVERYTHING, "annotation 3 of image 2", ("bbox",))
+    said = works("evaluate", EVERYTHING, "annotation 3 of image 2")  # neither found nor missed
     for name, value in (("null", None), ("an empty list", []), ("an empty object", {})):
         spoil = edit("annotations", 2, segmentation=value)
-        yield fine(f"mask {name}", spoil, evaluate=boxes_alone)
-    yield fine("mask missing", drop("annotations", "segmentation", 2), evaluate=boxes_alone)
+        yield fine(f"mask {name}", spoil, evaluate=said)
+    yield fine("mask missing", drop("annotations", "segmentation", 2), evaluate=said)
     yield fine("run lengths with zeros", rle(counts=_with_zeros(THINGS[3].counts())))
     yield fine("run lengths of more keys", rle(mine=3))
 
