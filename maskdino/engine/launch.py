@@ -86,10 +86,13 @@ def _run_all(config: LaunchConfig, main: Callable[..., object], args: tuple) -> 
     except SignalException as error:
         number = int(error.sigval)
     # Which process ended first is chance: the others may fail when they lose it.
-    if not messages.empty():
-        message, number = messages.get()
-        if not number:
-            _end_with(message)
+    said = []
+    while not messages.empty():
+        said.append(messages.get())
+    if said and not said[0][1]:
+        _end_with(said[0][0])
+    if said:  # a process that others told of their signal says SIGINT, the smallest
+        message, number = max(said, key=lambda words: words[1])
     if number:
         raise Interrupted(message, number)
     if failed is not None:
