@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -142,16 +143,30 @@ class CocoLabels:
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
-        entries = zip(self.categories.dataset_ids, self.categories.names, strict=True)
-        content = {
-            "info": {"description": "predicted by Mask DINO; each annotation has a score"},
-            "images": self.images,
-            "annotations": self.annotations,
-            "categories": [{"id": i, "name": name} for i, name in entries],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+        lists = {"images": self.images, "annotations": self.annotations}
+        write_dataset(path, self.categories, "each annotation has a score", lists)
+
+
+def write_dataset(
+    path: Path, categories: Categories, note: str, lists: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Writes a dataset in COCO's form, whole or not at all.
+
+    Args:
+        path: of the file; its folder is made.
+        categories: its classes.
+        note: what whoever reads the file has to know.
+        lists: all others, such as "images" and "annotations".
+    """
+    entries = zip(categories.dataset_ids, categories.names, strict=True)
+    content = {
+        "info": {"description": f"predicted by Mask DINO; {note}"},
+        **lists,
+        "categories": [{"id": i, "name": name} for i, name in entries],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
 def polygons_of(rle: dict, tolerance: float) -> list[list[float]]:

@@ -17,9 +17,9 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from maskdino.categories import Categories
+from maskdino.inference.labels import write_dataset
 from maskdino.inference.tracking import CERTAIN, Identity, Tracker
 from maskdino.ops.rle import to_json
-from maskdino.system.files import written_whole
 from maskdino.visualization.drawing import Region, color_of, draw_regions
 from maskdino.visualization.results import ImageResult
 
@@ -247,13 +247,5 @@ class VideoLabels:
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
-        entries = zip(self.categories.dataset_ids, self.categories.names, strict=True)
-        content = {
-            "info": {"description": "predicted by Mask DINO; file_names hold places of frames"},
-            "videos": self.videos,
-            "annotations": self.annotations,
-            "categories": [{"id": i, "name": name} for i, name in entries],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+        lists = {"videos": self.videos, "annotations": self.annotations}
+        write_dataset(path, self.categories, "file_names hold places of frames", lists)
