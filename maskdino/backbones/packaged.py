@@ -8,6 +8,7 @@ alone.
 from __future__ import annotations
 
 import hashlib
+import io
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_packaged(name: str) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} has sha256 {found} instead of {known.sha256}; install {package} again"
         )
-    tensors = torch.load(path, map_location="cpu", weights_only=True).values()
+    tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True).values()
     with torch.device("meta"):  # for the names
         names = timm.create_model(known.model).state_dict()
     return dict(zip(names, tensors, strict=True))
