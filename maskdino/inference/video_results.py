@@ -21,7 +21,7 @@ from maskdino.inference.labels import write_dataset
 from maskdino.inference.tracking import CERTAIN, Identity, Tracker
 from maskdino.ops.rle import to_json
 from maskdino.visualization.drawing import Region, color_of, draw_regions
-from maskdino.visualization.results import ImageResult
+from maskdino.visualization.results import ImageResult, boxes_around
 
 WEAK = 0.4  # share of the threshold from which objects may continue a track
 
@@ -80,7 +80,7 @@ def follow(
         segments = result.segments or ()
         label_of = [int(segment["category_id"]) for segment in segments]
         score_of = [segment.get("score") for segment in segments]
-        boxes, _ = result.segment_boxes()
+        boxes = boxes_around([region.rle for region in regions if region.rle is not None])
         followed = [i for i, label in enumerate(label_of) if result.categories.is_thing[label]]
     else:
         assert result.boxes is not None and result.class_ids is not None

@@ -103,9 +103,8 @@ class ImageResult:
     def segment_boxes(self) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (S, 4) float64 x0, y0, x1, y1 and class numbers (S,) of the panoptic segments."""
         segments = list(self._map_regions("panoptic"))
-        boxes = np.array([mask_utils.toBbox(rle) for _, rle, _ in segments]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        return boxes, np.array([label for label, _, _ in segments], np.int64)
+        labels = np.array([label for label, _, _ in segments], np.int64)
+        return boxes_around([rle for _, rle, _ in segments]), labels
 
     def to_instances(self) -> Instances:
         """The objects as detectron2's evaluators and visualisers take them, on the CPU."""
@@ -273,6 +272,13 @@ class ImageResult:
         if value is None:
             raise ValueError(f"the result of {self.name} has no {field}; it holds {self.tasks}")
         return value
+
+
+def boxes_around(rles: Sequence[dict]) -> np.ndarray:
+    """Boxes (N, 4) float64 x0, y0, x1, y1 of N masks in COCO's compressed form."""
+    boxes = np.array([mask_utils.toBbox(rle) for rle in rles]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes
 
 
 def _label(name: str, score: float | None) -> str:
