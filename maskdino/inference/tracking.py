@@ -271,9 +271,9 @@ def _colors(
 
 def shifted_iou(first: Shape, way: np.ndarray, second: Shape) -> float:
     """Intersection over union of two masks, the first moved; of boxes, where one has no mask."""
-    low = np.maximum(first.box[:2] + way, second.box[:2])
-    high = np.minimum(first.box[2:] + way, second.box[2:])
     if first.mask is None or second.mask is None:
+        low = np.maximum(first.box[:2] + way, second.box[:2])
+        high = np.minimum(first.box[2:] + way, second.box[2:])
         shared = float(np.prod(np.clip(high - low, 0, None)))
         return shared / (float(np.prod(first.size) + np.prod(second.size)) - shared)
     left, top = np.round(np.asarray(first.corner) + way).astype(int).tolist()
@@ -281,9 +281,9 @@ def shifted_iou(first: Shape, way: np.ndarray, second: Shape) -> float:
     other_height, other_width = second.mask.shape
     x0, x1 = max(left, other_left), min(left + width, other_left + other_width)
     y0, y1 = max(top, other_top), min(top + height, other_top + other_height)
-    shared = 0
-    if x0 < x1 and y0 < y1:
-        ours = first.mask[y0 - top : y1 - top, x0 - left : x1 - left]
-        theirs = second.mask[y0 - other_top : y1 - other_top, x0 - other_left : x1 - other_left]
-        shared = int((ours & theirs).sum())
+    if x0 >= x1 or y0 >= y1:
+        return 0.0
+    ours = first.mask[y0 - top : y1 - top, x0 - left : x1 - left]
+    theirs = second.mask[y0 - other_top : y1 - other_top, x0 - other_left : x1 - other_left]
+    shared = int((ours & theirs).sum())
     return shared / (int(first.mask.sum()) + int(second.mask.sum()) - shared)
