@@ -408,9 +408,7 @@ def test_archives_unpack_into_their_folder(tmp_path: Path) -> None:
             entry = tarfile.TarInfo(member)
             entry.size = 4
             tar.addfile(entry, io.BytesIO(b"evil"))
-        with pytest.raises(
-            (tarfile.FilterError, Exception), match=r"outside|absolute|expected one"
-        ):
+        with pytest.raises(Exception, match=r"outside|absolute|expected one"):
             unpack(tmp_path / "sources.tar.gz", target)
         assert not (tmp_path / "evil").exists()
 
@@ -427,15 +425,13 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def other_head(kind: str) -> bytes:
-    """An image of another format, whose head says 100,000 x 100,000 pixels."""
+def bmp() -> bytes:
+    """A BMP file whose head says 100,000 x 100,000 pixels."""
     file = io.BytesIO()
-    Image.new("RGB", (4321, 8)).save(file, kind)
-    order = "<" if kind == "BMP" else "="
-    small, large = (struct.pack(f"{order}I", side) for side in (4321, 100_000))
-    lines = struct.pack(f"{order}I", 8)
-    content = file.getvalue().replace(small + lines, large + large, 1)
-    return content if kind == "BMP" else content.replace(small, large, 1)
+    Image.new("RGB", (4321, 8)).save(file, "BMP")
+    return file.getvalue().replace(
+        struct.pack("<II", 4321, 8), struct.pack("<II", 100_000, 100_000), 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -445,7 +441,7 @@ def other_head(kind: str) -> bytes:
         png(2**31 - 1, 2**31 - 1),
         png(16, 16, (b"zTXt", b"comment\0\0" + zlib.compress(bytes(200 << 20)))),
         png(16, 16, (b"iCCP", b"profile\0\0" + zlib.compress(bytes(200 << 20)))),
-        other_head("BMP"),
+        bmp(),
     ],
     ids=["png", "png of 31 bits", "text of 200 MB", "profile of 200 MB", "bmp"],
 )

@@ -23,8 +23,6 @@ from tests.corpus.small_model import model_folder, prediction_words
 
 KIND = "checkpoints"
 WAYS = ("predict", "train", "evaluate", "resume", "train-custom")
-GOES_ON = "model_0000000.pth"  # the checkpoint before the last
-MATRIX = {"predict": "heads.class_head.weight"}  # one tensor of the model of a way
 State = dict[str, Tensor]
 Content = Callable[[State, str], object]
 
