@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pycocotools.mask as mask_util
 import torch
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -18,6 +17,7 @@ from benchmarks.timing import median_milliseconds
 from maskdino.config import load_config
 from maskdino.data import build_train_mapper
 from maskdino.data.stream import seed_everything
+from maskdino.ops.rle import encode_segmentation
 
 NAME = "data"
 HELP = "the training mapper, for one image"
@@ -74,12 +74,10 @@ def drawn_records(path: Path, args: argparse.Namespace) -> dict[str, dict]:
         radius = random.uniform(0.05, 0.2) * min(size) * random.uniform(0.8, 1.2, args.corners)
         center = random.uniform(0.25, 0.75, 2) * (args.width, args.height)
         polygons.append(center + radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1))
+    outlines = [[polygon.flatten().tolist()] for polygon in polygons]
     forms = {
-        "polygons": [[polygon.flatten().tolist()] for polygon in polygons],
-        "run lengths": [
-            mask_util.merge(mask_util.frPyObjects([polygon.flatten().tolist()], *size))
-            for polygon in polygons
-        ],
+        "polygons": outlines,
+        "run lengths": [encode_segmentation(outline, size) for outline in outlines],
     }
     boxes = [np.concatenate([polygon.min(0), polygon.max(0)]).tolist() for polygon in polygons]
     return {
