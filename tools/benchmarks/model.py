@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Compare predictions, then time and memory of each part; return a Markdown report."""
+    """Compare predictions, then time and memory of each part; return a report."""
     torch.manual_seed(0)
     cfg = load_config(args.config_file, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
     model = MaskDINO(cfg).to(args.device).eval()

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Compare results, then time and memory; return a Markdown report."""
+    """Compare results, then time and memory; return a report."""
     torch.manual_seed(0)
     shapes = [(-(-args.height // s), -(-args.width // s)) for s in STRIDES]
     tokens = sum(height * width for height, width in shapes)
