@@ -64,19 +64,17 @@ def _rows(model: MaskDINO, case: str, batch: int, args: argparse.Namespace) -> l
     images = model.preprocess(inputs).tensor
 
     @torch.no_grad()
+    def exact() -> list[Tensor]:
+        predictions, _ = model.predict(images)
+        return [predictions.class_logits, predictions.boxes]
+
     def plain() -> list[Tensor]:
         with network_precision(model.inference.precision, model.device):
-            predictions = model.predict(images)[0]
-        return [predictions.class_logits, predictions.boxes]
+            return exact()
 
     @torch.no_grad()
     def prepared() -> list[Tensor]:
-        predictions = model.predict_precisely(images)[0]
-        return [predictions.class_logits, predictions.boxes]
-
-    @torch.no_grad()
-    def exact() -> list[Tensor]:
-        predictions = model.predict(images)[0]
+        predictions, _ = model.predict_precisely(images)
         return [predictions.class_logits, predictions.boxes]
 
     @torch.no_grad()
