@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 MASK_BYTES_AT_ONCE = 1 << 27  # packed masks of one image that are on their way at one time
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
+GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # of a task -> its key in records
 LARGEST_ID = 1 << 62
 COCO_DETECTIONS = 100  # of an image that published numbers count
 AREAS = ("all", "small", "medium", "large")
@@ -264,8 +265,7 @@ def numbered(
     Returns:
         Both, and the ids that the categories had, by those that they have now.
     """
-    geometry = "bbox" if task == "bbox" else "segmentation"
-    kept = ("image_id", "category_id", "score", geometry)
+    kept = ("image_id", "category_id", "score", GEOMETRY[task])
     # Size classes (small, medium, large) come from the box in one task, the mask in the other.
     predictions = [{key: record[key] for key in kept} for record in records]
     ground_truth = copy.deepcopy(ground_truth)  # the libraries add to it

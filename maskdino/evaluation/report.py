@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -22,7 +22,12 @@ from PIL import Image
 from maskdino.evaluation import errors
 from maskdino.evaluation.build import PER_CLASS
 from maskdino.evaluation.charts import bars, curves, matrix
-from maskdino.evaluation.coco import COCO_DETECTIONS, average_precision, faster_coco_eval
+from maskdino.evaluation.coco import (
+    COCO_DETECTIONS,
+    GEOMETRY,
+    average_precision,
+    faster_coco_eval,
+)
 from maskdino.evaluation.report_images import EvaluatedImages, InstanceImages, find_images
 
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
@@ -103,13 +108,14 @@ def _task(name: str, metrics: dict[str, float]) -> dict:
     return {"name": name, "metrics": whole, "classes": classes}
 
 
-def _details(images: InstanceImages, results: Iterable[str]) -> dict[str, dict]:
+def _details(images: InstanceImages, results: Collection[str]) -> dict[str, dict]:
     """Curves and errors of "bbox" and "segm", as far as they were measured."""
     details: dict[str, dict] = {}
     ground_truth, predictions = images.ground_truth, images.predictions
-    for task in {"bbox", "segm"}.intersection(results):
-        key = "bbox" if task == "bbox" else "segmentation"
-        if predictions and key in predictions[0] and ground_truth.get("annotations"):
+    if not predictions or not ground_truth.get("annotations"):
+        return details
+    for task, key in GEOMETRY.items():
+        if task in results and key in predictions[0]:
             fast = faster_coco_eval is not None
             # All that was predicted, so the curves are those of the AP beside them.
             counts = Counter(prediction["image_id"] for prediction in predictions)
