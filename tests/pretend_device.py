@@ -13,9 +13,9 @@ are computed on the CPU in the same types. The device
 * records what makes the host wait for the device, and every other copy between the two,
 * counts operations that launch kernels: all but views, allocations and copies from and to the host.
 
-It computes forward passes and losses, no gradients. It is the second of two, `cuda:1`, so that
-whoever forgets to say which GPU is found out. It knows nothing of kernels: one operation counts as
-one launch.
+It computes forward passes and losses; `tests.pretend_backward` computes gradients. It is the second
+of two, `cuda:1`, so that whoever forgets to say which GPU is found out. It knows nothing of
+kernels: one operation counts as one launch.
 """
 
 from __future__ import annotations
