@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from maskdino.system.errors import UserError
-
-INTERRUPTED = 130  # the status of a program that Ctrl-C ended
+from maskdino.system.signals import INTERRUPTED
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from maskdino.cli.common import INTERRUPTED, CommandError, errors_in_one_line, make_parser
+from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.cli.predict_videos import (
     WantedOfVideos,
     draw_camera,
@@ -31,6 +31,7 @@ from maskdino.inference.tiles import TiledImage
 from maskdino.inference.video import VideoError, require_pyav
 from maskdino.inference.video_results import WEAK, VideoLabels
 from maskdino.integration.extensions import add_import_option
+from maskdino.system.signals import INTERRUPTED
 from maskdino.visualization.images import ImageError
 from maskdino.visualization.results import ImageResult
 

@@ -25,11 +25,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from maskdino.engine.interruption import Interrupted
 from maskdino.integration.compat import create_local_process_group
 from maskdino.system.errors import UserError
-from maskdino.system.signals import ENDING
+from maskdino.system.signals import ENDING, INTERRUPTED
 
 TIMEOUT = timedelta(minutes=30)
 PATIENCE = 600  # seconds
-INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}  # what it sets, among others
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130  # the status of a program that Ctrl-C ended
 
 
 @contextmanager
