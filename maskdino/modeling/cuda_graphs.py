@@ -39,7 +39,7 @@ class CudaGraphs:
     def __init__(self, most: int = MOST_GRAPHS) -> None:
         self._most = most
         self._graphs: OrderedDict[Hashable, Network] = OrderedDict()
-        self._calls: Counter[Hashable] = Counter()
+        self._calls: Counter[int] = Counter()  # by hash: a key may hold a network that was replaced
         self._model: nn.Module | None = None
         self._modules: tuple[nn.Module, ...] = ()
         self._pool: Any = None
@@ -68,8 +68,9 @@ class CudaGraphs:
         weights = next(model.parameters()).data_ptr()
         full_key = (tuple(images.shape), images.dtype, images.device, weights, key)
         if full_key not in self._graphs:
-            self._calls[full_key] += 1
-            if self._calls[full_key] <= CALLS_BEFORE or not self._add(full_key, network, images):
+            self._calls[hash(full_key)] += 1
+            early = self._calls[hash(full_key)] <= CALLS_BEFORE
+            if early or not self._add(full_key, network, images):
                 return network(images)
         self._graphs.move_to_end(full_key)
         return self._graphs[full_key](images)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -93,6 +95,16 @@ def test_what_a_capture_fixes_makes_another_graph(captured: list) -> None:
     for _ in range(CALLS_BEFORE + 1):
         call(graphs, model, 5, "float32")
     assert len(captured) == 3
+
+
+def test_a_network_that_was_replaced_is_not_kept() -> None:
+    replaced, graphs = Network(), CudaGraphs()
+    call(graphs, replaced, 5, replaced)
+    kept, other = weakref.ref(replaced), Network()
+    del replaced
+    call(graphs, other, 5, other)
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.usefixtures("captured")
