@@ -115,12 +115,12 @@ def check_images(images: list[dict]) -> Iterator[Finding]:
     if not images:
         yield Finding("there are no images", "'images' is empty")
     files: dict[Any, set[str]] = defaultdict(set)  # by id
-    for image in images:
-        if _image_problem(image) is None:
+    problems = [_image_problem(image) for image in images]
+    for image, problem in zip(images, problems, strict=True):
+        if problem is None:
             files[image["id"]].add(image["file_name"])
     ids, names = set(), set()
-    for index, image in enumerate(images):
-        problem = _image_problem(image)
+    for index, (image, problem) in enumerate(zip(images, problems, strict=True)):
         if problem:
             yield Finding(*problem, image=index)
             continue
