@@ -82,6 +82,8 @@ class TellTime(HookBase):
 
     def after_step(self) -> None:
         """Speaks once."""
+        if len(self._seconds) == self._plan.epoch:
+            return  # it has
         self._seconds.append(self._clock() - self._began)
         if len(self._seconds) == self._plan.epoch and comm.is_main_process():
             logger.info(self._text(mean(self._seconds[WARM_UP:] or self._seconds)))
