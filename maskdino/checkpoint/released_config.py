@@ -7,6 +7,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from maskdino.config.loading import get_value
+
 NODE = "MODEL.MASK_DINO."
 # Released key -> our key, or several; values are carried over.
 SAME_VALUE = {
@@ -240,13 +242,6 @@ def set_value(cfg: CfgNode, key: str, value: Any) -> None:
         return
     whole = isinstance(value, int) and isinstance(get_value(cfg, key), float)
     cfg.merge_from_list([key, float(value) if whole else value])
-
-
-def get_value(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
 
 
 def _has(cfg: CfgNode, key: str) -> bool:

@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 
 from maskdino.checkpoint.loading import load_trained
 from maskdino.checkpoint.reading import read_checkpoint, shapes_of
-from maskdino.checkpoint.released_config import convert_config, get_value, set_value
+from maskdino.checkpoint.released_config import convert_config, set_value
 from maskdino.checkpoint.released_weights import (
     ReleasedStructure,
     convert_weights,
@@ -28,7 +28,7 @@ from maskdino.checkpoint.released_weights import (
 from maskdino.checkpoint.released_yaml import read_released_yaml
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
-from maskdino.config.loading import one_line
+from maskdino.config.loading import get_value, one_line
 from maskdino.model import MaskDINO
 from maskdino.system.files import written_whole
 

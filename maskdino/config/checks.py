@@ -9,6 +9,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from maskdino.config.loading import get_value
 from maskdino.system.errors import UserError
 
 
@@ -147,7 +148,7 @@ def check_values(cfg: CfgNode) -> None:
         ConfigError: a value is not allowed; the message says which are.
     """
     for key, allowed in RULES.items():
-        value = _value(cfg, key)
+        value = get_value(cfg, key)
         try:
             holds = allowed.holds(value)
         except TypeError:  # a list may hold anything
@@ -196,10 +197,3 @@ def check_training(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of "
             f"SOLVER.ACCUMULATION_STEPS, {steps}"
         )
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for name in key.split("."):
-        node = node[name]
-    return node

@@ -246,6 +246,13 @@ def _keys_ending_alike(name: str, known: dict[str, None]) -> list[str]:
     return sorted(alike, key=lambda key: "MASK_DINO" not in key)[:3]
 
 
+def get_value(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
 def complete_config(cfg: CfgNode) -> CfgNode:
     """Fills in the keys that a configuration lacks, with their usual values.
 

@@ -15,6 +15,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from maskdino.config.loading import get_value
 from maskdino.engine import solver
 from maskdino.integration.compat import name_keys_of_our_trainer
 from maskdino.system.devices import configured_device
@@ -47,7 +48,7 @@ def adapt_to_detectron2(cfg: CfgNode) -> None:
         wanted["SOLVER.AMP.ENABLED"] = False
     if cfg.INPUT.RANDOM_FLIP in ("both", "dihedral"):
         wanted["INPUT.RANDOM_FLIP"] = "horizontal"
-    before = {name: _value(cfg, name) for name in wanted}
+    before = {name: get_value(cfg, name) for name in wanted}
     cfg.merge_from_list([word for item in wanted.items() for word in item])
     changed = [f"{name} {value}" for name, value in wanted.items() if before[name] != value]
     if changed:
@@ -111,9 +112,3 @@ def _clipped(optimizer: Any, clip: solver.GradientClipper) -> Any:
 
     optimizer.register_step_pre_hook(before_step)
     return optimizer
-
-
-def _value(cfg: CfgNode, name: str) -> object:
-    for part in name.split("."):
-        cfg = cfg[part]
-    return cfg
