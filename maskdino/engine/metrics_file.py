@@ -52,15 +52,11 @@ class MetricsFile(EventWriter):
         Raises:
             WriteError: there is no room.
         """
-        new: dict[int, dict[str, float]] = defaultdict(dict)
-        latest = get_event_storage().latest_with_smoothing_hint(self._window)
-        for name, (value, iteration) in latest.items():
-            new[iteration][name] = value
-        for iteration in sorted(new):
+        for iteration, new in latest_scalars(self._window):
             if iteration > self._last:
-                self._put(iteration, new[iteration], self._end)
-            elif iteration == self._last and not new[iteration].keys() <= self._scalars.keys():
-                self._put(iteration, self._scalars | new[iteration], self._begin)
+                self._put(iteration, new, self._end)
+            elif iteration == self._last and not new.keys() <= self._scalars.keys():
+                self._put(iteration, self._scalars | new, self._begin)
 
     def _put(self, iteration: int, scalars: dict[str, float], begin: int) -> None:
         line = json.dumps({**scalars, "iteration": iteration}, sort_keys=True).encode() + b"\n"
@@ -76,6 +72,19 @@ class MetricsFile(EventWriter):
                 os.fsync(file.fileno())
         self._last, self._scalars = iteration, scalars
         self._begin, self._end = begin, begin + len(line)
+
+
+def latest_scalars(window: int) -> list[tuple[int, dict[str, float]]]:
+    """The last value of each scalar by name, with others of its iteration, in their order.
+
+    Args:
+        window: iterations of the running medians.
+    """
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    latest = get_event_storage().latest_with_smoothing_hint(window)
+    for name, (value, iteration) in latest.items():
+        found[iteration][name] = float(value)
+    return sorted(found.items())
 
 
 def _is_before(iteration: int, line: bytes) -> bool:

@@ -14,7 +14,6 @@ import re
 import sys
 import time
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -23,10 +22,10 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
-from detectron2.utils.events import EventWriter, TensorboardXWriter, get_event_storage
+from detectron2.utils.events import EventWriter, TensorboardXWriter
 
 from maskdino.engine.hooks import ConsoleWriter
-from maskdino.engine.metrics_file import MetricsFile
+from maskdino.engine.metrics_file import MetricsFile, latest_scalars
 from maskdino.integration.extensions import WRITER_REGISTRY
 from maskdino.system.files import written_whole
 
@@ -100,13 +99,10 @@ class RunWriter(EventWriter):
         """Sends what is new since the last time, smoothed as in the other writers."""
         if not self._is_open:  # the training ended before its first step
             return
-        by_iteration: dict[int, dict[str, float]] = defaultdict(dict)
-        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
+        for iteration, scalars in latest_scalars(window=20):
             if iteration > self._last_iteration:
-                by_iteration[iteration][name] = float(value)
-        for iteration in sorted(by_iteration):
-            self.send(by_iteration[iteration], iteration)
-            self._last_iteration = iteration
+                self.send(scalars, iteration)
+                self._last_iteration = iteration
 
     def close(self) -> None:
         """Closes the run, as failed where an error ends the training."""
