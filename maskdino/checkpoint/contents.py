@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from maskdino.checkpoint.pretrained import ABOUT, Facts, texts_of
-from maskdino.checkpoint.reading import read_checkpoint, shapes_of
+from maskdino.checkpoint.reading import iterations_of, read_checkpoint, shapes_of
 from maskdino.checkpoint.released_weights import FOREIGN, is_released
 
 CLASS_HEADS = ("heads.class_head.weight", "sem_seg_head.predictor.class_embed.weight")
@@ -103,8 +103,6 @@ def contents_of(path: str) -> Contents:
     heads = [shapes[name][0] for name in CLASS_HEADS if name in shapes]
     texts = texts_of(Path(path))
     facts = Facts.from_json(texts[ABOUT]) if ABOUT in texts else None
-    iteration = data.get("iteration")
-    iterations = iteration + 1 if isinstance(iteration, int) else None
     return Contents(
         path,
         size,
@@ -113,7 +111,7 @@ def contents_of(path: str) -> Contents:
         dict(numbers),
         heads[0] if heads else None,
         tuple(PARTS[name] for name in PARTS if name in data),
-        iterations if facts is None else facts.iterations,
+        iterations_of(data) if facts is None else facts.iterations,
         facts,
     )
 

@@ -267,15 +267,23 @@ def _of_file(path: Path) -> Pretrained:
     texts = texts_of(path)
     if "config" in texts and ABOUT in texts:
         return Pretrained(str(path), texts["config"], Facts.from_json(texts[ABOUT]).categories)
-    for folder in (path.parent, path.absolute().parent.parent):
+    config = config_of(path)
+    if config is None:
+        raise FileNotFoundError(
+            f"{path} has no configuration with it: neither a {CONFIG} in its folder, or the one "
+            "above, nor one among its texts"
+        )
+    if (config.parent / CATEGORIES).is_file():
+        return replace(_of_folder(config.parent), weights=str(path))
+    return Pretrained(str(path), config.read_text(encoding="utf-8"))
+
+
+def config_of(weights: Path) -> Path | None:
+    """The configuration in the folder of a file of weights, or (of a training) in the one above."""
+    for folder in (weights.parent, weights.absolute().parent.parent):
         if (folder / CONFIG).is_file():
-            found = Pretrained(str(path), (folder / CONFIG).read_text(encoding="utf-8"))
-            beside = folder / CATEGORIES
-            return replace(_of_folder(folder), weights=str(path)) if beside.is_file() else found
-    raise FileNotFoundError(
-        f"{path} has no configuration with it: neither a {CONFIG} in its folder, or the one above, "
-        "nor one among its texts"
-    )
+            return folder / CONFIG
+    return None
 
 
 def texts_of(path: Path) -> dict[str, str]:

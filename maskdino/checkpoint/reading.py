@@ -160,6 +160,12 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
+def iterations_of(data: Mapping[str, Any]) -> int | None:
+    """Steps of training behind what `read_checkpoint` gave; None: it does not tell."""
+    iteration = data.get("iteration")
+    return iteration + 1 if isinstance(iteration, int) else None
+
+
 def check_sums(path: str) -> None:
     """Compares what a zip file holds, which is what `torch.save` writes, with its checksums.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from detectron2.modeling import build_model
 from maskdino.categories import Categories
 from maskdino.checkpoint.contents import contents_of
 from maskdino.checkpoint.loading import load_trained
-from maskdino.checkpoint.pretrained import CONFIG, WEIGHTS, save_pretrained
-from maskdino.checkpoint.reading import fetch, find_resumption, read_checkpoint
+from maskdino.checkpoint.pretrained import CONFIG, WEIGHTS, config_of, save_pretrained
+from maskdino.checkpoint.reading import fetch, find_resumption, iterations_of, read_checkpoint
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
 from maskdino.integration.extensions import add_import_option
@@ -99,8 +98,7 @@ def choose_weights(run: Path, wanted: str | None, averages: bool) -> Chosen:
 
 
 def _iterations(path: str) -> int | None:
-    iteration = read_checkpoint(path, "meta").get("iteration")
-    return iteration + 1 if isinstance(iteration, int) else None
+    return iterations_of(read_checkpoint(path, "meta"))
 
 
 def metrics_of(run: Path, iterations: int | None) -> dict[str, Any]:
@@ -174,14 +172,14 @@ def publish(args: argparse.Namespace) -> Path:
 
 def _config_of(source: Path) -> Path:
     """The configuration of a training, or of a checkpoint in its folder."""
-    folders = [source] if source.is_dir() else [source.parent, source.absolute().parent.parent]
-    for folder in folders:
-        if (folder / CONFIG).is_file():
-            return folder / CONFIG
+    folder = source if source.is_dir() else source.parent
+    config = folder / CONFIG if folder is source else config_of(source)
+    if config is not None and config.is_file():
+        return config
     if not source.exists():
         raise FileNotFoundError(f"there is no folder or checkpoint {source}")
     raise FileNotFoundError(
-        f"there is no {CONFIG} in {folders[0]}: give the folder of a training, or --config-file"
+        f"there is no {CONFIG} in {folder}: give the folder of a training, or --config-file"
     )
 
 
@@ -208,7 +206,3 @@ def main(words: list[str] | None = None) -> int:
     if args.license == "other":
         print("no license is stated: --license says which, before you give the model away")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
