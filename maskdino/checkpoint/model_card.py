@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import yaml
 from detectron2.config import CfgNode
 
@@ -117,6 +116,8 @@ def model_card(cfg: CfgNode, facts: Facts, parameters: int) -> str:
         facts: what is known of it.
         parameters: how many it has.
     """
+    import jinja2  # here, as `import maskdino` needs none
+
     whole = {name: x for name, x in facts.metrics.items() if not _of_class(name)}
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
