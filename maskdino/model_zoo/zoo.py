@@ -16,7 +16,7 @@ from torch import nn
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.loading import not_whole, settle_weights
 from maskdino.checkpoint.pretrained import CONFIG, WEIGHTS
-from maskdino.checkpoint.reading import fetch
+from maskdino.checkpoint.reading import LAST, fetch
 from maskdino.config import load_config
 from maskdino.config.checks import check_values
 
@@ -156,7 +156,7 @@ def read_config(
         cfg.MODEL.WEIGHTS = download(_name_of(config))
     elif is_released and not Path(cfg.MODEL.WEIGHTS).is_file():
         cfg.MODEL.WEIGHTS = download(cfg.MODEL.WEIGHTS)
-    resume = resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file()
+    resume = resume and Path(cfg.OUTPUT_DIR, LAST).is_file()
     whole = whole and not resume
     if whole and not cfg.MODEL.WEIGHTS:
         raise ValueError(
