@@ -229,9 +229,8 @@ def _join_others(main: Callable[..., object], args: tuple) -> None:
     try:
         main(*args)
     except Interrupted as error:  # of all of them, after the same step
-        interruption = Interrupted(
-            str(error), error.number
-        )  # without the frames, and what is there
+        # Without the frames, and what is there.
+        interruption = Interrupted(str(error), error.number)
     gc.collect()  # a trainer that lingers would keep the group's threads, beyond the end of Python
     torch.distributed.destroy_process_group()
     if interruption is not None:
