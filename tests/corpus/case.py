@@ -117,6 +117,11 @@ class Either:
 Outcome = Refused | Works | Either
 
 
+def by_way(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
+    """Outcomes of ways that were given as names of arguments, which have no hyphens."""
+    return {way.replace("_", "-"): outcome for way, outcome in outcomes.items()}
+
+
 @dataclass(frozen=True)
 class Case:
     """One input for one command.

@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import Tensor
 
 from maskdino.cli import train
-from tests.corpus.case import TRAP, Case, Either, Outcome, Refused, Works
+from tests.corpus.case import TRAP, Case, Either, Outcome, Refused, Works, by_way
 from tests.corpus.scene import NAME, custom_words, evaluation_words, training_words, write_scene
 from tests.corpus.small_model import model_folder, prediction_words
 
@@ -57,12 +57,12 @@ class Trap:
 
 def refused(name: str, content: Content, *words: str, **others: Outcome) -> File:
     """Nothing can be done with it; what differs may be listed."""
-    return File(name, content, Refused((r"bad\.", *words), lines=25), _ways(others))
+    return File(name, content, Refused((r"bad\.", *words), lines=25), by_way(others))
 
 
 def works(name: str, content: Content, **others: Outcome) -> File:
     """It is read."""
-    return File(name, content, Works(), _ways(others))
+    return File(name, content, Works(), by_way(others))
 
 
 def of_bytes(name: str, change: Callable[[bytes], bytes], suffix: str = ".pth") -> File:
@@ -74,10 +74,6 @@ def of_pickle(name: str, content: object) -> File:
     """A `.pkl` file that is refused."""
     data = pickle.dumps(content)
     return of_bytes(name, lambda _: data, ".pkl")
-
-
-def _ways(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
-    return {way.replace("_", "-"): outcome for way, outcome in outcomes.items()}
 
 
 def contents() -> Iterator[File]:

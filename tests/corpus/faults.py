@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.corpus.case import Outcome, Ran, Refused, Works
+from tests.corpus.case import Outcome, Ran, Refused, Works, by_way
 from tests.corpus.scene import (
     EVERYTHING,
     SIZE,
@@ -66,7 +66,7 @@ def same(have: object, want: object) -> None:
 
 def fine(name: str, spoil: Spoil, left: frozenset[int] = EVERYTHING, **other: Outcome) -> Fault:
     """Nothing is wrong: `left` are the objects that are learned."""
-    return Fault(name, spoil, {way: works(way, left) for way in WAYS} | _ways(other))
+    return Fault(name, spoil, {way: works(way, left) for way in WAYS} | by_way(other))
 
 
 def of_own_data(name: str, spoil: Spoil, *words: str) -> Fault:
@@ -77,14 +77,14 @@ def of_own_data(name: str, spoil: Spoil, *words: str) -> Fault:
 
 def refused(name: str, spoil: Spoil | bytes | None, *words: str, **other: Outcome) -> Fault:
     """Nothing can be done with the file; train-custom's message is a list."""
-    return Fault(name, spoil, _refused(words) | _ways(other))
+    return Fault(name, spoil, _refused(words) | by_way(other))
 
 
 def of_object(name: str, spoil: Spoil, *words: str, number: int = 2, **other: Outcome) -> Fault:
     """Something is wrong with one object, which is named, and can be left out."""
     outcomes = _refused((f"annotation {number} ", *words))
     outcomes["train-custom-skip"] = works("train-custom-skip", EVERYTHING - {number}, words[-1])
-    return Fault(name, spoil, outcomes | _ways(other))
+    return Fault(name, spoil, outcomes | by_way(other))
 
 
 def of_image(name: str, spoil: Spoil, *words: str, **other: Outcome) -> Fault:
@@ -92,7 +92,7 @@ def of_image(name: str, spoil: Spoil, *words: str, **other: Outcome) -> Fault:
     outcomes = _refused(words)
     left = frozenset(n for n in EVERYTHING if THINGS[n].image != 1)
     outcomes["train-custom-skip"] = works("train-custom-skip", left, words[-1])
-    return Fault(name, spoil, outcomes | _ways(other))
+    return Fault(name, spoil, outcomes | by_way(other))
 
 
 def tolerable(name: str, spoil: Spoil, *words: str, number: int = 2, **other: Outcome) -> Fault:
@@ -104,16 +104,12 @@ def tolerable(name: str, spoil: Spoil, *words: str, number: int = 2, **other: Ou
         "train-custom": Refused((FILE, f"annotation {number} ", *words), lines=20),
         "train-custom-skip": works("train-custom-skip", left, words[0]),
     }
-    return Fault(name, spoil, outcomes | _ways(other))
+    return Fault(name, spoil, outcomes | by_way(other))
 
 
 def _refused(words: tuple[str, ...]) -> dict[str, Outcome]:
     one_line, listed = Refused((FILE, *words)), Refused((FILE, *words), lines=20)
     return {way: listed if "custom" in way else one_line for way in WAYS}
-
-
-def _ways(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
-    return {way.replace("_", "-"): outcome for way, outcome in outcomes.items()}
 
 
 def edit(kind: str, index: int = 1, **values: object) -> Spoil:
