@@ -15,6 +15,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,7 +42,8 @@ from maskdino.data import DataError, register_coco_folder, register_panoptic_fol
 from maskdino.data.checks import check_datasets
 from maskdino.data.images import ImageError, load_image
 from maskdino.data.reading import read_json, read_map
-from maskdino.evaluation.report_images import SemanticImages
+from maskdino.evaluation.files import PANOPTIC_FILE
+from maskdino.evaluation.report_images import PanopticImages, SemanticImages
 from maskdino.export.onnx import ExportedMetadata, open_session
 from maskdino.inference.video import VideoError, VideoReader
 from maskdino.model_zoo.catalogue import RELEASED
@@ -398,6 +400,20 @@ def test_a_report_reads_in_its_folder(file_name: str, tmp_path: Path) -> None:
     images.folder, images._found = tmp_path, {"a.jpg": file_name.format(outside=tmp_path)}
     with pytest.raises(DataError, match="leads out of"):
         images._file({"file_name": "a.jpg"})
+
+
+@pytest.mark.parametrize("file_name", GOES_OUT)
+def test_a_report_reads_segments_in_its_folder(file_name: str, tmp_path: Path) -> None:
+    """Before panopticapi opens any of them."""
+    images = object.__new__(PanopticImages)
+    images.folder, images.records = tmp_path, [{"image_id": 1}]
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps({"categories": [], "annotations": []}))
+    images.metadata = SimpleNamespace(panoptic_json=str(truth))
+    found = [{"image_id": 1, "file_name": file_name.format(outside=tmp_path)}]
+    (tmp_path / PANOPTIC_FILE).write_text(json.dumps({"annotations": found}))
+    with pytest.raises(DataError, match="leads out of"):
+        images.read()
 
 
 def test_archives_unpack_into_their_folder(tmp_path: Path) -> None:

@@ -186,6 +186,9 @@ class PanopticImages(EvaluatedImages):
         self._true = {a["image_id"]: a for a in content["annotations"]}
         self._found = {a["image_id"]: a for a in predictions["annotations"]}
         self.check_complete(self._found, "image_id")
+        maps = self.folder / PANOPTIC_FOLDER
+        # All of them now: panopticapi, which `score` calls, opens whatever a file name says.
+        self._maps = {i: inside(maps, a["file_name"], maps) for i, a in self._found.items()}
 
     def score(self, record: dict) -> float:
         """The mean over the classes of the image, as panopticapi computes it."""
@@ -205,11 +208,10 @@ class PanopticImages(EvaluatedImages):
     def results(self, record: dict) -> tuple[ImageResult, ImageResult]:
         """Annotated and predicted segments: files of the same format."""
         found = self._found[record["image_id"]]
-        maps = self.folder / PANOPTIC_FOLDER
         keys = ("pan_seg_file_name", "segments_info")
         true = {key: record[key] for key in keys}
         predicted = {
-            "pan_seg_file_name": inside(maps, found["file_name"], maps),
+            "pan_seg_file_name": self._maps[record["image_id"]],
             "segments_info": [
                 {**segment, "category_id": self.labels[segment["category_id"]]}
                 for segment in found["segments_info"]
