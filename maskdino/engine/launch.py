@@ -105,7 +105,7 @@ def _handlers_restored() -> Iterator[None]:
     Torch's handlers stay after a launch, and processes that are forked later (multiprocessing's
     pools) might then ignore that they shall end.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in ENDING}
     try:
         yield
     finally:
