@@ -1,4 +1,4 @@
-"""Training with compiled layers: equal to training without, and resumed as it."""
+"""Training with compiled layers: equal to training without, under the same names of weights."""
 
 from __future__ import annotations
 
@@ -77,9 +77,10 @@ def test_losses_and_gradients(residual: bool) -> None:
 def test_machine_code() -> None:
     """The compiler that users get."""
     compiled = model(ENCODER__NUM_LAYERS=1, DECODER__NUM_LAYERS=1)
-    if compile_layers(compiled):
-        plain = model(ENCODER__NUM_LAYERS=1, DECODER__NUM_LAYERS=1)
-        assert_equal(step(compiled), step(plain), 1e-3)
+    if not compile_layers(compiled):
+        pytest.skip("there is no compiler here; the log says what is missing")
+    plain = model(ENCODER__NUM_LAYERS=1, DECODER__NUM_LAYERS=1)
+    assert_equal(step(compiled), step(plain), 1e-3)
 
 
 @pytest.mark.slow
