@@ -14,7 +14,7 @@ import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from maskdino.categories import Categories
 from maskdino.checkpoint.loading import load_trained
 from maskdino.checkpoint.pretrained import find_pretrained, save_pretrained
+from maskdino.inference.image import PreparedImage
 from maskdino.inference.options import PredictorOptions
 from maskdino.inference.sliced import predict_sliced
 from maskdino.inference.tiles import TiledImage
@@ -36,7 +37,7 @@ from maskdino.model_zoo import build_pretrained, read_config
 from maskdino.postprocess import Frame, InferenceOptions, postprocess
 from maskdino.structures import Predictions
 from maskdino.system.devices import pick_device
-from maskdino.visualization.images import ImageSource, load_image, network_image
+from maskdino.visualization.images import ImageSource
 from maskdino.visualization.results import ImageResult
 
 READ_AHEAD = 4  # batches of images that are read ahead, so that those of one size meet
@@ -269,10 +270,10 @@ class MaskDINOPredictor:
         at_once = self.options.batch_size
         ahead = at_once * READ_AHEAD if at_once > 1 else 1
         while sources := list(itertools.islice(iterator, ahead)):
-            groups: dict[tuple[int, int], list[_Image]] = defaultdict(list)
+            groups: dict[tuple[int, int], list[PreparedImage]] = defaultdict(list)
             results: dict[int, ImageResult] = {}
             for number, source in sources:
-                image = _Image.read(number, source, channel_order, self.options)
+                image = PreparedImage.read(number, source, channel_order, self.options)
                 groups[image.canvas].append(image)
             for group in groups.values():
                 for begin in range(0, len(group), at_once):
@@ -322,7 +323,7 @@ class MaskDINOPredictor:
         )
 
     @torch.inference_mode()
-    def _predict(self, images: list[_Image]) -> list[ImageResult]:
+    def _predict(self, images: list[PreparedImage]) -> list[ImageResult]:
         predictions, pixel_embedding, canvas = self.network([image.tensor for image in images])
         options = replace(self.inference, score_threshold=self.options.confidence_threshold)
         results = []
@@ -338,65 +339,5 @@ class MaskDINOPredictor:
                 compact=True,
                 features=self.options.features,
             )
-            parts = _parts_of_result(found)
-            results.append(
-                ImageResult(image.name, image.size, self.categories, source=image.source, **parts)
-            )
+            results.append(image.result(found, self.categories))
         return results
-
-
-@dataclass(frozen=True)
-class _Image:
-    """An image on its way through the network."""
-
-    number: int
-    name: str
-    source: ImageSource  # its path, or (H, W, 3)
-    size: tuple[int, int]
-    tensor: Tensor  # (3, h, w) uint8
-    canvas: tuple[int, int]
-
-    @staticmethod
-    def read(
-        number: int, source: ImageSource, channel_order: str, options: PredictorOptions
-    ) -> _Image:
-        image = load_image(source, channel_order)
-        height, width = image.shape[:2]
-        size, canvas = options.sizes_of((height, width))
-        is_file = isinstance(source, str | os.PathLike)
-        return _Image(
-            number,
-            str(source) if is_file else f"image {number}",
-            source if is_file else image,
-            (height, width),
-            network_image(image, size, options.image_format),
-            canvas,
-        )
-
-
-def _parts_of_result(found: dict) -> dict:
-    """Fields of `ImageResult` from what `postprocess` found, compact."""
-    parts: dict = {}
-    if "instance" in found:
-        objects = found["instance"]
-        if not objects.pred_boxes.tensor.isfinite().all():
-            raise FloatingPointError(
-                "the model predicts boxes that are not finite; see its weights"
-            )
-        objects.pred_boxes.clip(objects.image_size)
-        order = objects.scores.argsort(descending=True, stable=True)
-        names = {"scores": "scores", "class_ids": "pred_classes", "features": "features"}
-        parts = {
-            name: objects.get(field)[order].numpy()
-            for name, field in names.items()
-            if objects.has(field)
-        }
-        parts["boxes"] = objects.pred_boxes.tensor[order].numpy()
-        if objects.has("pred_rles"):
-            parts["rles"] = tuple(objects.pred_rles[i] for i in order.tolist())
-    if "panoptic" in found:
-        ids, segments = found["panoptic"]
-        parts |= {"panoptic_ids": ids.numpy(), "segments": tuple(segments)}
-    if "semantic" in found:
-        parts["label_map"] = found["semantic"].numpy()
-    return parts
