@@ -16,7 +16,7 @@ from torch import nn
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.loading import not_whole, settle_weights
 from maskdino.checkpoint.pretrained import CONFIG, WEIGHTS
-from maskdino.checkpoint.reading import LAST, fetch
+from maskdino.checkpoint.reading import fetch, find_resumption
 from maskdino.config import load_config
 from maskdino.config.checks import check_values
 
@@ -133,7 +133,7 @@ def read_config(
             MODEL.WEIGHTS of the configuration or, if it names none, those of the folder.
         overrides: keys and values in turn, which have the last word.
         whole: the weights must be those of a whole model (to predict), not of a backbone alone.
-        resume: prefer the last checkpoint of OUTPUT_DIR, if there is one.
+        resume: prefer the last checkpoint of OUTPUT_DIR that can be read, if there is one.
 
     Returns:
         The configuration, in which stands all that the weights decide; MODEL.WEIGHTS can be loaded.
@@ -143,7 +143,8 @@ def read_config(
         ConnectionError: if the weights cannot be downloaded.
         KeyError: if a key is unknown, or no weights were released for the configuration.
         ValueError: if a value makes no sense, the weights are of another model, or `whole` and
-            there are none; or the configuration is a LazyConfig.
+            there are none; if no checkpoint to resume from can be read; or the configuration is a
+            LazyConfig.
     """
     cfg = load_config(str(find_config(config)), overrides)
     check_values(cfg)
@@ -156,7 +157,7 @@ def read_config(
         cfg.MODEL.WEIGHTS = download(_name_of(config))
     elif is_released and not Path(cfg.MODEL.WEIGHTS).is_file():
         cfg.MODEL.WEIGHTS = download(cfg.MODEL.WEIGHTS)
-    resume = resume and Path(cfg.OUTPUT_DIR, LAST).is_file()
+    resume = resume and bool(find_resumption(cfg.OUTPUT_DIR).path)
     whole = whole and not resume
     if whole and not cfg.MODEL.WEIGHTS:
         raise ValueError(

@@ -138,9 +138,13 @@ def test_a_run_that_goes_on_keeps_its_configuration(
         yaml.safe_dump({"MODEL": {"MASK_DINO": {"QUERY_SELECTION": {
             "LARGEST_PROPOSALS": "finest", "EMPTY_MASKS": "box"}}}})
     )  # fmt: skip
-    (out / "last_checkpoint").write_text("model_0000009.pth")
+    checkpoint = {"model": {"a": torch.ones(9)}, "trainer": {}, "iteration": 9}
+    torch.save(checkpoint, out / "model_0000009.pth")
     released[1].unlink()  # what the run began with is not needed any more
-    assert decided(read_config(released[0], overrides=words, resume=True)) == ("finest", "box")
+    for name in (None, "model_0000009.pth", "model_0000019.pth"):  # missing, right, broken
+        if name is not None:
+            (out / "last_checkpoint").write_text(name)
+        assert decided(read_config(released[0], overrides=words, resume=True)) == ("finest", "box")
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*released\.pth"):
         read_config(released[0], overrides=words)
 
