@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from maskdino.checkpoint.model_card import of_class
 from maskdino.checkpoint.pretrained import ABOUT, Facts, texts_of
 from maskdino.checkpoint.reading import iterations_of, read_checkpoint, shapes_of
 from maskdino.checkpoint.released_weights import FOREIGN, is_released
@@ -73,7 +74,7 @@ def _told(facts: Facts) -> dict[str, str]:
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     averaged = {True: "averaged (EMA)", False: "not averaged", None: "not told"}[facts.averaged]
     rounded = ", rounded to float16" if facts.rounded else ""
-    metrics = [f"{name} {value:.4g}" for name, value in facts.metrics.items() if "-" not in name]
+    metrics = [f"{name} {value:.4g}" for name, value in facts.metrics.items() if not of_class(name)]
     return {
         "name": facts.name,
         "task": ", ".join(facts.tasks) or "not told",

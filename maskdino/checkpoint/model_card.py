@@ -6,6 +6,7 @@ datasets, metrics, model-index).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ def model_card(cfg: CfgNode, facts: Facts, parameters: int) -> str:
     """
     import jinja2  # here, as `import maskdino` needs none
 
-    whole = {name: x for name, x in facts.metrics.items() if not _of_class(name)}
+    whole = {name: x for name, x in facts.metrics.items() if not of_class(name)}
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -195,9 +196,9 @@ def _weights(facts: Facts) -> str:
     return " ".join(told)
 
 
-def _of_class(name: str) -> bool:
-    """Whether a metric is that of one class, "segm/AP-person"."""
-    return "-" in name.rpartition("/")[2]
+def of_class(name: str) -> bool:
+    """Whether a metric is that of one class: "segm/AP-person", "my-data/segm/AP-car/van"."""
+    return re.search(r"(^|/)(AP|PQ|IoU|ACC)-", name) is not None
 
 
 def _backbone(cfg: CfgNode) -> str:

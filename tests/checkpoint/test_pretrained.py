@@ -16,6 +16,7 @@ from PIL import Image
 
 import maskdino
 from maskdino.categories import Categories
+from maskdino.checkpoint.contents import contents_of
 from maskdino.checkpoint.pretrained import FILES, Facts
 from maskdino.checkpoint.reading import CheckpointError
 from maskdino.checkpoint.tensor_files import read_tensors
@@ -116,6 +117,18 @@ def test_the_model_and_what_is_in_the_folder(folder: Path, predictor: MaskDINOPr
         "name": "sky",
         "isthing": 0,
     }
+
+
+def test_contents_name_the_metrics_of_all_classes(
+    predictor: MaskDINOPredictor, tmp_path: Path
+) -> None:
+    """Hyphens and slashes in the names of datasets and classes change nothing."""
+    metrics = {"my-data": {"segm": {"AP": 41.25, "AP-car/van": 3.0}, "sem_seg": {"IoU-sky": 2.0}}}
+    predictor.save_pretrained(tmp_path / "model", metrics=metrics, dataset="my-data")
+    lines = contents_of(str(tmp_path / "model" / "model.safetensors")).lines()
+    assert "metrics    my-data/segm/AP 41.25" in lines
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "value: 41.25" in card and "value: 3.0" not in card and "AP-car/van" in card
 
 
 def test_commands_take_the_folder_for_a_configuration(
