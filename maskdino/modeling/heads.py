@@ -8,7 +8,6 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from maskdino.modeling.layers import MLP
-from maskdino.ops.boxes import inverse_sigmoid
 
 PRIOR_PROBABILITY = 0.01  # of every class before training with focal loss (RetinaNet)
 
@@ -80,10 +79,6 @@ class PredictionHeads(nn.Module):
     def box_logits(self, content: Tensor, anchor_logits: Tensor) -> Tensor:
         """Content (..., C) and logits of the anchors (..., 4) it refines to logits of boxes."""
         return _unrounded(self.box_head, content).float() + anchor_logits
-
-    def refine(self, content: Tensor, anchors: Tensor) -> Tensor:
-        """Content (..., C) and anchors (..., 4) in [0, 1] to boxes (..., 4) in [0, 1]."""
-        return self.box_logits(content, inverse_sigmoid(anchors)).sigmoid()
 
 
 def _unrounded(head: nn.Module, content: Tensor) -> Tensor:
