@@ -100,12 +100,6 @@ class ImageResult:
         parts["rles"] = None if self.rles is None else tuple(self.rles[i] for i in index)
         return replace(self, **parts)
 
-    def segment_boxes(self) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (S, 4) float64 x0, y0, x1, y1 and class numbers (S,) of the panoptic segments."""
-        segments = list(self._map_regions("panoptic"))
-        labels = np.array([label for label, _, _ in segments], np.int64)
-        return boxes_around([rle for _, rle, _ in segments]), labels
-
     def to_instances(self) -> Instances:
         """The objects as detectron2's evaluators and visualisers take them, on the CPU."""
         instances = Instances(self.size)
