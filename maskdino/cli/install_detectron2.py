@@ -293,13 +293,9 @@ def apply_changes(root: Path, changes: tuple[Change, ...] = CHANGES) -> list[str
     return report
 
 
-def write_stand_in(root: Path) -> None:
-    """Put a Python module in the place of the extension ``detectron2._C``."""
-    (root / "detectron2" / "_C.py").write_text(EXTENSION_STAND_IN)
-
-
 def write_build_files(root: Path, changes: list[str]) -> None:
-    """Replace the archive's setup script, which would compile the extension, by our metadata."""
+    """Replace the archive's setup script, which would compile, and its extension by our own."""
+    (root / "detectron2" / "_C.py").write_text(EXTENSION_STAND_IN)
     for name in ("setup.py", "setup.cfg"):
         (root / name).unlink(missing_ok=True)
     packages = [
@@ -370,7 +366,6 @@ def build(options: argparse.Namespace, folder: Path) -> Path:
     check_hash(archive)
     root = unpack(archive, folder)
     changes = apply_changes(root)
-    write_stand_in(root)
     changes.append("detectron2._C is a Python stand-in that raises when it is used")
     print("\n".join(f"  {line}" for line in changes))
     write_build_files(root, changes)

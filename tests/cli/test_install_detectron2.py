@@ -175,7 +175,6 @@ def test_wheel_works(recipe: ModuleType, sources: Path, tmp_path: Path) -> None:
         tar.add(sources, arcname=sources.name)
     root = recipe.unpack(archive, tmp_path / "unpacked")
     changes = recipe.apply_changes(root)
-    recipe.write_stand_in(root)
     recipe.write_build_files(root, changes)
     wheel = recipe.build_wheel(root, tmp_path / "wheels")
 
