@@ -55,9 +55,8 @@ def test_the_table_names_tests_that_there_are(mutate: ModuleType) -> None:
 
 
 def test_the_table_fits_the_package(mutate: ModuleType) -> None:
-    """Of changed code a few may lag behind (`--check` names them); more, and the score is none."""
-    mutations = mutate.read_table(mutate.TABLE)
-    assert len(mutate.misfits(mutations)) <= len(mutations) // 20
+    """Who changes code that a mutation changes, changes its entry as well."""
+    assert mutate.misfits(mutate.read_table(mutate.TABLE)) == []
 
 
 def test_an_interrupted_run_goes_on(
