@@ -85,7 +85,7 @@ RULES = (
         ("backbones", "categories", "config", "integration", "model", "modeling", "system"),
     ),
     Rule("model_zoo", ("checkpoint", "config", "model", "system")),
-    Rule("visualization", ("categories", "data", "ops.rle", "structures")),
+    Rule("visualization", ("categories", "data", "ops.rle", "ops.runs", "structures")),
     Rule(
         "evaluation",
         (
@@ -138,6 +138,7 @@ RULES = (
             "ops",
             "postprocess",
             "structures",
+            "system",
             "visualization",
         ),
     ),

@@ -20,8 +20,8 @@ from pycocotools import mask as mask_utils
 
 from maskdino.categories import Categories
 from maskdino.ops.rle import to_json
+from maskdino.ops.runs import crop_mask
 from maskdino.system.files import written_whole
-from maskdino.visualization.drawing import crop_mask
 from maskdino.visualization.results import ImageResult
 
 STEPS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # x, y: right, down, left, up

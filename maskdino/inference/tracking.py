@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from maskdino.visualization.drawing import crop_mask
+from maskdino.ops.runs import crop_mask
 
 THRESHOLD = 0.5  # score from which an object may begin a track
 MIN_OVERLAP, MIN_WEAK_OVERLAP = 0.15, 0.4  # IoU of a confident object with its track, and of others

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as mask_utils
 
+from maskdino.ops.runs import crop_mask
+
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -141,13 +143,6 @@ def _draw_mask(canvas: np.ndarray, region: Region, rle: dict, scale: int, width:
         # By table, and cv2 for chosen pixels: many times faster than NumPy's arithmetic on them.
         cv2.copyTo(cv2.LUT(window, blended[:, None]), mask.view(np.uint8), window)
     window[contour(mask, width)] = region.color
-
-
-def crop_mask(rle: dict) -> tuple[np.ndarray, tuple[int, int]]:
-    """The part of a mask inside its bounding box, bool, and that box's (top, left)."""
-    left, top, width, height = (int(round(value)) for value in mask_utils.toBbox(rle))
-    mask = mask_utils.decode(rle)[top : top + height, left : left + width]
-    return mask.astype(bool), (top, left)
 
 
 def contour(mask: np.ndarray, width: int = 1) -> np.ndarray:
