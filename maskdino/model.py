@@ -176,15 +176,7 @@ class MaskDINO(nn.Module):
         images = self.preprocess(batched_inputs)
         if not self.training:
             return self._infer(batched_inputs, images)
-        names = [
-            str(x.get("file_name", x.get("image_id", i))) for i, x in enumerate(batched_inputs)
-        ]
-        canvas = tuple(images.tensor.shape[-2:])
-        instances = [x["instances"] for x in batched_inputs]
-        learned = self.pixel_embedding is not None and self.criterion.weights.keys() & MASK_LOSSES
-        targets = prepare_targets(
-            instances, canvas, self.is_thing, self.device, names, with_masks=bool(learned)
-        )
+        targets = self._targets(batched_inputs, images)
         with half_weights(self, self.device, self.heads.in_full):
             return self.losses(images.tensor, targets)
 
@@ -196,6 +188,17 @@ class MaskDINO(nn.Module):
         ]
         return ImageList.from_tensors(images, self.size_divisibility)
 
+    def _targets(self, batched_inputs: list[dict], images: ImageList) -> Targets:
+        names = [
+            str(x.get("file_name", x.get("image_id", i))) for i, x in enumerate(batched_inputs)
+        ]
+        canvas = tuple(images.tensor.shape[-2:])
+        instances = [x["instances"] for x in batched_inputs]
+        learned = self.pixel_embedding is not None and self.criterion.weights.keys() & MASK_LOSSES
+        return prepare_targets(
+            instances, canvas, self.is_thing, self.device, names, with_masks=bool(learned)
+        )
+
     def losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Weighted losses of normalized, padded images (B, 3, height, width): Figure 2."""
         memory, pixel_embedding = self._encode(images)
@@ -206,6 +209,22 @@ class MaskDINO(nn.Module):
         outputs = Outputs(self._predict(list(states.values())), tuple(states))
         matched, denoised = split_noised(outputs, denoising)
         return self.criterion(matched, proposals, denoised, pixel_embedding, targets)
+
+    @torch.no_grad()
+    def matched_losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """Losses of the tested decoder layer alone, as in training but without noised queries.
+
+        Args:
+            batched_inputs: as for training.
+
+        Returns:
+            Weighted scalars by the names of their terms.
+        """
+        images = self.preprocess(batched_inputs)
+        predictions, pixel_embedding = self.predict(images.tensor)
+        outputs = Outputs(predictions.map(lambda x: x[None]), ("",))
+        targets = self._targets(batched_inputs, images)
+        return self.criterion(outputs, None, None, pixel_embedding, targets)
 
     def predict(self, images: Tensor) -> tuple[Predictions, Tensor | None]:
         """Predictions of the tested decoder layer (TEST.DECODER_LAYER), and the pixel embedding.

@@ -4,18 +4,25 @@
     maskdino report --config-file F --output DIR/report.html --opts OUTPUT_DIR DIR
 
 It reads what the evaluation left in OUTPUT_DIR/inference; no model is run. With --report, the
-first command writes the same file itself.
+first command writes the same file itself. With --weights, the model is run for one thing more: the
+loss of each image, whose largest are of wrong labels or hard images.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
-from maskdino.cli.common import errors_in_one_line, make_parser
+from maskdino.checkpoint.loading import load_trained
+from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
+from maskdino.engine.evaluating import build_model
+from maskdino.evaluation.image_losses import image_losses
 from maskdino.evaluation.report import report_paths, write_report
-from maskdino.model_zoo import find_config
+from maskdino.model import MaskDINO
+from maskdino.model_zoo import find_config, read_config
+from maskdino.system.devices import settle_device
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -27,7 +34,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--output", type=Path, metavar="HTML", help="default: report.html in OUTPUT_DIR"
     )
     parser.add_argument("--confidence-threshold", type=float, default=0.5, metavar="T")
-    parser.add_argument("--num-images", type=int, default=3, metavar="N", help="best and worst")
+    parser.add_argument("--num-images", type=int, default=3, metavar="N", help="drawn of each kind")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint or 'released': computes the loss of each image",
+    )
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values")
     return parser.parse_args(words)
 
@@ -48,18 +60,31 @@ def find_paths(args: argparse.Namespace, cfg: CfgNode) -> dict[str, Path]:
     return {datasets[0]: args.output}
 
 
+def build_trained(args: argparse.Namespace) -> tuple[CfgNode, MaskDINO]:
+    """The model of --weights in evaluation mode, and its configuration."""
+    cfg = settle_device(read_config(args.config_file, args.weights, args.opts, whole=True))
+    model = build_model(cfg)
+    if not isinstance(model, MaskDINO):
+        raise CommandError(f"--weights: losses of images are Mask DINO's, not {type(model).__name__}'s")
+    load_trained(model, cfg)
+    return cfg, model.eval()
+
+
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(words)
-    cfg = load_config(str(find_config(args.config_file)), args.opts)
-    folder = Path(cfg.OUTPUT_DIR)
-    for dataset, path in find_paths(args, cfg).items():
+    cfg, losses_of = load_config(str(find_config(args.config_file)), args.opts), None
+    paths = find_paths(args, cfg)
+    if args.weights is not None:
+        losses_of = partial(image_losses, *build_trained(args))
+    for dataset, path in paths.items():
         write_report(
             path,
             dataset,
-            folder,
+            Path(cfg.OUTPUT_DIR),
             threshold=args.confidence_threshold,
             num_images=args.num_images,
+            losses_of=losses_of,
         )
         print(f"the report is {path}")

@@ -12,6 +12,7 @@ PANOPTIC_FILE = "predictions.json"  # in COCO's format of panoptic results
 PANOPTIC_FOLDER = "panoptic"  # its PNG files
 SEMANTIC_FILE = "sem_seg.json"  # file name of each image to that of its label map
 SEMANTIC_FOLDER = "sem_seg"  # label maps
+LOSSES_FILE = "losses.csv"  # one line for each image
 
 
 def unique_pngs(paths: Sequence[str]) -> list[str]:

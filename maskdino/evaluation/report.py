@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -28,11 +28,14 @@ from maskdino.evaluation.coco import (
     average_precision,
     faster_coco_eval,
 )
+from maskdino.evaluation.files import LOSSES_FILE
+from maskdino.evaluation.image_losses import ImageLoss, write_losses
 from maskdino.evaluation.report_images import EvaluatedImages, InstanceImages, find_images
 
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
 MAX_CLASSES = 20  # of a drawn confusion matrix
 MAX_DOUBTS = 20
+MAX_LOSSES = 20  # of images that are listed, those that are drawn included
 
 
 def report_paths(datasets: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -42,7 +45,13 @@ def report_paths(datasets: Sequence[str], folder: Path) -> dict[str, Path]:
 
 
 def write_report(
-    path: Path, dataset: str, folder: Path, *, threshold: float = 0.5, num_images: int = 3
+    path: Path,
+    dataset: str,
+    folder: Path,
+    *,
+    threshold: float = 0.5,
+    num_images: int = 3,
+    losses_of: Callable[[str], Sequence[ImageLoss]] | None = None,
 ) -> Path:
     """Writes the report of an evaluation that has been run.
 
@@ -51,7 +60,10 @@ def write_report(
         dataset: name of the evaluated dataset.
         folder: OUTPUT_DIR of the evaluation, which holds `inference/results.json`.
         threshold: score from which on predicted objects are drawn and counted as found.
-        num_images: so many best, and so many worst images are shown for each task.
+        num_images: so many best, and so many worst images are shown for each task, and so many of
+            the largest losses.
+        losses_of: gives the losses of a dataset's images, the largest first; they are written to a
+            file beside the predictions, too. None: nothing is said of losses.
 
     Raises:
         FileNotFoundError: nothing has been evaluated there.
@@ -63,6 +75,9 @@ def write_report(
     for images in evaluated:
         if isinstance(images, InstanceImages):
             details = _details(images, results)
+    losses = [] if losses_of is None else losses_of(dataset)
+    if losses:
+        write_losses(folder / "inference" / dataset / LOSSES_FILE, losses)
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -74,6 +89,7 @@ def write_report(
         details=details,
         threshold=threshold,
         galleries=[_gallery(images, num_images) for images in evaluated],
+        losses=_losses(losses, evaluated, num_images) if losses else None,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -184,6 +200,21 @@ def _gallery(images: EvaluatedImages, num_images: int) -> dict:
     }
 
 
+def _losses(
+    losses: Sequence[ImageLoss], evaluated: Sequence[EvaluatedImages], num_images: int
+) -> dict:
+    """What the page shows of the losses: the largest as a table, the first of them drawn."""
+    chosen = [(loss.total, loss.record) for loss in losses[:num_images]]
+    return {
+        "largest": losses[: max(MAX_LOSSES, num_images)],
+        "terms": {name: name.replace("_", " ") for name in losses[0].terms},
+        "total": len(losses),
+        "median": float(np.median([loss.total for loss in losses])),
+        "file": LOSSES_FILE,
+        "drawn": _drawn(evaluated[0], chosen) if evaluated else [],
+    }
+
+
 def _drawn(images: EvaluatedImages, chosen: Iterable[tuple[float, dict]]) -> list[dict]:
     drawn = []
     for score, record in chosen:
@@ -191,5 +222,5 @@ def _drawn(images: EvaluatedImages, chosen: Iterable[tuple[float, dict]]) -> lis
         Image.fromarray(images.draw(record)).save(buffer, "JPEG", quality=85)
         jpeg = base64.b64encode(buffer.getvalue()).decode("ascii")
         name = Path(record["file_name"]).name
-        drawn.append({"name": name, "jpeg": jpeg, "score": 100 * score})
+        drawn.append({"name": name, "jpeg": jpeg, "score": score})
     return drawn
