@@ -19,7 +19,8 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from maskdino.categories import Categories
-from maskdino.ops.rle import encode_mask, to_json
+from maskdino.ops.rle import to_json
+from maskdino.ops.runs import encode_at, encode_map
 from maskdino.visualization.drawing import MAX_LABELS, Region, color_of, draw_regions
 from maskdino.visualization.images import ImageSource, load_image
 
@@ -228,13 +229,15 @@ class ImageResult:
     def _map_regions(self, task: str) -> Iterator[tuple[int, dict, float | None]]:
         """Class number, mask and score of each panoptic segment, or each class of the label map."""
         if task == "panoptic":
+            rles = encode_map(self._known("panoptic_ids"))
+            nowhere = encode_at(np.zeros((0, 0), bool), (0, 0), self.size)
             for segment in self._known("segments"):
-                rle = encode_mask(self.panoptic_ids == segment["id"])
+                rle = rles.get(segment["id"], nowhere)
                 yield segment["category_id"], rle, segment.get("score")
             return
-        for label in np.unique(self._known("label_map")):
+        for label, rle in encode_map(self._known("label_map")).items():
             if label < len(self.categories):  # else ignored
-                yield int(label), encode_mask(self.label_map == label), None
+                yield label, rle, None
 
     def _coco_entries(self, task: str) -> Iterator[dict]:
         if task not in self.tasks:
