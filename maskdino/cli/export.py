@@ -27,19 +27,26 @@ import importlib.util
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from detectron2.modeling import build_model
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from maskdino.checkpoint.loading import load_trained
-from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
-from maskdino.export.onnx import METADATA_KEY, ExportedMetadata, batch_of, open_session
+from maskdino.cli.common import errors_in_one_line, make_parser
+from maskdino.export.check import (
+    ALLOWED_SHARE,
+    BOUND,
+    Difference,
+    ExportError,
+    Program,
+    compare,
+    program_of_onnx,
+    program_of_trace,
+)
+from maskdino.export.onnx import METADATA_KEY, ExportedMetadata, batch_of
 from maskdino.export.trace import (
     MASK_SIZES,
     OUTPUTS,
@@ -60,89 +67,7 @@ from maskdino.system.devices import pick_device
 from maskdino.system.files import written_whole
 from maskdino.visualization.images import fitting_size, load_image, network_image, network_size
 
-BOUND = 1e-3  # of an output's largest magnitude
-ALLOWED_SHARE = 0.01  # of an output's values that may differ by more
 FORMATS = ("onnx", "torch", "tensorrt")
-# Outputs with one row for each query or detection, which may come in another order.
-ROWS = {
-    "predictions": ("class_logits", "boxes", "mask_embeddings"),
-    "instance": ("boxes", "scores", "labels", "masks"),
-}
-Outputs = dict[str, Tensor]
-Program = Callable[[list[Tensor]], Outputs]
-
-
-class ExportError(CommandError):
-    """The exported program is not what the model computes."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far an output of the program is from the model's, relative to its largest magnitude."""
-
-    name: str
-    largest: float
-    share_beyond: float  # of the values that differ by more than BOUND
-
-    def __str__(self) -> str:
-        return (
-            f"{self.name:<16} largest difference {self.largest:.1e}, "
-            f"beyond {BOUND:g}: {self.share_beyond:.3%} of the values"
-        )
-
-
-def compare(expected: Outputs, found: Outputs, outputs: str) -> list[Difference]:
-    """Compares what the model and the program computed; rows that swapped places are paired."""
-    if set(expected) != set(found):
-        raise ExportError(f"the program gives {sorted(found)}, the model {sorted(expected)}")
-    for name, value in expected.items():
-        if value.shape != found[name].shape:
-            raise ExportError(
-                f"{name} has the shape {tuple(found[name].shape)} instead of {tuple(value.shape)}"
-            )
-    found = _paired(expected, found, [n for n in ROWS.get(outputs, ()) if n in expected])
-    return [_difference(name, value, found[name]) for name, value in expected.items()]
-
-
-def _paired(expected: Outputs, found: Outputs, names: Sequence[str]) -> Outputs:
-    """`found` with the rows of each image in the order in which they fit `expected` best."""
-    found = dict(found)
-    compact = [name for name in names if expected[name].dim() <= 3]
-    for image in range(len(expected[names[0]]) if names else 0):
-        ours, theirs = (
-            torch.cat([_row_values(side[n][image], expected[n]) for n in compact], dim=1)
-            for side in (expected, found)
-        )
-        cost = torch.cdist(ours[None], theirs[None], p=1)[0].nan_to_num(1e6)
-        _, order = linear_sum_assignment(cost.numpy())
-        for name in names:
-            found[name] = found[name].clone()
-            found[name][image] = found[name][image][torch.from_numpy(order)]
-    return found
-
-
-def _row_values(rows: Tensor, scale: Tensor) -> Tensor:
-    """(N, ...) to (N, values) in units of the largest magnitude."""
-    return (
-        rows.flatten(1).double() / _magnitude(scale)
-        if rows.dim() > 1
-        else (rows[:, None].double() / _magnitude(scale))
-    )
-
-
-def _magnitude(values: Tensor) -> float:
-    return max(values.double().abs().max().item(), 1e-12) if values.numel() else 1.0
-
-
-def _difference(name: str, expected: Tensor, found: Tensor) -> Difference:
-    if expected.is_floating_point():
-        distance = (expected.double() - found.double()).abs() / _magnitude(expected)
-        distance = distance.nan_to_num(float("inf"))
-    else:
-        distance = (expected != found).double()
-    if not distance.numel():
-        return Difference(name, 0.0, 0.0)
-    return Difference(name, distance.max().item(), (distance > BOUND).double().mean().item())
 
 
 def check(
@@ -202,33 +127,6 @@ def _arguments(images: list[Tensor], model: MaskDINO, options: ExportOptions) ->
     batch = batch_of(images, mean, options.size, size_unit(model), smallest_size(model))
     arguments = [batch, sizes] if options.needs_image_sizes else [batch]
     return [argument.to(model.device) for argument in arguments]
-
-
-def program_of_trace(traced: torch.export.ExportedProgram) -> Program:
-    """Runs a traced program in PyTorch."""
-    module = traced.module()
-
-    def run(arguments: list[Tensor]) -> Outputs:
-        with torch.no_grad():
-            return {name: value.cpu() for name, value in module(*arguments).items()}
-
-    return run
-
-
-def program_of_onnx(content: bytes, options: ExportOptions) -> Program:
-    """Runs an ONNX file's content in onnxruntime, on the CPU."""
-    session = open_session(content)
-    names = [output.name for output in session.get_outputs()]
-
-    def run(arguments: list[Tensor]) -> Outputs:
-        feed = {
-            name: value.cpu().numpy()
-            for name, value in zip(options.input_names, arguments, strict=True)
-        }
-        values = session.run(names, feed)
-        return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, values, strict=True)}
-
-    return run
 
 
 def check_graph(content: bytes, options: ExportOptions, layers: int) -> None:
