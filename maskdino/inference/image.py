@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from maskdino.categories import Categories
@@ -86,5 +87,9 @@ class PreparedImage:
             ids, segments = found["panoptic"]
             parts |= {"panoptic_ids": ids.numpy(), "segments": tuple(segments)}
         if "semantic" in found:
-            parts["label_map"] = found["semantic"].numpy()
+            labels = found["semantic"]
+            if labels.ndim == 3:  # scores of classes; 255 means "ignored" in maps of 8 bits
+                parts["class_scores"] = labels.half().cpu().numpy()
+                labels = labels.argmax(0).to(torch.uint8 if len(labels) <= 255 else torch.int32)
+            parts["label_map"] = labels.cpu().numpy()
         return ImageResult(self.name, self.size, categories, source=self.source, **parts)

@@ -25,6 +25,7 @@ class PredictorOptions:
         size_divisibility: canvases are a multiple of this many pixels.
         batch_size: images that the network reads at one time.
         features: whether results hold the content feature of each object.
+        class_scores: whether results hold the scores of all classes of each pixel.
         canvas: (height, width) of a network that takes no other; images are fitted into it.
             None: it takes any size.
     """
@@ -37,6 +38,7 @@ class PredictorOptions:
     size_divisibility: int
     batch_size: int
     features: bool = False
+    class_scores: bool = False
     canvas: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:

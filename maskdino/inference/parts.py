@@ -1,20 +1,18 @@
-"""Objects that several slices of an image see in parts: which belong together, and what they make.
+"""Slices of an image, and the parts of objects that they see.
 
 Shape key: H, W pixels of the image; S edge of a slice; h, w pixels of a window; N parts.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-from pycocotools import mask as mask_utils
 
-AGREEMENT = 0.5  # least intersection over union, in the overlap of two slices, of what is joined
+from maskdino.ops.runs import encode_at
+
 EDGE = 3  # pixels from a cut edge within which an object counts as cut: masks are that rough
-WHOLE = 0.8  # share of a joined object that a view without cut edges must have to stand for it
 FAR = np.iinfo(np.int32).max
 
 
@@ -122,12 +120,12 @@ def neighbors_of(slices: Sequence[Slice]) -> list[list[int]]:
     """For each slice the numbers of those that overlap it."""
     edges = np.array([(s.top, s.left, s.bottom, s.right) for s in slices])
     return [
-        [j for j in np.flatnonzero(_touching(edges, own)).tolist() if j != i]
+        [j for j in np.flatnonzero(touching(edges, own)).tolist() if j != i]
         for i, own in enumerate(edges)
     ]
 
 
-def _touching(edges: np.ndarray, own: np.ndarray) -> np.ndarray:
+def touching(edges: np.ndarray, own: np.ndarray) -> np.ndarray:
     """(N,) bool: which rectangles (N, 4) share a pixel with one (4,)."""
     before, behind = edges[:, :2] < own[2:], edges[:, 2:] > own[:2]
     return np.asarray((before & behind).all(1))
@@ -163,157 +161,6 @@ class Part:
         mask = np.unpackbits(self.packed, count=height * width).reshape(height, width).view(bool)
         return mask if window is None else mask[window.inside(self.extent)]
 
-
-@dataclass(frozen=True)
-class JoinedObject:
-    """An object of the whole image.
-
-    Attributes:
-        label: class number.
-        score: in [0, 1].
-        box: (4,) float32 x0, y0, x1, y1 in pixels.
-        parts: whose masks are its mask together.
-        features: (C,) of its largest part, or None.
-    """
-
-    label: int
-    score: float
-    box: np.ndarray
-    parts: tuple[Part, ...]
-    features: np.ndarray | None = field(default=None, repr=False)
-
     def rle(self, size: tuple[int, int]) -> dict:
-        """The mask in an image (H, W), in COCO's compressed form; no array of it is made."""
-        pieces = [run_lengths(part.mask(), part.extent, size) for part in self.parts]
-        return pieces[0] if len(pieces) == 1 else mask_utils.merge(pieces)
-
-
-def run_lengths(mask: np.ndarray, extent: Window, size: tuple[int, int]) -> dict:
-    """COCO's compressed form of a mask (h, w) bool, which lies somewhere in an image (H, W)."""
-    height, width = mask.shape
-    padded = np.zeros((width, height + 2), np.int8)  # by columns, as COCO counts
-    padded[:, 1:-1] = mask.T
-    columns, begins = np.nonzero(np.diff(padded) == 1)
-    _, ends = np.nonzero(np.diff(padded) == -1)
-    offsets = (extent.left + columns) * size[0] + extent.top
-    runs = np.stack([offsets + begins, offsets + ends], 1).ravel()
-    # Runs through the full height of the image go on in the next column.
-    going_on = np.flatnonzero(runs[1:-1:2] == runs[2::2]) * 2 + 1
-    runs = np.delete(runs, np.concatenate([going_on, going_on + 1]))
-    counts = np.diff(runs, prepend=0, append=size[0] * size[1]).tolist()
-    if len(counts) > 1 and counts[-1] == 0:
-        counts.pop()
-    return mask_utils.frPyObjects({"size": list(size), "counts": counts}, *size)
-
-
-def join_parts(parts: Sequence[Part], slices: Sequence[Slice]) -> list[JoinedObject]:
-    """Makes objects of what the slices see, best first.
-
-    Parts of two slices belong together if they have one class and their masks agree inside the
-    overlap of the slices; each has at most one such partner in another slice, and chains of
-    partners are one object.
-    """
-    groups: dict[int, list[Part]] = defaultdict(list)
-    for part, root in zip(parts, _groups(parts, slices), strict=True):
-        groups[root].append(part)
-    joined = (_joined(group, slices) for group in groups.values())
-    return sorted(joined, key=lambda x: -x.score)
-
-
-def _groups(parts: Sequence[Part], slices: Sequence[Slice]) -> list[int]:
-    """For each part a number that those of its object share."""
-    above = list(range(len(parts)))
-
-    def root(i: int) -> int:
-        while above[i] != i:
-            above[i] = above[above[i]]
-            i = above[i]
-        return i
-
-    members: dict[int, list[int]] = defaultdict(list)
-    for i, part in enumerate(parts):
-        members[part.place].append(i)
-    for place, neighbors in enumerate(neighbors_of(slices)):
-        for other in neighbors:
-            if place < other and members[place] and members[other]:
-                window = slices[place].common(slices[other])
-                assert window is not None
-                for i, j in _partners(parts, members[place], members[other], window):
-                    above[root(i)] = root(j)
-    return [root(i) for i in range(len(parts))]
-
-
-def _partners(
-    parts: Sequence[Part], ours: list[int], theirs: list[int], window: Window
-) -> Iterator[tuple[int, int]]:
-    """Pairs of parts of two slices that agree inside the window that both see."""
-    edges = {
-        i: np.array([x.top, x.left, x.bottom, x.right])
-        for i in (*ours, *theirs)
-        if (x := parts[i].extent.common(window)) is not None
-    }
-    ours, theirs = [i for i in ours if i in edges], [j for j in theirs if j in edges]
-    if not ours or not theirs:
-        return
-    areas = {i: int(parts[i].mask(Window(*edge.tolist())).sum()) for i, edge in edges.items()}
-    their_edges = np.stack([edges[j] for j in theirs])
-    found = []
-    for i in ours:
-        for k in np.flatnonzero(_touching(their_edges, edges[i])).tolist():
-            a, b = parts[i], parts[theirs[k]]
-            if a.label != b.label:
-                continue
-            own = Window(*edges[i].tolist()).common(Window(*their_edges[k].tolist()))
-            common = int((a.mask(own) & b.mask(own)).sum())
-            agreement = common / max(areas[i] + areas[theirs[k]] - common, 1)
-            if agreement > AGREEMENT:
-                found.append((agreement * a.score * b.score, agreement, i, theirs[k]))
-    taken: set[int] = set()
-    for *_, i, j in sorted(found, reverse=True):
-        if i not in taken and j not in taken:
-            taken |= {i, j}
-            yield i, j
-
-
-def _joined(group: list[Part], slices: Sequence[Slice]) -> JoinedObject:
-    """One object of parts that belong together."""
-    if len(group) > 1:
-        trimmed = [x for part in group if (x := _trimmed(part, group, slices)) is not None]
-        area = sum(int(part.mask().sum()) for part in trimmed)
-        whole = [x for x in group if not x.cut and x.mask().sum() >= WHOLE * area]
-        if not whole and trimmed:
-            return _of_pieces(group, trimmed)
-        group = [max(whole or group, key=lambda part: part.score)]
-    (part,) = group
-    return JoinedObject(part.label, part.score, part.box, (part,), part.features)
-
-
-def _of_pieces(group: list[Part], trimmed: list[Part]) -> JoinedObject:
-    areas = [int(part.mask().sum()) for part in group]
-    largest = group[int(np.argmax(areas))]
-    extents = np.array([(x.left, x.top, x.right, x.bottom) for x in (p.extent for p in trimmed)])
-    box = np.concatenate([extents[:, :2].min(0), extents[:, 2:].max(0)]).astype(np.float32)
-    score = float(np.average([part.score for part in group], weights=areas))
-    return JoinedObject(largest.label, score, box, tuple(trimmed), largest.features)
-
-
-def _trimmed(part: Part, group: list[Part], slices: Sequence[Slice]) -> Part | None:
-    """The part without the pixels that another slice of the group sees farther from its edges."""
-    mask, own = part.mask().copy(), slices[part.place]
-    for place in {other.place for other in group} - {part.place}:
-        window = part.extent.common(slices[place])
-        if window is not None:
-            theirs, ours = slices[place].depth(window), own.depth(window)
-            decided = theirs >= ours if place < part.place else theirs > ours
-            mask[window.inside(part.extent)] &= ~decided
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return None
-    top, left = part.extent.top, part.extent.left
-    extent = Window(
-        top + int(rows[0]),
-        left + int(columns[0]),
-        top + int(rows[-1]) + 1,
-        left + int(columns[-1]) + 1,
-    )
-    return replace(part, extent=extent, packed=np.packbits(mask[extent.inside(part.extent)]))
+        """The mask in an image (H, W), in COCO's compressed form."""
+        return encode_at(self.mask(), (self.extent.top, self.extent.left), size)

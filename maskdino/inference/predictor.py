@@ -314,7 +314,7 @@ class MaskDINOPredictor:
         tiled = image if isinstance(image, TiledImage) else TiledImage(image, channel_order)
         is_file = isinstance(tiled.source, str | os.PathLike)
         return predict_sliced(
-            self.stream,
+            self.with_options(class_scores=True).stream,
             tiled,
             size=size,
             overlap=overlap,
@@ -338,6 +338,7 @@ class MaskDINOPredictor:
                 tasks=self.options.tasks,
                 compact=True,
                 features=self.options.features,
+                class_maps=self.options.class_scores,
             )
             results.append(image.result(found, self.categories))
         return results

@@ -1,7 +1,8 @@
 """Large images in overlapping slices, whose results are joined to those of the whole image.
 
-Objects that the edge of a slice cuts are joined again (`maskdino.inference.parts`). Classes of
-pixels, and panoptic "stuff", come from the slice that sees them farthest from its edges.
+Objects that the edge of a slice cuts are joined again (`maskdino.inference.joining`). Classes of
+pixels are those with the largest weighted sum of scores over slices; panoptic "stuff" is what the
+slice says that sees it farthest from its edges (`maskdino.inference.class_maps`).
 
 Shape key: H, W pixels of the image; S edge of a slice.
 """
@@ -10,27 +11,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
 
 import numpy as np
 from tqdm import tqdm
 
-from maskdino.inference.parts import (
-    EDGE,
-    JoinedObject,
-    Part,
-    Slice,
-    Window,
-    join_parts,
-    neighbors_of,
-    slices_of,
-)
+from maskdino.inference.class_maps import OwnedMap, WeightedMap
+from maskdino.inference.joining import Joiner
+from maskdino.inference.large_result import LargeResult
+from maskdino.inference.parts import EDGE, Slice, slices_of
 from maskdino.inference.tiles import TiledImage
 from maskdino.ops.rle import encode_mask
-from maskdino.visualization.drawing import crop_mask
+from maskdino.ops.runs import crop_mask
 from maskdino.visualization.results import ImageResult
 
+THINGS_AT_ONCE = 1000  # that are painted before their pages are let go
 MOST_OVERLAP = 0.9
 
 logger = logging.getLogger(__name__)
@@ -42,10 +38,15 @@ def check_slices(size: int, overlap: float) -> None:
     Raises:
         ValueError: with the range.
     """
+    if isinstance(size, bool) or not isinstance(size, int | np.integer):
+        raise ValueError(f"slices of {size!r} pixels: their edge must be one whole number")
     if size < 16 * EDGE:
         raise ValueError(f"slices of {size} pixels are too small: at least {16 * EDGE}")
-    if not 0 <= overlap <= MOST_OVERLAP:
-        raise ValueError(f"slices that overlap by {overlap}: it must be in [0, {MOST_OVERLAP}]")
+    if not isinstance(overlap, int | float) or not 0 <= overlap <= MOST_OVERLAP:
+        raise ValueError(
+            f"slices that overlap by {overlap}: it must be in [0, {MOST_OVERLAP}], as a share of "
+            f"their {size} pixels"
+        )
 
 
 def predict_sliced(
@@ -56,7 +57,7 @@ def predict_sliced(
     overlap: float,
     name: str,
     progress: bool,
-) -> ImageResult:
+) -> LargeResult:
     """Predicts an image in slices.
 
     Args:
@@ -75,12 +76,12 @@ def predict_sliced(
     crops = (image.part(slice(s.top, s.bottom), slice(s.left, s.right)) for s in slices)
     if len(slices) == 1:
         _say_that_it_fits(size)
-        return replace(next(predict(crops)), name=name, source=image.source)
-    collectors: dict[str, _Objects | _Panoptic | _ClassMap] = {}
+        return _large(next(predict(crops)), image, name)
+    collectors: dict[str, _Objects | _Panoptic | _Classes] = {}
     first: ImageResult | None = None
     bar = tqdm(predict(crops), total=len(slices), unit="slice", desc=name, disable=not progress)
     for place, result in enumerate(bar):
-        first = first or replace(result, source=None)
+        first = first or replace(result, source=None, class_scores=None)
         for task in result.tasks:
             if task not in collectors:
                 collectors[task] = COLLECTORS[task](image.size, slices)
@@ -89,7 +90,13 @@ def predict_sliced(
     parts: dict = {}
     for collector in collectors.values():
         parts |= collector.fields(first)
-    return replace(first, name=name, size=image.size, source=image.source, **parts)
+    return _large(replace(first, **parts), image, name)
+
+
+def _large(result: ImageResult, image: TiledImage, name: str) -> LargeResult:
+    known = {x.name: getattr(result, x.name) for x in fields(ImageResult)}
+    known |= {"name": name, "size": image.size, "source": image.source, "class_scores": None}
+    return LargeResult(**known, tiled=image)
 
 
 @lru_cache(maxsize=1)
@@ -98,53 +105,11 @@ def _say_that_it_fits(size: int) -> None:
     logger.warning("images that fit into one slice of %d pixels are predicted as they are", size)
 
 
-class _Parts:
-    """What slices see of objects."""
-
-    def __init__(self, slices: Sequence[Slice]) -> None:
-        self.slices, self.neighbors = slices, neighbors_of(slices)
-        self.parts: list[Part] = []
-
-    def add(
-        self,
-        place: int,
-        label: int,
-        score: float,
-        rle: dict,
-        box: np.ndarray | None = None,
-        features: np.ndarray | None = None,
-    ) -> None:
-        """Adds a part, unless another slice sees all of it with fewer of its edges cut.
-
-        That slice then decides, also if it sees nothing: what is seen at the edge is a guess.
-        """
-        mask, (top, left) = crop_mask(rle)
-        if not mask.size:
-            return
-        own = self.slices[place]
-        top, left = own.top + top, own.left + left
-        extent = Window(top, left, top + mask.shape[0], left + mask.shape[1])
-        cut = own.edges_near(extent)
-        others = (self.slices[i] for i in self.neighbors[place]) if cut else ()
-        if any(s.common(extent) == extent and s.edges_near(extent) < cut for s in others):
-            return
-        if box is None:
-            edges = (extent.left, extent.top, extent.right, extent.bottom)
-            whole_box = np.array(edges, np.float32)
-        else:
-            whole_box = box + np.array([own.left, own.top] * 2, np.float32)
-        packed = np.packbits(mask)
-        self.parts.append(Part(place, label, score, whole_box, extent, packed, bool(cut), features))
-
-    def joined(self) -> list[JoinedObject]:
-        return join_parts(self.parts, self.slices)
-
-
 class _Objects:
     """Objects of the task "instance"."""
 
     def __init__(self, size: tuple[int, int], slices: Sequence[Slice]) -> None:
-        self.size, self.parts = size, _Parts(slices)
+        self.size, self.parts = size, Joiner(size, slices)
 
     def add(self, place: int, result: ImageResult) -> None:
         """Takes what slice number `place` shows."""
@@ -155,17 +120,18 @@ class _Objects:
             features = None if result.features is None else result.features[i]
             label, score = int(result.class_ids[i]), float(result.scores[i])
             self.parts.add(place, label, score, rle, box, features)
+        self.parts.finish(place)
 
     def fields(self, first: ImageResult) -> dict:
         """Of the result; `first` is that of some slice."""
-        objects = self.parts.joined()
+        objects = self.parts.objects()
         fields: dict = {
             "boxes": np.array([x.box for x in objects], np.float32).reshape(-1, 4),
             "scores": np.array([x.score for x in objects], np.float32),
             "class_ids": np.array([x.label for x in objects], np.int64),
         }
         if first.rles is not None:
-            fields["rles"] = tuple(x.rle(self.size) for x in objects)
+            fields["rles"] = tuple(x.rle for x in objects)
         if first.features is not None:
             shape = (-1, first.features.shape[1])
             fields["features"] = np.array([x.features for x in objects], np.float32).reshape(shape)
@@ -180,36 +146,32 @@ def _mask_of_box(box: np.ndarray, size: tuple[int, int]) -> dict:
     return encode_mask(mask)
 
 
-class _ClassMap:
+class _Classes:
     """The label map of the task "semantic"."""
 
     def __init__(self, size: tuple[int, int], slices: Sequence[Slice]) -> None:
         self.size, self.slices = size, slices
-        self.labels: np.ndarray | None = None
+        self.map: WeightedMap | None = None
 
     def add(self, place: int, result: ImageResult) -> None:
         """Takes what slice number `place` shows."""
         assert result.label_map is not None
-        self.write(place, result.label_map)
-
-    def write(self, place: int, labels: np.ndarray) -> None:
-        """Takes labels (S, S) of the pixels that the slice owns."""
-        if self.labels is None:
-            self.labels = np.zeros(self.size, labels.dtype)
-        own = self.slices[place]
-        everything = Window(0, 0, *self.size)
-        self.labels[own.owned.inside(everything)] = labels[own.owned.inside(own)]
+        if self.map is None:
+            self.map = WeightedMap(self.size, self.slices, result.label_map.dtype)
+        self.map.add(place, result.label_map, result.class_scores)
 
     def fields(self, first: ImageResult) -> dict:  # noqa: ARG002
         """Of the result."""
-        return {"label_map": self.labels}
+        assert self.map is not None
+        return {"label_map": self.map.map.array}
 
 
 class _Panoptic:
     """Things, as objects are joined, over stuff, by class."""
 
     def __init__(self, size: tuple[int, int], slices: Sequence[Slice]) -> None:
-        self.stuff, self.things = _ClassMap(size, slices), _Parts(slices)
+        self.stuff, self.things = OwnedMap(size, slices, np.int32), Joiner(size, slices)
+        self.most = 0  # class number from 1, of stuff
 
     def add(self, place: int, result: ImageResult) -> None:
         """Takes what slice number `place` shows."""
@@ -222,35 +184,40 @@ class _Panoptic:
                 self.things.add(place, label, segment.get("score", 1.0), encode_mask(mask))
             else:
                 stuff[mask] = label + 1
-        self.stuff.write(place, stuff)
+                self.most = max(self.most, label + 1)
+        self.stuff.add(place, stuff)
+        self.things.finish(place)
 
     def fields(self, first: ImageResult) -> dict:  # noqa: ARG002
         """Of the result."""
-        ids = self.stuff.labels
-        assert ids is not None
-        labels = [label for label in np.unique(ids).tolist() if label]
-        new_ids = np.zeros(max(labels, default=0) + 1, np.int32)
+        painted = self.stuff.map
+        labels = (np.flatnonzero(painted.seen(self.most)[1:]) + 1).tolist()
+        new_ids = np.zeros(self.most + 1, np.int32)
         new_ids[labels] = np.arange(1, len(labels) + 1)
-        for row in ids:  # in place: the map may be most of the memory
-            row[:] = new_ids[row]
+        painted.renumber(new_ids)
         segments = [
             {"id": i, "category_id": label - 1, "isthing": False}
             for i, label in enumerate(labels, start=1)
         ]
-        objects = self.things.joined()
-        everything = Window(0, 0, *ids.shape)
+        objects = self.things.objects()
         for number, thing in enumerate(reversed(objects), start=len(segments) + 1):
-            for part in thing.parts:  # the best is drawn last, and whole
-                ids[part.extent.inside(everything)][part.mask()] = number
+            mask, (top, left) = crop_mask(thing.rle)  # the best is drawn last, and whole
+            window = painted.array[top : top + mask.shape[0], left : left + mask.shape[1]]
+            window[mask] = number
+            if number % THINGS_AT_ONCE == 0:
+                painted.let_go()
             segments.append(
                 {"id": number, "category_id": thing.label, "isthing": True, "score": thing.score}
             )
-        seen = set(np.unique(ids).tolist())
-        return {"panoptic_ids": ids, "segments": tuple(s for s in segments if s["id"] in seen)}
+        seen = painted.seen(len(segments))
+        return {
+            "panoptic_ids": painted.array,
+            "segments": tuple(s for s in segments if seen[s["id"]]),
+        }
 
 
-COLLECTORS: dict[str, type[_Objects] | type[_Panoptic] | type[_ClassMap]] = {
+COLLECTORS: dict[str, type[_Objects] | type[_Panoptic] | type[_Classes]] = {
     "instance": _Objects,
     "panoptic": _Panoptic,
-    "semantic": _ClassMap,
+    "semantic": _Classes,
 }

@@ -28,6 +28,7 @@ def postprocess(
     tasks: Collection[str] | None = None,
     compact: bool = False,
     features: bool = False,
+    class_maps: bool = False,
 ) -> dict:
     """Results of one image.
 
@@ -42,6 +43,7 @@ def postprocess(
             of them at one time, and the best class of each pixel alone. Maps of huge images are
             made at the size of the network, and enlarged.
         features: whether objects come with the decoder's content features.
+        class_maps: whether "semantic" is the scores of all classes, compact or not.
 
     Returns:
         "instance": detectron2's `Instances` with `pred_boxes`, `scores`, `pred_classes` and, with a
@@ -57,7 +59,7 @@ def postprocess(
     """
     arguments = (predictions, pixel_embedding, frame, options)
     makers = {
-        "semantic": lambda: semantic_steps(*arguments, compact),
+        "semantic": lambda: semantic_steps(*arguments, compact and not class_maps),
         "panoptic": lambda: panoptic_steps(*arguments, is_thing, compact),
         "instance": lambda: instance_steps(
             *arguments, is_thing, compact or options.run_lengths, features

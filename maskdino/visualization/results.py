@@ -45,6 +45,7 @@ class ImageResult:
         features: (N, C) float32 what the decoder knows of each object, as its class and mask head
             read it; None where nobody asked for it.
         label_map: (H, W) uint8 or int32 class of each pixel; 255 is ignored in ground truth.
+        class_scores: (K, H, W) float16 of which the label map is the best; None unless asked for.
         source: the image: its path, or (H, W, 3) uint8 RGB.
     """
 
@@ -59,6 +60,7 @@ class ImageResult:
     panoptic_ids: np.ndarray | None = None
     segments: tuple[dict, ...] | None = None
     label_map: np.ndarray | None = None
+    class_scores: np.ndarray | None = None
     source: ImageSource | None = None
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ from scipy.ndimage import find_objects
 
 from maskdino.categories import Categories
 from maskdino.inference import sliced
-from maskdino.inference.parts import Window, run_lengths, slices_of
+from maskdino.inference.parts import Window, slices_of
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.inference.sliced import predict_sliced
 from maskdino.inference.tiles import TiledImage
@@ -164,17 +164,6 @@ def test_slices_cover_the_image_and_each_pixel_has_one_owner() -> None:
         assert all(a.right - b.left >= overlap * min(edge, size[1]) for a, b in pairs)
 
 
-def test_run_lengths_of_a_part_are_those_of_the_whole_mask() -> None:
-    rng = np.random.default_rng(0)
-    for top, left, height, width in ((0, 0, 20, 30), (3, 5, 9, 8), (0, 7, 20, 4), (19, 29, 1, 1)):
-        for density in (0.5, 1.1):
-            mask = rng.random((height, width)) < density
-            whole = np.zeros((20, 30), bool)
-            whole[top : top + height, left : left + width] = mask
-            extent = Window(top, left, top + height, left + width)
-            assert run_lengths(mask, extent, (20, 30)) == encode_mask(whole)
-
-
 def test_what_one_slice_alone_sees_at_its_edge_is_left_out() -> None:
     """The next slice sees all of it, and nothing there."""
     image = drawn_scene() * 0
@@ -285,7 +274,18 @@ def test_a_slice_that_is_larger_than_the_image_is_said_once(
     ("wrong", "message"),
     [
         ({"size": 0}, "slices of 0 pixels are too small: at least 48"),
-        ({"overlap": 1.0}, r"slices that overlap by 1.0: it must be in \[0, 0.9\]"),
+        ({"size": -100}, "slices of -100 pixels are too small: at least 48"),
+        ({"size": 100.5}, "slices of 100.5 pixels: their edge must be one whole number"),
+        (
+            {"size": (512, 512)},
+            r"slices of \(512, 512\) pixels: their edge must be one whole number",
+        ),
+        (
+            {"overlap": 1.0},
+            r"overlap by 1.0: it must be in \[0, 0.9\], as a share of their 100 pixels",
+        ),
+        ({"overlap": 100}, r"slices that overlap by 100: it must be in \[0, 0.9\]"),
+        ({"overlap": -0.1}, "slices that overlap by -0.1"),
         ({"overlap": float("nan")}, "slices that overlap by nan"),
     ],
 )

@@ -1,0 +1,94 @@
+"""The result of an image that is too large to be drawn as it is.
+
+Shape key: H, W pixels of the image; f the whole factor by which it is scaled down.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from maskdino.inference.tiles import TiledImage
+from maskdino.ops.runs import crop_mask, encode_at
+from maskdino.visualization.results import ImageResult
+
+LONGEST_DRAWN = 6000  # pixels of the longer edge of a drawing
+PIXELS_AT_ONCE = 1 << 24  # of the image that are read for it
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LargeResult(ImageResult):
+    """As of other images, but drawn scaled down where an edge is longer than LONGEST_DRAWN.
+
+    Attributes:
+        tiled: the image, of which parts are read.
+    """
+
+    tiled: TiledImage | None = None
+
+    def draw(self, task: str | None = None, **drawing: Any) -> np.ndarray:
+        """Draws on the image, see `ImageResult.draw`; (H / f, W / f, 3) uint8 RGB, rounded up."""
+        factor = self._factor(LONGEST_DRAWN)
+        if factor > 1:
+            logger.warning("%s is drawn at 1/%d of its size", self.name, factor)
+        return self.scaled_down(LONGEST_DRAWN).draw(task, **drawing)
+
+    def scaled_down(self, longest: int) -> ImageResult:
+        """The result of the image as it is at 1/f of its size, both edges at most `longest` pixels.
+
+        Masks hold the small pixels of which they cover half, maps what is in their middle.
+        """
+        factor = self._factor(longest)
+        assert self.tiled is not None
+        size = -(-self.size[0] // factor), -(-self.size[1] // factor)
+        rows, columns = (
+            np.minimum(np.arange(n) * factor + factor // 2, whole - 1)
+            for n, whole in zip(size, self.size, strict=True)
+        )
+        plain = ImageResult(**{x.name: getattr(self, x.name) for x in fields(ImageResult)})
+        parts: dict[str, Any] = {
+            name: None if (whole := getattr(self, name)) is None else whole[rows][:, columns]
+            for name in ("panoptic_ids", "label_map")
+        }
+        if self.boxes is not None:
+            parts["boxes"] = self.boxes / np.float32(factor)
+        if self.rles is not None:
+            parts["rles"] = tuple(_smaller(rle, factor, size) for rle in self.rles)
+        return replace(plain, size=size, source=_read_smaller(self.tiled, factor, size), **parts)
+
+    def _factor(self, longest: int) -> int:
+        return max(1, -(-max(self.size) // longest))
+
+
+def _read_smaller(image: TiledImage, factor: int, size: tuple[int, int]) -> np.ndarray:
+    """The image (H, W) at 1/f of its size, read in strips of rows; (H / f, W / f, 3) uint8."""
+    small = np.empty((*size, 3), np.uint8)
+    height, width = image.size
+    at_once = max(1, PIXELS_AT_ONCE // (factor * width))  # rows of the small image
+    for top in range(0, size[0], at_once):
+        bottom = min(size[0], top + at_once)
+        strip = image.part(slice(top * factor, min(bottom * factor, height)), slice(0, width))
+        small[top:bottom] = np.asarray(Image.fromarray(strip).reduce(factor))
+    return small
+
+
+def _smaller(rle: dict, factor: int, size: Sequence[int]) -> dict:
+    """A mask at 1/f of its size, with a pixel at least."""
+    mask, (top, left) = crop_mask(rle)
+    small_size = size[0], size[1]
+    if factor == 1 or not mask.size:
+        return rle if factor == 1 else encode_at(mask, (0, 0), small_size)
+    # The first small row and column that it touches, and how many pixels lie before it in these.
+    (first, above), (begin, before) = divmod(top, factor), divmod(left, factor)
+    below, behind = -(above + mask.shape[0]) % factor, -(before + mask.shape[1]) % factor
+    padded = np.pad(mask, ((above, below), (before, behind)))
+    share = np.asarray(Image.fromarray(padded.view(np.uint8) * 255).reduce(factor))
+    small = share >= min(128, share.max())
+    return encode_at(small, (first, begin), small_size)
