@@ -26,6 +26,7 @@ from maskdino.categories import Categories
 from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.data import build_train_mapper
+from maskdino.data.mixing import build_mixing
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
@@ -195,7 +196,7 @@ def draw_data(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
     torch.manual_seed(args.seed)
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
     categories = Categories.from_config(cfg)
-    mapper = build_train_mapper(cfg)
+    mapper = build_mixing(cfg, build_train_mapper(cfg), records, torch.ones(len(records)))
     paths = []
     for number, record in enumerate(spread(records, args.num_images)):
         example = mapper(record)

@@ -129,6 +129,13 @@ RULES: dict[str, Allowed] = {
     "INPUT.LSJ.SIZE": numbers(SIDE, 2),
     "INPUT.LSJ.MIN_SCALE": ABOVE_0,
     "INPUT.LSJ.MAX_SCALE": ABOVE_0,
+    "INPUT.COPY_PASTE.PROBABILITY": SHARE,
+    "INPUT.COPY_PASTE.MAX_OBJECTS": COUNT,
+    "INPUT.COPY_PASTE.MIN_VISIBLE": SHARE,
+    "INPUT.MOSAIC.PROBABILITY": SHARE,
+    "INPUT.MOSAIC.MIN_SCALE": ABOVE_0,
+    "INPUT.MOSAIC.MAX_SCALE": ABOVE_0,
+    "INPUT.MOSAIC.MIN_VISIBLE": SHARE,
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": SHARE,
     "INPUT.MIN_SIZE_TEST": COUNT_OR_0,
     "INPUT.MAX_SIZE_TEST": COUNT,
@@ -175,12 +182,13 @@ def check_values(cfg: CfgNode) -> None:
             f"{_MODEL}TEST.DECODER_LAYER is {model.TEST.DECODER_LAYER}; it must be from -1 to "
             f"{_MODEL}DECODER.NUM_LAYERS, {model.DECODER.NUM_LAYERS}"
         )
-    scales = cfg.INPUT.LSJ
-    if scales.MIN_SCALE > scales.MAX_SCALE:
-        raise ConfigError(
-            f"INPUT.LSJ.MIN_SCALE is {scales.MIN_SCALE}; it must be at most INPUT.LSJ.MAX_SCALE, "
-            f"{scales.MAX_SCALE}"
-        )
+    for name in ("LSJ", "MOSAIC"):
+        scales = cfg.INPUT[name]
+        if scales.MIN_SCALE > scales.MAX_SCALE:
+            raise ConfigError(
+                f"INPUT.{name}.MIN_SCALE is {scales.MIN_SCALE}; it must be at most "
+                f"INPUT.{name}.MAX_SCALE, {scales.MAX_SCALE}"
+            )
 
 
 def check_training(cfg: CfgNode) -> None:

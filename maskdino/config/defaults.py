@@ -192,6 +192,20 @@ def _add_input(cfg: CfgNode) -> None:
     cfg.INPUT.COLOR_AUG_SSD = False  # SSD's colour jitter
     # Names in AUGMENTATION_REGISTRY: applied in training, after resizing and cropping.
     cfg.INPUT.AUGMENTATIONS = []
+    # Copy-paste (arXiv 2012.07177): objects of another image, augmented likewise, are laid over an
+    # image, at the place where they are; boxes, where there are no masks.
+    pasting = cfg.INPUT.COPY_PASTE = CfgNode()
+    pasting.PROBABILITY = 0.0  # share of the images; 0: off
+    pasting.MAX_OBJECTS = 100  # up to so many, and no more than there are: the number is drawn
+    pasting.MIN_VISIBLE = 0.1  # objects of which a smaller share is left visible are dropped
+    # Mosaic: four images, side by side, around a center that is drawn, in the size INPUT.LSJ.SIZE.
+    mosaic = cfg.INPUT.MOSAIC = CfgNode()
+    mosaic.PROBABILITY = 0.0  # share of the images; 0: off
+    # In place of those of INPUT.LSJ: at 1, an image fits into the whole mosaic, at 0.5 into an even
+    # quarter of it.
+    mosaic.MIN_SCALE = 0.4
+    mosaic.MAX_SCALE = 1.0
+    mosaic.MIN_VISIBLE = 0.1
     # Semantic maps: crops are drawn anew, up to ten times, where one class covers more than this
     # share; 1 is off.
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0

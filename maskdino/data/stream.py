@@ -9,7 +9,7 @@ import itertools
 import logging
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskdino.data.mappers import build_test_mapper
+from maskdino.data.mixing import build_mixing
 from maskdino.data.reading import DataError
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class _BatchSampler(Sampler[list[Location]]):
 class _MappedDataset(Dataset[dict]):
     """Maps dataset dicts, each with random numbers of its position in the stream."""
 
-    def __init__(self, records: Dataset[dict], mapper: Mapper, seed: int) -> None:
+    def __init__(self, records: Sequence[dict], mapper: Mapper, seed: int) -> None:
         self._records, self._mapper, self._seed = records, mapper, seed
 
     def __getitem__(self, location: Location) -> dict:
@@ -202,7 +203,7 @@ class TrainingData:
 
     def __init__(
         self,
-        records: list[dict],
+        records: Sequence[dict],
         mapper: Mapper,
         *,
         repeat_factors: Tensor,
@@ -218,7 +219,7 @@ class TrainingData:
                 f"{comm.get_world_size()} processes x {accumulation_steps} "
                 "SOLVER.ACCUMULATION_STEPS."
             )
-        self._records = DatasetFromList(records, copy=False)
+        self._records = records
         self._mapper = _ErrorsAsValues(mapper)
         self._repeat_factors = repeat_factors
         self._batch_size = batch_size
@@ -249,17 +250,20 @@ def build_training_data(cfg: CfgNode, mapper: Mapper) -> TrainingData:
     """Builds the training data of ``cfg.DATASETS.TRAIN``.
 
     Raises:
-        ValueError: see `TrainingData`, or if ``DATALOADER.SAMPLER_TRAIN`` is unknown.
+        ValueError: see `TrainingData` and `build_mixing`, or if ``DATALOADER.SAMPLER_TRAIN`` is
+            unknown.
     """
-    records = get_detection_dataset_dicts(
+    listed = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         logger.info("Images keep the order of the stream: no grouping by aspect ratio.")
+    repeat_factors = _repeat_factors(cfg, listed)
+    records = DatasetFromList(listed, copy=False)  # one block of memory for all processes
     return TrainingData(
         records,
-        mapper,
-        repeat_factors=_repeat_factors(cfg, records),
+        build_mixing(cfg, mapper, records, repeat_factors),
+        repeat_factors=repeat_factors,
         batch_size=cfg.SOLVER.IMS_PER_BATCH,
         accumulation_steps=cfg.SOLVER.ACCUMULATION_STEPS,
         num_workers=cfg.DATALOADER.NUM_WORKERS,

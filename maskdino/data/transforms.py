@@ -21,17 +21,24 @@ class LargeScaleJitter(T.Augmentation):
     """Resizes by a random factor, then crops or pads to a fixed size.
 
     Crops are random; padding is at the right and at the bottom. A factor of 1 makes the image just
-    fit into `size`. Horizontal and vertical position of the crop are independent, and no side
-    shrinks below one pixel (detectron2's ResizeScale and FixedSizeCrop differ in both).
+    fit into `size`, or into `fit`. Horizontal and vertical position of the crop are independent,
+    and no side shrinks below one pixel (detectron2's ResizeScale and FixedSizeCrop differ in both).
     """
 
-    def __init__(self, size: Sequence[int], min_scale: float, max_scale: float) -> None:
+    def __init__(
+        self,
+        size: Sequence[int],
+        min_scale: float,
+        max_scale: float,
+        fit: Sequence[int] | None = None,
+    ) -> None:
         """Checks the arguments.
 
         Args:
             size: (height, width) of the result, in pixels.
             min_scale: smallest factor.
             max_scale: largest factor.
+            fit: (height, width) that a factor of 1 fits the image into; None: `size`.
 
         Raises:
             ValueError: the size is not two positive numbers, or not 0 < min_scale <= max_scale.
@@ -44,13 +51,14 @@ class LargeScaleJitter(T.Augmentation):
         self.size = tuple(size)
         self.min_scale = min_scale
         self.max_scale = max_scale
+        self.fit = self.size if fit is None else tuple(fit)
 
     def get_transform(self, image: np.ndarray) -> T.TransformList:
         """Draws factor and crop for an image (H, W, C)."""
         height, width = image.shape[:2]
         target_height, target_width = self.size
         scale = np.random.uniform(self.min_scale, self.max_scale)
-        scale *= min(target_height / height, target_width / width)
+        scale *= min(self.fit[0] / height, self.fit[1] / width)
         new_height, new_width = max(round(height * scale), 1), max(round(width * scale), 1)
         crop_height, crop_width = min(new_height, target_height), min(new_width, target_width)
         top = np.random.randint(new_height - crop_height + 1)

@@ -6,6 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from maskdino.config.checks import check_training, check_values
+from maskdino.data.mixing import check_mixing
 from maskdino.engine.best_checkpoint import check_best
 from maskdino.engine.writers import check_writers
 from maskdino.evaluation.build import check_evaluators
@@ -38,6 +39,7 @@ def check_settings(cfg: CfgNode, *, trains: bool = True) -> None:
     if trains:
         MAPPER_REGISTRY.check([cfg.INPUT.DATASET_MAPPER_NAME])
         AUGMENTATION_REGISTRY.check(cfg.INPUT.AUGMENTATIONS)
+        check_mixing(cfg)
         check_writers(cfg)
         if is_known:
             check_best(cfg)

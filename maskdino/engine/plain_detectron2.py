@@ -43,6 +43,9 @@ def adapt_to_detectron2(cfg: CfgNode) -> None:
         # Masks are read, as polygons or as run lengths, where the model learns them.
         "MODEL.MASK_ON": cfg.MODEL.MASK_DINO.MASK_ON,
         "INPUT.MASK_FORMAT": "bitmask",
+        # Our own stream of training data draws the other images.
+        "INPUT.COPY_PASTE.PROBABILITY": 0.0,
+        "INPUT.MOSAIC.PROBABILITY": 0.0,
     }
     if device.type != "cuda":
         wanted["SOLVER.AMP.ENABLED"] = False
