@@ -44,7 +44,8 @@ from maskdino.data.images import ImageError, load_image
 from maskdino.data.reading import read_json, read_map
 from maskdino.evaluation.files import PANOPTIC_FILE
 from maskdino.evaluation.report_images import PanopticImages, SemanticImages
-from maskdino.export.onnx import ExportedMetadata, open_session
+from maskdino.export.engines import open_session
+from maskdino.export.onnx import ExportedMetadata
 from maskdino.inference.video import VideoError, VideoReader
 from maskdino.model_zoo.catalogue import RELEASED
 from maskdino.model_zoo.pretrained import load_pretrained

@@ -6,6 +6,7 @@ r"""Exports a trained model to ONNX, to torch.export, or to ONNX with TensorRT's
     ... --outputs instance --output instances.onnx        # with post-processing
     ... --sampling gather --output gather.onnx            # for engines that sample wrongly
     ... --sampling plugin --size 800 1344 --output tensorrt.onnx   # or --format tensorrt
+    ... --precision float16 --output half.onnx            # half the size
     ... --format torch --output maskdino.pt2
 
 The program is compared with the model in PyTorch on the given images before it is written; the
@@ -14,7 +15,8 @@ the values of an output differ by more than 0.001 of its largest magnitude. (Rou
 single choices, as which of two equal queries comes first, or whether a pixel belongs to a mask; a
 wrong program differs everywhere.) TensorRT's plugin runs only there: of that variant the traced
 program is compared, and the graph is checked. With --sampling gather the graph is free of
-GridSample, which some engines compute wrongly (docs/export.md).
+GridSample, which some engines compute wrongly (docs/export.md). Of a float16 program the objects
+count: 95 % of the model's (score 0.3 and more) must be seen, of the same class, at IoU 0.9 or more.
 
 The batch size always varies, and so do height and width (multiples of 32) without --size, which
 backbones with windows (Swin) make a matter of patience.
@@ -28,6 +30,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,12 +49,13 @@ from maskdino.export.check import (
     program_of_onnx,
     program_of_trace,
 )
+from maskdino.export.objects import LEAST_SCORE, LEAST_SHARE, Agreement, objects_of
 from maskdino.export.onnx import METADATA_KEY, ExportedMetadata, batch_of
+from maskdino.export.plugin import PLUGIN, PLUGIN_DOMAIN
 from maskdino.export.trace import (
     MASK_SIZES,
     OUTPUTS,
-    PLUGIN,
-    PLUGIN_DOMAIN,
+    PRECISIONS,
     SAMPLINGS,
     ExportableNetwork,
     ExportOptions,
@@ -78,23 +82,48 @@ def check(
     Raises:
         ExportError: they are too large.
     """
-    network = ExportableNetwork(model, options, traceable=False)
+    exact = replace(options, precision="float32")
+    network = ExportableNetwork(model, exact, traceable=False)
     worst: dict[str, Difference] = {}
+    agreement = Agreement()
     for arguments in batches:
         with torch.no_grad():
             expected = {k: v.cpu() for k, v in network(*arguments).items()}
-        for new in compare(expected, program(arguments), options.outputs):
+        found = program(arguments)
+        if options.precision != "float32":
+            seen = (objects_of(model, options.outputs, arguments, x) for x in (expected, found))
+            for pair in zip(*seen, strict=True):
+                agreement = agreement.and_of(*pair)
+        for new in compare(expected, found, options.outputs):
             old = worst.get(new.name, new)
             worst[new.name] = Difference(
                 new.name, max(old.largest, new.largest), max(old.share_beyond, new.share_beyond)
             )
     for difference in worst.values():
         print(f"  {difference}")
+    if options.precision != "float32":
+        _check_objects(agreement)
+        return
     wrong = [d.name for d in worst.values() if d.share_beyond > ALLOWED_SHARE]
     if wrong:
         raise ExportError(
             f"{', '.join(wrong)}: more than {ALLOWED_SHARE:.0%} of the values differ by more than "
             f"{BOUND:g} of the largest; nothing is written"
+        )
+
+
+def _check_objects(agreement: Agreement) -> None:
+    """Refuses a program in half precision that sees other objects, or none to compare."""
+    print(f"  {agreement}")
+    if not agreement.expected:
+        raise ExportError(
+            f"the model sees no object of score {LEAST_SCORE} in the images, so nothing shows that "
+            "float16 is right: give images with objects; nothing is written"
+        )
+    if agreement.share < LEAST_SHARE:
+        raise ExportError(
+            f"in float16 {agreement}, fewer than {LEAST_SHARE:.0%}; export this model in float32; "
+            "nothing is written"
         )
 
 
@@ -223,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
     load_trained(model, cfg)
     cfg.MODEL.WEIGHTS = ""  # the file holds its weights
     options = ExportOptions(
-        args.outputs, args.mask_size, args.size and tuple(args.size), args.sampling
+        args.outputs, args.mask_size, args.size and tuple(args.size), args.sampling, args.precision
     )
     if options.size is None and any(hasattr(m, "window_size") for m in model.modules()):
         print(
@@ -262,6 +291,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         choices=SAMPLINGS,
         help="how attention reads the maps (grid-sample; with --format tensorrt: plugin)",
     )
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="(float32)")
     parser.add_argument("--outputs", choices=OUTPUTS, default="predictions")
     parser.add_argument("--mask-size", choices=MASK_SIZES, default="full")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
@@ -273,6 +303,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     args.sampling = args.sampling or ("plugin" if args.format == "tensorrt" else "grid-sample")
     plugin = args.sampling == "plugin"
+    if plugin and args.precision != "float32":
+        parser.error("--precision float16 is not for the plugin: TensorRT chooses its precision")
     if args.format == ("torch" if plugin else "tensorrt"):
         parser.error(f"--format {args.format} and --sampling {args.sampling} exclude each other")
     return args

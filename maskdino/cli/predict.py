@@ -20,6 +20,7 @@ from maskdino.cli.predict_videos import (
     run_overlapped,
     stream_targets,
 )
+from maskdino.export.engines import ENGINES
 from maskdino.export.onnx import onnx_predictor
 from maskdino.inference.labels import ClassThresholds, CocoLabels
 from maskdino.inference.outputs import Wanted
@@ -46,8 +47,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config-file", metavar="FILE", help="a configuration, its name, or a model's folder")
     add("--weights", metavar="FILE", help="checkpoint, or 'released' (MODEL.WEIGHTS)")
-    add("--backend", choices=("torch", "onnx"), default="torch", help="what computes (torch)")
-    add("--model", type=Path, metavar="FILE", help="exported network, for --backend onnx")
+    add("--backend", choices=("torch", *ENGINES), default="torch", help="what computes (torch)")
+    add("--model", type=Path, metavar="FILE", help="exported network, for the other backends")
     add(
         "--input", nargs="+", default=[], metavar="PATH", help="files, folders, 'patterns', rtsp://"
     )
@@ -77,10 +78,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either --input or --webcam")
     if args.backend == "torch" and (args.config_file is None or args.model is not None):
         parser.error("--backend torch needs --config-file, and takes no --model")
-    if args.backend == "onnx" and (
+    if args.backend != "torch" and (
         args.model is None or args.config_file or args.weights or args.opts
     ):
-        parser.error("--backend onnx needs --model, which holds the configuration: nothing else")
+        parser.error(
+            f"--backend {args.backend} needs --model, which holds the configuration: nothing else"
+        )
     return args
 
 
@@ -113,8 +116,8 @@ def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
         "max_detections": args.max_detections,
         "batch_size": args.batch_size,
     }
-    if args.backend == "onnx":
-        predictor = onnx_predictor(args.model, **common)
+    if args.backend != "torch":
+        predictor = onnx_predictor(args.model, engine=args.backend, **common)
     elif Path(args.config_file).is_dir() and args.weights is None:
         predictor = MaskDINOPredictor.from_pretrained(args.config_file, opts=args.opts, **common)
     else:

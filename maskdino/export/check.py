@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from maskdino.export.onnx import open_session
+from maskdino.export.engines import OnnxRuntime
 from maskdino.export.trace import ExportOptions
 from maskdino.system.errors import UserError
 
@@ -114,15 +114,11 @@ def program_of_trace(traced: torch.export.ExportedProgram) -> Program:
 
 def program_of_onnx(content: bytes, options: ExportOptions) -> Program:
     """Runs an ONNX file's content in onnxruntime, on the CPU."""
-    session = open_session(content)
-    names = [output.name for output in session.get_outputs()]
+    engine = OnnxRuntime(content)
 
     def run(arguments: list[Tensor]) -> Outputs:
-        feed = {
-            name: value.cpu().numpy()
-            for name, value in zip(options.input_names, arguments, strict=True)
-        }
-        values = session.run(names, feed)
-        return {n: torch.from_numpy(np.asarray(v)) for n, v in zip(names, values, strict=True)}
+        values = (value.cpu().numpy() for value in arguments)
+        found = engine.run(dict(zip(options.input_names, values, strict=True)))
+        return {name: torch.from_numpy(np.asarray(value)) for name, value in found.items()}
 
     return run

@@ -1,7 +1,8 @@
-"""Exported networks in onnxruntime, in the place of the model in PyTorch.
+"""Exported networks in onnxruntime or OpenVINO, in the place of the model in PyTorch.
 
     predictor = onnx_predictor("maskdino.onnx")
     result = predictor("photo.jpg")
+    predictor = onnx_predictor("maskdino.onnx", engine="openvino")
 
 Shape key: B images, Q queries, C channels.
 """
@@ -12,8 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -22,13 +22,11 @@ from yaml import YAMLError
 
 from maskdino.categories import Categories
 from maskdino.config import load_config
+from maskdino.export.engines import ENGINES, Engine, Shape
 from maskdino.inference.predictor import MaskDINOPredictor, PredictorOptions
 from maskdino.postprocess import InferenceOptions
 from maskdino.structures import Predictions
 from maskdino.visualization.images import padded_size
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 METADATA_KEY = "maskdino"
 # What the metadata of files of others raise.
@@ -65,64 +63,35 @@ class ExportedMetadata:
         return cfg
 
 
-def open_session(
-    model: str | os.PathLike | bytes, device: torch.device | str = "cpu"
-) -> onnxruntime.InferenceSession:
-    """Loads an ONNX file, or its content, on a device.
-
-    Raises:
-        ModuleNotFoundError: there is no onnxruntime.
-        FileNotFoundError: there is no such file.
-        ValueError: onnxruntime cannot read the file, or has no support for the device.
-    """
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("ONNX files need onnxruntime: pip install onnxruntime") from error
-    if not isinstance(model, bytes) and not Path(model).is_file():
-        raise FileNotFoundError(f"there is no ONNX file {model}")
-    device = torch.device(device)
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.type != "cpu":
-        wanted = f"{device.type.upper()}ExecutionProvider"
-        if wanted not in onnxruntime.get_available_providers():
-            raise ValueError(
-                f"this onnxruntime has no support for device {device}; "
-                "for CUDA install onnxruntime-gpu"
-            )
-        providers.insert(0, (wanted, {"device_id": device.index or 0}))
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # what concerns the file is raised; the rest is of no use here
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=providers)
-    # onnxruntime has an exception of its own for each kind of failure, all plain RuntimeErrors or
-    # direct children of Exception.
-    except Exception as error:
-        name = "the exported program" if isinstance(model, bytes) else model
-        raise ValueError(f"onnxruntime cannot run {name}: {error}") from error
-
-
 class OnnxNetwork:
     """An exported network; called like `maskdino.inference.predictor.TorchNetwork`."""
 
-    def __init__(self, path: str | os.PathLike, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        device: torch.device | str = "cpu",
+        engine: str = "onnx",
+        threads: int | None = None,
+    ) -> None:
         """Opens the file.
 
         Args:
             path: written by tools/export_model.py with `--outputs predictions`.
-            device: where onnxruntime computes; results come back to the CPU.
+            device: where the engine computes; results come back to the CPU.
+            engine: "onnx" (onnxruntime) or "openvino".
+            threads: of the CPU; None: the engine's choice.
 
         Raises:
+            ModuleNotFoundError: the engine is not installed.
             FileNotFoundError: there is no such file.
-            ValueError: the file is no exported network, or gives results of one task.
+            ValueError: the file is no exported network, gives results of one task, or its graph is
+                not of the model that its configuration tells of.
         """
-        self.session = open_session(path, device)
-        properties = self.session.get_modelmeta().custom_metadata_map
-        if METADATA_KEY not in properties:
+        self.engine = ENGINES[engine](path, device, threads)
+        if METADATA_KEY not in self.engine.metadata:
             raise ValueError(f"{path} was not written by tools/export_model.py")
         try:
-            self.metadata = ExportedMetadata(**json.loads(properties[METADATA_KEY]))
+            self.metadata = ExportedMetadata(**json.loads(self.engine.metadata[METADATA_KEY]))
             cfg = self.metadata.cfg()
         except (*BROKEN, YAMLError) as error:
             said = " ".join(str(error).split())
@@ -132,24 +101,20 @@ class OnnxNetwork:
                 f"{path} gives results of the task {self.metadata.outputs!r}; the predictor needs "
                 "an export with --outputs predictions"
             )
-        inputs = [(entry.name, len(entry.shape)) for entry in self.session.get_inputs()]
-        if inputs != [("images", 4)]:
-            raise ValueError(f"{path} has the inputs {inputs}, where images are expected")
+        _check_graph(path, self.engine, cfg)
         self._mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(-1, 1, 1)
 
     @property
     def canvas(self) -> tuple[int, int] | None:
         """(height, width) of the only canvas the network takes; None: it takes any."""
-        height, width = self.session.get_inputs()[0].shape[2:]
-        fixed = isinstance(height, int) and isinstance(width, int)
-        return (height, width) if fixed else None
+        height, width = self.engine.inputs["images"][2:]
+        return None if height is None or width is None else (height, width)
 
     def __call__(self, images: list[Tensor]) -> tuple[Predictions, Tensor | None, Size]:
         """See `maskdino.inference.predictor.Network`."""
         batch = self.batch(images)
-        names = [output.name for output in self.session.get_outputs()]
-        values = self.session.run(names, {"images": batch.numpy()})
-        found = {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+        values = self.engine.run({"images": batch.numpy()})
+        found = {name: torch.from_numpy(value) for name, value in values.items()}
         predictions = Predictions(
             found["class_logits"], found["boxes"], found.get("mask_embeddings")
         )
@@ -158,6 +123,39 @@ class OnnxNetwork:
     def batch(self, images: Sequence[Tensor]) -> Tensor:
         """Images (3, h, w) on one canvas: (B, 3, height, width) float32; see `batch_of`."""
         return batch_of(images, self._mean, self.canvas, self.metadata.unit, self.metadata.smallest)
+
+
+def _check_graph(path: str | os.PathLike, engine: Engine, cfg: CfgNode) -> None:
+    """Compares what a graph reads and gives with what its configuration tells.
+
+    Raises:
+        ValueError: it is the graph of another model.
+    """
+    node = cfg.MODEL.MASK_DINO
+    classes = node.NUM_CLASSES + (node.LOSS.CLASSIFICATION == "cross_entropy")
+    outputs: dict[str, Shape] = {"class_logits": (None, None, classes), "boxes": (None, None, 4)}
+    if node.MASK_ON:
+        channels = node.HIDDEN_DIM
+        outputs["mask_embeddings"] = (None, None, channels)
+        outputs["pixel_embedding"] = (None, channels, None, None)
+    for kind, expected, found in (
+        ("inputs", {"images": (None, 3, None, None)}, engine.inputs),
+        ("outputs", outputs, engine.outputs),
+    ):
+        if set(found) != set(expected) or not all(
+            _fits(found[name], shape) for name, shape in expected.items()
+        ):
+            raise ValueError(
+                f"{path} is the graph of another model: its {kind} are {dict(found)}, where its "
+                f"configuration tells of {expected}"
+            )
+
+
+def _fits(found: Shape, expected: Shape) -> bool:
+    """Whether a shape can be the expected one, axes that vary aside."""
+    return len(found) == len(expected) and all(
+        None in pair or pair[0] == pair[1] for pair in zip(found, expected, strict=True)
+    )
 
 
 def batch_of(
@@ -188,24 +186,27 @@ def batch_of(
 def onnx_predictor(
     path: str | os.PathLike,
     *,
+    engine: str = "onnx",
     device: torch.device | str | None = None,
     size: int | None = None,
     max_detections: int | None = None,
     **asked: Any,
 ) -> MaskDINOPredictor:
-    """A predictor that computes in onnxruntime; the file also holds the configuration.
+    """A predictor in another engine than PyTorch; the file also holds the configuration.
 
     Args:
         path: as for `OnnxNetwork`.
+        engine: likewise.
         device: None: the CPU.
         size: as for `MaskDINOPredictor.from_config`; a file with a fixed canvas determines it.
         max_detections: likewise.
         asked: likewise, `confidence_threshold`, `tasks` and `batch_size`.
 
     Raises:
-        FileNotFoundError, ValueError: as `OnnxNetwork` says, or a size for a fixed canvas.
+        ModuleNotFoundError, FileNotFoundError, ValueError: as `OnnxNetwork` says, or a size for a
+            fixed canvas.
     """
-    network = OnnxNetwork(path, "cpu" if device is None else device)
+    network = OnnxNetwork(path, "cpu" if device is None else device, engine)
     cfg = network.metadata.cfg()
     if size is not None and network.canvas is not None:
         raise ValueError(f"{path} has the fixed canvas {network.canvas}: size {size} cannot be had")

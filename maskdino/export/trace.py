@@ -4,7 +4,7 @@ A program reads images on a padded canvas and gives the predictions of the netwo
 of one task. Nothing in it is a custom operator: deformable attention is spelled out with bilinear
 sampling or with look-ups, or, for TensorRT, kept as the node of TensorRT's own plugin.
 
-Shape key: B images, Q queries, S tokens, M heads, D channels of a head, L levels, P points.
+Shape key: B images, Q queries, K classes, C channels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,29 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from maskdino.export.gather import gather_attention
+from maskdino.export.half import store_in_half
+from maskdino.export.plugin import plugin_attention, plugin_translation
 from maskdino.export.postprocess import inside_image, instances, panoptic, semantic
 from maskdino.model import MaskDINO
 from maskdino.modeling.attention import DeformableAttention, deformable_attention_by
-from maskdino.ops.ms_deform_attn import (
-    locations_and_weights,
-    ms_deform_attn_fused,
-    ms_deform_attn_fused_reference,
-    ms_deform_attn_reference,
-)
+from maskdino.ops.ms_deform_attn import ms_deform_attn_fused, ms_deform_attn_fused_reference
 
 if TYPE_CHECKING:
     import onnx
 
-    from maskdino.structures import SpatialShapes
-
 OUTPUTS = ("predictions", "instance", "panoptic", "semantic")
 MASK_SIZES = ("full", "quarter")
 SAMPLINGS = ("grid-sample", "gather", "plugin")
+PRECISIONS = ("float32", "float16")
 COARSEST_STRIDE = 32  # of backbones: sizes that vary are multiples of it
 LARGEST_SIZE = 4096  # pixels of a side that varies
 LARGEST_BATCH = 64
 DEFERRED_CHECKS = "prefer_deferred_runtime_asserts_over_guards"  # of newer torch.export.export
-PLUGIN, PLUGIN_DOMAIN = "MultiscaleDeformableAttnPlugin_TRT", "TRT"
 FIRST_OPSET = 16  # the first with bilinear sampling (GridSample)
 
 
@@ -59,12 +54,16 @@ class ExportOptions:
         sampling: how deformable attention reads the maps: "grid-sample": by the operator of that
             name; "gather": by look-ups and arithmetic alone; "plugin": by the node of TensorRT's
             plugin, which also sums.
+        precision: "float16": products and maps are float16, as with TEST.PRECISION; locations,
+            coordinates, class scores, and the sums over samples stay float32, and so do inputs and
+            outputs.
     """
 
     outputs: str = "predictions"
     mask_size: str = "full"
     size: tuple[int, int] | None = None
     sampling: str = "grid-sample"
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if self.outputs not in OUTPUTS or self.mask_size not in MASK_SIZES:
@@ -74,6 +73,11 @@ class ExportOptions:
             )
         if self.sampling not in SAMPLINGS:
             raise ValueError(f"sampling {self.sampling!r} must be one of {SAMPLINGS}")
+        if self.precision not in PRECISIONS or (self.plugin and self.precision != "float32"):
+            raise ValueError(
+                f"precision {self.precision!r} must be one of {PRECISIONS}; with sampling 'plugin' "
+                "it is float32, and TensorRT chooses"
+            )
         if self.size is not None and any(s < 1 or s % COARSEST_STRIDE for s in self.size):
             raise ValueError(f"size {self.size} must be multiples of {COARSEST_STRIDE}")
 
@@ -138,12 +142,18 @@ class ExportableNetwork(nn.Module):
             the canvas and, with a mask branch, `mask_embeddings` (B, Q, C) and `pixel_embedding`
             (B, C, height / 4, width / 4); else what `maskdino.export.postprocess` tells.
         """
+        half = self.options.precision == "float16"
+        with (
+            torch.autocast(images.device.type, torch.float16, enabled=half),
+            deformable_attention_by(self.operator),
+        ):
+            found = self._computed(images, image_sizes)
+        return {name: x.float() if x.is_floating_point() else x for name, x in found.items()}
+
+    def _computed(self, images: Tensor, image_sizes: Tensor | None) -> dict[str, Tensor]:
         model, options = self.model, self.options
         canvas = (images.shape[2], images.shape[3])
-        with deformable_attention_by(self.operator):
-            predictions, pixel_embedding = model.predict(
-                (images - model.pixel_mean) / model.pixel_std
-            )
+        predictions, pixel_embedding = model.predict((images - model.pixel_mean) / model.pixel_std)
         if options.outputs == "predictions":
             found = {
                 "class_logits": predictions.class_logits,
@@ -248,8 +258,11 @@ def to_onnx(
     """
     if opset < FIRST_OPSET:
         raise ValueError(f"opset {opset} has no bilinear sampling; take {FIRST_OPSET} or newer")
+    import onnx_ir
+
     names = [spec.arg.name for spec in program.graph_signature.output_specs]
     outputs = list(torch.utils._pytree.tree_unflatten(names, program.call_spec.out_spec))
+    half = options.precision == "float16"
     exported: Any = torch.onnx.export(
         program,
         dynamo=True,
@@ -258,9 +271,16 @@ def to_onnx(
         output_names=outputs,
         external_data=False,
         verbose=False,
-        custom_translation_table=_plugin_translation() if options.plugin else None,
+        optimize=not half,
+        custom_translation_table=plugin_translation() if options.plugin else None,
     )
     model = exported.model_proto
+    if half:
+        store_in_half(model)  # or batch norms would find casts, not weights to be put into
+        exported.model = onnx_ir.from_proto(model)
+        exported.optimize()
+        model = exported.model_proto
+        store_in_half(model)
     for node in model.graph.node:
         del node.metadata_props[:]  # where in the sources each came from
     _name_axes(model)
@@ -284,107 +304,3 @@ def _name_axes(model: onnx.ModelProto) -> None:
         for number, axis in enumerate(value.type.tensor_type.shape.dim):
             if axis.dim_param:
                 axis.dim_param = known.get(axis.dim_param, f"{value.name}_{number}")
-
-
-def plugin_attention(
-    value: Tensor,
-    spatial_shapes: SpatialShapes,
-    offsets_and_logits: Tensor,
-    reference: Tensor | None,
-    num_points: int,
-) -> Tensor:
-    """`ms_deform_attn_fused` with sampling and sum as one operator, the interface of the plugin."""
-    locations, weights = locations_and_weights(
-        value, spatial_shapes, offsets_and_logits, reference, num_points
-    )
-    shapes = _int32([edge for shape in spatial_shapes for edge in shape], value).view(-1, 2)
-    starts = [0]
-    for height, width in spatial_shapes[:-1]:
-        starts.append(starts[-1] + height * width)
-    out = sample_and_sum(value, shapes, _int32(starts, value), locations, weights)
-    return out.flatten(2)
-
-
-def _int32(numbers: Sequence[int], like: Tensor) -> Tensor:
-    """Filled, so that a size that varies stays a variable."""
-    return torch.cat([like.new_full((1,), number, dtype=torch.int32) for number in numbers])
-
-
-@torch.library.custom_op("maskdino_export::sample_and_sum", mutates_args=())
-def sample_and_sum(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,  # noqa: ARG001
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    """TensorRT's plugin in PyTorch, to check what is exported.
-
-    Args:
-        value: (B, S, M, D).
-        spatial_shapes: (L, 2) int32 height and width of each level.
-        level_start_index: (L,) int32 first token of each level.
-        sampling_locations: (B, Q, M, L, P, 2) x, y in [0, 1].
-        attention_weights: (B, Q, M, L, P).
-
-    Returns:
-        (B, Q, M, D).
-    """
-    shapes = [tuple(shape) for shape in spatial_shapes.tolist()]
-    out = ms_deform_attn_reference(value, shapes, sampling_locations, attention_weights)
-    return out.unflatten(2, value.shape[2:]).contiguous()
-
-
-@sample_and_sum.register_fake
-def _(
-    value: Tensor,
-    spatial_shapes: Tensor,  # noqa: ARG001
-    level_start_index: Tensor,  # noqa: ARG001
-    sampling_locations: Tensor,
-    attention_weights: Tensor,  # noqa: ARG001
-) -> Tensor:
-    return value.new_empty(value.shape[0], sampling_locations.shape[1], *value.shape[2:])
-
-
-def _plugin_translation() -> dict:
-    """The ONNX node that stands for `sample_and_sum`."""
-    from onnxscript.values import Opset
-
-    _register_plugin_schema()
-    node = getattr(Opset(PLUGIN_DOMAIN, 1), PLUGIN)
-
-    # Without annotations, in which the exporter would look for ONNX types.
-    def translate(value, spatial_shapes, level_start_index, sampling_locations, attention_weights):
-        return node(value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-
-    return {torch.ops.maskdino_export.sample_and_sum.default: translate}
-
-
-def _register_plugin_schema() -> None:
-    """Tells the onnx package what TensorRT's plugin reads: only known operators become nodes."""
-    import onnx
-
-    if onnx.defs.has(PLUGIN, 1, PLUGIN_DOMAIN):
-        return
-    parameter = onnx.defs.OpSchema.FormalParameter
-    floats = ("value", "sampling_locations", "attention_weights")
-    inputs = [
-        parameter(name, "T" if name in floats else "tensor(int32)")
-        for name in (
-            "value",
-            "spatial_shapes",
-            "level_start_index",
-            "sampling_locations",
-            "attention_weights",
-        )
-    ]
-    onnx.defs.register_schema(
-        onnx.defs.OpSchema(
-            PLUGIN,
-            PLUGIN_DOMAIN,
-            1,
-            inputs=inputs,
-            outputs=[parameter("output", "T")],
-            type_constraints=[("T", ["tensor(float)", "tensor(float16)"], "")],
-        )
-    )

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from maskdino.categories import Categories
 from maskdino.cli import export, predict
+from maskdino.export.plugin import PLUGIN, plugin_attention
 from maskdino.export.trace import (
-    PLUGIN,
     ExportableNetwork,
     ExportOptions,
-    plugin_attention,
     traces_any_size,
 )
 from maskdino.inference.predictor import MaskDINOPredictor, TorchNetwork

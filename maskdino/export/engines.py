@@ -1,0 +1,172 @@
+"""What runs ONNX files: onnxruntime and OpenVINO, behind one interface."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Shape = tuple[int | None, ...]  # None: an axis that varies
+OPENVINO_DEVICES = {"cpu": "CPU", "xpu": "GPU"}  # PyTorch's names, and OpenVINO's
+
+
+class Engine(Protocol):
+    """A loaded graph.
+
+    Attributes:
+        metadata: texts that the file carries.
+        inputs: their shapes by name.
+        outputs: likewise.
+    """
+
+    metadata: Mapping[str, str]
+    inputs: Mapping[str, Shape]
+    outputs: Mapping[str, Shape]
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All outputs, by name."""
+
+
+def open_session(
+    model: str | os.PathLike | bytes,
+    device: torch.device | str = "cpu",
+    threads: int | None = None,
+) -> onnxruntime.InferenceSession:
+    """Loads an ONNX file, or its content, into onnxruntime.
+
+    Args:
+        model: path or content.
+        device: on which it computes.
+        threads: of the CPU; None: one for each core.
+
+    Raises:
+        ModuleNotFoundError: there is no onnxruntime.
+        FileNotFoundError: there is no such file.
+        ValueError: onnxruntime cannot read the file, or has no support for the device.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("ONNX files need onnxruntime: pip install onnxruntime") from error
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise FileNotFoundError(f"there is no ONNX file {model}")
+    device = torch.device(device)
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device.type != "cpu":
+        wanted = f"{device.type.upper()}ExecutionProvider"
+        if wanted not in onnxruntime.get_available_providers():
+            raise ValueError(
+                f"this onnxruntime has no support for device {device}; "
+                "for CUDA install onnxruntime-gpu"
+            )
+        providers.insert(0, (wanted, {"device_id": device.index or 0}))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3  # what concerns the file is raised; the rest is of no use here
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=providers)
+    # onnxruntime has an exception of its own for each kind of failure, all plain RuntimeErrors or
+    # direct children of Exception.
+    except Exception as error:
+        name = "the exported program" if isinstance(model, bytes) else model
+        raise ValueError(f"onnxruntime cannot run {name}: {error}") from error
+
+
+class OnnxRuntime:
+    """An `Engine`; arguments and errors as of `open_session`."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike | bytes,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        self._session = open_session(model, device, threads)
+        self.metadata = self._session.get_modelmeta().custom_metadata_map
+        self.inputs, self.outputs = (
+            {
+                value.name: tuple(axis if isinstance(axis, int) else None for axis in value.shape)
+                for value in values
+            }
+            for values in (self._session.get_inputs(), self._session.get_outputs())
+        )
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Engine`."""
+        values = self._session.run(list(self.outputs), dict(feed))
+        return dict(zip(self.outputs, values, strict=True))
+
+
+class OpenVino:
+    """An `Engine` that computes in float32, also where OpenVINO itself would take bfloat16."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        device: torch.device | str = "cpu",
+        threads: int | None = None,
+    ) -> None:
+        """Loads an ONNX file.
+
+        Args:
+            path: of the file.
+            device: PyTorch's name, "cpu" or "xpu".
+            threads: of the CPU; None: OpenVINO's choice.
+
+        Raises:
+            ModuleNotFoundError: there is no OpenVINO.
+            FileNotFoundError: there is no such file.
+            ValueError: OpenVINO cannot read the file, or has no such device.
+        """
+        try:
+            import openvino
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "--backend openvino needs OpenVINO: pip install 'maskdino[openvino]'"
+            ) from error
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no ONNX file {path}")
+        core = openvino.Core()
+        name = OPENVINO_DEVICES.get(torch.device(device).type)
+        if name not in core.available_devices:
+            known = [
+                ours for ours, its in OPENVINO_DEVICES.items() if its in core.available_devices
+            ]
+            raise ValueError(f"OpenVINO does not compute on {device} here, but on {known}")
+        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        try:
+            model = core.read_model(path)
+            self._network = core.compile_model(model, name, settings)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"OpenVINO cannot run {path}: {said}") from error
+        info = model.get_rt_info("framework").value if model.has_rt_info("framework") else {}
+        self.metadata = {str(key): str(value) for key, value in info.items()}
+        self.inputs, self.outputs = (
+            {
+                value.any_name: tuple(
+                    axis.get_length() if axis.is_static else None for axis in value.partial_shape
+                )
+                for value in values
+            }
+            for values in (model.inputs, model.outputs)
+        )
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See `Engine`."""
+        # By place: outputs of the compiled network also have the names of what was left out.
+        values = self._network(dict(feed)).to_tuple()
+        return dict(zip(self.outputs, values, strict=True))
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"onnx": OnnxRuntime, "openvino": OpenVino}
