@@ -141,6 +141,9 @@ RULES: dict[str, Allowed] = {
     "INPUT.MAX_SIZE_TEST": COUNT,
     "TEST.DETECTIONS_PER_IMAGE": COUNT,
     "TEST.EVAL_PERIOD": COUNT_OR_0,
+    "TEST.SLICES.SIZE": Allowed("0, or at least 48", lambda value: value == 0 or value >= 48),
+    "TEST.SLICES.OVERLAP": between(0, 0.9),
+    "TEST.SLICES.BATCH_SIZE": COUNT,
     "SEED": at_least(-1),
 }
 
@@ -162,13 +165,27 @@ def check_values(cfg: CfgNode) -> None:
             holds = False
         if not holds:
             raise ConfigError(f"{key} is {value!r}; it must be {allowed.text}")
+    if cfg.TEST.SLICES.SIZE and cfg.TEST.AUG.ENABLED:
+        raise ConfigError(
+            f"TEST.SLICES.SIZE is {cfg.TEST.SLICES.SIZE}; it must be 0 with TEST.AUG.ENABLED"
+        )
     means, stds = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     if len(means) != len(stds):
         raise ConfigError(
             f"MODEL.PIXEL_STD is {stds}; it must have one number for each of MODEL.PIXEL_MEAN, "
             f"{means}"
         )
-    model = cfg.MODEL.MASK_DINO
+    _check_model(cfg.MODEL.MASK_DINO)
+    for name in ("LSJ", "MOSAIC"):
+        scales = cfg.INPUT[name]
+        if scales.MIN_SCALE > scales.MAX_SCALE:
+            raise ConfigError(
+                f"INPUT.{name}.MIN_SCALE is {scales.MIN_SCALE}; it must be at most "
+                f"INPUT.{name}.MAX_SCALE, {scales.MAX_SCALE}"
+            )
+
+
+def _check_model(model: CfgNode) -> None:
     for part in ("ENCODER", "DECODER"):
         heads = model[part].NUM_HEADS
         if model.HIDDEN_DIM % heads or model.HIDDEN_DIM % GROUPS:
@@ -182,13 +199,6 @@ def check_values(cfg: CfgNode) -> None:
             f"{_MODEL}TEST.DECODER_LAYER is {model.TEST.DECODER_LAYER}; it must be from -1 to "
             f"{_MODEL}DECODER.NUM_LAYERS, {model.DECODER.NUM_LAYERS}"
         )
-    for name in ("LSJ", "MOSAIC"):
-        scales = cfg.INPUT[name]
-        if scales.MIN_SCALE > scales.MAX_SCALE:
-            raise ConfigError(
-                f"INPUT.{name}.MIN_SCALE is {scales.MIN_SCALE}; it must be at most "
-                f"INPUT.{name}.MAX_SCALE, {scales.MAX_SCALE}"
-            )
 
 
 def check_training(cfg: CfgNode) -> None:

@@ -34,6 +34,9 @@ def _add_model(cfg: CfgNode) -> None:
     # Whether there is a mask branch (section 3.4). False gives a pure detector (DINO with this
     # code).
     model.MASK_ON = True
+    # Recompute in the backward pass what deformable attention, of encoder and decoder, reads and
+    # gives: less memory, for little time.
+    model.RECOMPUTE_ATTENTION = False
 
     # Multi-scale deformable encoder.
     encoder = model.ENCODER = CfgNode()
@@ -244,6 +247,13 @@ def _add_solver(cfg: CfgNode) -> None:
 def _add_evaluation(cfg: CfgNode) -> None:
     # Names in EVALUATOR_REGISTRY: they judge every dataset, beside the evaluators of its type.
     cfg.TEST.EVALUATORS = []
+    # Evaluate images in overlapping slices of SIZE x SIZE pixels, whose results are joined to those
+    # of the whole image (docs/large_images.md); 0: as they are. The model reads each slice as it
+    # would an image, and keeps TEST.DETECTIONS_PER_IMAGE objects of it.
+    slices = cfg.TEST.SLICES = CfgNode()
+    slices.SIZE = 0
+    slices.OVERLAP = 0.2  # least share of a slice that the next one sees again
+    slices.BATCH_SIZE = 1  # slices that the model reads at one time
 
 
 def _add_log(cfg: CfgNode) -> None:

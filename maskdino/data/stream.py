@@ -272,9 +272,16 @@ def build_training_data(cfg: CfgNode, mapper: Mapper) -> TrainingData:
 
 
 def build_test_data(cfg: CfgNode, dataset_name: str) -> LoadedBatches:
-    """Builds the images of a dataset, one by one, as the evaluation sees them."""
-    mapper = _ErrorsAsValues(build_test_mapper(cfg))
+    """Builds the images of a dataset, one by one, as the evaluation sees them.
+
+    Those that are evaluated in slices (TEST.SLICES) are left in their files.
+    """
+    mapper = _ErrorsAsValues(_left_in_file if cfg.TEST.SLICES.SIZE else build_test_mapper(cfg))
     return LoadedBatches(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+
+
+def _left_in_file(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key != "annotations"}
 
 
 def _repeat_factors(cfg: CfgNode, records: list[dict]) -> Tensor:

@@ -20,6 +20,7 @@ from maskdino.checkpoint.loading import load_trained
 from maskdino.data import check_datasets
 from maskdino.data.stream import build_test_data
 from maskdino.evaluation.build import build_evaluator, masks_as_read
+from maskdino.evaluation.slices import SlicedModel
 from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
 from maskdino.system.devices import settle_device
 from maskdino.system.files import write_errors, written_whole
@@ -48,6 +49,8 @@ def evaluate_model(
         evaluators = [evaluators]
     if evaluators is not None and len(evaluators) != len(names):
         raise ValueError(f"{len(evaluators)} evaluators for {len(names)} datasets {names}")
+    if cfg.TEST.SLICES.SIZE:
+        model = SlicedModel(cfg, model)
     results: dict[str, Any] = {}
     for index, name in enumerate(names):
         loader = build_loader(cfg, name)

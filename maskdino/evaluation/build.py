@@ -107,6 +107,7 @@ EVALUATORS: dict[str, dict[str, _Builder]] = {
     "cityscapes_sem_seg": {"semantic": _cityscapes_semantic},
     "cityscapes_panoptic_seg": _CITYSCAPES,
 }
+ALL_DETECTIONS = 1 << 20  # of an image in slices, each of which has TEST.DETECTIONS_PER_IMAGE
 PER_CLASS = ("AP-", "PQ-", "IoU-", "ACC-")  # how the values of single classes begin
 # What the evaluators measure beside these.
 _OF_INSTANCES: dict[str, tuple[str, ...]] = {
@@ -142,7 +143,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     request = _Request(
-        dataset_name, folder, cfg.MODEL.MASK_DINO.MASK_ON, cfg.TEST.DETECTIONS_PER_IMAGE
+        dataset_name,
+        folder,
+        cfg.MODEL.MASK_DINO.MASK_ON,
+        ALL_DETECTIONS if cfg.TEST.SLICES.SIZE else cfg.TEST.DETECTIONS_PER_IMAGE,
     )
     own = [EVALUATOR_REGISTRY.find(name) for name in _own_evaluators(cfg, dataset_name)]
     return DatasetEvaluators(

@@ -64,6 +64,8 @@ class SemanticEvaluator(DatasetEvaluator):
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Takes in the ``sem_seg`` (K, H, W) that the model predicts for a batch of images.
 
+        Where there is a ``label_map`` (H, W), it is read instead.
+
         Raises:
             DataError: a label map cannot be read, holds an unknown class, or has not the size of
                 the prediction, or the dataset has more than 255 classes; names the file.
@@ -73,18 +75,22 @@ class SemanticEvaluator(DatasetEvaluator):
         for image, output in zip(inputs, outputs, strict=True):
             name = self._label_maps[image["file_name"]]
             labels = read_label_map(name, number, self._ignore_label)  # 0: ignored, else class + 1
-            scores = output["sem_seg"]
-            if len(scores) != number:
+            if "label_map" in output:
+                classes = output["label_map"]
+                classes_of_model = max(number, int(classes.max()) + 1)
+            else:
+                classes, classes_of_model = output["sem_seg"].argmax(0), len(output["sem_seg"])
+            if classes_of_model != number:
                 raise ValueError(
-                    f"The model predicts {len(scores)} classes, but the dataset has {number}; "
+                    f"The model predicts {classes_of_model} classes, but the dataset has {number}; "
                     "MODEL.MASK_DINO.NUM_CLASSES must fit."
                 )
-            if scores.shape[1:] != labels.shape:
+            if classes.shape != labels.shape:
                 raise DataError(
                     f"label map {name} has (height, width) {labels.shape}, but its image "
-                    f"{image['file_name']} {tuple(scores.shape[1:])}"
+                    f"{image['file_name']} {tuple(classes.shape)}"
                 )
-            predicted = scores.argmax(0).to(torch.int32).cpu().numpy()
+            predicted = classes.to(torch.int32).cpu().numpy()
             self._counts += count_pixels(labels, predicted, number)
             if self._output_folder:
                 self._write(self._output_folder, image["file_name"], predicted)

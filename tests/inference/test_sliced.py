@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -314,70 +312,3 @@ def test_the_predictor_slices(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole.boxes, plain.boxes)
     with pytest.raises(ImageError, match=r"missing\.png does not exist"):
         predictor.sliced(tmp_path / "missing.png")
-
-
-@pytest.mark.parametrize("name", ["a.tif", "a.ppm", "a.pgm"])
-def test_uncompressed_files_are_read_in_parts(name: str, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
-    pixels = pixels[..., 0] if name.endswith("pgm") else pixels
-    Image.fromarray(pixels).save(tmp_path / name)
-    image = TiledImage(tmp_path / name)
-    assert not image.whole and image.size == (70, 90)
-    expected = pixels[3:40, 5:90]
-    expected = expected if expected.ndim == 3 else expected[..., None].repeat(3, 2)
-    np.testing.assert_array_equal(image.part(slice(3, 40), slice(5, 90)), expected)
-
-
-def test_other_files_are_read_whole_and_broken_ones_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    image.save(tmp_path / "a.png")
-    image.save(tmp_path / "packed.tif", compression="tiff_lzw")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.tif", exif=exif)
-    image.save(tmp_path / "cut.ppm")
-    content = (tmp_path / "cut.ppm").read_bytes()
-    (tmp_path / "cut.ppm").write_bytes(content[:-1000])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # larger ones are no attack here
-    for name, size in (("a.png", (70, 90)), ("packed.tif", (70, 90)), ("turned.tif", (90, 70))):
-        opened = TiledImage(tmp_path / name)
-        assert opened.whole and opened.size == size
-    assert Image.MAX_IMAGE_PIXELS == 100
-    with pytest.raises(ImageError, match=r"cannot read image .*cut\.ppm"):
-        TiledImage(tmp_path / "cut.ppm")
-
-
-def test_rasterio_reads_windows_where_it_is_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stand-in with the functions of rasterio that are used."""
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 70, 90), np.uint8)
-    windows = []
-
-    def read(bands: list[int], window: tuple) -> np.ndarray:
-        windows.append(window)
-        (top, bottom), (left, right) = window
-        return pixels[[band - 1 for band in bands], top:bottom, left:right]
-
-    def opened(path: Path) -> SimpleNamespace:
-        if "broken" in path.name:
-            raise stand_in.errors.RasterioError(
-                "not recognized as being in a supported file format"
-            )
-        return SimpleNamespace(height=70, width=90, count=4, read=read)
-
-    stand_in = ModuleType("rasterio")
-    stand_in.__spec__ = SimpleNamespace()
-    stand_in.open = opened
-    stand_in.errors = SimpleNamespace(RasterioError=type("RasterioError", (Exception,), {}))
-    monkeypatch.setitem(sys.modules, "rasterio", stand_in)
-    Image.fromarray(pixels[0]).save(tmp_path / "packed.tif", compression="tiff_lzw")
-    image = TiledImage(tmp_path / "packed.tif")
-    part = image.part(slice(3, 40), slice(5, 90))
-    np.testing.assert_array_equal(part, pixels[:3, 3:40, 5:90].transpose(1, 2, 0))
-    assert windows == [((3, 40), (5, 90))] and not image.whole
-    with pytest.raises(ImageError, match=r"cannot read image .*broken\.tif: not recognized"):
-        TiledImage(tmp_path / "broken.tif")
