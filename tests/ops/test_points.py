@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maskdino.ops import points as points_module
 from maskdino.ops.points import (
     PointSampler,
+    mask_logits,
     mask_logits_at_points,
     sample_maps,
     sample_packed_masks,
@@ -30,6 +31,18 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.add(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
+
+
+def test_mask_logits_are_equation_1() -> None:
+    embeddings, pixels = torch.randn(2, 3, 4), torch.randn(2, 4, 5, 6)
+    logits = mask_logits(embeddings, pixels)
+    assert logits.shape == (2, 3, 5, 6)
+    for image, mask, row, column in torch.cartesian_prod(*map(torch.arange, logits.shape)).tolist():
+        expected = sum(
+            embeddings[image, mask, channel] * pixels[image, channel, row, column]
+            for channel in range(4)
+        )
+        torch.testing.assert_close(logits[image, mask, row, column], expected)
 
 
 @pytest.fixture
