@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import http.server
+import io
 import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from maskdino.inference import streams
 from maskdino.inference.streams import Stream, file_stem, is_stream, shown_address
@@ -143,6 +146,31 @@ def test_a_live_stream_that_comes_back(server: Server, tmp_path: Path) -> None:
             seen.append(seconds)
     assert len(seen) == 2 * frames > 50 and stream.reopened == 1
     assert seen == sorted(seen)
+
+
+def test_a_camera_that_sends_single_images(server: Server) -> None:
+    """As network cameras do (multipart/x-mixed-replace): without times, and without an end."""
+    parts = []
+    for _ in range(20):
+        jpeg = io.BytesIO()
+        pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(jpeg, "JPEG")
+        head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {jpeg.tell()}\r\n\r\n"
+        parts.append(head.encode() + jpeg.getvalue() + b"\r\n")
+    server.content = b"".join(parts)
+    server.length = server.ranges = False
+    server.limits = [len(server.content), len(server.content) // 2]
+    server.rest = 0
+    seen: list[float] = []
+    with (
+        pytest.raises(VideoError, match="attempts at opening"),
+        closing(Stream(server.address)) as stream,
+    ):
+        for image, seconds in stream:
+            assert image.shape == (48, 64, 3)
+            seen.append(seconds)
+    assert 28 <= len(seen) <= 31 and seen == sorted(seen)
+    assert stream.reopened == 1
 
 
 @pytest.mark.parametrize(
