@@ -151,18 +151,16 @@ def finish(scene: Scene, example: dict, min_visible: float) -> dict:
             where nothing is left.
 
     Returns:
-        A new example. Boxes of objects that lost pixels are those of what is left; where there is
-        no mask, they also lie in the box as it was.
+        A new example. Boxes of objects that lost pixels are those of what is left, within the box
+        as it was.
     """
     left = _areas(scene.shapes)
     scene = scene.take((left > 0) & ((left >= min_visible * scene.areas) | ~scene.is_thing))
     boxes = scene.boxes.copy()
     cut = np.flatnonzero(_areas(scene.shapes) < scene.areas)
     around = _boxes_around(scene.shapes[cut], scene.size[1])
-    inside = np.concatenate(
-        [np.maximum(around[:, :2], boxes[cut, :2]), np.minimum(around[:, 2:], boxes[cut, 2:])], 1
-    )
-    boxes[cut] = np.where(scene.has_mask[cut, None], around, inside)
+    boxes[cut, :2] = np.maximum(around[:, :2], boxes[cut, :2])
+    boxes[cut, 2:] = np.minimum(around[:, 2:], boxes[cut, 2:])
     objects = PinnableInstances(scene.size)
     objects.gt_classes = torch.from_numpy(scene.labels)
     objects.gt_boxes = Boxes(torch.from_numpy(boxes))

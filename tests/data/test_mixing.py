@@ -131,12 +131,14 @@ def test_pasting_is_that_of_a_slow_loop(kinds: tuple[str, str], sizes: tuple) ->
                 for hidden in expected:
                     hidden["region"][y, x] = False
         entry["region"] = region
-    before = below["instances"].gt_boxes.tensor.clone()
+    kept = below["instances"]
+    parts = [kept.gt_boxes.tensor, *([kept.gt_masks.bits] if kept.has("gt_masks") else [])]
+    before = [part.clone() for part in parts]
     result = finish(paste(scene_of(below), scene_of(above), chosen), below, share)
     assert torch.equal(result["image"], image)
     assert_same(result, expected + pasted, share)
     assert result["file_name"] == "a.png"
-    assert torch.equal(below["instances"].gt_boxes.tensor, before)  # the mapper's stays as it is
+    assert all(map(torch.equal, parts, before))  # the mapper's stay as they are
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -311,6 +313,16 @@ def test_what_is_mixed_depends_on_the_position_alone(make_cfg: Callable, registe
     assert len(set(whole)) == len(whole) == 18
 
 
+def test_tiles_are_as_large_as_asked_for(make_cfg: Callable, make_records: Callable) -> None:
+    """At 0.5, an image is half as large as if it had the whole mosaic; tiles cut it off."""
+    scales = ("INPUT.MOSAIC.MIN_SCALE", 0.5, "INPUT.MOSAIC.MAX_SCALE", 0.5)
+    cfg = make_cfg(*MOSAIC, *scales, "INPUT.LSJ.SIZE", [200, 280], "INPUT.RANDOM_FLIP", "none")
+    records = make_records(1, "polygons")  # of 50 x 70 pixels: fits at a factor of 4
+    image = mixing(cfg, records)._for_tiles((120, 90))(records[0])["image"][0]
+    assert image.shape == (120, 90)
+    assert (image[:100] == 128).float().mean() < 0.05 and (image[100:] == 128).all()
+
+
 def test_nothing_is_changed_where_nothing_is_mixed(
     make_cfg: Callable, make_records: Callable
 ) -> None:
@@ -324,7 +336,9 @@ def test_stuff_is_joined_and_never_pasted(make_cfg: Callable) -> None:
 
     def example(seed: int) -> dict:
         masks = np.zeros((3, 16, 24), bool)
-        masks[0, 2:5, 2:6], masks[1, 8:12, 10:20] = True, True
+        lower = 4 * (seed % 2)
+        masks[0, 2 + lower : 5 + lower, 2:6] = True
+        masks[1, 8 + lower : 12 + lower, 10:20] = True
         masks[2] = ~masks.any(0)
         objects = Instances((16, 24))
         objects.gt_classes = torch.tensor([0, 1, 2])
@@ -344,13 +358,17 @@ def test_stuff_is_joined_and_never_pasted(make_cfg: Callable) -> None:
     assert masks[stuff].sum() == 3 * (16 * 24 - 12 - 40)
     assert objects.gt_boxes.tensor[stuff].tolist() == slow_box(masks[stuff].numpy())
 
-    numbers = iter(range(1, 9))
-    mapper = MixingMapper(make_cfg(*PASTE), lambda _: example(next(numbers)), [{}], torch.ones(1))
-    for _ in range(4):
-        objects = mapper({})["instances"]
-        assert objects.gt_classes.tolist().count(2) == 1
-        assert len(objects) in (3, 4) and not objects.gt_is_thing[objects.gt_classes == 2].any()
+    numbers = iter(range(8))
+    cfg = make_cfg(*PASTE, "INPUT.COPY_PASTE.MIN_VISIBLE", 1.0)
+    mapper = MixingMapper(cfg, lambda _: example(next(numbers)), [{}], torch.ones(1))
+    for seed in range(0, 8, 2):
+        mixed = mapper({})
+        objects = mixed["instances"]
+        assert objects.gt_classes.tolist()[:3] == [0, 1, 2]
+        assert len(objects) in (4, 5) and objects.gt_is_thing.tolist().count(False) == 1
         assert (objects.gt_masks.to_bool().sum(0) == 1).all()
+        things = objects.gt_masks.to_bool()[3:].any(0)
+        assert torch.equal(mixed["image"][0], torch.where(things, seed + 1, seed).byte())
 
 
 def test_what_cannot_be_mixed_is_refused(make_cfg: Callable, make_records: Callable) -> None:
