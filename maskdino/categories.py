@@ -7,7 +7,7 @@ Shape key: K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
@@ -36,12 +36,16 @@ class Categories:
         """Those of the first registered dataset of DATASETS.TRAIN and TEST.
 
         Names that its metadata do not tell are those of CLASS_NAMES, else "class 0", "class 1"...
+        Where they do not tell things from stuff, STUFF_CLASSES does.
         """
         node = cfg.MODEL.MASK_DINO
         datasets = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         known = [name for name in datasets if name in MetadataCatalog.list()]
         metadata = MetadataCatalog.get(known[0]) if known else Metadata()
-        return Categories.from_metadata(metadata, node.NUM_CLASSES, tuple(node.CLASS_NAMES))
+        found = Categories.from_metadata(metadata, node.NUM_CLASSES, tuple(node.CLASS_NAMES))
+        if metadata.get("thing_dataset_id_to_contiguous_id") is not None:
+            return found
+        return replace(found, is_thing=tuple(x not in node.STUFF_CLASSES for x in found.names))
 
     @staticmethod
     def of_dataset(name: str, number: int) -> Categories:

@@ -179,7 +179,10 @@ def _portable(cfg: CfgNode, categories: Categories) -> CfgNode:
     cfg.defrost()
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "", "./output"
     cfg.MODEL.TIMM.WEIGHTS, cfg.MODEL.TIMM.PRETRAINED = "", False
-    cfg.MODEL.MASK_DINO.CLASS_NAMES = list(categories.names)
+    node = cfg.MODEL.MASK_DINO
+    node.CLASS_NAMES = list(categories.names)
+    things = zip(categories.names, categories.is_thing, strict=True)
+    node.STUFF_CLASSES = [name for name, is_thing in things if not is_thing]
     return cfg
 
 

@@ -124,6 +124,7 @@ RULES: dict[str, Allowed] = {
     "DATALOADER.NUM_WORKERS": COUNT_OR_0,
     **dict.fromkeys(("DATASETS.TRAIN", "DATASETS.TEST", "INPUT.AUGMENTATIONS"), NAMES),
     **dict.fromkeys(("LOG.WRITERS", "TEST.EVALUATORS", f"{_MODEL}CLASS_NAMES"), NAMES),
+    f"{_MODEL}STUFF_CLASSES": NAMES,
     "OUTPUT_DIR": FOLDER,
     "INPUT.FORMAT": one_of(*FORMATS),
     "INPUT.LSJ.SIZE": numbers(SIDE, 2),

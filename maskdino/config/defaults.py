@@ -27,6 +27,8 @@ def _add_model(cfg: CfgNode) -> None:
     model.NUM_CLASSES = 80
     # Their names, for results on own data, which no registered dataset names.
     model.CLASS_NAMES = []
+    # Those of them that are no things, of panoptic models of own data.
+    model.STUFF_CLASSES = []
     # Channels of tokens and queries.
     model.HIDDEN_DIM = 256
     # Batches are padded, at the right and at the bottom, to a multiple of this number of pixels.

@@ -154,6 +154,7 @@ def test_commands_take_the_folder_for_a_configuration(
     cfg = read_config(folder)
     assert str(folder / "model.safetensors") == cfg.MODEL.WEIGHTS
     assert list(CATEGORIES.names) == cfg.MODEL.MASK_DINO.CLASS_NAMES
+    assert cfg.MODEL.MASK_DINO.STUFF_CLASSES == ["sky", "*grass*"]
     assert read_config(folder, "").MODEL.WEIGHTS == ""
     other = str(tmp_path / "w.pth")
     torch.save({"model": predictor.network.model.state_dict()}, other)
