@@ -234,6 +234,7 @@ def register_semantic_folder(
     classes: list[str],
     *,
     image_ext: str = "jpg",
+    json_file: str | Path | None = None,
     root_variable: str = ROOT_VARIABLE,
 ) -> None:
     """Registers images with semantic maps: PNG files of the same names; 255 is ignored.
@@ -244,15 +245,22 @@ def register_semantic_folder(
         image_root: folder of the images.
         classes: names.
         image_ext: how the names of the images end.
+        json_file: its "images" are those of the dataset, each with "file_name" and
+            "sem_seg_file_name" in these folders; None: all images of the folder.
         root_variable: the environment variable that moves the dataset, for messages.
 
     Raises:
         ValueError: the name is taken by other files.
     """
     paths = {"sem_seg_root": str(sem_seg_root), "image_root": str(image_root)}
+    if json_file is None:
+        load = partial(load_sem_seg, *paths.values(), image_ext=image_ext)
+    else:
+        paths["json_file"] = str(json_file)
+        load = partial(load_semantic_list, *paths.values())
     _register(
         name,
-        lambda: load_sem_seg(paths["sem_seg_root"], paths["image_root"], image_ext=image_ext),
+        load,
         {
             **paths,
             "stuff_classes": classes,
@@ -261,6 +269,28 @@ def register_semantic_folder(
             "root_variable": root_variable,
         },
     )
+
+
+def load_semantic_list(sem_seg_root: str, image_root: str, json_file: str) -> list[dict]:
+    """Reads a list of images with semantic maps; see `register_semantic_folder`.
+
+    Returns:
+        Dataset dicts with "file_name", "sem_seg_file_name" and whatever else is in the list, such
+        as "height" and "width".
+
+    Raises:
+        DataError: there is no such list, or a file name leads out of its folder.
+    """
+    roots = {"file_name": image_root, "sem_seg_file_name": sem_seg_root}
+    try:
+        return [
+            {**image, **{key: inside(root, image[key], json_file) for key, root in roots.items()}}
+            for image in read_json(json_file)["images"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{json_file} is no list of images with semantic maps: {type(error).__name__} {error}"
+        ) from error
 
 
 def _offer(
