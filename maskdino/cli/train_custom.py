@@ -6,8 +6,9 @@ r"""Trains Mask DINO on own data, in one command.
         --val-json B.json --val-images DIR --weights W --epochs 50 --early-stop 5 --output OUT
     maskdino train-custom --output OUT --resume
 
-FOLDER holds images and labels of COCO, Roboflow, YOLO, Pascal VOC, LabelMe or CVAT; its folders
-train and val are taken as such. The data are checked first. Classes, tasks, image size, batch and
+FOLDER holds images and labels: objects of COCO, Roboflow, YOLO, Pascal VOC, LabelMe or CVAT,
+segments of COCO's panoptic format, or label images (semantic segmentation); its folders train and
+val are taken as such. The data are checked first. Classes, tasks, image size, batch and
 schedule follow from them and from this machine; what was chosen is printed, and is in
 OUT/config.yaml. Without validation data, a part of the images is set aside. Keys and values at
 the end have the last word: SOLVER.BASE_LR 0.0002
@@ -21,7 +22,7 @@ import torch
 from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.cli.visualize import CONFIDENCE, draw_comparisons
 from maskdino.config import load_config
-from maskdino.custom import Request, Run, plan_run, train_run
+from maskdino.custom import TASKS, Request, Run, plan_run, train_run
 from maskdino.engine.launch import launch
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
@@ -37,6 +38,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--train-images", type=Path, metavar="DIR", help="folder of their images")
     data.add_argument("--val-json", type=Path, metavar="FILE")
     data.add_argument("--val-images", type=Path, metavar="DIR")
+    data.add_argument("--task", choices=TASKS, help="where the data teach more than one")
+    data.add_argument("--classes", metavar="A,B,C", help="of label images: names, or their file")
     data.add_argument(
         "--skip-invalid", action="store_true", help="leave out wrong images and annotations"
     )
@@ -107,6 +110,8 @@ def prepare(args: argparse.Namespace) -> Run:
             train_images=args.train_images,
             val_json=args.val_json,
             val_images=args.val_images,
+            task=args.task,
+            classes=args.classes,
             skip_invalid=args.skip_invalid,
             output=args.output,
             config=args.config_file,

@@ -3,11 +3,12 @@
 from maskdino.custom.checks import Finding, check
 from maskdino.custom.plan import Machine
 from maskdino.custom.prepare import PreparedData, prepare_data, register_prepared
-from maskdino.custom.request import Request
+from maskdino.custom.request import TASKS, Request
 from maskdino.custom.run import Run, plan_run, train_run
 from maskdino.custom.training import CustomTrainer
 
 __all__ = [
+    "TASKS",
     "CustomTrainer",
     "Finding",
     "Machine",

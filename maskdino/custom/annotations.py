@@ -1,16 +1,22 @@
-"""Annotations in COCO's format, as people bring them."""
+"""Annotations in COCO's lists, as people bring them: objects, or what label images show.
+
+A label image gives each pixel of its image a segment (task "panoptic") or a class ("semantic"). Its
+segments, or the classes that it shows, are the annotations of its image, so that counting,
+splitting and checking are the same for all tasks.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from maskdino.custom.maps import MAP, Maps
 from maskdino.data import DataError
 from maskdino.data.annotation_checks import LISTS, format_problem
 from maskdino.data.reading import read_json
@@ -26,6 +32,7 @@ class Annotations:
         image_root: folder that the images' file names are relative to.
         images, annotations, categories: COCO's lists; nothing is promised about their entries
             before `maskdino.custom.checks.check` found them in order.
+        maps: where the label images are; None: there are none, but objects of their own.
     """
 
     json_file: Path
@@ -33,6 +40,12 @@ class Annotations:
     images: list[dict] = field(repr=False)
     annotations: list[dict] = field(repr=False)
     categories: list[dict]
+    maps: Maps | None = None
+
+    @property
+    def task(self) -> str:
+        """What they teach: "instance", "panoptic" or "semantic"."""
+        return "instance" if self.maps is None else self.maps.task
 
     def without(self, images: Collection[int], annotations: Collection[int]) -> Annotations:
         """Leaves out images, with their annotations, and annotations, by position in their list."""
@@ -70,11 +83,14 @@ class Summary:
 
     Attributes:
         images: their number.
-        counts: number of objects by class name, in the order of the class indices.
+        counts: number of objects by class name, in the order of the class indices; of segments, or
+            of images that show the class, where there are label images.
         has_masks: whether any object has a mask.
         longest_side: median of the images' longer sides, in pixels.
         most_objects: in one image.
         many_objects: in an image; in 19 of 20 there are at most so many.
+        task: "instance", "panoptic" or "semantic".
+        stuff: names of the classes that are no things, of panoptic data.
     """
 
     images: int
@@ -83,6 +99,8 @@ class Summary:
     longest_side: int
     most_objects: int
     many_objects: int
+    task: str = "instance"
+    stuff: tuple[str, ...] = ()
 
     @property
     def objects(self) -> int:
@@ -114,10 +132,12 @@ def summarize(data: Annotations) -> Summary:
     return Summary(
         images=len(data.images),
         counts={str(c["name"]): by_category[c["id"]] for c in ordered_categories(data)},
-        has_masks=any(a.get("segmentation") for a in objects),
+        has_masks=data.maps is not None or any(a.get("segmentation") for a in objects),
         longest_side=round(median(sides)),
         most_objects=sorted_numbers[-1],
         many_objects=sorted_numbers[math.ceil(0.95 * len(sorted_numbers)) - 1],
+        task=data.task,
+        stuff=tuple(str(c["name"]) for c in ordered_categories(data) if not c.get("isthing", True)),
     )
 
 
@@ -132,7 +152,8 @@ def write_annotations(data: Annotations, path: Path) -> None:
 
     Image and category ids stay if they are integers, and are numbered from 1 otherwise.
     Annotations are numbered from 1: pycocotools takes an object of id 0 for none. Boxes and areas
-    that are missing are filled in from the masks; fields that nobody reads are left out.
+    that are missing are filled in from the masks; fields that nobody reads are left out. Of label
+    images, the files are named; those of the task "panoptic" are in COCO's panoptic format.
     """
     image_ids = _integer_ids(data.images)
     category_ids = _integer_ids(data.categories)
@@ -143,6 +164,7 @@ def write_annotations(data: Annotations, path: Path) -> None:
             "file_name": x["file_name"],
             "height": sizes[x["id"]][0],
             "width": sizes[x["id"]][1],
+            **({} if data.maps is None else {MAP: x[MAP]}),
         }
         for x in data.images
     ]
@@ -153,20 +175,39 @@ def write_annotations(data: Annotations, path: Path) -> None:
             "image_id": image_ids[annotation["image_id"]],
             "category_id": category_ids[annotation["category_id"]],
             "iscrowd": int(bool(annotation.get("iscrowd"))),
-            **_geometry(annotation, sizes[annotation["image_id"]]),
         }
+        if data.maps is None:
+            entry |= _geometry(annotation, sizes[annotation["image_id"]])
+        else:
+            entry |= {key: annotation[key] for key in ("segment", "area") if key in annotation}
         annotations.append(entry)
     categories = [
-        {"id": category_ids[x["id"]], "name": str(x["name"])} for x in ordered_categories(data)
+        {"id": category_ids[x["id"]], "name": str(x["name"])}
+        | ({"isthing": int(x["isthing"])} if data.task == "panoptic" else {})
+        for x in ordered_categories(data)
     ]
-    content = {
+    content: dict[str, Any] = {
         "info": {"description": f"from {data.json_file.name}"},
         "images": images,
         "annotations": annotations,
         "categories": categories,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = _with_segments(content) if data.task == "panoptic" else content
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _with_segments(content: dict[str, Any]) -> dict[str, Any]:
+    """The same in COCO's panoptic format."""
+    segments = defaultdict(list)
+    for x in content["annotations"]:
+        info = {key: x[key] for key in ("category_id", "iscrowd", "area")}
+        segments[x["image_id"]].append({"id": x["segment"], **info})
+    annotations = [
+        {"image_id": x["id"], "file_name": x[MAP], "segments_info": segments[x["id"]]}
+        for x in content["images"]
+    ]
+    return {**content, "annotations": annotations}
 
 
 def _integer_ids(entries: list[dict]) -> dict[Hashable, int]:

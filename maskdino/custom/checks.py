@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from maskdino.custom.annotations import Annotations
+from maskdino.custom.maps import in_threads
 from maskdino.data.annotation_checks import (
     Finding,
     check_annotations,
@@ -28,11 +28,10 @@ TINY = 4  # pixels of the shorter side
 RARE = 10  # objects of a class
 IMBALANCE = 20  # objects of the most common class for each one of the rarest
 OVERLAP = 0.5  # least intersection over union of a box and its mask's box
-READERS = 8  # threads
 
 
 def check(data: Annotations, *, need_all_masks: bool = False) -> list[Finding]:
-    """Checks all of the annotations, and reads every image.
+    """Checks all of the annotations, and reads every image; label images were checked when read.
 
     Args:
         data: what was read.
@@ -46,11 +45,12 @@ def check(data: Annotations, *, need_all_masks: bool = False) -> list[Finding]:
     bad = {finding.image for finding in findings}
     good = [(i, image) for i, image in enumerate(data.images) if i not in bad]
     findings += _check_files(data, good)
-    sizes = {image["id"]: (int(image["height"]), int(image["width"])) for _, image in good}
-    wrong = list(check_annotations(data.annotations, data.images, data.categories, sizes))
-    findings += wrong
-    findings += _check_geometry(data, sizes, {finding.annotation for finding in wrong})
-    findings += _check_masks_complete(data, fatal=need_all_masks)
+    if data.maps is None:
+        sizes = {image["id"]: (int(image["height"]), int(image["width"])) for _, image in good}
+        wrong = list(check_annotations(data.annotations, data.images, data.categories, sizes))
+        findings += wrong
+        findings += _check_geometry(data, sizes, {finding.annotation for finding in wrong})
+        findings += _check_masks_complete(data, fatal=need_all_masks)
     if not data.objects():
         findings.append(Finding("there are no objects", f"{len(data.annotations)} annotations"))
     return [*findings, *_warnings(data)]
@@ -66,18 +66,17 @@ def drop(data: Annotations, findings: Iterable[Finding]) -> Annotations:
 
 
 def _check_files(data: Annotations, images: list[tuple[int, dict]]) -> Iterator[Finding]:
-    """Reads all images, several at a time: Pillow decodes outside of Python's lock."""
+    """Reads all images."""
 
     def problem(entry: tuple[int, dict]) -> tuple[str, str] | None:
         image = entry[1]
         return file_problem(data.path_of(image), (int(image["height"]), int(image["width"])))
 
-    with ThreadPoolExecutor(READERS) as pool:
-        for (index, image), found in zip(images, pool.map(problem, images), strict=True):
-            if found is not None:
-                kind, detail = found
-                name = f"image {image['id']!r} ({data.path_of(image)})"
-                yield Finding(kind, f"{name}: {detail}", image=index)
+    for (index, image), found in zip(images, in_threads(problem, images), strict=True):
+        if found is not None:
+            kind, detail = found
+            name = f"image {image['id']!r} ({data.path_of(image)})"
+            yield Finding(kind, f"{name}: {detail}", image=index)
 
 
 def file_problem(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
@@ -173,16 +172,22 @@ def _warnings(data: Annotations) -> Iterator[Finding]:
     by_category = Counter(str(x.get("category_id")) for x in data.objects())
     counts = {x["name"]: by_category[str(x["id"])] for x in data.categories}
     yield from warn("class without objects", (n for n, c in counts.items() if c == 0))
-    rare = (f"{name}: {count} objects" for name, count in counts.items() if 0 < count < RARE)
+    noun = "images" if data.task == "semantic" else "objects"
+    few = RARE if data.maps is None else min(RARE, len(data.images))
+    rare = (f"{name}: {count} {noun}" for name, count in counts.items() if 0 < count < few)
     yield from warn("rare class", rare)
-    present = [count for count in counts.values() if count]
+    things = {x["name"]: counts[x["name"]] for x in data.categories if x.get("isthing", True)}
+    present = [count for count in things.values() if count]
     if present and max(present) > IMBALANCE * min(present):
-        listed = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        listed = ", ".join(f"{name} {count}" for name, count in things.items() if count)
         yield from warn("unbalanced classes", [listed])
 
 
 def check_pair(train: Annotations, validation: Annotations) -> list[Finding]:
     """Whether validation data have the classes of the training data, and other images."""
+    if train.task != validation.task:
+        kind = "validation data of another kind than the training data"
+        return [Finding(kind, f"{train.task} to train on, {validation.task} to validate on")]
     names = {str(category["id"]): category["name"] for category in train.categories}
     findings = [
         Finding(

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 
 from maskdino.custom.annotations import Summary
 from maskdino.custom.measure import Memory, Pace, measure_memory
-from maskdino.custom.request import Request
+from maskdino.custom.request import TASKS, Request
 from maskdino.data import DataError
 
 ASSUMED_FREE_MB = 4096  # where the system does not tell
@@ -24,6 +24,7 @@ VIEWS = 24_000  # images seen in a training, where the number of epochs leaves t
 EPOCHS = (12, 300)  # least and most
 CPU_MINUTES = 60  # a training without a GPU is planned to take about this long
 EVALUATIONS = 20  # at most, in a training
+SEMANTIC_QUERIES = 100  # enough for the classes of an image
 STEPS_PER_EPOCH = 8  # small data: rather smaller batches than fewer steps
 
 
@@ -66,22 +67,35 @@ def _free_memory_mb() -> float:
 
 
 def apply_data(cfg: CfgNode, summary: Summary, machine: Machine, request: Request) -> None:
-    """Sets what follows from the data: classes, tasks, image size, queries (in place)."""
+    """Sets what follows from the data: classes, tasks, image size, queries (in place).
+
+    Raises:
+        DataError: only boxes are asked for, which the data are not about.
+    """
+    if request.boxes_only and summary.task != "instance":
+        raise DataError(f"--boxes-only is of objects, but the data teach the task {summary.task}")
     node = cfg.MODEL.MASK_DINO
     node.NUM_CLASSES = len(summary.counts)
-    node.CLASS_NAMES = list(summary.counts)
+    node.CLASS_NAMES, node.STUFF_CLASSES = list(summary.counts), list(summary.stuff)
     node.MASK_ON = summary.has_masks and not request.boxes_only
     if not node.MASK_ON:
         node.QUERY_SELECTION.MASK_ENHANCED_ANCHORS = "none"
         if node.DENOISING.MODE == "boxes_and_masks":
             node.DENOISING.MODE = "boxes"
-    node.TEST.INSTANCE_ON, node.TEST.PANOPTIC_ON, node.TEST.SEMANTIC_ON = True, False, False
+    for task in TASKS:
+        node.TEST[f"{task.upper()}_ON"] = task == summary.task
+    cfg.INPUT.DATASET_MAPPER_NAME = summary.task
+    least = node.QUERY_SELECTION.NUM_QUERIES
+    if summary.task == "semantic":  # as ADE20K's models, whose classes have no objects
+        least = min(least, SEMANTIC_QUERIES)
+        node.MATCHER.DECOUPLE_STUFF_BOXES = node.LOSS.DECOUPLE_STUFF_BOXES = False
+    if summary.task != "instance":  # as in the paper
+        node.QUERY_SELECTION.MASK_ENHANCED_ANCHORS = "none"
     # Not of the one fullest image, which all others would pay for.
-    queries = max(node.QUERY_SELECTION.NUM_QUERIES, _round_up(2 * summary.many_objects, 50))
+    queries = max(least, _round_up(2 * summary.many_objects, 50))
     node.QUERY_SELECTION.NUM_QUERIES = queries
     cfg.TEST.DETECTIONS_PER_IMAGE = max(100, _round_up(summary.most_objects, 50))
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (TRAIN_NAME,), (VALIDATION_NAME,)
-    cfg.INPUT.DATASET_MAPPER_NAME = "instance"
     cfg.MODEL.DEVICE = machine.device
     # Images without objects teach what the background looks like.
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False

@@ -12,16 +12,24 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from maskdino.custom.annotations import (
     Annotations,
     Summary,
+    ordered_categories,
     read_annotations,
     summarize,
     write_annotations,
 )
 from maskdino.custom.checks import Finding, check, check_pair, drop
 from maskdino.custom.formats import read_own_data
+from maskdino.custom.formats.panoptic import with_flat_segments
+from maskdino.custom.maps import Maps
 from maskdino.custom.plan import TRAIN_NAME, VALIDATION_NAME
 from maskdino.custom.request import Request
 from maskdino.custom.split import split
-from maskdino.data import DataError, register_coco_folder
+from maskdino.data import (
+    DataError,
+    register_coco_folder,
+    register_panoptic_folder,
+    register_semantic_folder,
+)
 from maskdino.data.annotation_checks import describe
 from maskdino.data.reading import read_json
 
@@ -71,8 +79,12 @@ def prepare_data(request: Request) -> PreparedData:
     index = {}
     for name, data in ((TRAIN_NAME, train), (VALIDATION_NAME, validation)):
         path = output / DATA_FOLDER / f"{name}.json"
-        write_annotations(data, path)
         index[name] = {"json_file": path.name, "image_root": str(data.image_root.resolve())}
+        if data.maps is not None:
+            maps, images = data.maps.converted(data.images, path.with_suffix(""))
+            data = replace(data, maps=maps, images=images)
+            index[name] |= {"task": maps.task, "map_root": str(maps.root.resolve())}
+        write_annotations(data, path)
     (output / DATA_FOLDER / INDEX_NAME).write_text(json.dumps(index, indent=1))
     summaries = summarize(train), summarize(validation)
     if summaries[0].has_masks and not summaries[1].has_masks:
@@ -121,8 +133,58 @@ def _checked(
     return data
 
 
-def prepared_files(output: Path) -> dict[str, tuple[Path, Path]]:
-    """Annotation file and folder of images of each dataset of a run.
+@dataclass(frozen=True)
+class PreparedFiles:
+    """Where a dataset of a run is.
+
+    Attributes:
+        json_file: the annotations.
+        image_root: folder of the images.
+        task: "instance", "panoptic" or "semantic".
+        map_root: folder of the label images; None: there are none.
+    """
+
+    json_file: Path
+    image_root: Path
+    task: str
+    map_root: Path | None
+
+    def read(self) -> Annotations:
+        """The annotations.
+
+        Raises:
+            DataError: the file is missing, or not as it was written.
+        """
+        if self.task == "panoptic":
+            return with_flat_segments(self.json_file, self.image_root, self.maps)
+        return replace(
+            read_annotations(self.json_file, self.image_root),
+            maps=None if self.map_root is None else self.maps,
+        )
+
+    @property
+    def maps(self) -> Maps:
+        """The label images, of other tasks than "instance"."""
+        assert self.map_root is not None
+        return Maps(self.task, self.map_root)
+
+    def register(self, name: str) -> None:
+        """Registers the dataset with detectron2."""
+        categories = ordered_categories(self.read())  # as the classes are numbered
+        names = [x["name"] for x in categories]
+        files = self.json_file, self.image_root
+        if self.map_root is None:
+            register_coco_folder(name, *files, thing_classes=names)
+        elif self.task == "panoptic":
+            register_panoptic_folder(name, *files, self.map_root, categories)
+        else:
+            register_semantic_folder(
+                name, self.map_root, self.image_root, names, json_file=self.json_file
+            )
+
+
+def prepared_files(output: Path) -> dict[str, PreparedFiles]:
+    """The datasets of a run, by name.
 
     Raises:
         DataError: the folder holds no prepared data.
@@ -133,7 +195,12 @@ def prepared_files(output: Path) -> dict[str, tuple[Path, Path]]:
     index = read_json(str(folder / INDEX_NAME))
     try:
         files = {
-            name: (folder / entry["json_file"], Path(entry["image_root"]))
+            name: PreparedFiles(
+                folder / entry["json_file"],
+                Path(entry["image_root"]),
+                entry.get("task", "instance"),  # which earlier versions do not say
+                Path(entry["map_root"]) if "map_root" in entry else None,
+            )
             for name, entry in index.items()
         }
         return {name: files[name] for name in (TRAIN_NAME, VALIDATION_NAME)}
@@ -150,10 +217,8 @@ def register_prepared(output: Path) -> None:
     Raises:
         DataError: the folder holds no prepared data.
     """
-    for name, (json_file, image_root) in prepared_files(output).items():
+    for name, files in prepared_files(output).items():
         if name in DatasetCatalog.list():
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        # Written in the order of the class indices.
-        names = [x["name"] for x in read_annotations(json_file, image_root).categories]
-        register_coco_folder(name, json_file, image_root, thing_classes=names)
+        files.register(name)

@@ -13,8 +13,21 @@ from maskdino.custom.plan import Machine
 from maskdino.custom.prepare import PreparedData
 from maskdino.engine.best_checkpoint import Evaluation
 
-TASK_NAMES = {"bbox": "boxes", "segm": "masks"}
-METRICS = ("AP", "AP50", "AP75")
+_OF_OBJECTS = {"AP": "AP", "AP50": None, "AP75": None}
+# Of each task of an evaluation what it is called, and the metrics, with those of single classes.
+METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
+    "bbox": ("boxes ", _OF_OBJECTS),
+    "segm": ("masks ", _OF_OBJECTS),
+    "panoptic_seg": ("", {"PQ": "PQ", "SQ": None, "RQ": None}),
+    "sem_seg": ("", {"mIoU": "IoU", "mACC": "ACC", "pACC": None}),
+}
+# Of each task of the data what is measured, and what is counted.
+QUALITIES = {
+    "instance": "Average precision",
+    "panoptic": "Panoptic quality",
+    "semantic": "Intersection over union",
+}
+COUNTED = {"instance": "objects", "panoptic": "segments", "semantic": "images"}
 
 
 def plan_text(
@@ -42,9 +55,12 @@ def plan_text(
         total = total_seconds(steps, period, pace.step, pace.evaluation)
         evaluations = _time(total - steps * pace.step)
         schedule += f", about {_time(total)}, of which {evaluations} in evaluations"
+    task = data.train.task
+    if task == "instance":
+        task = "boxes and masks" if cfg.MODEL.MASK_DINO.MASK_ON else "boxes"
     rows = [
         ("classes", f"{cfg.MODEL.MASK_DINO.NUM_CLASSES}: {_counts(data.train)}"),
-        ("task", "boxes and masks" if cfg.MODEL.MASK_DINO.MASK_ON else "boxes"),
+        ("task", task),
         ("images", images),
         ("machine", room),
         ("image size", f"{size} pixels (median of the data: {data.train.longest_side})"),
@@ -52,7 +68,7 @@ def plan_text(
         ("batch", batch),
         ("learning rate", f"{solver.BASE_LR:g}, {_decay(cfg)}"),
         ("schedule", schedule),
-        ("evaluation", f"every {cfg.TEST.EVAL_PERIOD} iterations: COCO's AP"),
+        ("evaluation", f"every {cfg.TEST.EVAL_PERIOD} iterations: {QUALITIES[data.train.task]}"),
         ("starts from", _start(cfg)),
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
@@ -69,7 +85,8 @@ def _time(seconds: float) -> str:
 
 def _fullness(train: Summary) -> str:
     most, many = train.most_objects, train.many_objects
-    return f"19 of 20 images have at most {many} objects; the fullest has {most}"
+    noun = "classes" if train.task == "semantic" else COUNTED[train.task]
+    return f"19 of 20 images have at most {many} {noun}; the fullest has {most}"
 
 
 def _decay(cfg: CfgNode) -> str:
@@ -79,27 +96,33 @@ def _decay(cfg: CfgNode) -> str:
 
 
 def _counts(summary: Summary, most: int = 10) -> str:
-    """The most common classes with their number of objects."""
+    """The most common classes with their number of objects, segments or images."""
     common = sorted(summary.counts.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{name} ({count})" for name, count in common[:most])
-    return listed + (f", and {len(common) - most} more" if len(common) > most else "")
+    listed += f", and {len(common) - most} more" if len(common) > most else ""
+    return listed + (f"; no things: {', '.join(summary.stuff)}" if summary.stuff else "")
 
 
 def results_text(evaluation: Evaluation, validation: Summary) -> str:
-    """AP of all classes together, and of each class."""
-    tasks = [task for task in TASK_NAMES if task in evaluation.results]
-    head = ["", "objects", *(f"{TASK_NAMES[task]} {m}" for task in tasks for m in METRICS)]
-    together = [evaluation.results[task].get(m) for task in tasks for m in METRICS]
-    rows = [head, ["all", str(validation.objects), *map(_percent, together)]]
+    """Results of all classes together, and of each class."""
+    columns = [
+        (title, evaluation.results[task], metric, of_class)
+        for task, (title, metrics) in METRICS.items()
+        if task in evaluation.results
+        for metric, of_class in metrics.items()
+    ]
+    head = ["", COUNTED[validation.task], *(title + metric for title, _, metric, _ in columns)]
+    number = validation.images if validation.task == "semantic" else validation.objects
+    together = (values.get(metric) for _, values, metric, _ in columns)
+    rows = [head, ["all", str(number), *map(_percent, together)]]
     for name, count in validation.counts.items():
-        # With a single class, its AP is that of all.
-        only = "AP" if len(validation.counts) == 1 else f"AP-{name}"
-        cells = [
-            _percent(evaluation.results[task].get(only)) if m == "AP" else ""
-            for task in tasks
-            for m in METRICS
-        ]
-        rows.append([name, str(count), *cells])
+        cells = [name, str(count)]
+        for _, values, metric, of_class in columns:
+            # With a single class, its AP is that of all.
+            all_classes = values.get(metric) if len(validation.counts) == 1 else None
+            value = values.get(f"{of_class}-{name}", all_classes)
+            cells.append(_percent(value) if of_class else "")
+        rows.append(cells)
     sides = ("left", *("right" for _ in head[1:]))
     return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=sides)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+TASKS = ("instance", "panoptic", "semantic")  # what data can teach
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -15,6 +17,9 @@ class Request:
         data: folder that holds all, or its file of settings; None: the next four say where it is.
         train_json, train_images: annotations, and the folder of their images.
         val_json, val_images: likewise for validation; None: a part of the training data.
+        task: one of `TASKS`, where the data teach more than one; None: what they teach.
+        classes: names of the classes of label images, with commas between them, or their file;
+            None: a file in the folder names them.
         skip_invalid: leave out images and annotations that are wrong, instead of an error.
         output: folder for everything that comes of it.
         config: path or name of a configuration; None: one that suits the machine.
@@ -33,6 +38,8 @@ class Request:
     train_images: Path | None = None
     val_json: Path | None = None
     val_images: Path | None = None
+    task: str | None = None
+    classes: str | None = None
     skip_invalid: bool = False
     config: str | None = None
     weights: str | None = None

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 from maskdino.config import load_config
 from maskdino.config.loading import merge_overrides
-from maskdino.custom.annotations import read_annotations, summarize
+from maskdino.custom.annotations import summarize
 from maskdino.custom.measure import Pace, measure_pace
 from maskdino.custom.plan import (
     VALIDATION_NAME,
@@ -27,7 +27,7 @@ from maskdino.custom.plan import (
     set_batch,
 )
 from maskdino.custom.prepare import prepare_data, prepared_files, register_prepared
-from maskdino.custom.report import plan_text, results_text
+from maskdino.custom.report import QUALITIES, plan_text, results_text
 from maskdino.custom.request import Request
 from maskdino.custom.training import CustomTrainer, Plan
 from maskdino.data import DataError
@@ -78,9 +78,10 @@ class Run:
         best = History.read(path, judged.METRIC, judged.LOWER_IS_BETTER).best
         if best is None:
             return "no evaluation yet"
-        summary = summarize(read_annotations(*prepared_files(self.output)[VALIDATION_NAME]))
-        title = "Average precision on the validation images, in percent, best of all evaluations "
-        return f"{title}(iteration {best.iteration + 1}):\n{results_text(best, summary)}"
+        summary = summarize(prepared_files(self.output)[VALIDATION_NAME].read())
+        title = f"{QUALITIES[summary.task]} on the validation images, in percent, best of all "
+        title += f"evaluations (iteration {best.iteration + 1}):"
+        return f"{title}\n{results_text(best, summary)}"
 
 
 def plan_run(request: Request) -> tuple[Run, str]:
@@ -111,7 +112,7 @@ def plan_run(request: Request) -> tuple[Run, str]:
     epochs = apply_schedule(cfg, data.train, machine, request, pace)
     cfg.OUTPUT_DIR = str(request.output)
     merge_overrides(cfg, request.overrides)
-    judge_by_masks(cfg)
+    judge_by_task(cfg)
     Plan(
         epoch_length(cfg, data.train),
         None if pace is None else pace.step,
@@ -153,10 +154,18 @@ def fit_pace(cfg: CfgNode, machine: Machine, request: Request, images: int) -> P
         set_batch(cfg, batch // 2)
 
 
-def judge_by_masks(cfg: CfgNode) -> None:
-    """Judges evaluations by mask AP or, without masks, box AP, if nothing else was asked for."""
-    if not cfg.SOLVER.BEST.METRIC:
+def judge_by_task(cfg: CfgNode) -> None:
+    """Judges evaluations by what was learned, if nothing else was asked for (in place).
+
+    That is mask AP or, without masks, box AP; panoptic quality; mean intersection over union.
+    """
+    test = cfg.MODEL.MASK_DINO.TEST
+    if cfg.SOLVER.BEST.METRIC:
+        return
+    if test.INSTANCE_ON:
         cfg.SOLVER.BEST.METRIC = "segm/AP" if cfg.MODEL.MASK_DINO.MASK_ON else "bbox/AP"
+    else:
+        cfg.SOLVER.BEST.METRIC = "panoptic_seg/PQ" if test.PANOPTIC_ON else "sem_seg/mIoU"
 
 
 def read_default(machine: Machine, request: Request) -> CfgNode:
@@ -203,7 +212,7 @@ def train_run(run: Run, resume: bool, early_stop: int) -> None:
     register_prepared(run.output)
     cfg = load_config(str(run.config))
     cfg.OUTPUT_DIR = str(run.output)  # the folder may have been moved
-    judge_by_masks(cfg)  # as runs of earlier versions do not say
+    judge_by_task(cfg)  # as runs of earlier versions do not say
     cfg.SOLVER.BEST.PATIENCE = early_stop or cfg.SOLVER.BEST.PATIENCE
     cfg.freeze()
     with locked(run.output) if comm.is_main_process() else nullcontext():

@@ -7,16 +7,21 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
 from maskdino.cli import train_custom
 from maskdino.config import load_config
+from maskdino.data.reading import colors_of_ids
 from maskdino.engine.best_checkpoint import History
 from maskdino.inference.predictor import MaskDINOPredictor
 from tests.custom.drawn import Drawn, write_drawn
 from tests.helpers import NARROW
+
+STRIPES = ("sky", "grass", "ball")
 
 
 def words(drawn: Drawn, output: Path, *more: object) -> list[str]:
@@ -83,6 +88,72 @@ def test_boxes_only_and_validation_data(tmp_path: Path, capsys: pytest.CaptureFi
     assert cfg.SOLVER.MAX_ITER == 1
     weights = torch.load(tmp_path / "out" / "best" / "model_best.pth", weights_only=True)["model"]
     assert not any("mask" in name for name in weights)
+
+
+def write_stripes(root: Path, task: str) -> None:
+    """Six images of grass below sky with a red ball, in the format of the task."""
+    generator = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(6):
+        labels = np.zeros((48, 64), np.uint8)
+        labels[int(generator.integers(20, 30)) :] = 1
+        x = int(generator.integers(4, 44))
+        labels[6:18, x : x + 14] = 2
+        pixels = np.array([(90, 160, 240), (60, 160, 60), (220, 40, 40)], np.uint8)[labels]
+        name = f"{i}.png"
+        segments = root / "labels" if task == "semantic" else root / "panoptic_all"
+        for folder in (root / "images", segments):
+            folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / "images" / name)
+        drawn = labels if task == "semantic" else colors_of_ids(labels + 1)
+        Image.fromarray(drawn).save(segments / name)
+        images.append({"id": i, "file_name": name, "height": 48, "width": 64})
+        info = [{"id": n + 1, "category_id": n, "iscrowd": 0} for n in range(3)]
+        annotations.append({"image_id": i, "file_name": name, "segments_info": info})
+    if task == "panoptic":
+        classes = [{"id": n, "name": x, "isthing": n // 2} for n, x in enumerate(STRIPES)]
+        content = {"images": images, "annotations": annotations, "categories": classes}
+        (root / "panoptic_all.json").write_text(json.dumps(content))
+    else:
+        (root / "classes.txt").write_text("\n".join(STRIPES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "metric", "column"),
+    [("semantic", "sem_seg/mIoU", "mIoU"), ("panoptic", "panoptic_seg/PQ", "PQ")],
+)
+def test_other_tasks_from_folder_to_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str, metric: str, column: str
+) -> None:
+    root, out = tmp_path / "data", tmp_path / "out"
+    write_stripes(root, task)
+    cfg = load_config(None, [word for item in NARROW.items() for word in item])
+    (tmp_path / "narrow.yaml").write_text(cfg.dump())
+    command = ["--data", root, "--config-file", tmp_path / "narrow.yaml", "--output", out]
+    command += ["--epochs", 2, "--batch-size", 2, "--image-size", 64, "--num-pictures", 1]
+    train_custom.main([str(word) for word in command])
+    printed = capsys.readouterr().out
+    assert "5 to train on, 1 to validate on" in printed
+    lines = [line.split() for line in printed.splitlines()]
+    assert any(line[1:2] == [column] for line in lines)
+    assert all(any(line[:1] == [name] for line in lines) for name in ("all", *STRIPES))
+    assert len(list((out / "predictions").glob("*.png"))) == 1
+    cfg = load_config(str(out / "config.yaml"))
+    assert metric == cfg.SOLVER.BEST.METRIC
+    history = History.read(out / "best" / "history.json", metric)
+    assert [entry.value(metric) is not None for entry in history.evaluations] == [True, True]
+    train_custom.main(["--output", str(out), "--resume", "--num-pictures", "0"])
+
+    # Whoever loads the model elsewhere, where the data are unknown, still knows the classes.
+    for name in ("custom_train", "custom_val"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    predictor = MaskDINOPredictor.from_config(out / "config.yaml", out / "best" / "model_best.pth")
+    assert predictor.categories.names == STRIPES
+    things = (False, False, True) if task == "panoptic" else (True, True, True)
+    assert predictor.categories.is_thing == things == tuple(predictor.is_thing.tolist())
+    assert predictor(root / "images" / "0.png").tasks == (task,)
 
 
 def test_errors_stop_the_run_or_are_left_out(tmp_path: Path) -> None:

@@ -462,9 +462,9 @@ def test_one_line_says_what_is_wrong(
         (
             "panoptic.json",
             '{"images": [], "categories": [], "annotations": [{"segments_info": []}]}',
-            "register_panoptic_folder",
+            "holds COCO's panoptic segmentation annotations, but there is no image in",
         ),
-        ("masks/a.png", "", "1 images, but no annotations.*register_semantic_folder"),
+        ("a.png", "", "1 images, but no annotations.*in folders named labels or masks"),
         ("a.csv", "a.png,1,2,3,4", r"tables: convert them"),
         ("a.zip", "", r"archives: unpack them \(a\.zip\)"),
         (

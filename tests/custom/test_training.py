@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from maskdino.custom import CustomTrainer
-from maskdino.custom.run import judge_by_masks
+from maskdino.custom.run import judge_by_task
 from maskdino.custom.training import Plan, TellTime
 from maskdino.engine.trainer import MaskDINOTrainer
 from tests.engine.stand_in import tiny_config
@@ -25,7 +25,7 @@ def test_newest_and_best_checkpoints_are_kept(
     monkeypatch.setattr(MaskDINOTrainer, "evaluate", evaluate)
     values = ("SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER", 3)
     cfg = tiny_config(tmp_path, *values, "DATASETS.TEST", "('nuclei_val',)", "SOLVER.STEPS", "()")
-    judge_by_masks(cfg)
+    judge_by_task(cfg)
     trainer = CustomTrainer(cfg)
     trainer.resume_or_load(False)
     trainer.train()
@@ -39,13 +39,13 @@ def test_newest_and_best_checkpoints_are_kept(
 
 def test_what_decides_which_is_best(tmp_path: Path) -> None:
     cfg = tiny_config(tmp_path)
-    judge_by_masks(cfg)
+    judge_by_task(cfg)
     assert cfg.SOLVER.BEST.METRIC == "segm/AP"
     cfg.SOLVER.BEST.METRIC, cfg.MODEL.MASK_DINO.MASK_ON = "", False
-    judge_by_masks(cfg)
+    judge_by_task(cfg)
     assert cfg.SOLVER.BEST.METRIC == "bbox/AP"
     cfg.SOLVER.BEST.METRIC = "bbox/AP50"
-    judge_by_masks(cfg)
+    judge_by_task(cfg)
     assert cfg.SOLVER.BEST.METRIC == "bbox/AP50"
 
 

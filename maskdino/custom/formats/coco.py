@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -29,23 +29,46 @@ def read_coco(tree: Tree, files: Sequence[Path]) -> Dataset:
         DataError: a file is not in the format, two are of one split, or no image is found.
     """
     instances = [path for path in files if path.name.startswith("instances")]
-    parts: dict[str | None, Part] = {}
-    for path in instances or files:  # COCO's own folders hold captions and keypoints too
+    own = instances or files  # COCO's own folders hold captions and keypoints too
+    parts = {
+        split: Part(with_images(read_annotations(path, tree.root), tree, split))
+        for split, path in by_split(own, tree)
+    }
+    return Dataset(KIND, tree.root, parts)
+
+
+def by_split(files: Sequence[Path], tree: Tree) -> Iterator[tuple[str | None, Path]]:
+    """Files of annotations with the splits that their names, or folders, tell; in their order.
+
+    Raises:
+        DataError: two are of one split.
+    """
+    found: dict[str | None, Path] = {}
+    for path in files:
         inside = path.relative_to(tree.root) if path.is_relative_to(tree.root) else Path(path.name)
         split = split_of(inside.with_suffix(""))
-        if split in parts:
-            both = f"{parts[split].data.json_file} and {path}"
+        if split in found:
             raise DataError(
-                f"both {both} are annotations {f'for {split!r}' if split else 'without a split'}: "
+                f"both {found[split]} and {path} are annotations "
+                f"{f'for {split!r}' if split else 'without a split'}: "
                 "give the right ones with --train-json and --val-json, or remove the others"
             )
-        parts[split] = Part(_with_images(read_annotations(path, tree.root), tree, split))
+        found[split] = path
     order = (None, TRAIN, VALIDATION, TEST)
-    return Dataset(KIND, tree.root, {split: parts[split] for split in order if split in parts})
+    return ((split, found[split]) for split in order if split in found)
 
 
-def _with_images(data: Annotations, tree: Tree, split: str | None) -> Annotations:
-    """Finds the folder that the names of the images are relative to."""
+def with_images(
+    data: Annotations, tree: Tree, split: str | None, labels: Collection[Path] = ()
+) -> Annotations:
+    """Finds the folder that the names of the images are relative to.
+
+    Args:
+        data: whose images are where nobody knows.
+        tree: folder of the images, somewhere.
+        split: of the data.
+        labels: files that are label images, whatever their names.
+    """
     names = [str(image.get("file_name", "")) for image in data.images]
     probed = names[:: max(len(names) // PROBED, 1)]
     label = data.json_file
@@ -54,18 +77,21 @@ def _with_images(data: Annotations, tree: Tree, split: str | None) -> Annotation
     folders += sorted(
         {path.parent for path in tree.images}, key=lambda f: tree.split(f / "x") != split
     )
-    counts = {folder: sum((folder / name).is_file() for name in probed) for folder in folders}
+    counts = {}
+    for folder in folders:
+        there = [x for name in probed if (x := folder / name).is_file()]
+        counts[folder] = sum(x not in labels for x in there)
     best = max(counts, key=counts.__getitem__, default=tree.root)
     if counts[best] == len(probed) and not any(leaves(str(best), name) for name in names):
         return replace(data, image_root=best)
     # Paths of another machine, as Label Studio writes them, or images in several folders.
     images = []
-    found = 0
+    number = 0
     for image, name in zip(data.images, names, strict=True):
         path = tree.find_image(name, label, split) if PurePosixPath(name).name else None
-        found += path is not None
+        number += path is not None
         images.append(image if path is None else {**image, "file_name": tree.relative(path)})
-    if not found and names:
+    if not number and names:
         raise DataError(
             f"{label}: none of its {len(names)} images, such as {names[0]!r}, is in {tree.root}: "
             "put them there, or name their folder with --train-images"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from maskdino.custom.annotations import Annotations, read_annotations
-from maskdino.custom.formats import coco, cvat, labelme, voc, yolo
+from maskdino.custom.formats import coco, cvat, labelme, panoptic, semantic, voc, yolo
 from maskdino.custom.formats.collect import Dataset, Part
 from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree
 from maskdino.custom.formats.recognition import OTHERS, json_kind, recognize, the_kind, xml_kind
@@ -37,17 +37,17 @@ def read_own_data(request: Request) -> OwnData:
     """
     notes: list[str] = []
     if request.data is not None:
-        dataset = read_dataset(request.data)
+        dataset = read_dataset(request.data, None, request)
         train, validation = _chosen(dataset)
         notes += dataset.notes
         notes.insert(0, _recognized(dataset))
     elif request.train_json is None or request.train_images is None:
         raise DataError("there are no training data: name a folder, or annotations and images")
     else:
-        train = _named(request.train_json, request.train_images, notes)
+        train = _named(request.train_json, request.train_images, request, notes)
         validation = None
         if request.val_json is not None and request.val_images is not None:
-            validation = _named(request.val_json, request.val_images, notes)
+            validation = _named(request.val_json, request.val_images, request, notes)
             if train.by_name and validation.by_name:
                 validation.data = _numbered_alike(train.data, validation.data)
     parts = [train] if validation is None else [train, validation]
@@ -62,12 +62,13 @@ def read_own_data(request: Request) -> OwnData:
     return OwnData(train, validation, notes)
 
 
-def read_dataset(path: Path, images: Path | None = None) -> Dataset:
+def read_dataset(path: Path, images: Path | None, request: Request) -> Dataset:
     """Recognizes what a folder or file holds, and reads it.
 
     Args:
         path: folder of the data, or their data.yaml, CVAT's XML or COCO's JSON file.
         images: folder of the images; None: they are in the same folder.
+        request: tells the task, and the names of classes, as far as somebody has.
 
     Raises:
         DataError: there is nothing that can be read, or more than one thing.
@@ -77,10 +78,22 @@ def read_dataset(path: Path, images: Path | None = None) -> Dataset:
     labels = Tree(path if path.is_dir() else path.parent)
     tree = labels if images is None else Tree(images)
     if path.is_file():
-        return _read_file(path, tree)
+        return _read_file(path, tree, labels)
     evidence = recognize(labels)
-    kind = the_kind(evidence, labels)
-    files = evidence.files[kind]
+    if images is not None and not evidence.files and labels.of(*semantic.LABEL_SUFFIXES):
+        evidence.files[semantic.KIND] = labels.images  # whatever they are called
+    kind = the_kind(evidence, labels, request.task)
+    if kind != semantic.KIND and request.classes is not None:
+        raise DataError(f"--classes names those of label images, but {path} holds {kind}")
+    dataset = _read_folder(kind, evidence.files[kind], tree, labels, request)
+    dataset.notes += evidence.unused
+    return dataset
+
+
+def _read_folder(
+    kind: str, files: list[Path], tree: Tree, labels: Tree, request: Request
+) -> Dataset:
+    path = labels.root
     if not tree.images and kind != yolo.KIND:  # data.yaml may name folders elsewhere
         raise DataError(f"{path} holds {kind} annotations, but there is no image in {tree.root}")
     if kind == coco.KIND:
@@ -91,10 +104,14 @@ def read_dataset(path: Path, images: Path | None = None) -> Dataset:
         if len(files) > 1:
             raise DataError(f"{path} holds several files of CVAT: give one of {_some(files)}")
         return cvat.read_cvat(tree, files[0])
+    if kind == panoptic.KIND:
+        return panoptic.read_panoptic(tree, labels, files)
+    if kind == semantic.KIND:
+        return semantic.read_semantic(tree, labels, request.classes)
     return voc.read_voc(tree, labels) if kind == voc.KIND else labelme.read_labelme(tree, labels)
 
 
-def _read_file(path: Path, tree: Tree) -> Dataset:
+def _read_file(path: Path, tree: Tree, labels: Tree) -> Dataset:
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml") or path.name in yolo.NAME_FILES:
         return yolo.read_yolo(tree, tree, path)
@@ -103,6 +120,8 @@ def _read_file(path: Path, tree: Tree) -> Dataset:
     kind = json_kind(path) if suffix == ".json" else None
     if kind == coco.KIND:
         return coco.read_coco(tree, [path])
+    if kind == panoptic.KIND:
+        return panoptic.read_panoptic(tree, labels, [path])
     if kind in OTHERS:
         raise DataError(f"{path} holds {OTHERS[kind]}")
     raise DataError(f"{path} holds no data by itself: give the folder of all labels and images")
@@ -128,18 +147,26 @@ def _some(files: list[Path]) -> str:
     return ", ".join(map(str, files[:4]))
 
 
-def _named(labels: Path, images: Path, notes: list[str]) -> Part:
+def _named(labels: Path, images: Path, request: Request, notes: list[str]) -> Part:
     """The data of one split, whose labels and images are named."""
     if not images.is_dir():
         raise DataError(f"{images} is no folder: give the one that holds the images")
-    if not labels.is_dir() and labels.suffix.lower() not in (".yaml", ".yml", ".xml", ".txt"):
+    known = (".yaml", ".yml", ".xml", ".txt")
+    if not labels.is_dir() and labels.suffix.lower() not in known and not _is_panoptic(labels):
         return Part(read_annotations(labels, images))
-    dataset = read_dataset(labels, images)
+    dataset = read_dataset(labels, images, request)
     notes += [_recognized(dataset), *dataset.notes]
     if len(dataset.parts) > 1:
         splits = ", ".join(str(split) for split in dataset.parts)
         raise DataError(f"{labels} holds several splits ({splits}): give it with --data alone")
     return next(iter(dataset.parts.values()))
+
+
+def _is_panoptic(path: Path) -> bool:
+    try:
+        return path.suffix.lower() == ".json" and json_kind(path) == panoptic.KIND
+    except (DataError, OSError):
+        return False  # whoever reads it says why
 
 
 def _numbered_alike(train: Annotations, validation: Annotations) -> Annotations:
@@ -182,6 +209,7 @@ def _chosen(dataset: Dataset) -> tuple[Part, Part | None]:
 def _recognized(dataset: Dataset) -> str:
     """One line: the format, and what each split holds."""
     texts = []
+    task = next(iter(dataset.parts.values())).data.task
     for split, part in dataset.parts.items():
         objects = part.data.annotations
         masks = sum(bool(x.get("segmentation")) for x in objects)
@@ -189,7 +217,12 @@ def _recognized(dataset: Dataset) -> str:
         text = f"{len(part.data.images)} images"
         text += f" ({bare} without objects)" if bare > 0 else ""
         text += f", {masks} masks" if masks else ""
-        text += f", {len(objects) - masks} boxes" if masks < len(objects) else ""
+        if task != "instance":
+            text += f", {len(objects)} segments" if task == "panoptic" else ""
+        elif masks < len(objects):
+            text += f", {len(objects) - masks} boxes"
         unused = ", not used" if split == TEST else ""
         texts.append(f"{split}: {text}{unused}" if split else f"{text}")
+    if task == "semantic":
+        return f"{dataset.source} holds label images (semantic segmentation): {'; '.join(texts)}"
     return f"{dataset.source} is in the format of {dataset.kind}: {'; '.join(texts)}"

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from maskdino.custom.annotations import LISTS
-from maskdino.custom.formats import coco, cvat, labelme, voc, yolo
+from maskdino.custom.formats import coco, cvat, labelme, panoptic, semantic, voc, yolo
 from maskdino.custom.formats.files import Tree, read_text
 from maskdino.custom.formats.xml import read_xml
+from maskdino.custom.request import TASKS
 from maskdino.data import DataError
 
 SNIFFED = 3  # files of a kind in a folder that are looked into
 LARGE = 64 * 2**20  # bytes; only COCO has JSON files that large, which are not read twice
-PANOPTIC = (
-    "COCO's panoptic format, which maskdino.data.register_panoptic_folder and `maskdino train` take"
-)
 SEMANTIC = (
-    "if it holds images and label images for semantic segmentation, "
-    "maskdino.data.register_semantic_folder and `maskdino train` take them"
+    "label images for semantic segmentation are looked for in folders named labels or masks, and "
+    "by names that end with _mask"
 )
+# What data teach; formats that are not here have objects of their own.
+TASK_OF = {panoptic.KIND: "panoptic", semantic.KIND: "semantic"}
 COCO_NAMES = ("instances", "_annotations")  # how files of COCO's format begin
 # Formats that are known but not read, and what to do instead.
 OTHERS = {
@@ -30,7 +30,6 @@ OTHERS = {
     "label studio": "Label Studio's own format: export the project as COCO or as YOLO with images",
     "supervisely": "Supervisely's format: export it as COCO",
     "results": "results of a model, no annotations",
-    "panoptic": PANOPTIC,
 }
 UNREAD_SUFFIXES = {
     ".tfrecord": "TFRecord files: export the data as COCO",
@@ -48,12 +47,14 @@ class Evidence:
     Attributes:
         files: of the formats that are read: `yolo.KIND` and so on.
         others: what files of other formats are, by path.
+        unused: what the folder holds beside the format that was chosen, as lines of text.
         errors: why files could not be looked into, by path.
     """
 
     files: dict[str, list[Path]] = field(default_factory=dict)
     others: dict[Path, str] = field(default_factory=dict)
     errors: dict[Path, DataError] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
     def add(self, kind: str, path: Path) -> None:
         """Adds a file."""
@@ -71,7 +72,10 @@ def recognize(tree: Tree) -> Evidence:
     for _, group in groupby(tree.of(".xml"), key=lambda path: path.parent):
         for path in list(group)[:SNIFFED]:
             _look(evidence, path, xml_kind)
-    for path in _yolo_files(tree):
+    labels = semantic.label_images(tree)
+    if labels:
+        evidence.files[semantic.KIND] = labels
+    for path in _yolo_files(tree, is_semantic=bool(labels)):
         evidence.add(yolo.KIND, path)
     if not evidence.files:
         for path in tree.of(*UNREAD_SUFFIXES):
@@ -79,9 +83,11 @@ def recognize(tree: Tree) -> Evidence:
     return evidence
 
 
-def _yolo_files(tree: Tree) -> list[Path]:
+def _yolo_files(tree: Tree, *, is_semantic: bool) -> list[Path]:
     """Files of class names, and otherwise some labels."""
     labels = yolo.label_files(tree)
+    if is_semantic and not labels:
+        return []  # then the names are those of label images
     found = [path for path in tree.of(".yaml", ".yml") if "\nnames" in f"\n{_head(path)}"]
     found += [path for path in tree.files if path.name in yolo.NAME_FILES and labels]
     if found:
@@ -90,13 +96,21 @@ def _yolo_files(tree: Tree) -> list[Path]:
     return [path for path, head in heads if head and yolo.is_label(head.splitlines()[0])]
 
 
-def the_kind(evidence: Evidence, tree: Tree) -> str:
+def the_kind(evidence: Evidence, tree: Tree, task: str | None = None) -> str:
     """The one format of a folder.
+
+    Objects come before segments, and these before label images: whoever has the former may have
+    made the latter of them.
+
+    Args:
+        evidence: that was found; takes note of what is not used.
+        tree: the folder.
+        task: what is to be learned; None: the choice is free.
 
     Raises:
         DataError: there is none, or more than one; the message says what to do.
     """
-    found = evidence.files
+    found = _of_task(evidence, tree, task)
     for path, error in evidence.errors.items():
         if path.name.startswith(COCO_NAMES):
             raise error
@@ -114,14 +128,34 @@ def the_kind(evidence: Evidence, tree: Tree) -> str:
         raise DataError(f"{tree.root} holds {kind} ({tree.relative(path)})")
     if evidence.errors:
         raise next(iter(evidence.errors.values()))
-    formats = ", ".join((coco.KIND, yolo.KIND, voc.KIND, labelme.KIND, cvat.KIND))
+    kinds = (coco.KIND, yolo.KIND, voc.KIND, labelme.KIND, cvat.KIND, *TASK_OF)
+    formats = ", ".join(kinds)
     images = (
         f"{len(tree.images)} images, but no annotations"
         if tree.images
         else "no images and no annotations"
     )
-    hint = f"; {SEMANTIC}" if any(path.suffix == ".png" for path in tree.images) else ""
+    hint = f"; {SEMANTIC}" if tree.of(".png") else ""
     raise DataError(f"{tree.root} holds {images} of a known format ({formats}){hint}")
+
+
+def _of_task(evidence: Evidence, tree: Tree, task: str | None) -> dict[str, list[Path]]:
+    """The formats of one task, of which there should be one."""
+    by_task: dict[str, dict[str, list[Path]]] = {x: {} for x in TASKS}
+    for kind, paths in evidence.files.items():
+        by_task[TASK_OF.get(kind, "instance")][kind] = paths
+    present = [x for x in TASKS if by_task[x]]
+    if task is not None and present and task not in present:
+        kinds = " and ".join(evidence.files)
+        raise DataError(f"--task {task}: {tree.root} holds {kinds}, which does not teach it")
+    if task is None and present[:1] == ["instance"] and len(present) > 1:
+        # Not more: the PNG files of segments may look like label images.
+        ((kind, paths),) = by_task[present[1]].items()
+        evidence.unused.append(
+            f"{tree.root} holds {kind} as well ({tree.relative(paths[0])}), which --task "
+            f"{present[1]} trains on"
+        )
+    return by_task[task or present[0]] if present else {}
 
 
 def _look(evidence: Evidence, path: Path, kind_of: Any) -> None:
@@ -143,7 +177,9 @@ def json_kind(path: Path) -> str | None:
         DataError: it is no JSON.
     """
     if path.stat().st_size > LARGE:
-        return coco.KIND
+        with path.open("rb") as file:
+            blocks = iter(lambda: file.read(LARGE), b"")
+            return panoptic.KIND if any(b'"segments_info"' in x for x in blocks) else coco.KIND
     content = labelme.read_json(path)
     if isinstance(content, list):
         return _list_kind(content[0]) if content and isinstance(content[0], dict) else None
@@ -151,11 +187,12 @@ def json_kind(path: Path) -> str | None:
         return None
     if "shapes" in content:
         return labelme.KIND
+    listed = content.get("annotations")
+    some = [x for x in listed[:1] if isinstance(x, dict)] if isinstance(listed, list) else []
+    if any("segments_info" in x for x in some):
+        return panoptic.KIND
     if all(name in content for name in LISTS):
-        some = content["annotations"][:1] if isinstance(content["annotations"], list) else []
-        if any(isinstance(x, dict) and "segments_info" in x for x in some):
-            return "panoptic"
-        captions = any(isinstance(x, dict) and "caption" in x for x in some)
+        captions = any("caption" in x for x in some)
         return None if captions else coco.KIND
     if "_via_img_metadata" in content or any(
         isinstance(x, dict) and "regions" in x for x in chain(content.values())

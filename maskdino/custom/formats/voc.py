@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from maskdino.custom.formats.collect import Collector, Dataset, numbers_of
-from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, read_text
+from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, read_text, split_of
 from maskdino.custom.formats.xml import Node, read_xml
 from maskdino.data import DataError
 
@@ -24,7 +24,7 @@ def read_voc(tree: Tree, labels: Tree) -> Dataset:
         labels: folder of the XML files.
     """
     collector = Collector(KIND, tree, labels.root, None)
-    listed = _listed(labels)
+    listed = listed_splits(labels, "Main", "ImageSets")
     parsed: list[tuple[str | None, Path, Node]] = []
     for path in labels.of(".xml"):
         split = listed.get(path.stem, labels.split(path)) if listed else labels.split(path)
@@ -57,15 +57,21 @@ def _is_mask(path: Path) -> bool:
     return path.parent.name in ("SegmentationObject", "SegmentationClass")
 
 
-def _listed(labels: Tree) -> dict[str, str]:
-    """Split by name of the image, of ImageSets/Main; empty if it does not tell them apart."""
+def listed_splits(labels: Tree, *folders: str) -> dict[str, str]:
+    """Split by name of the image, of lists in ImageSets; empty if they do not tell them apart.
+
+    Args:
+        labels: folder of the labels.
+        folders: names of those that hold the lists.
+    """
     result: dict[str, str] = {}
+    # Neither lists of a class, such as cat_train.txt, nor trainval.txt.
+    lists = [x for x in labels.of(".txt") if x.parent.name in folders and x.stem.isalpha()]
     for split in (TRAIN, VALIDATION, TEST):
-        for path in labels.of(".txt"):
-            if path.stem == split and path.parent.name in ("Main", "ImageSets"):
-                for line in read_text(path).splitlines():
-                    if line.strip():
-                        result.setdefault(line.split()[0], split)
+        for path in (x for x in lists if split_of(Path(x.stem)) == split):
+            for line in read_text(path).splitlines():
+                if line.strip():
+                    result.setdefault(line.split()[0], split)
     return result
 
 
