@@ -16,6 +16,7 @@ from benchmarks.report import Report, load_peer
 from benchmarks.timing import median_milliseconds
 from maskdino.config import load_config
 from maskdino.data import build_train_mapper
+from maskdino.data.mixing import build_mixing
 from maskdino.data.stream import seed_everything
 from maskdino.ops.rle import encode_segmentation
 
@@ -46,6 +47,11 @@ def run(args: argparse.Namespace) -> Report:
         calls: dict[str, Callable[[], dict]] = {
             form: _call(mapper, record) for form, record in records.items()
         }
+        for name in ("COPY_PASTE", "MOSAIC") if cfg.INPUT.LSJ.ENABLED else ():
+            mixed = load_config(args.config_file, [f"INPUT.{name}.PROBABILITY", "1.0"])
+            drawn = [records["polygons"]]  # the other images are the same
+            mixing = build_mixing(mixed, mapper, drawn, torch.ones(1))
+            calls[f"polygons, INPUT.{name}"] = _call(mixing, drawn[0])
         if args.peer:
             calls[args.peer] = _call(load_peer(args.peer)(cfg), records["polygons"])
         differences = _differences({name: call() for name, call in calls.items()})
