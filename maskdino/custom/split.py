@@ -45,7 +45,8 @@ def split(data: Annotations) -> tuple[Annotations, Annotations]:
     if not chosen:
         raise DataError(
             f"{data.json_file}: none of its {len(data.images)} images can be set aside without "
-            "taking the only one of a class; give --val-json and --val-images, or more images"
+            f"taking the only one of a class{', or has masks of all objects' * has_masks}; give "
+            "--val-json and --val-images, or more images"
         )
     rest = {image["id"] for image in data.images} - chosen
     return data.only(rest), data.only(chosen)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from tests.corpus import annotations, checkpoints, configurations, images, places
+from tests.corpus import (
+    annotations,
+    checkpoints,
+    configurations,
+    cvat,
+    images,
+    labelme,
+    places,
+    voc,
+    yolo,
+)
 from tests.corpus.case import Case
 
-KINDS = (annotations, images, checkpoints, configurations, places)
+KINDS = (annotations, images, checkpoints, configurations, places, yolo, labelme, voc, cvat)
 
 
 def all_cases() -> list[Case]:

@@ -222,7 +222,7 @@ def prepared(folder: Path) -> Seen:
     seen = []
     for split in ("train", "val"):
         data = json.loads((folder / "out" / "data" / f"custom_{split}.json").read_text())
-        names = {image["id"]: image["file_name"] for image in data["images"]}
+        names = {image["id"]: Path(image["file_name"]).name for image in data["images"]}
         numbers = {category["id"]: i for i, category in enumerate(data["categories"])}
         for x in data["annotations"]:
             left, top, width, height = x["bbox"]

@@ -209,7 +209,8 @@ def numbers_of(texts: Iterable[object], where: str) -> list[float]:
     result = []
     for text in texts:
         try:
-            value = float(text)  # type: ignore[arg-type]  # whatever it is, float() decides
+            # Whatever it is, float() decides, which takes True for 1.
+            value = math.nan if isinstance(text, bool) else float(text)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             value = math.nan
         if not math.isfinite(value):

@@ -98,16 +98,9 @@ def _geometry(
     node: Node, size: tuple[int, int], where: str
 ) -> tuple[list[float] | None, list[list[float]] | dict | None]:
     """Box (left, top, right, bottom) of a shape or None, and its mask unless it is a box."""
-
-    def values(*names: str) -> list[float]:
-        missing = [name for name in names if node.get(name) is None]
-        if missing:
-            raise DataError(f"{where}: <{node.tag}> has no {missing[0]}")
-        return numbers_of((node.get(name) for name in names), where)
-
     turn = numbers_of([node.get("rotation") or 0], where)[0]
     if node.tag == "box":
-        box = values("xtl", "ytl", "xbr", "ybr")
+        box = _values(node, where, "xtl", "ytl", "xbr", "ybr")
         if not turn:
             return box, None
         left, top, right, bottom = box
@@ -119,15 +112,34 @@ def _geometry(
             raise DataError(f"{where}: points must be three or more pairs: 'x,y;x,y;x,y'")
         return None, [numbers_of(chain(*pairs), where)]
     if node.tag == "ellipse":
-        x, y, *radii = values("cx", "cy", "rx", "ry")
+        x, y, *radii = _values(node, where, "cx", "cy", "rx", "ry")
+        if min(radii) < 0:
+            raise DataError(f"{where}: radius {min(radii)} is negative")
         return None, [turned(ellipse((x, y), (radii[0], radii[1])), (x, y), turn)]
     if node.tag == "mask":
-        left, top, width, height = (int(x) for x in values("left", "top", "width", "height"))
-        counts = [int(x) for x in numbers_of((node.get("rle") or "").split(","), where)]
-        if min(counts) < 0 or sum(counts) != width * height:
-            raise DataError(f"{where}: run lengths do not add up to {width} x {height} pixels")
-        # By rows, and the background first, unlike COCO's.
-        runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(height, width)
-        box = [left, top, left + width, top + height]
-        return box, placed(runs, left, top, size, where)
+        return _mask(node, size, where)
     raise DataError(f"{where}: shapes <{node.tag}> are unknown")
+
+
+def _values(node: Node, where: str, *names: str) -> list[float]:
+    """Numbers of an element."""
+    missing = [name for name in names if node.get(name) is None]
+    if missing:
+        raise DataError(f"{where}: <{node.tag}> has no {missing[0]}")
+    return numbers_of((node.get(name) for name in names), where)
+
+
+def _mask(node: Node, size: tuple[int, int], where: str) -> tuple[list[float], dict]:
+    """Box and run lengths."""
+    numbers = _values(node, where, "left", "top", "width", "height")
+    left, top, width, height = map(int, numbers)
+    if not (0 < width <= size[1] and 0 < height <= size[0]):  # of which memory is asked for
+        raise DataError(
+            f"{where}: a mask of {width} x {height} pixels, in an image of {size[1]} x {size[0]}"
+        )
+    counts = [int(x) for x in numbers_of((node.get("rle") or "").split(","), where)]
+    if min(counts) < 0 or sum(counts) != width * height:
+        raise DataError(f"{where}: run lengths do not add up to {width} x {height} pixels")
+    # By rows, and the background first, unlike COCO's.
+    runs = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(height, width)
+    return [left, top, left + width, top + height], placed(runs, left, top, size, where)

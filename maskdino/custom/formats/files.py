@@ -91,7 +91,8 @@ class Tree:
         for folder in (label.parent, self.root):
             if wanted.name and (folder / wanted).suffix.lower() in IMAGE_SUFFIXES:
                 path = Path(os.path.normpath(folder / wanted))
-                if not leaves(str(self.root), str(path.absolute())) and path.is_file():
+                # Not Path.is_file, which fails for a name of thousands of letters.
+                if not leaves(str(self.root), str(path.absolute())) and os.path.isfile(path):
                     return path
         key = wanted.name.lower()
         found = self._by_name.get(key) or self._by_name.get(wanted.stem.lower(), [])

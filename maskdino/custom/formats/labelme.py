@@ -7,6 +7,7 @@ import binascii
 import io
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ CORNERS: dict[str, tuple[int, ...] | None] = {
     "mask": (2,),
 }
 NO_CLASS = ("_background_", "__ignore__")  # LabelMe's own names
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which no file can hold
 
 
 def read_labelme(tree: Tree, labels: Tree) -> Dataset:
@@ -83,6 +85,8 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}, line {error.lineno}: no well-formed JSON: {error.msg}") from error
     except RecursionError as error:
         raise DataError(f"{path}: JSON that is nested too deeply") from error
+    except ValueError as error:  # a number of 5,000 digits
+        raise DataError(f"{path}: a value that cannot be read: {error}") from error
 
 
 def _image_of(collector: Collector, path: Path, content: dict, split: str | None) -> Path:
@@ -111,8 +115,8 @@ def _add_shapes(
             if kind in NO_AREA or label in NO_CLASS:
                 ignored[f"type {kind!r}" if kind in NO_AREA else f"label {label!r}"] += 1
                 continue
-            if not label:
-                raise DataError(f"{where}: its label is empty")
+            if not label or SURROGATE.search(label):
+                raise DataError(f"{where}: its label is {'no text' if label else 'empty'}")
             box, mask = _geometry(shape, kind, (image["height"], image["width"]), where)
         except DataError as error:
             collector.problem(image["split"], "shape is not readable", str(error))

@@ -13,12 +13,13 @@ from maskdino.data import DataError
 from maskdino.ops.rle import encode_mask, to_json
 
 DEVIATION = 0.05  # pixels by which a polygon may miss its ellipse
+MOST = 3200  # corners, which is enough for all radii that a mask may have
 
 
 def ellipse(center: tuple[float, float], radii: tuple[float, float]) -> list[float]:
     """A polygon [x, y, x, y, ...] within `DEVIATION` of an ellipse."""
-    largest = max(*radii, 1.0)
-    number = max(16, math.ceil(math.pi / math.acos(1 - DEVIATION / largest)))
+    step = math.acos(1 - DEVIATION / max(*radii, 1.0))
+    number = max(16, math.ceil(math.pi / max(step, math.pi / MOST)))
     angles = (2 * math.pi * i / number for i in range(number))
     return [
         value

@@ -81,7 +81,8 @@ def _read_settings(settings: Path) -> tuple[dict[int, str], dict[Path, str | Non
         keypoints = 0
         if isinstance(shape, list) and [type(x) for x in shape] == [int, int]:
             keypoints = shape[0] * shape[1]
-        names = _names(content.get("names"), content.get("nc"), settings)
+        written = yaml.load(read_text(settings), yaml.BaseLoader).get("names")  # all texts
+        names = _names(content.get("names"), written, content.get("nc"), settings)
         return names, _listed_images(content, settings), keypoints
     lines = [line.strip() for line in read_text(settings).splitlines()]
     names = dict(enumerate(line for line in lines if line))
@@ -121,28 +122,35 @@ def read_yaml(path: Path) -> dict:
         raise DataError(f"{path}{line}: no well-formed YAML: {reason}") from error
     except RecursionError as error:
         raise DataError(f"{path}: YAML that is nested too deeply") from error
+    except (ValueError, OverflowError) as error:  # 2001-02-31, a number of 5,000 digits
+        raise DataError(f"{path}: a value that YAML cannot read: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold keys and values, such as 'names: [apple, nut]'")
     return content
 
 
-def _names(names: Any, number: Any, settings: Path) -> dict[int, str]:
+def _names(names: Any, written: Any, number: Any, settings: Path) -> dict[int, str]:
+    """Names as they are written: YAML takes no, 010 and 1.10 for values of other kinds."""
     if isinstance(names, list):
-        names = dict(enumerate(names))
+        names, written = dict(enumerate(names)), dict(enumerate(written))
     if not isinstance(names, dict) or not names:
         raise DataError(f"{settings}: 'names' must list the classes: names: [apple, nut]")
     if any(isinstance(key, bool) or not str(key).isdecimal() for key in names):
         raise DataError(f"{settings}: the keys of 'names' must be class numbers from 0")
-    if not all(isinstance(name, str | int | float) for name in names.values()):
+    if any(name is None or isinstance(name, list | dict) for name in names.values()):
         raise DataError(f"{settings}: each of 'names' must be a single word or text")
-    if isinstance(number, int) and number != len(names):
+    if number is not None and (isinstance(number, bool) or number != len(names)):
         raise DataError(f"{settings}: nc is {number}, but there are {len(names)} names")
-    return {int(key): str(name) for key, name in sorted(names.items(), key=lambda x: int(x[0]))}
+    numbers = [int(key) for key in names]
+    if not len(set(numbers)) == len(numbers) == len(written):
+        raise DataError(f"{settings}: 'names' holds a class number twice")
+    return dict(sorted(zip(numbers, written.values(), strict=True)))
 
 
 def _listed_images(content: dict, settings: Path) -> dict[Path, str | None] | None:
-    """The images of the splits that data.yaml names, or None if it names none."""
+    """The images of the splits that data.yaml names, or None if it names no split."""
     result: dict[Path, str | None] = {}
+    told = False
     for split, keys in SPLIT_KEYS.items():
         value = next((content[key] for key in keys if content.get(key)), None)
         for entry in value if isinstance(value, list) else [value] if value else []:
@@ -152,11 +160,12 @@ def _listed_images(content: dict, settings: Path) -> dict[Path, str | None] | No
                     f"{settings}: {split}: there is no {str(entry)[:200]}; mend the line, relative "
                     "to the file's folder, or remove it"
                 )
+            told = told or split == TRAIN
             for path in _images_at(place) if place else []:
                 result.setdefault(path, split)
     if result and TRAIN not in result.values():
         raise DataError(f"{settings}: there is no image to train on at 'train'")
-    return result or None
+    return result if result or told else None
 
 
 def _resolve(entry: Any, base: Any, settings: Path) -> Path | None:
@@ -167,7 +176,7 @@ def _resolve(entry: Any, base: Any, settings: Path) -> Path | None:
     for folder in (*folders, settings.parent):
         for text in (entry, entry.removeprefix("../")):
             place = Path(os.path.normpath(folder / text))
-            if place.exists():
+            if os.path.exists(place):  # which a name of any length or content may be asked for
                 return place
     return None
 
