@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from maskdino.engine import trainer
 from maskdino.engine.compiled import compile_layers
 from maskdino.model import MaskDINO
-from tests.helpers import drawn_batch, tiny_cfg
+from tests.engine.stand_in import read_checkpoint, tiny_config, train
+from tests.helpers import NARROW, drawn_batch, tiny_cfg
 
 SIZES = ((64, 64), (64, 64))
 EAGERLY = "aot_eager"  # compiles forward and backward pass, but makes no machine code of them
@@ -97,6 +101,29 @@ def test_of_several_processes(tmp_path: Path) -> None:
             assert_equal(step(wrapped, objects), step(model(), objects), 1e-3)
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.campaign)])
+def test_a_compiled_run_goes_on_to_the_same_bits(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From what is on disk after two of four steps, with layers compiled again or not."""
+    monkeypatch.setattr(trainer, "compile_layers", partial(compile_layers, backend=EAGERLY))
+    values = NARROW | {"MODEL.BACKBONE.NAME": "build_strided_convolutions", "SOLVER.MAX_ITER": 4}
+    values |= {"MODEL.MASK_DINO.NUM_CLASSES": 1, "MODEL.MASK_DINO.DECODER.NUM_LAYERS": 1}
+    values |= {"SOLVER.STEPS": "()", "SOLVER.IMS_PER_BATCH": 2, "SOLVER.EMA.ENABLED": True}
+    words = [word for item in values.items() for word in item]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    train(tiny_config(whole, *words, "SOLVER.COMPILE", True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    part.mkdir()
+    shutil.copy(whole / "model_0000001.pth", part)
+    (part / "last_checkpoint").write_text("model_0000001.pth")
+    assert train(tiny_config(part, *words, "SOLVER.COMPILE", compiled), resume=True).start_iter == 2
+    found, expected = read_checkpoint(part), read_checkpoint(whole)
+    for kind in ("model", "ema"):
+        assert all(torch.equal(found[kind][name], x) for name, x in expected[kind].items())
 
 
 def test_names_of_weights_and_evaluation_stay() -> None:
