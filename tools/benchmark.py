@@ -15,9 +15,9 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks import data, inference, launches, model, operator, timing, training
+from benchmarks import data, engines, inference, launches, model, operator, timing, training
 
-FAMILIES = (operator, model, training, inference, data, launches)
+FAMILIES = (operator, model, training, inference, data, launches, engines)
 
 
 def build_parser() -> argparse.ArgumentParser:
