@@ -37,6 +37,14 @@ class LayerSizes:
             )
 
 
+def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
+    """Calls a function without random numbers; the backward pass calls it again.
+
+    It keeps the arguments alone, and is called again as far as its last tensor that is needed.
+    """
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention whose positional embedding enters queries and keys, not values."""
 
@@ -174,16 +182,8 @@ class MultiScaleDeformableAttention(nn.Module):
 class FeedForward(nn.Module):
     """Linear, ReLU, Linear."""
 
-    def __init__(self, sizes: LayerSizes, *, recompute: bool = False) -> None:
-        """Makes the layers.
-
-        Args:
-            sizes: of the layer.
-            recompute: whether the backward pass computes the hidden numbers, which are eight times
-                as many as the tokens', again instead of keeping them.
-        """
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.recompute = recompute
         self.linear1 = nn.Linear(sizes.hidden_dim, sizes.feedforward_dim)
         self.linear2 = nn.Linear(sizes.feedforward_dim, sizes.hidden_dim)
         for layer in (self.linear1, self.linear2):
@@ -191,11 +191,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        if self.recompute and self.training:
-            return checkpoint(self._both, x, use_reentrant=False, preserve_rng_state=False)
-        return self._both(x)
-
-    def _both(self, x: Tensor) -> Tensor:
         # As a matrix: of more dimensions the result is a view, and what changes a view in place is
         # copied twice in the backward pass.
         hidden = F.relu(self.linear1(x.flatten(0, -2)), inplace=True)

@@ -18,6 +18,7 @@ from maskdino.modeling.attention import (
     MultiScaleDeformableAttention,
     SelfAttention,
     attention_bias,
+    recomputed,
 )
 from maskdino.modeling.layers import MLP, box_sine_embedding
 from maskdino.ops.boxes import inverse_sigmoid
@@ -44,8 +45,9 @@ class DecoderState:
 class DecoderLayer(nn.Module):
     """Self-attention, deformable cross-attention, feed-forward; each with sum and LayerNorm."""
 
-    def __init__(self, sizes: LayerSizes) -> None:
+    def __init__(self, sizes: LayerSizes, *, recompute_attention: bool = False) -> None:
         super().__init__()
+        self.recompute_attention = recompute_attention
         self.self_attn = SelfAttention(sizes)
         self.self_norm = nn.LayerNorm(sizes.hidden_dim)
         self.cross_attn = MultiScaleDeformableAttention(sizes)
@@ -63,7 +65,9 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Content and position (B, Q, C), anchors (B, Q, 4) in [0, 1] to content (B, Q, C)."""
         content = self.self_norm(content + self.self_attn(content, position, mask))
-        read = self.cross_attn(content + position, memory.tokens, memory.spatial_shapes, anchors)
+        args = content + position, memory.tokens, memory.spatial_shapes, anchors
+        again = self.recompute_attention and self.training
+        read = recomputed(self.cross_attn, *args) if again else self.cross_attn(*args)
         content = self.cross_norm(content + read)
         return self.ffn_norm(content + self.ffn(content))
 
@@ -72,12 +76,15 @@ class Decoder(nn.Module):
     """Refines queries layer by layer."""
 
     @configurable
-    def __init__(self, *, num_layers: int, sizes: LayerSizes) -> None:
+    def __init__(
+        self, *, num_layers: int, sizes: LayerSizes, recompute_attention: bool = False
+    ) -> None:
         """Makes the layers.
 
         Args:
             num_layers: number of layers.
             sizes: of each layer; it looks at the `num_levels` finest levels of the memory.
+            recompute_attention: the backward pass makes each layer's values of the memory again.
         """
         super().__init__()
         hidden_dim, self.num_levels = sizes.hidden_dim, sizes.num_levels
@@ -85,7 +92,9 @@ class Decoder(nn.Module):
         self.position_head = MLP(
             input_dim=2 * hidden_dim, hidden_dim=hidden_dim, output_dim=hidden_dim, num_layers=2
         )
-        self.layers = nn.ModuleList(DecoderLayer(sizes) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(sizes, recompute_attention=recompute_attention) for _ in range(num_layers)
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -107,7 +116,11 @@ class Decoder(nn.Module):
             num_points=node.NUM_POINTS,
             feedforward_dim=node.FEEDFORWARD_DIM,
         )
-        return {"num_layers": node.NUM_LAYERS, "sizes": sizes}
+        return {
+            "num_layers": node.NUM_LAYERS,
+            "sizes": sizes,
+            "recompute_attention": cfg.MODEL.MASK_DINO.RECOMPUTE_ATTENTION,
+        }
 
     def forward(
         self,

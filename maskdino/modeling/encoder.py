@@ -12,7 +12,12 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maskdino.modeling.attention import FeedForward, LayerSizes, MultiScaleDeformableAttention
+from maskdino.modeling.attention import (
+    FeedForward,
+    LayerSizes,
+    MultiScaleDeformableAttention,
+    recomputed,
+)
 from maskdino.modeling.layers import map_sine_embedding
 from maskdino.structures import Memory, SpatialShapes
 
@@ -22,19 +27,35 @@ NORM_GROUPS = 32  # of the group norms after projections
 class EncoderLayer(nn.Module):
     """Deformable self-attention and feed-forward network, each with residual sum and LayerNorm."""
 
-    def __init__(self, sizes: LayerSizes, *, recompute_feedforward: bool = False) -> None:
+    def __init__(
+        self,
+        sizes: LayerSizes,
+        *,
+        recompute_attention: bool = False,
+        recompute_feedforward: bool = False,
+    ) -> None:
         super().__init__()
+        self.recompute_attention = recompute_attention
+        self.recompute_feedforward = recompute_feedforward
         self.self_attn = MultiScaleDeformableAttention(sizes)
         self.norm1 = nn.LayerNorm(sizes.hidden_dim)
-        self.ffn = FeedForward(sizes, recompute=recompute_feedforward)
+        self.ffn = FeedForward(sizes)
         self.norm2 = nn.LayerNorm(sizes.hidden_dim)
 
     def forward(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
         """Tokens (B, S, C) and their position (S, C) to tokens (B, S, C)."""
-        tokens = self.norm1(
-            tokens + self.self_attn(tokens + position, tokens, spatial_shapes, None)
-        )
-        return self.norm2(tokens + self.ffn(tokens))
+        args = tokens, position, spatial_shapes
+        again = self.recompute_attention and self.training
+        tokens = tokens + (recomputed(self._attend, *args) if again else self._attend(*args))
+        again = self.recompute_feedforward and self.training
+        return self.norm2(recomputed(self._feed, tokens) if again else self._feed(tokens))
+
+    def _attend(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
+        return self.self_attn(tokens + position, tokens, spatial_shapes, None)
+
+    def _feed(self, tokens: Tensor) -> Tensor:
+        tokens = self.norm1(tokens)
+        return tokens + self.ffn(tokens)
 
 
 class MultiScaleDeformableEncoder(nn.Module):
@@ -50,6 +71,7 @@ class MultiScaleDeformableEncoder(nn.Module):
         sizes: LayerSizes,
         activation_checkpoint: bool,
         recompute_feedforward: bool,
+        recompute_attention: bool = False,
     ) -> None:
         """Makes projections and layers.
 
@@ -62,6 +84,7 @@ class MultiScaleDeformableEncoder(nn.Module):
                 time.
             recompute_feedforward: recompute the hidden numbers of feed-forward networks alone: a
                 good part of this memory for little time.
+            recompute_attention: recompute what deformable attention reads and gives, likewise.
 
         Raises:
             KeyError: if the backbone lacks one of `in_features`.
@@ -88,7 +111,11 @@ class MultiScaleDeformableEncoder(nn.Module):
         self.num_heads = sizes.num_heads
         self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim))
         self.layers = nn.ModuleList(
-            EncoderLayer(sizes, recompute_feedforward=recompute_feedforward)
+            EncoderLayer(
+                sizes,
+                recompute_attention=recompute_attention,
+                recompute_feedforward=recompute_feedforward,
+            )
             for _ in range(num_layers)
         )
 
@@ -109,6 +136,7 @@ class MultiScaleDeformableEncoder(nn.Module):
             ),
             "activation_checkpoint": node.ACTIVATION_CHECKPOINT,
             "recompute_feedforward": node.RECOMPUTE_FEEDFORWARD,
+            "recompute_attention": cfg.MODEL.MASK_DINO.RECOMPUTE_ATTENTION,
         }
 
     def forward(self, features: dict[str, Tensor]) -> Memory:

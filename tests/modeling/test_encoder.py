@@ -47,10 +47,13 @@ def test_images_of_a_batch_do_not_mix() -> None:
         torch.testing.assert_close(both[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("key", ["ACTIVATION_CHECKPOINT", "RECOMPUTE_FEEDFORWARD"])
+@pytest.mark.parametrize(
+    "key",
+    ["ENCODER__ACTIVATION_CHECKPOINT", "ENCODER__RECOMPUTE_FEEDFORWARD", "RECOMPUTE_ATTENTION"],
+)
 def test_recomputing_changes_nothing_but_memory(key: str) -> None:
     plain = MultiScaleDeformableEncoder(tiny_cfg(ENCODER__NUM_LAYERS=2), SHAPE)
-    cfg = tiny_cfg(ENCODER__NUM_LAYERS=2, **{f"ENCODER__{key}": True})
+    cfg = tiny_cfg(ENCODER__NUM_LAYERS=2, **{key: True})
     saving = MultiScaleDeformableEncoder(cfg, SHAPE)
     saving.load_state_dict(plain.state_dict())
     inputs = features(64, 64)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
 
 
 def test_operators_agree_and_every_column_is_filled(repository: Path) -> None:
@@ -55,7 +58,7 @@ def test_families(repository: Path, tmp_path: Path, family: str) -> None:
     if family == "train":
         assert all(float(row["largest difference of a gradient"]) < 1e-4 for row in rows)
         kept = [float(row["kept for backward"].split()[0]) for row in rows]
-        assert kept[0] > kept[1] > kept[2]
+        assert kept[0] > kept[1] > kept[2] and kept[0] > kept[3]
     elif family == "infer":
         of_networks = [
             row["largest relative difference"] for row in rows if "network" in row["stage"]
@@ -77,3 +80,21 @@ def test_a_peer_that_is_not_there(repository: Path) -> None:
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "--peer nowhere:mapper: No module named 'nowhere'" in result.stderr
+
+
+def test_arguments_of_what_is_recomputed_are_kept(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(repository / "tools")
+    training = importlib.import_module("benchmarks.training")
+    weight = torch.ones(1 << 18, requires_grad=True)  # 1 MiB
+
+    def step() -> None:
+        (2 * weight).sin_().square().sum().backward()
+
+    def recomputing() -> None:
+        argument = 2 * weight
+        checkpoint(lambda x: x.exp().sin().square().sum(), argument, use_reentrant=False).backward()
+
+    assert training.kept_mebibytes(recomputing) == pytest.approx(1, abs=0.01)  # not exp and sin
+    assert training.kept_mebibytes(step) == pytest.approx(2, abs=0.01)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.model import drawn_input
 from benchmarks.report import Report, load_peer
@@ -18,11 +21,13 @@ from maskdino.model import MaskDINO
 
 NAME = "train"
 HELP = "a training step: batch, objects, precision, compiled layers, memory"
-ENCODER = "MODEL.MASK_DINO.ENCODER."
+NODE = "MODEL.MASK_DINO."
+FEEDFORWARD = [NODE + "ENCODER.RECOMPUTE_FEEDFORWARD", "True"]
 FORMS = {  # keys by the form's name
     "as configured": [],
-    "feed-forward recomputed": [ENCODER + "RECOMPUTE_FEEDFORWARD", "True"],
-    "encoder layers recomputed": [ENCODER + "ACTIVATION_CHECKPOINT", "True"],
+    "feed-forward recomputed": FEEDFORWARD,
+    "attention too": [*FEEDFORWARD, NODE + "RECOMPUTE_ATTENTION", "True"],
+    "encoder layers recomputed": [NODE + "ENCODER.ACTIVATION_CHECKPOINT", "True"],
 }
 SEED = 7  # of the points and the noise that a step draws
 
@@ -140,16 +145,38 @@ def _difference(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 
 
 def kept_mebibytes(step: Callable[[], Any]) -> float:
-    """What a step's forward pass keeps for its backward pass, each piece of memory once."""
-    seen: dict[int, int] = {}
+    """What a step's forward pass made and left for its backward pass, each piece of memory once.
 
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        in_backward = torch._C._current_graph_task_id() != -1  # where things are recomputed
-        if not (in_backward or (x.is_leaf and x.requires_grad)):
-            seen[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    Also what autograd's hooks for saved tensors do not see: arguments of what is recomputed, and
+    what functions keep in their own way.
+    """
+    with _Made() as made:
         step()
-    return sum(seen.values()) / MEBIBYTE
+    return made.left / MEBIBYTE
+
+
+class _Made(TorchDispatchMode):
+    """Notes the memory of tensors that are made, and how much is left as a backward pass begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.left = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch._C._current_graph_task_id() != -1:  # in the backward pass
+            if not self.left:
+                self.left = sum(n for storage, n in self.made.values() if not storage.expired())
+            return func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _has_memory(x)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if _has_memory(x) and (storage := x.untyped_storage())._cdata not in given:
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+
+def _has_memory(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.layout == torch.strided
