@@ -87,6 +87,10 @@ def test_jitter_refuses_nonsense(arguments: tuple) -> None:
         LargeScaleJitter(*arguments)
 
 
+def test_jitter_takes_the_smallest_size_that_there_is() -> None:
+    assert LargeScaleJitter((1, 1), 1, 1).size == (1, 1)
+
+
 def test_transposition_agrees_on_images_points_and_boxes() -> None:
     image = np.zeros((10, 20), np.uint8)
     image[2:5, 7:15] = 1
