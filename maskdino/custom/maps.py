@@ -97,7 +97,7 @@ class Encoding:
         Raises:
             Problem: it cannot be read, or has pixels of no class.
         """
-        values, colors = _read(path, gray_colors=self._colors is not None)
+        values, colors, mode = _read(path, gray_colors=self._colors is not None)
         if colors is not None and self._colors is not None:
             found = self._colors[ids_of_colors(colors)] - np.int16(1)
             if (found >= 0).all():
@@ -105,7 +105,6 @@ class Encoding:
         if values is None:
             assert colors is not None
             raise self._wrong_color(colors, path)
-        plain = values.dtype == np.uint8
         if values.min() < 0 or values.max() >= len(self._values):
             found = np.full(values.shape, UNKNOWN, np.int16)
         else:
@@ -120,7 +119,7 @@ class Encoding:
                 "is ignored",
             )
         classes = found.astype(np.uint8)
-        return classes, plain and np.array_equal(classes, values)
+        return classes, mode in ("L", "P") and np.array_equal(classes, values)
 
     def _wrong_color(self, colors: np.ndarray, path: Path) -> Problem:
         ids = np.unique(ids_of_colors(colors))
@@ -212,7 +211,7 @@ def segments_of(path: Path) -> dict[int, int]:
 
 def values_of(path: Path) -> list[str]:
     """What the pixels of a label image are, for messages: values or colors, each once."""
-    values, colors = _read(path, gray_colors=False)
+    values, colors, _ = _read(path, gray_colors=False)
     if values is not None:
         return [str(x) for x in np.unique(values).tolist()]
     assert colors is not None
@@ -220,28 +219,28 @@ def values_of(path: Path) -> list[str]:
     return [str(tuple(color)) for color in found.tolist()]
 
 
-def _read(path: Path, *, gray_colors: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Values (H, W) of one channel, and colors (H, W, 3) uint8 of three channels.
+def _read(path: Path, *, gray_colors: bool) -> tuple[np.ndarray | None, np.ndarray | None, str]:
+    """Values (H, W) of one channel, colors (H, W, 3) uint8 of three, and Pillow's mode of the file.
 
     An image whose three channels are equal has both; so has one of one channel of 8 bits, or with a
     palette, if `gray_colors`.
     """
     try:
         with Image.open(path) as image:
-            if image.mode in ("LA", "PA"):
-                image = image.convert(image.mode[0])
-            if image.mode in ("1", "L", "P"):
-                values = np.array(image, np.uint8)
-                return values, np.array(image.convert("RGB")) if gray_colors else None
-            if image.mode.startswith("I"):
-                return np.array(image), None
-            if image.mode not in ("RGB", "RGBA"):
-                raise ValueError(f"pixels of type {image.mode}; values or colors are needed")
+            mode = image.mode
+            if mode in ("1", "L", "P", "LA", "PA"):
+                first = image.getchannel(0) if mode in ("LA", "PA") else image
+                values = np.array(first).astype(np.uint8)
+                return values, np.array(image.convert("RGB")) if gray_colors else None, mode
+            if mode.startswith("I"):
+                return np.array(image), None, mode
+            if mode not in ("RGB", "RGBA"):
+                raise ValueError(f"pixels of type {mode}; values or colors are needed")
             colors = np.array(image.convert("RGB"))
     except BROKEN as error:
         raise _unreadable(path, error) from error
     gray = (colors == colors[..., :1]).all()
-    return colors[..., 0] if gray else None, colors
+    return colors[..., 0] if gray else None, colors, mode
 
 
 def _unreadable(path: Path, error: Exception) -> Problem:

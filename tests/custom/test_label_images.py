@@ -68,6 +68,13 @@ def write_palette(root: Path) -> None:
         image.save(path)
 
 
+def write_modes(root: Path) -> None:
+    """Three equal channels, or transparency: training reads neither."""
+    write_semantic(root)
+    for i, path in enumerate(sorted((root / "labels").iterdir())):
+        Image.open(path).convert("RGB" if i % 2 else "LA").save(path)
+
+
 def colored(labels: np.ndarray) -> np.ndarray:
     table = np.zeros((256, 3), np.uint8)
     table[: len(COLORS)] = COLORS
@@ -121,6 +128,7 @@ def read(root: Path, **more: object) -> OwnData:
     [
         (write_semantic, True),
         (write_palette, True),
+        (write_modes, False),
         (write_cvat, False),
         (write_roboflow, True),
         (write_sparse, False),

@@ -18,7 +18,7 @@ from maskdino.custom.annotations import Annotations
 from maskdino.custom.checks import Finding
 from maskdino.custom.formats.class_names import HOW, asked_classes, find_classes
 from maskdino.custom.formats.collect import Dataset, Part, Unreadable
-from maskdino.custom.formats.files import TEST, Tree, image_size
+from maskdino.custom.formats.files import TEST, TRAIN, Tree, image_size
 from maskdino.custom.formats.voc import listed_splits
 from maskdino.custom.maps import IGNORED, MAP, Encoding, Maps, Problem, in_threads, values_of
 from maskdino.data import DataError
@@ -113,7 +113,7 @@ def read_semantic(tree: Tree, labels: Tree, classes: str | None) -> Dataset:
         if split == TEST:  # labels of test images are often not given away
             own = [pair for pair in own if pair.label is not None]
         parts[split] = _part(own, tree, labels, encoding)
-    next(iter(parts.values())).findings += lost
+    (parts.get(TRAIN) or next(iter(parts.values()))).findings += lost
     _check_ignored(parts, found, labels)
     return Dataset(KIND, labels.root, parts, notes)
 
