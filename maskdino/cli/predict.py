@@ -145,7 +145,7 @@ def draw_images(
         wanted: what else is made of them.
 
     Returns:
-        A message for each image that could not be read or drawn.
+        A message for each image that could not be read.
     """
     failures: list[str] = []
 
@@ -158,8 +158,7 @@ def draw_images(
                 bar.update()
 
     def write(result: ImageResult) -> None:
-        problem = wanted.write(result, outputs[Path(result.name)])
-        failures.extend([problem] if problem else [])
+        wanted.write(result, outputs[Path(result.name)])
         bar.update()
 
     at_once = predictor.options.batch_size if wanted.slices is None else 1

@@ -18,6 +18,7 @@ from itertools import pairwise, product
 import numpy as np
 
 from maskdino.inference.parts import Slice, Window
+from maskdino.ops.runs import release
 from maskdino.system.errors import WriteError
 
 IN_MEMORY = 1 << 28  # bytes of a map that is not worth a file
@@ -38,7 +39,6 @@ class LargeMap:
         Raises:
             WriteError: there is no room for the file.
         """
-        self._file: mmap.mmap | None = None
         needed = math.prod(size) * np.dtype(dtype).itemsize
         if needed <= IN_MEMORY:
             self.array: np.ndarray = np.zeros(size, dtype)
@@ -48,18 +48,17 @@ class LargeMap:
                 if hasattr(os, "posix_fallocate"):  # else a full disk ends the process, later
                     os.posix_fallocate(file.fileno(), 0, needed)
                 file.truncate(needed)
-                self._file = mmap.mmap(file.fileno(), needed)
+                mapped = mmap.mmap(file.fileno(), needed)
         except OSError as error:
             raise WriteError(
                 f"a map of {needed / 1e6:.0f} MB has no room in {tempfile.gettempdir()}: {error}; "
                 "the variable TMPDIR names another folder"
             ) from error
-        self.array = np.frombuffer(self._file, dtype).reshape(size)
+        self.array = np.frombuffer(mapped, dtype).reshape(size)
 
     def let_go(self) -> None:
         """What was written need not stay in memory."""
-        if self._file is not None and hasattr(self._file, "madvise"):
-            self._file.madvise(mmap.MADV_DONTNEED)
+        release(self.array)
 
     def strips(self) -> Iterator[np.ndarray]:
         """Views (h, W) of rows, one after the other."""

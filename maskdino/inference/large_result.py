@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from maskdino.inference.tiles import TiledImage
-from maskdino.ops.runs import crop_mask, encode_at
+from maskdino.ops.runs import crop_mask, encode_at, release
 from maskdino.visualization.results import ImageResult
 
 LONGEST_DRAWN = 6000  # pixels of the longer edge of a drawing
+ROWS_AT_ONCE = 256  # of a map
 PIXELS_AT_ONCE = 1 << 24  # of the image that are read for it
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,12 @@ class LargeResult(ImageResult):
     """
 
     tiled: TiledImage | None = None
+
+    @property
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8 RGB, all of it."""
+        assert self.tiled is not None
+        return self.tiled.part(*(slice(0, edge) for edge in self.size))
 
     def draw(self, task: str | None = None, **drawing: Any) -> np.ndarray:
         """Draws on the image, see `ImageResult.draw`; (H / f, W / f, 3) uint8 RGB, rounded up."""
@@ -54,7 +61,7 @@ class LargeResult(ImageResult):
         )
         plain = ImageResult(**{x.name: getattr(self, x.name) for x in fields(ImageResult)})
         parts: dict[str, Any] = {
-            name: None if (whole := getattr(self, name)) is None else whole[rows][:, columns]
+            name: None if (whole := getattr(self, name)) is None else _taken(whole, rows, columns)
             for name in ("panoptic_ids", "label_map")
         }
         if self.boxes is not None:
@@ -65,6 +72,17 @@ class LargeResult(ImageResult):
 
     def _factor(self, longest: int) -> int:
         return max(1, -(-max(self.size) // longest))
+
+
+def _taken(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Some rows and columns of a map that may lie in a file."""
+    taken = np.empty((len(rows), len(columns)), array.dtype)
+    for i, row in enumerate(rows.tolist()):
+        taken[i] = array[row, columns]
+        if i % ROWS_AT_ONCE == 0:
+            release(array)
+    release(array)
+    return taken
 
 
 def _read_smaller(image: TiledImage, factor: int, size: tuple[int, int]) -> np.ndarray:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from maskdino.inference.labels import ClassThresholds, CocoLabels
 from maskdino.inference.predictor import MaskDINOPredictor
@@ -50,17 +49,12 @@ class Wanted:
             for (path, _), result in zip(batch, results, strict=True)
         ]
 
-    def write(self, result: ImageResult, target: Path | None) -> str:
-        """Writes all that is wanted; returns what could not be done, or ""."""
+    def write(self, result: ImageResult, target: Path | None) -> None:
+        """Writes all that is wanted."""
         if self.labels is not None:
             self.labels.add(Path(result.name), result)
         if target is None:
-            return ""
-        limit = Image.MAX_IMAGE_PIXELS
-        too_large = limit is not None and result.size[0] * result.size[1] > 2 * limit
-        if not too_large:
-            result.save(target)
-        if self.json or too_large:
+            return
+        result.save(target)
+        if self.json:
             result.save(json_beside(target))
-        where = json_beside(target)
-        return f"image {result.name} is too large to be drawn; see {where}" if too_large else ""

@@ -7,6 +7,7 @@ Shape key: H, W pixels of the image; h, w of a part of it; R runs.
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict
 
 import numpy as np
@@ -81,6 +82,16 @@ def crop_mask(rle: dict) -> tuple[np.ndarray, tuple[int, int]]:
     return np.ascontiguousarray(inside.T), (top, left)
 
 
+def release(array: np.ndarray) -> None:
+    """Pages of an array in a mapped file, as far as they were read or written, leave the memory."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if isinstance(base, mmap.mmap) and hasattr(base, "madvise"):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 def encode_map(labels: np.ndarray) -> dict[int, dict]:
     """Where each number stands in a map (H, W) of integers, in COCO's compressed form.
 
@@ -99,5 +110,6 @@ def encode_map(labels: np.ndarray) -> dict[int, dict]:
         seen, begins = np.unique(numbers[order], return_index=True)
         for number, part in zip(seen.tolist(), np.split(runs[order], begins[1:]), strict=True):
             found[number].append(part)
+        release(labels)
     size = height, width
     return {number: rle_of(np.concatenate(parts), size) for number, parts in sorted(found.items())}

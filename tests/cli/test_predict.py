@@ -18,7 +18,7 @@ from PIL import Image
 from maskdino.cli import predict
 from maskdino.custom.annotations import read_annotations
 from maskdino.custom.checks import check
-from maskdino.inference import streams, video
+from maskdino.inference import large_result, streams, video
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from tests.helpers import tiny_cfg
@@ -404,16 +404,16 @@ def test_one_dataset_of_all_images(
 def test_large_images_in_slices(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What Pillow holds for an attack is predicted, but not drawn."""
+    """What Pillow holds for an attack is predicted, and drawn scaled down."""
     save_image(tmp_path / "in" / "small.png")
     Image.new("RGB", (300, 200)).save(tmp_path / "in" / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    assert run("--input", tmp_path / "in", "--slice", "96", "--overlap", "0.3") == 1
-    assert "large.png is too large to be drawn; see" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "large.png.json",
-        "small.png",
-    ]
+    monkeypatch.setattr(large_result, "LONGEST_DRAWN", 101)
+    words = ["--slice", "96", "--overlap", "0.3", "--json"]
+    assert run("--input", tmp_path / "in", *words) == 0
+    assert "2 of 2 files drawn" in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "large.png") as drawn:
+        assert drawn.size == (100, 67)
     saved = json.loads((tmp_path / "out" / "large.png.json").read_text())
     assert (saved["height"], saved["width"]) == (200, 300) and saved["instance"]
 

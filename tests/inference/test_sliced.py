@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -230,27 +229,6 @@ def test_boxes_alone_are_joined() -> None:
     assert result.rles is None
     found = sorted(result.boxes.tolist())
     assert found == [[10, 40, 290, 50], [85, 70, 97, 80]]
-
-
-def test_memory_does_not_grow_with_objects_times_pixels(tmp_path: Path) -> None:
-    """A mapped file of 36 million pixels with 900 objects: as masks they were 32 GB."""
-    path = tmp_path / "large.ppm"
-    with path.open("wb") as file:
-        file.write(b"P6 6000 6000 255\n")
-        row = np.zeros((200, 6000, 3), np.uint8)
-        for i in range(30):
-            for j in range(30):
-                paint(row, 1 + 30 * i + j, (slice(50, 150), slice(200 * j + 50, 200 * j + 150)))
-            file.write(row.tobytes())
-    image = TiledImage(path)
-    assert not image.whole and image.size == (6000, 6000)
-    tracemalloc.start()
-    result = predict_sliced(Oracle(), image, size=500, overlap=0.2, name="large", progress=False)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(result) == 900
-    assert {int(mask_utils.area(rle)) for rle in result.rles} == {10000}
-    assert peak < 60e6  # of 108 MB that the image has
 
 
 def test_a_slice_that_is_larger_than_the_image_is_said_once(

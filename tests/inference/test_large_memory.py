@@ -1,0 +1,114 @@
+"""Memory of large images in slices: neither the image, nor a mask of its size, is in it."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+from maskdino.inference import class_maps, large_result
+from maskdino.inference.class_maps import LargeMap
+from maskdino.inference.sliced import predict_sliced
+from maskdino.inference.tiles import TiledImage
+from maskdino.ops.rle import encode_mask
+from maskdino.system.errors import WriteError
+from maskdino.visualization.results import ImageResult
+from tests.inference.large_mosaic import CATEGORIES, see, seen, write_tiff
+from tests.memory import in_child, needs_linux
+
+SIDE = 2048
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])
+def test_a_large_image_is_never_whole_in_memory(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image has 12.6 MB, a mask of its size 4.2 MB, and a map of segments 16.8 MB."""
+    write_tiff(tmp_path / "large.tif", SIDE)
+    monkeypatch.setattr(class_maps, "IN_MEMORY", 1 << 16)
+    monkeypatch.setattr(large_result, "LONGEST_DRAWN", SIDE // 8)
+    monkeypatch.setattr(large_result, "PIXELS_AT_ONCE", 1 << 18)
+    monkeypatch.setattr("maskdino.ops.runs.PIXELS_AT_ONCE", 1 << 16)
+    image = TiledImage(tmp_path / "large.tif")
+    predict = partial(seen, (task,))
+    tracemalloc.start()
+    result = predict_sliced(predict, image, size=256, overlap=0.2, name="large", progress=False)
+    _, predicted = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    drawn, found = result.draw(task), result.to_dict()[task]
+    _, made = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert result.size == (SIDE, SIDE) and drawn.shape == (SIDE // 8, SIDE // 8, 3)
+    assert len(found) == 3 if task == "semantic" else len(found) > 10
+    assert predicted < 4e6
+    assert made < 6e6
+    # What the whole image shows, where that is the same.
+    whole = see((task,), image.part(slice(0, SIDE), slice(0, SIDE)))
+    if task == "semantic":
+        np.testing.assert_array_equal(result.label_map, whole.label_map)
+    else:
+        assert len(found) >= 0.95 * len(whole)
+
+
+def test_a_scaled_down_result_is_that_of_the_scaled_down_image(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", 515)  # no multiple of the factor
+    image = TiledImage(tmp_path / "a.tif")
+    predict = partial(seen, ("instance", "semantic"))
+    result = predict_sliced(predict, image, size=256, overlap=0.2, name="a", progress=False)
+    small = result.scaled_down(200)
+    assert small.size == (172, 172) and len(small) == len(result) > 0
+    np.testing.assert_array_equal(
+        small.image, np.asarray(Image.open(tmp_path / "a.tif").convert("RGB").reduce(3))
+    )
+    for mask, own, box in zip(small.masks, result.masks, small.boxes, strict=True):
+        share = np.pad(own, (0, 1)).reshape(172, 3, 172, 3).mean((1, 3))
+        np.testing.assert_array_equal(mask, share >= 0.5)
+        assert abs(mask_utils.toBbox(encode_mask(mask))[:2] - box[:2]).max() <= 1
+    assert (small.label_map == result.label_map[1::3, 1::3][:172, :172]).all()
+    assert result.scaled_down(515).size == (515, 515)
+
+
+def test_classes_are_the_largest_sums_of_weighted_scores() -> None:
+    """Two slices disagree, and what is second best to both is best where both count alike."""
+    answers = iter(([0.5, 0.4, 0.1, 0], [0.1, 0.4, 0.5, 0]))
+
+    def predict(images: Iterable[np.ndarray]) -> Iterator[ImageResult]:
+        for image in images:
+            scores = np.zeros((4, 100, 100), np.float16) + np.array(next(answers))[:, None, None]
+            maps = {"label_map": scores.argmax(0).astype(np.uint8), "class_scores": scores}
+            yield ImageResult("slice", image.shape[:2], CATEGORIES, **maps)
+
+    image = TiledImage(np.zeros((100, 180, 3), np.uint8))
+    result = predict_sliced(predict, image, size=100, overlap=0.2, name="a", progress=False)
+    assert result.class_scores is None
+    labels = result.label_map[50].tolist()
+    assert (result.label_map == labels).all()
+    assert labels == sorted(labels) and labels[90] == 1
+    assert 80 < labels.index(1) < 90 < labels.index(2) < 100
+
+
+def test_no_room_for_a_map_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_number: int, _begin: int, _size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(class_maps, "IN_MEMORY", 10)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(WriteError, match="a map of 4 MB has no room in .*No space left.*TMPDIR"):
+        LargeMap((1000, 1000), np.int32)
+
+
+@needs_linux
+@pytest.mark.campaign
+@pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])
+def test_memory_at_20000_pixels_squared(task: str) -> None:
+    """The image has 1.2 GB, a mask of its size 0.4 GB, a map of segments 1.6 GB."""
+    found = in_child("tests.inference.large_mosaic", "20000", task)
+    print(task, found)  # noqa: T201 - figures for the record, shown by -rP
+    assert found["width"] == 5000
+    assert found["most"] - found["before"] < 1000
