@@ -126,6 +126,7 @@ def test_boxes_without_masks(make_cfg: Callable, make_dict: Callable) -> None:
     instances = mapper(make_dict(*boxes))["instances"]
     assert instances.gt_boxes.tensor.tolist() == [[20, 16, 140, 100], [6, 8, 8, 10]]
     assert not instances.has("gt_masks")
+    assert instances.gt_has_mask.tolist() == [False, False]
 
 
 def test_some_masks(make_cfg: Callable, make_dict: Callable) -> None:
