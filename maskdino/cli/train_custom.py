@@ -22,7 +22,7 @@ import torch
 from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.cli.visualize import CONFIDENCE, draw_comparisons
 from maskdino.config import load_config
-from maskdino.custom import TASKS, Request, Run, plan_run, train_run
+from maskdino.custom import TASKS, Request, Run, plan_run, register_prepared, train_run
 from maskdino.engine.launch import launch
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
@@ -132,6 +132,8 @@ def prepare(args: argparse.Namespace) -> Run:
 def finish(run: Run, num_pictures: int) -> None:
     """Prints the result, draws predictions, and tells where everything is."""
     print(f"\n{run.results()}\n")
+    register_prepared(run.output)  # several processes have done so in their own memory
+    run.write_report()
     if num_pictures > 0:
         (dataset,) = load_config(str(run.config)).DATASETS.TEST
         predictor = MaskDINOPredictor.from_config(
@@ -143,6 +145,7 @@ def finish(run: Run, num_pictures: int) -> None:
         (run.config, "the whole configuration"),
         (run.output / "best" / "history.json", "results of all evaluations, of each class"),
         (run.drawings, "predictions beside ground truth"),
+        (run.report, "page about the last evaluation: curves, errors, best and worst images"),
         (run.output / "metrics.json", "losses and results over time"),
         (run.output / "data", "annotations as they were trained on, and what was found in them"),
     ):

@@ -32,7 +32,9 @@ from maskdino.custom.request import Request
 from maskdino.custom.training import CustomTrainer, Plan
 from maskdino.data import DataError
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
+from maskdino.engine.evaluating import write_results
 from maskdino.engine.run_folder import locked, open_logs
+from maskdino.evaluation.report import write_report
 from maskdino.integration.extensions import config_header
 from maskdino.model_zoo import read_config
 
@@ -67,21 +69,40 @@ class Run:
         """Folder of predictions beside ground truth."""
         return self.output / "predictions"
 
+    @property
+    def report(self) -> Path:
+        """The page about the last evaluation."""
+        return self.output / "report.html"
+
     def is_planned(self) -> bool:
         """Whether there is something that could be resumed."""
         return self.config.is_file()
 
     def results(self) -> str:
         """A table of the best evaluation."""
-        judged = load_config(str(self.config)).SOLVER.BEST
-        path = self.output / BEST_FOLDER / HISTORY_NAME
-        best = History.read(path, judged.METRIC, judged.LOWER_IS_BETTER).best
+        best = self._history(load_config(str(self.config))).best
         if best is None:
             return "no evaluation yet"
         summary = summarize(prepared_files(self.output)[VALIDATION_NAME].read())
         title = f"{QUALITIES[summary.task]} on the validation images, in percent, best of all "
         title += f"evaluations (iteration {best.iteration + 1}):"
         return f"{title}\n{results_text(best, summary)}"
+
+    def write_report(self) -> None:
+        """Writes a page about the last evaluation, whose predictions are there, if there was one.
+
+        The datasets must be registered.
+        """
+        cfg = load_config(str(self.config))
+        evaluations = self._history(cfg).evaluations
+        if evaluations:
+            write_results(str(self.output), evaluations[-1].results)
+            write_report(self.report, cfg.DATASETS.TEST[0], self.output)
+
+    def _history(self, cfg: CfgNode) -> History:
+        judged = cfg.SOLVER.BEST
+        path = self.output / BEST_FOLDER / HISTORY_NAME
+        return History.read(path, judged.METRIC, judged.LOWER_IS_BETTER)
 
 
 def plan_run(request: Request) -> tuple[Run, str]:

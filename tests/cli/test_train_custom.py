@@ -139,6 +139,8 @@ def test_other_tasks_from_folder_to_result(
     assert any(line[1:2] == [column] for line in lines)
     assert all(any(line[:1] == [name] for line in lines) for name in ("all", *STRIPES))
     assert len(list((out / "predictions").glob("*.png"))) == 1
+    assert column in (out / "report.html").read_text()
+    assert f"{out / 'report.html'}: page about the last evaluation" in printed
     cfg = load_config(str(out / "config.yaml"))
     assert metric == cfg.SOLVER.BEST.METRIC
     history = History.read(out / "best" / "history.json", metric)
