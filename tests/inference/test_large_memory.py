@@ -111,4 +111,6 @@ def test_memory_at_20000_pixels_squared(task: str) -> None:
     found = in_child("tests.inference.large_mosaic", "20000", task)
     print(task, found)  # noqa: T201 - figures for the record, shown by -rP
     assert found["width"] == 5000
-    assert found["most"] - found["before"] < 1000
+    assert found["predicted"] - found["before"] < 400
+    if task == "instance":  # the stand-in's maps have far more edges than those of a model
+        assert found["most"] - found["before"] < 600
