@@ -6,7 +6,10 @@ attention mask, which is laid out for the padded map, no longer separates them. 
 weights trained in one) pad first.
 """
 
+from collections.abc import Callable
+
 import timm
+import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from torch import Tensor, nn
@@ -34,8 +37,7 @@ class SwinBlock(SwinTransformerBlock):
 
     def _attn(self, x: Tensor) -> Tensor:
         """Window attention of a map (B, H, W, C), float, of any size; returns the same shape."""
-        height, width = x.shape[1:3]
-        return super()._attn(_whole_windows(x, self.window_size))[:, :height, :width]
+        return _window_attention(x, self.window_size, self.shift_size, self.attn)
 
 
 class SwinV2Block(SwinTransformerV2Block):
@@ -43,14 +45,59 @@ class SwinV2Block(SwinTransformerV2Block):
 
     def _attn(self, x: Tensor) -> Tensor:
         """Window attention of a map (B, H, W, C), float, of any size; returns the same shape."""
-        height, width = x.shape[1:3]
-        return super()._attn(_whole_windows(x, self.window_size))[:, :height, :width]
+        return _window_attention(x, self.window_size, self.shift_size, self.attn)
 
 
-def _whole_windows(x: Tensor, window_size: tuple[int, int]) -> Tensor:
-    """Pads a map (B, H, W, C) at the right and at the bottom."""
-    (height, width), (window_height, window_width) = x.shape[1:3], window_size
-    return F.pad(x, (0, 0, 0, -width % window_width, 0, -height % window_height))
+def _window_attention(
+    x: Tensor, window: tuple[int, int], shift: tuple[int, int], attend: Callable[..., Tensor]
+) -> Tensor:
+    """Attention within windows of a map that is padded to whole ones, then rolled.
+
+    All sizes are products of the numbers of windows. timm's remainders of remainders, and parts of
+    a mask one by one, are what a tracer for any size does not come to an end with.
+
+    Args:
+        x: (B, H, W, C).
+        window: (height, width) in cells, N together.
+        shift: by how many cells the map is rolled up and to the left.
+        attend: gets windows (B * rows * columns, N, C) and what is added to their scores.
+
+    Returns:
+        (B, H, W, C).
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = (height + window[0] - 1) // window[0], (width + window[1] - 1) // window[1]
+    x = F.pad(x, (0, 0, 0, columns * window[1] - width, 0, rows * window[0] - height))
+    mask = None
+    if any(shift):
+        x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
+        mask = _between_halves(x, (rows, columns), window, shift)
+    x = x.view(batch, rows, window[0], columns, window[1], channels).transpose(2, 3)
+    x = attend(x.reshape(batch * rows * columns, window[0] * window[1], channels), mask=mask)
+    x = x.view(batch, rows, columns, *window, channels).transpose(2, 3)
+    x = x.reshape(batch, rows * window[0], columns * window[1], channels)
+    if any(shift):
+        x = x.roll(shift, dims=(1, 2))
+    if not torch.compiler.is_compiling():
+        return x[:, :height, :width]
+    # A tracer asks of a slice whether it is the whole, and the program then takes no other sizes.
+    x = x.index_select(1, torch.arange(height, device=x.device))
+    return x.index_select(2, torch.arange(width, device=x.device))
+
+
+def _between_halves(
+    like: Tensor, counts: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """(rows * columns, N, N): -100 between cells that only the roll made neighbors, else 0."""
+    came_around = []
+    for count, cells, rolled in zip(counts, window, shift, strict=True):
+        last = torch.arange(count, device=like.device) == count - 1
+        late = torch.arange(cells, device=like.device) >= cells - rolled
+        came_around.append((last[:, None] & late).to(like.dtype))
+    below, right = came_around  # (rows, window height), (columns, window width)
+    part = 2 * below[:, None, :, None] + right[:, None]  # (rows, columns, height, width)
+    part = part.view(counts[0] * counts[1], window[0] * window[1])
+    return -100.0 * (part[:, None] != part[:, :, None]).to(like.dtype)
 
 
 def pad_before_shift(model: nn.Module) -> None:

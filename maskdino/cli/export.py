@@ -18,8 +18,7 @@ program is compared, and the graph is checked. With --sampling gather the graph 
 GridSample, which some engines compute wrongly (docs/export.md). Of a float16 program the objects
 count: 95 % of the model's (score 0.3 and more) must be seen, of the same class, at IoU 0.9 or more.
 
-The batch size always varies, and so do height and width (multiples of 32) without --size, which
-backbones with windows (Swin) make a matter of patience.
+The batch size always varies, and so do height and width (multiples of 32) without --size.
 """
 
 from __future__ import annotations
@@ -254,11 +253,6 @@ def run(args: argparse.Namespace) -> None:
     options = ExportOptions(
         args.outputs, args.mask_size, args.size and tuple(args.size), args.sampling, args.precision
     )
-    if options.size is None and any(hasattr(m, "window_size") for m in model.modules()):
-        print(
-            "this backbone attends in windows: to trace it for any size takes PyTorch a quarter of "
-            "an hour and more; --size HEIGHT WIDTH is a matter of minutes"
-        )
     sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     batches = image_batches(args.images, model, options, sizes, cfg.INPUT.FORMAT)
     traced, content = export(model, options, args.format, args.opset, cfg.dump())

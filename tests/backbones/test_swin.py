@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from maskdino.backbones import build_backbone, convert_swin
 from maskdino.backbones.swin import SwinBlock, SwinV2Block, pad_before_shift
 from maskdino.config import add_maskdino_config
+from maskdino.export.trace import traces_any_size
 from tests.conftest import load_module
 
 
@@ -162,6 +163,27 @@ def test_opposite_borders_do_not_see_each_other(block_class: type) -> None:
     assert difference[:2, :2].min() > 1e-6  # the corner window
     difference[:2, :2] = 0
     assert difference.max() < 1e-6
+
+
+@pytest.mark.skipif(not traces_any_size(), reason="this PyTorch traces programs of one size alone")
+@pytest.mark.parametrize("block_class", [SwinBlock, SwinV2Block])
+@torch.no_grad()
+def test_a_shifted_block_is_a_short_program_for_any_size(block_class: type) -> None:
+    """Each size is the number of windows times theirs; or Swin-T takes a tracer beyond patience."""
+    sizes = {"window_size": 4, "shift_size": 2, "always_partition": True, "dynamic_mask": True}
+    block = block_class(8, (12, 12), num_heads=2, **sizes).eval()
+    height, width = (torch.export.Dim(name, min=5, max=512) for name in ("height", "width"))
+    program = torch.export.export(
+        block,
+        (torch.randn(1, 10, 15, 8),),
+        dynamic_shapes={"x": {1: height, 2: width}},
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    assert len(program.graph.nodes) < 200
+    for size in ((8, 8), (9, 31), (17, 6)):
+        features = torch.randn(1, *size, 8)
+        torch.testing.assert_close(program.module()(features), block(features))
 
 
 def test_unsupported_released_keys_are_named(parity: Path) -> None:
