@@ -26,9 +26,9 @@ class Engine(Protocol):
         outputs: likewise.
     """
 
-    metadata: Mapping[str, str]
-    inputs: Mapping[str, Shape]
-    outputs: Mapping[str, Shape]
+    metadata: dict[str, str]
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
 
     def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All outputs, by name."""
