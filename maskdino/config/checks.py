@@ -142,6 +142,7 @@ RULES: dict[str, Allowed] = {
     "INPUT.MAX_SIZE_TEST": COUNT,
     "TEST.DETECTIONS_PER_IMAGE": COUNT,
     "TEST.EVAL_PERIOD": COUNT_OR_0,
+    "TEST.COCO_EVALUATOR": one_of("auto", "pycocotools"),
     "TEST.SLICES.SIZE": Allowed("0, or at least 48", lambda value: value == 0 or value >= 48),
     "TEST.SLICES.OVERLAP": between(0, 0.9),
     "TEST.SLICES.BATCH_SIZE": COUNT,

@@ -249,6 +249,9 @@ def _add_solver(cfg: CfgNode) -> None:
 def _add_evaluation(cfg: CfgNode) -> None:
     # Names in EVALUATOR_REGISTRY: they judge every dataset, beside the evaluators of its type.
     cfg.TEST.EVALUATORS = []
+    # COCO's numbers: "auto" takes the fastest library that is installed and computes the numbers of
+    # pycocotools (hotcoco, then faster-coco-eval), "pycocotools" itself.
+    cfg.TEST.COCO_EVALUATOR = "auto"
     # Evaluate images in overlapping slices of SIZE x SIZE pixels, whose results are joined to those
     # of the whole image (docs/large_images.md); 0: as they are. The model reads each slice as it
     # would an image, and keeps TEST.DETECTIONS_PER_IMAGE objects of it.

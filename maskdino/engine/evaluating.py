@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2 import modeling
 from detectron2.config import CfgNode
-from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -20,6 +20,7 @@ from maskdino.checkpoint.loading import load_trained
 from maskdino.data import check_datasets
 from maskdino.data.stream import build_test_data
 from maskdino.evaluation.build import build_evaluator, masks_as_read
+from maskdino.evaluation.loop import evaluate_images
 from maskdino.evaluation.slices import SlicedModel
 from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
 from maskdino.system.devices import settle_device
@@ -56,7 +57,7 @@ def evaluate_model(
         loader = build_loader(cfg, name)
         evaluator = build_evaluator(cfg, name) if evaluators is None else evaluators[index]
         with masks_as_read(model, evaluator):
-            results[name] = inference_on_dataset(model, loader, evaluator)
+            results[name] = evaluate_images(model, loader, evaluator)
         if comm.is_main_process():
             logger.info("Results on %s:", name)
             print_csv_format(results[name])

@@ -33,6 +33,7 @@ class _Request:
     output_folder: str
     with_masks: bool
     detections: int  # of an image
+    fast: bool  # whether COCO's numbers come from a faster library than pycocotools
 
 
 def _coco(request: _Request) -> DatasetEvaluator:
@@ -40,7 +41,7 @@ def _coco(request: _Request) -> DatasetEvaluator:
         request.dataset_name,
         request.output_folder,
         with_masks=request.with_masks,
-        fast=coco_evaluation.faster_coco_eval is not None,
+        fast=request.fast,
         detections=request.detections,
     )
 
@@ -147,6 +148,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         folder,
         cfg.MODEL.MASK_DINO.MASK_ON,
         ALL_DETECTIONS if cfg.TEST.SLICES.SIZE else cfg.TEST.DETECTIONS_PER_IMAGE,
+        cfg.TEST.COCO_EVALUATOR == "auto" and coco_evaluation.fast_library() is not None,
     )
     own = [EVALUATOR_REGISTRY.find(name) for name in _own_evaluators(cfg, dataset_name)]
     return DatasetEvaluators(

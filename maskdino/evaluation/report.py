@@ -26,7 +26,7 @@ from maskdino.evaluation.coco import (
     COCO_DETECTIONS,
     GEOMETRY,
     average_precision,
-    faster_coco_eval,
+    fast_library,
 )
 from maskdino.evaluation.files import LOSSES_FILE
 from maskdino.evaluation.image_losses import ImageLoss, write_losses
@@ -132,7 +132,7 @@ def _details(images: InstanceImages, results: Collection[str]) -> dict[str, dict
         return details
     for task, key in GEOMETRY.items():
         if task in results and key in predictions[0]:
-            fast = faster_coco_eval is not None
+            fast = fast_library() is not None
             # All that was predicted, so the curves are those of the AP beside them.
             counts = Counter(prediction["image_id"] for prediction in predictions)
             detections = max(COCO_DETECTIONS, *counts.values())

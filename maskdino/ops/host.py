@@ -10,15 +10,11 @@ Shape key: N masks, H, W pixels, P bytes of a packed mask.
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Generator, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from maskdino.ops.rle import by_columns
 
 Result = TypeVar("Result")
 # A computation that stops where it needs tensors on the host: it yields them, and is sent them.
@@ -62,11 +58,30 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     return _in_one_copy(tensors)
 
 
-def _in_one_copy(tensors: Sequence[Tensor]) -> list[Tensor]:
+class OnItsWay:
+    """A copy of tensors of a GPU to the host, which goes on as before until it looks at them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._device = tensors[0].device
+        self._copies = _in_one_copy(tensors, non_blocking=True)
+        # Of the device that copies, which need not be the current one.
+        self._copied = torch.cuda.Event()
+        self._copied.record(torch.cuda.current_stream(self._device))
+
+    def arrived(self) -> list[Tensor]:
+        """Waits for the copies, in any thread, and returns them."""
+        # Without it, a thread's first call of CUDA makes a context on the first GPU.
+        with torch.cuda.device(self._device):
+            self._copied.synchronize()
+        return self._copies
+
+
+def _in_one_copy(tensors: Sequence[Tensor], *, non_blocking: bool = False) -> list[Tensor]:
     # Wide types first: each part then begins where its type may.
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     parts = [tensors[i].reshape(-1).view(torch.uint8) for i in order]
-    copies = torch.cat(parts).cpu().split([len(part) for part in parts])
+    whole = torch.cat(parts).to("cpu", non_blocking=non_blocking)
+    copies = whole.split([len(part) for part in parts])
     found = {
         i: copy.view(tensors[i].dtype).view(tensors[i].shape)
         for i, copy in zip(order, copies, strict=True)
@@ -90,29 +105,17 @@ def true_first(flags: Tensor) -> Tensor:
 
 
 def pack_masks(masks: Tensor) -> Tensor:
-    """Masks (N, H, W) bool to bits (N, P) uint8, column by column as COCO's RLE counts."""
+    """Masks (N, H, W) bool to bits (N, P) uint8, column by column as COCO's RLE counts.
+
+    The first of eight pixels is in the lowest bit, as devices and their hosts are little-endian.
+    """
     at_once = max(1, PIXELS_AT_ONCE // max(1, masks.shape[1:].numel()))
-    pack = _packed_on_host if masks.device.type == "cpu" else _packed_on_device
-    return torch.cat([pack(part) for part in masks.split(at_once)])
+    return torch.cat([_packed(part) for part in masks.split(at_once)])
 
 
-def _packed_on_host(masks: Tensor) -> Tensor:
-    number, height, width = masks.shape
-    bits = torch.empty(number, -(-height * width // 8), dtype=torch.uint8)
-    for row, mask in zip(bits.numpy(), masks.numpy(), strict=True):
-        row[:] = np.packbits(by_columns(mask).T, bitorder=sys.byteorder)
-    return bits
-
-
-def _packed_on_device(masks: Tensor) -> Tensor:
+def _packed(masks: Tensor) -> Tensor:
     number, height, width = masks.shape
     pixels = height * width
     flat = masks.new_zeros(number, -(-pixels // 8) * 8)
     flat[:, :pixels].view(number, width, height).copy_(masks.transpose(1, 2))
     return (flat.view(torch.int64) * GATHERED_BITS).bitwise_right_shift_(56).to(torch.uint8)
-
-
-def unpack_mask(bits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bits (P,) of one packed mask to (H, W) uint8, column by column in memory."""
-    pixels = np.unpackbits(bits, count=size[0] * size[1], bitorder=sys.byteorder)
-    return pixels.reshape(size, order="F")

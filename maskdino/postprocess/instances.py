@@ -6,7 +6,8 @@ queries among them, C channels; output OH, OW pixels.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from maskdino.ops.host import Steps, pack_masks, true_first, unpack_mask
-from maskdino.ops.rle import encode_mask
+from maskdino.ops.host import OnItsWay, Steps, pack_masks, true_first
+from maskdino.ops.rle import encode_mask, encode_packed
 from maskdino.postprocess.frame import Frame, maps_at_once, mask_parts, output_boxes, output_masks
 from maskdino.postprocess.options import InferenceOptions
 from maskdino.structures import Predictions
@@ -34,6 +35,27 @@ class Pairs:
     different: Tensor  # (U,) int64 the queries, each once, in ascending order
     which: Tensor  # (R,) int64 index into `different`
     counts: tuple[int, ...]  # U numbers of pairs, on the host
+
+
+class LateInstances(Instances):
+    """Instances on their way from a GPU: who looks at their fields waits for them, in any thread.
+
+    What the host has to do, as to encode masks, is done then.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        tensors: OnItsWay,
+        made: Callable[[list[Tensor]], dict[str, Any]],
+    ) -> None:
+        super().__init__(image_size)
+        self._tensors, self._made = tensors, made
+        del self.__dict__["_fields"]  # which would hide those below
+
+    @functools.cached_property
+    def _fields(self) -> dict[str, Any]:
+        return self._made(self._tensors.arrived())
 
 
 def top_pairs(
@@ -114,7 +136,8 @@ def instance_steps(
         fields["scores"] = pairs.scores * torch.cat(quality)[pairs.which]
     if compact:
         kept = fields["scores"] >= options.score_threshold
-        return (yield from _on_host(fields, kept, pairs.which, encoded, frame))
+        later = options.run_lengths and kept.is_cuda
+        return (yield from _on_host(fields, kept, pairs.which, encoded, frame, later=later))
     if options.mask_scoring and masks is not None:
         kept = fields["scores"] >= options.score_threshold
         (number,) = yield (kept.sum(),)
@@ -205,28 +228,14 @@ def _encoded(parts: Iterator[Tensor], frame: Frame) -> Steps[tuple[list[dict], l
             continue
         packed.append(pack_masks(foreground))
         if sum(part.numel() for part in packed) >= MASK_BYTES_AT_ONCE:
-            rles += _run_lengths((yield packed), frame).values()
+            rles += _unpacked((yield packed), frame)
             packed = []
     return rles, packed
 
 
-def _run_lengths(
-    packed: Iterable[Tensor], frame: Frame, first: int = 0, rows: Container[int] | None = None
-) -> dict[int, dict]:
-    """Masks, packed on the host, by their numbers in COCO's compressed form.
-
-    Args:
-        packed: some masks each.
-        frame: their output is the masks' size.
-        first: number of the first mask.
-        rows: numbers of those that are wanted; None: all.
-    """
-    bits = enumerate((mask for part in packed for mask in part.numpy()), first)
-    return {
-        row: encode_mask(unpack_mask(mask, frame.output))
-        for row, mask in bits
-        if rows is None or row in rows
-    }
+def _unpacked(packed: Iterable[Tensor], frame: Frame) -> list[dict]:
+    """Run lengths of packed masks on the host."""
+    return [rle for part in packed for rle in encode_packed(part.numpy(), frame.output)]
 
 
 def _on_host(
@@ -235,20 +244,26 @@ def _on_host(
     which: Tensor,
     encoded: tuple[list[dict], list[Tensor]] | None,
     frame: Frame,
+    *,
+    later: bool,
 ) -> Steps[Instances]:
-    """The objects that are kept, on the host; `which` (R,) of the masks each has."""
+    """The objects that are kept, on the host, perhaps later; `which` (R,) of the masks each has."""
     before, last = ([], []) if encoded is None else encoded
-    found = iter((yield (*fields.values(), kept, which, *last)))
-    values = {name: next(found) for name in fields}
-    kept, which = next(found), next(found)
-    index = kept.nonzero()[:, 0]
-    result: dict[str, Any] = {name: value[index] for name, value in values.items()}
-    if encoded is None:
-        return _as_instances(result, frame)
-    rows = which[index].tolist()
-    rles = dict(enumerate(before)) | _run_lengths(found, frame, len(before), set(rows))
-    result["pred_rles"] = [dict(rles[row]) for row in rows]
-    return _as_instances(result, frame)
+
+    def made(found: list[Tensor]) -> dict[str, Any]:
+        values, (kept, which, *masks) = found[: len(fields)], found[len(fields) :]
+        index = kept.nonzero()[:, 0]
+        result: dict[str, Any] = dict(zip(fields, (value[index] for value in values), strict=True))
+        result["pred_boxes"] = Boxes(result["pred_boxes"])
+        if encoded is not None:
+            rles = before + _unpacked(masks, frame)
+            result["pred_rles"] = [dict(rles[row]) for row in which[index].tolist()]
+        return result
+
+    asked = (*fields.values(), kept, which, *last)
+    if later:
+        return LateInstances(frame.output, OnItsWay(asked), made)
+    return Instances(frame.output, **made((yield asked)))
 
 
 def _moved_up(masks: Tensor, index: Tensor) -> Tensor:

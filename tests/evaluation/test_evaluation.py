@@ -4,7 +4,6 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from maskdino.evaluation.coco import (
     instances_to_records,
 )
 from maskdino.ops.rle import encode_mask, to_json
+from tests.pretend_device import PretendDevice, missing_api
 
 SIZE = (40, 60)
 # Category ids as users have them: neither from 0, nor dense, nor in order.
@@ -118,19 +118,27 @@ def test_perfect_predictions(
     assert {record["category_id"] for record in written} == set(CATEGORIES)
 
 
-@pytest.mark.parametrize("masks_at_once", [1, 3, 100])
+@pytest.mark.skipif(bool(missing_api()), reason=missing_api())
+@pytest.mark.parametrize("masks_at_once", [1, 3, 100, None])
 def test_records_are_those_of_masks_one_by_one(
-    masks_at_once: int, monkeypatch: pytest.MonkeyPatch
+    masks_at_once: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of an image comes to the host in one copy, or in a few where masks are large."""
-    monkeypatch.setattr(coco_evaluation, "MASK_BYTES_AT_ONCE", masks_at_once * 40 * 60 // 8)
+    at_once = (masks_at_once or 1) * 40 * 60 // 8
+    monkeypatch.setattr(coco_evaluation, "MASK_BYTES_AT_ONCE", at_once)
     found, number = Instances(SIZE), 7
     found.scores, found.pred_classes = torch.rand(number), torch.arange(number)
     found.pred_boxes = Boxes(torch.rand(number, 4).cumsum(1) * 10)
     found.pred_masks = torch.rand(number, *SIZE) > torch.linspace(0, 1, number).view(-1, 1, 1)
-    with mock.patch.object(coco_evaluation, "to_host", wraps=coco_evaluation.to_host) as copy:
+    if masks_at_once is None:  # on the host
         records = instances_to_records(found, 3)
-    assert copy.call_count == -(-number // masks_at_once)
+    else:
+        with PretendDevice() as device:
+            given = {name: device.put(found.get(name)) for name in ("scores", "pred_classes")}
+            given["pred_boxes"] = Boxes(device.put(found.pred_boxes.tensor))
+            given["pred_masks"] = device.put(found.pred_masks)
+            records = instances_to_records(Instances(SIZE, **given), 3)
+        assert sum(device.waits.values()) == -(-number // masks_at_once)
     assert [record["category_id"] for record in records] == list(range(number))
     for record, score, box, mask in zip(
         records, found.scores, found.pred_boxes.tensor, found.pred_masks, strict=True
@@ -216,7 +224,7 @@ def test_class_that_the_dataset_lacks(dataset: tuple[str, bool]) -> None:
 
 
 def test_missing_fast_evaluator(dataset: tuple[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco_evaluation, "faster_coco_eval", None)
+    monkeypatch.setattr(coco_evaluation, "FAST", ())
     with pytest.raises(ImportError, match="pip install faster-coco-eval"):
         COCOInstanceEvaluator(dataset[0], None, with_masks=False, fast=True)
 
@@ -254,25 +262,74 @@ def _decode(segmentation: dict | list, height: int, width: int) -> np.ndarray:
     return mask_util.decode(segmentation)
 
 
-def assert_fast_equals_pycocotools(ground_truth: dict) -> None:
-    records = jittered_results(ground_truth, np.random.default_rng(0))
-    for task in ("bbox", "segm"):
-        before = copy.deepcopy(records)
-        fast = average_precision(ground_truth, records, task, fast=True)
-        plain = average_precision(ground_truth, records, task, fast=False)
-        assert records == before
-        assert 5 < plain[0][0] < 95
-        np.testing.assert_allclose(fast[0], plain[0], rtol=0, atol=1e-9)
-        np.testing.assert_allclose(fast[1], plain[1], rtol=0, atol=1e-12)
-        assert fast[2] == plain[2]
+@pytest.fixture(params=coco_evaluation.FAST)
+def assert_fast_equals_pycocotools(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Compares the numbers of an optional library with those of pycocotools."""
+    pytest.importorskip(request.param, reason="optional, see requirements.txt")
+    monkeypatch.setattr(coco_evaluation, "FAST", (request.param,))
+
+    def compare(ground_truth: dict, records: list[dict] | None = None, most: int = 100) -> None:
+        if records is None:
+            records = jittered_results(ground_truth, np.random.default_rng(0))
+        before = copy.deepcopy((ground_truth, records))
+        for task in ("bbox", "segm"):
+            fast = average_precision(ground_truth, records, task, fast=True, detections=most)
+            plain = average_precision(ground_truth, records, task, fast=False, detections=most)
+            assert (ground_truth, records) == before
+            assert (5 if most > 1 else 0) < plain[0][0] < 95
+            np.testing.assert_allclose(fast[0], plain[0], rtol=0, atol=1e-9)
+            np.testing.assert_allclose(fast[1], plain[1], rtol=0, atol=1e-12)
+            assert fast[2] == plain[2]
+
+    return compare
 
 
-def test_fast_numbers_are_pycocotools_on_nuclei(repository: Path) -> None:
+@pytest.mark.parametrize("most", [1, 10, 100, 300, 1 << 20])
+def test_fast_numbers_are_pycocotools_on_random_data(
+    assert_fast_equals_pycocotools: Callable[..., None], most: int
+) -> None:
+    """Crowds, equal scores, more than 100 detections of an image, images and classes without."""
+    generator = np.random.default_rng(most)
+
+    def box() -> tuple[int, int, int, int]:
+        left, top = generator.integers(0, 40), generator.integers(0, 25)
+        return int(left), int(top), *(int(x) for x in generator.integers(1, 20, 2))
+
+    truth, records = [], []
+    for number in range(60):
+        image, category, crowd = number % 4, (3, 7)[number % 2], number % 9 == 0
+        entry = annotation(number, image, category, box(), masks=True) | {"iscrowd": int(crowd)}
+        # As large as in other images, so that all of the sizes are there.
+        truth.append(entry | {"area": entry["area"] * (1, 10, 100)[number % 3]})
+        for _ in range(8):  # more than 100 of each image
+            x, y, w, h = entry["bbox"]
+            near = (x + generator.integers(0, 3), y + generator.integers(0, 3), w, h)
+            found = annotation(0, image, category, [int(v) for v in near], masks=True)
+            records.append(found | {"score": round(float(generator.random()), 1)})
+    content = {
+        "info": {},
+        "images": [
+            {"id": i, "height": SIZE[0], "width": SIZE[1], "file_name": f"{i}.png"}
+            for i in range(6)
+        ],
+        "categories": [{"id": i, "name": name} for i, name in CATEGORIES.items()],
+        "annotations": truth,
+    }
+    assert_fast_equals_pycocotools(content, records, most)
+
+
+def test_fast_numbers_are_pycocotools_on_nuclei(
+    assert_fast_equals_pycocotools: Callable[..., None], repository: Path
+) -> None:
     path = repository / "datasets" / "nuclei" / "annotations" / "instances_val.json"
     assert_fast_equals_pycocotools(json.loads(path.read_text()))
 
 
-def test_fast_numbers_are_pycocotools_on_coco(shared: Callable[..., Path]) -> None:
+def test_fast_numbers_are_pycocotools_on_coco(
+    assert_fast_equals_pycocotools: Callable[..., None], shared: Callable[..., Path]
+) -> None:
     paths = sorted(shared("data", "coco_mini", "annotations").glob("instances_val*.json"))
     assert paths
     ground_truth = json.loads(paths[0].read_text())
@@ -296,6 +353,32 @@ def typed_dataset():
     yield make
     for name in names:
         MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize(("choice", "named"), [("auto", "faster_coco_eval"), ("pycocotools",) * 2])
+def test_who_computes_is_chosen_and_said(
+    dataset: tuple[str, bool],
+    choice: str,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pytest.importorskip("faster_coco_eval", reason="optional, see requirements.txt")
+    monkeypatch.setattr(coco_evaluation, "FAST", ("none_such", "faster_coco_eval"))
+    cfg = load_config(None, ["TEST.COCO_EVALUATOR", choice])
+    evaluator = build_evaluator(cfg, dataset[0])
+    classes = MetadataCatalog.get(dataset[0]).thing_dataset_id_to_contiguous_id
+    evaluator.process([{"image_id": 1}], [{"instances": predictions(1, classes, True)}])
+    with caplog.at_level("INFO"):
+        evaluator.evaluate()
+    assert f"bbox of COCO by {named}." in caplog.text
+
+
+def test_predictions_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco_evaluation, "RECORDS_AT_ONCE", 2)
+    records = [{"score": number, "name": "], ["} for number in range(5)]
+    for some in (records, records[:4], records[:1], []):
+        assert json.loads("".join(coco_evaluation._json_of(some))) == some
 
 
 def test_evaluators_of_a_dataset(dataset: tuple[str, bool], tmp_path: Path) -> None:

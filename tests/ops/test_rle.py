@@ -59,12 +59,35 @@ def test_text_stands_for_the_run_lengths() -> None:
         assert rle.counts_of_text(text) == run_lengths(mask)
 
 
-@pytest.mark.parametrize("size", [(5, 7), (1, 9), (9, 1), (0, 4)])
-def test_columns_of_masks_of_any_layout(size: tuple[int, int]) -> None:
-    whole = np.random.default_rng(0).random(size) < 0.5
-    frozen = whole.copy()
-    frozen.flags.writeable = False
-    for mask in (whole, whole[::-1], whole[:, ::-1], np.asfortranarray(whole), frozen):
-        found = rle.by_columns(mask)
-        assert found.dtype == np.uint8 and found.flags.f_contiguous
-        assert found.shape == size and (found == mask).all()
+def blobs(size: tuple[int, int], density: float, number: int) -> np.ndarray:
+    """Masks (number, H, W) bool with some noise, the second without foreground, the third full."""
+    generator = np.random.default_rng(0)
+    masks = generator.random((number, *size)) < density
+    masks[:, : size[0] // 2, : size[1] // 3] = True
+    masks[1], masks[2] = False, True
+    return masks
+
+
+@pytest.mark.parametrize("density", [0.0, 0.002, 0.5])
+@pytest.mark.parametrize("size", [(5, 7), (1, 9), (9, 1), (64, 66), (61, 83), (0, 4), (4, 0)])
+def test_masks_of_any_layout_are_what_coco_encodes(size: tuple[int, int], density: float) -> None:
+    masks = blobs(size, density, 5)
+    masks.flags.writeable = False
+    expected = [mask_utils.encode(np.asfortranarray(mask.view(np.uint8))) for mask in masks]
+    layouts = (np.asfortranarray, lambda mask: mask[::-1].copy()[::-1], lambda mask: mask)
+    for layout in layouts:
+        assert [rle.encode_mask(layout(mask)) for mask in masks] == expected
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 24])
+@pytest.mark.parametrize("density", [0.0, 0.002, 0.5])
+@pytest.mark.parametrize("size", [(5, 7), (1, 9), (8, 8), (64, 66), (61, 83), (0, 4)])
+def test_packed_masks_are_what_coco_encodes(
+    size: tuple[int, int], density: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rle, "BYTES_AT_ONCE", at_once)
+    masks = blobs(size, density, 5)
+    expected = [mask_utils.encode(np.asfortranarray(mask.view(np.uint8))) for mask in masks]
+    bits = [np.packbits(mask.ravel(order="F"), bitorder="little") for mask in masks]
+    assert rle.encode_packed(np.stack(bits), size) == expected
+    assert rle.encode_packed(np.stack(bits)[:0], size) == []

@@ -1,0 +1,161 @@
+"""Images are evaluated beside the network on a GPU, in order, in bounded memory, errors at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from detectron2.evaluation import DatasetEvaluator
+from torch import nn
+
+from maskdino.evaluation.build import masks_as_read
+from maskdino.evaluation.coco import instances_to_records
+from maskdino.evaluation.loop import PENDING, evaluate_images
+from tests.helpers import drawn_batch, tiny_model
+from tests.pretend_device import PretendDevice, missing_api
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing_api()), reason=missing_api()),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device"),
+]
+IMAGES = [[{"file_name": f"{number}.png", "image_id": number}] for number in range(12)]
+
+
+class Model(nn.Module):
+    """Says which images it has seen, and may fail at one of them."""
+
+    def __init__(self, put: Callable = lambda x: x, fails: int = -1, error: type = OSError) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.seen, self._fails, self._error = [], fails, error
+        put(self)
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        """Gives the ids back."""
+        self.seen.append(inputs[0]["image_id"])
+        if self.seen[-1] == self._fails:
+            raise self._error("no network")
+        return [{"id": x["image_id"]} for x in inputs]
+
+
+class Evaluator(DatasetEvaluator):
+    """Takes ids in, as a function of the test says."""
+
+    def __init__(self, take_in: Callable[[int], None] = lambda _: None) -> None:
+        self._take_in = take_in
+
+    def reset(self) -> None:
+        """Forgets all."""
+        self.taken, self.threads, self.grad = [], set(), False
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Takes an id in."""
+        assert inputs[0]["image_id"] == outputs[0]["id"]
+        self._take_in(outputs[0]["id"])
+        self.taken.append(outputs[0]["id"])
+        self.threads.add(threading.current_thread().name)
+        self.grad |= torch.is_grad_enabled()
+
+    def evaluate(self) -> dict:
+        """Says what was taken in."""
+        return {"ids": list(self.taken)}
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def put(request: pytest.FixtureRequest) -> Iterator[Callable]:
+    """Puts a model on a device; after the test no thread is left."""
+    if request.param == "cpu":
+        yield lambda x: x
+    else:
+        with PretendDevice() as device:
+            yield device.put
+    assert not [x for x in threading.enumerate() if x.name.startswith("evaluation")]
+
+
+def test_results_are_taken_in_in_order_beside_the_network_of_a_gpu(
+    put: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, evaluator = Model(put).train(), Evaluator(lambda _: time.sleep(0.001))
+    with caplog.at_level("INFO"):
+        assert evaluate_images(model, IMAGES, evaluator) == {"ids": list(range(12))}
+    on_gpu = model.weight.is_cuda
+    assert {x.startswith("evaluation") for x in evaluator.threads} == {on_gpu}
+    assert model.training and not evaluator.grad and torch.is_grad_enabled()
+    (times,) = (x for x in caplog.messages if "Milliseconds" in x)
+    assert times.startswith("12 batches") and "without the first 5: waiting for images " in times
+    for part in (", network ", ", results ", ", run lengths and evaluators "):
+        assert part in times
+    assert times.endswith("(beside the others).") == on_gpu
+
+
+def test_what_waits_for_the_evaluator_is_bounded(put: Callable) -> None:
+    ahead = []
+
+    def slow(number: int) -> None:
+        time.sleep(0.02)
+        ahead.append(len(model.seen) - number)
+
+    model = Model(put)
+    evaluate_images(model, IMAGES, Evaluator(slow))
+    assert max(ahead) == (PENDING + 1 if model.weight.is_cuda else 1)
+
+
+def test_errors_of_the_evaluator_arrive_at_once(
+    put: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(number: int) -> None:
+        if number == 3:
+            raise ValueError("no such class")
+
+    model = Model(put)
+    with pytest.raises(ValueError, match="no such class"):
+        evaluate_images(model, IMAGES, Evaluator(failing))
+    assert len(model.seen) <= 4 + PENDING
+    assert "The evaluation ended at 3.png." in caplog.messages
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_errors_of_the_network_leave_no_thread(
+    put: Callable, error: type, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluator = Evaluator(lambda _: time.sleep(0.02))
+    with pytest.raises(error, match="no network"):
+        evaluate_images(Model(put, 5, error), IMAGES, evaluator)
+    assert evaluator.taken == list(range(len(evaluator.taken))) and len(evaluator.taken) <= 5
+    assert ("The evaluation ended at 5.png." in caplog.messages) == (error is OSError)
+
+
+class Records(Evaluator):
+    """Turns objects into records."""
+
+    reads_run_lengths = True
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Takes an image in."""
+        self.taken += instances_to_records(outputs[0]["instances"], inputs[0]["image_id"])
+
+
+def test_one_copy_of_each_image_that_the_main_thread_does_not_wait_for() -> None:
+    """Beside it, the host asks which queries are wanted: see tests.test_pretend_device."""
+    batches = [drawn_batch([(40, 56)], [0]) for _ in range(3)]
+    for number, batch in enumerate(batches):
+        batch[0] |= {"image_id": number, "height": 61, "width": 83}
+    options = {"TEST__MASK_SCORING": True, "TEST__SCORE_THRESHOLD": 0.004}
+    model = tiny_model(**options, TEST__PRECISION="float32", TEST__CUDA_GRAPHS=False).eval()
+    with PretendDevice() as device:
+        model, expected = device.put(model), list[dict]()
+        for number, batch in enumerate(batches):
+            expected += instances_to_records(model(batch)[0]["instances"], number)
+        device.clear()
+        evaluator = Records()
+        with masks_as_read(model, evaluator):
+            found = evaluate_images(model, batches, evaluator)["ids"]
+        assert device.waits == {("copy to the host", "postprocess/results.py:postprocess"): 3}
+        to_host = {key: n for key, n in device.copies.items() if key[0].endswith("to the host")}
+        assert sum(to_host.values()) == 3 and {kind for kind, _ in to_host} == {
+            "pinned to the host"
+        }
+    assert len(found) > 10 and found == expected
