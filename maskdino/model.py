@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -233,7 +232,7 @@ class MaskDINO(nn.Module):
             images: normalized and padded, (B, 3, height, width).
         """
         memory, pixel_embedding = self._encode(images)
-        queries, _ = self.query_selection(memory, pixel_embedding, self.heads)
+        queries, _ = self.query_selection(memory, pixel_embedding, self.heads, supervised=False)
         layers = self.inference.decoder_layer
         states = self.decoder(
             queries,
@@ -242,8 +241,9 @@ class MaskDINO(nn.Module):
             num_layers=None if layers < 0 else layers,
             last_alone=not self.decoder._forward_hooks,  # which would miss the others
         )
-        predictions = self._predict(states[-1:]).map(lambda x: x[0])
-        return replace(predictions, content=states[-1].content), pixel_embedding
+        content, boxes = states[-1].content, states[-1].boxes
+        classes, masks = self.heads.classes_and_masks(content)
+        return Predictions(classes, boxes, masks, content), pixel_embedding
 
     def _encode(self, images: Tensor) -> tuple[Memory, Tensor | None]:
         features = self.backbone(images)

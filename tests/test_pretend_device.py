@@ -97,11 +97,11 @@ EVALUATION = {
 # Launches of training on two images, and of inference of one: the most that were counted, and a few
 # percent.
 LAUNCHES = {
-    "instance": (900, 455),
+    "instance": (900, 365),
     "panoptic": (900, 500),
-    "semantic": (790, 310),
-    "detection": (640, 340),
-    "bitmask": (830, 450),
+    "semantic": (790, 270),
+    "detection": (640, 300),
+    "bitmask": (830, 365),
     "stable matching": (1010, 455),
 }
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from maskdino.modeling.layers import linear_relu, rounded
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
 from maskdino.structures import SpatialShapes
 
@@ -66,7 +67,8 @@ class SelfAttention(nn.Module):
         parts = (2 * content.shape[-1], content.shape[-1])
         query_key_weight, value_weight = self.in_proj_weight.split(parts)
         query_key_bias, value_bias = self.in_proj_bias.split(parts)
-        query_key = F.linear(content + position, query_key_weight, query_key_bias)
+        both = rounded(torch.add, content, position, to=self.in_proj_weight.dtype)
+        query_key = F.linear(both, query_key_weight, query_key_bias)
         value = F.linear(content, value_weight, value_bias)
         query, key, value = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -142,6 +144,11 @@ class MultiScaleDeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.value_proj.weight)
         nn.init.xavier_uniform_(self.output_proj.weight)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which queries and tokens are read."""
+        return self.value_proj.weight.dtype
+
     def offsets_and_logits(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of both linear layers as one; of a prepared network, made before."""
         if "joined_weight" in self._parameters:
@@ -191,7 +198,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        # As a matrix: of more dimensions the result is a view, and what changes a view in place is
-        # copied twice in the backward pass.
-        hidden = F.relu(self.linear1(x.flatten(0, -2)), inplace=True)
+        hidden = linear_relu(self.linear1, x.flatten(0, -2))
         return self.linear2(hidden).unflatten(0, x.shape[:-1])

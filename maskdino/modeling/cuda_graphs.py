@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskdino.modeling.layers import holding_constants
+from maskdino.ops.constants import holding_constants
 from maskdino.structures import Predictions
 
 logger = logging.getLogger(__name__)

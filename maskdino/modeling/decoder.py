@@ -5,8 +5,8 @@ Shape key: B images, Q queries (noised ones first, when there are any), C channe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -20,8 +20,8 @@ from maskdino.modeling.attention import (
     attention_bias,
     recomputed,
 )
-from maskdino.modeling.layers import MLP, box_sine_embedding
-from maskdino.ops.boxes import inverse_sigmoid
+from maskdino.modeling.layers import MLP, box_sine_embedding, rounded
+from maskdino.ops.boxes import bounded_logits
 from maskdino.structures import Memory, Queries
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Content and position (B, Q, C), anchors (B, Q, 4) in [0, 1] to content (B, Q, C)."""
         content = self.self_norm(content + self.self_attn(content, position, mask))
-        args = content + position, memory.tokens, memory.spatial_shapes, anchors
+        queries = rounded(torch.add, content, position, to=self.cross_attn.dtype)
+        args = queries, memory.tokens, memory.spatial_shapes, anchors
         again = self.recompute_attention and self.training
         read = recomputed(self.cross_attn, *args) if again else self.cross_attn(*args)
         content = self.cross_norm(content + read)
@@ -148,28 +149,34 @@ class Decoder(nn.Module):
         """
         memory = memory.finest(self.num_levels)
         mask = None if may_attend is None else attention_bias(may_attend, queries.content.dtype)
-        content, anchors = queries.content, queries.anchor_logits.float().sigmoid()
+        content, anchor_logits = queries.content, queries.anchor_logits.float()
+        anchors, anchor_logits = anchor_logits.sigmoid(), bounded_logits(anchor_logits)
         # The same numbers, with gradient: a layer's box also trains the layer before (look forward
         # twice).
-        entered_logits = anchor_logits = inverse_sigmoid(anchors)
+        entered_logits = anchor_logits
         states = [DecoderState(content, anchors)]
         layers = self.layers[:num_layers]
+        if last_alone and layers:
+            # Else each layer would convert it; here no gradients are summed.
+            read_as = cast(DecoderLayer, layers[0]).cross_attn.dtype
+            memory = replace(memory, tokens=memory.tokens.to(read_as))
         for number, layer in enumerate(layers, start=1):
-            position = self.position_head(
-                box_sine_embedding(anchors, self.channels_per_coordinate).to(content.dtype)
+            sines = box_sine_embedding(
+                anchors, self.channels_per_coordinate, self.position_head.dtype
             )
-            content = layer(content, position, anchors, memory, mask)
+            content = layer(content, self.position_head(sines), anchors, memory, mask)
             if last_alone:
                 refined = heads.norm(content) if number == len(layers) else content
-                anchors = heads.box_logits(refined, anchor_logits).sigmoid()
+                box_logits = heads.box_logits(refined, anchor_logits)
+                anchors, anchor_logits = box_logits.sigmoid(), bounded_logits(box_logits)
                 states = [DecoderState(refined, anchors)]
-                anchor_logits = inverse_sigmoid(anchors)
                 continue
             normed = heads.norm(content)
-            boxes, entered = heads.box_logits(
+            box_logits = heads.box_logits(
                 torch.stack([normed, content]), torch.stack([entered_logits, anchor_logits])
-            ).sigmoid()
+            )
+            boxes, entered = box_logits.sigmoid()
             states.append(DecoderState(normed, boxes))
-            entered_logits = inverse_sigmoid(entered)
+            entered_logits = bounded_logits(box_logits[1])
             anchors, anchor_logits = entered.detach(), entered_logits.detach()
         return states

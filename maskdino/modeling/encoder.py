@@ -18,7 +18,7 @@ from maskdino.modeling.attention import (
     MultiScaleDeformableAttention,
     recomputed,
 )
-from maskdino.modeling.layers import map_sine_embedding
+from maskdino.modeling.layers import map_sine_embedding, rounded
 from maskdino.structures import Memory, SpatialShapes
 
 NORM_GROUPS = 32  # of the group norms after projections
@@ -51,7 +51,8 @@ class EncoderLayer(nn.Module):
         return self.norm2(recomputed(self._feed, tokens) if again else self._feed(tokens))
 
     def _attend(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
-        return self.self_attn(tokens + position, tokens, spatial_shapes, None)
+        queries = rounded(torch.add, tokens, position, to=self.self_attn.dtype)
+        return self.self_attn(queries, tokens, spatial_shapes, None)
 
     def _feed(self, tokens: Tensor) -> Tensor:
         tokens = self.norm1(tokens)
@@ -144,12 +145,12 @@ class MultiScaleDeformableEncoder(nn.Module):
         levels = self._levels(features)
         spatial_shapes = tuple((level.shape[2], level.shape[3]) for level in levels)
         tokens = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
-        position = torch.cat(
-            [
-                map_sine_embedding(height, width, tokens.shape[2], tokens.device) + embedding
-                for (height, width), embedding in zip(spatial_shapes, self.level_embed, strict=True)
-            ]
-        )
+        of_level = [
+            embedding.expand(height * width, -1)
+            for (height, width), embedding in zip(spatial_shapes, self.level_embed, strict=True)
+        ]
+        cells = map_sine_embedding(spatial_shapes, tokens.shape[2], tokens.device)
+        position = cells + torch.cat(of_level)
         for layer in self.layers:
             if self.activation_checkpoint and self.training:
                 tokens = checkpoint(layer, tokens, position, spatial_shapes, use_reentrant=False)
@@ -223,7 +224,8 @@ class PixelEmbedding(nn.Module):
         height, width = memory.spatial_shapes[0]
         finest = memory.tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
         finest = F.interpolate(finest, size=lateral.shape[2:], mode="bilinear", align_corners=False)
-        fused = F.relu(self.output_norm(self.output(lateral + finest)))
+        both = rounded(torch.add, lateral, finest, to=self.output.weight.dtype)
+        fused = F.relu(self.output_norm(self.output(both)))
         return self.mask_features(fused)
 
 

@@ -69,8 +69,11 @@ class PredictionHeads(nn.Module):
     def classes_and_masks(self, content: Tensor) -> tuple[Tensor, Tensor | None]:
         """Content (..., C) to class logits (..., K) and mask embeddings (..., C)."""
         normed = self.norm(content)
-        masks = None if self.mask_head is None else self.mask_head(normed)
-        return self.class_logits(normed), masks
+        return self.class_logits(normed), self.masks(normed)
+
+    def masks(self, normed: Tensor) -> Tensor | None:
+        """Normed content (..., C) to mask embeddings (..., C)."""
+        return None if self.mask_head is None else self.mask_head(normed)
 
     def class_logits(self, normed: Tensor) -> Tensor:
         """Normed content (..., C) to class logits (..., K)."""

@@ -1,50 +1,51 @@
 """Small building blocks: multi-layer perceptron and sine embeddings."""
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskdino.ops.constants import constant_of_shape
+from maskdino.structures import SpatialShapes
+
 TEMPERATURE = 10000.0  # of the sine embeddings
 
 
-_holders: list[list[Tensor]] = []
+def rounded(operation: Callable[..., Tensor], first: Tensor, *others: Tensor, to: torch.dtype):
+    """`operation(first, *others)`, which has the shape of the first, in another type.
 
-
-@contextmanager
-def holding_constants() -> Iterator[list[Tensor]]:
-    """Collects the constants used inside: whoever keeps the list keeps them in memory.
-
-    A CUDA graph reads them where they were, whatever the caches have dropped since.
+    Where nothing is learned it is one launch: numbers are computed in the wider type, and written
+    in the other.
     """
-    held: list[Tensor] = []
-    _holders.append(held)
-    try:
-        yield held
-    finally:
-        _holders.remove(held)
+    if first.dtype == to or torch.is_grad_enabled() or is_traced():
+        return operation(first, *others).to(to)
+    return operation(first, *others, out=torch.empty_like(first, dtype=to))
 
 
-def constant_of_shape(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Caches a tensor that depends on sizes and device alone; traced programs compute it anew."""
-    cached = functools.lru_cache(maxsize=64)(function)
+def linear_relu(layer: nn.Module, x: Tensor) -> Tensor:
+    """ReLU of a linear layer, (..., in) to (..., out): on a GPU one launch in inference."""
+    learned = torch.is_grad_enabled() or is_traced()
+    if type(layer) is not nn.Linear or learned or not x.is_cuda or is_converted(layer.weight):
+        # Of more than two dimensions the result is a view, and what changes a view in place is
+        # copied twice in the backward pass.
+        return F.relu(layer(x), inplace=x.dim() == 2)
+    rows = x.to(layer.weight.dtype).flatten(0, -2)
+    hidden = torch._addmm_activation(layer.bias, rows, layer.weight.t())
+    return hidden.unflatten(0, x.shape[:-1])
 
-    @functools.wraps(function)
-    def constant(*args: object) -> Tensor:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return function(*args)
-        # Whoever asks first, the tensor must be of use in training too.
-        with torch.inference_mode(False), torch.no_grad():
-            value = cached(*args)
-        for held in _holders:
-            held.append(value)
-        return value
 
-    return constant
+def is_traced() -> bool:
+    """Whether a program is made of what is computed, which others then run."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_converted(weight: Tensor) -> bool:
+    """Whether autocast would convert a weight where it is used."""
+    device = weight.device.type
+    return weight.dtype == torch.float32 and torch.is_autocast_enabled(device)
 
 
 class MLP(nn.Module):
@@ -63,52 +64,68 @@ class MLP(nn.Module):
         nn.init.xavier_uniform_(layers[-1].weight)
         self.layers = nn.ModuleList(layers)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which inputs are read."""
+        return cast(nn.Linear, self.layers[0]).weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., input_dim) to (..., output_dim)."""
         for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
+            x = linear_relu(layer, x)
         return self.layers[-1](x)
 
 
-def sine_embedding(angles: Tensor, channels: int) -> Tensor:
+def sine_embedding(coordinate: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Sines and cosines of a coordinate at wavelengths that grow geometrically, interleaved.
 
     Args:
-        angles: (...) in radians.
+        coordinate: (...) float32; 1 is the shortest wavelength.
         channels: an even number.
+        dtype: of the result.
 
     Returns:
         (..., channels).
     """
-    x = angles[..., None] / _wavelengths(channels, angles.device)
-    return torch.stack([x.sin(), x.cos()], dim=-1).flatten(-2)
+    rates, phases = _rates_and_phases(channels, coordinate.device)
+    return rounded(torch.sin, torch.addcmul(phases, coordinate[..., None], rates), to=dtype)
 
 
 @constant_of_shape
-def _wavelengths(channels: int, device: torch.device) -> Tensor:
-    """(channels / 2,), in turns."""
-    exponents = 2 * torch.arange(channels // 2, dtype=torch.float32, device=device) / channels
-    return TEMPERATURE**exponents
+def _rates_and_phases(channels: int, device: torch.device) -> Tensor:
+    """(2, channels), in radians: of each channel by coordinate; and what makes a sine a cosine."""
+    index = torch.arange(channels, dtype=torch.float32, device=device)
+    rates = 2 * math.pi * TEMPERATURE ** -(index.div(2, rounding_mode="floor") * 2 / channels)
+    return torch.stack([rates, index % 2 * (math.pi / 2)])
 
 
-def box_sine_embedding(boxes_cxcywh: Tensor, channels: int) -> Tensor:
+def box_sine_embedding(
+    boxes_cxcywh: Tensor, channels: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Positional embedding of boxes (DAB-DETR), of y, x, w, h: (..., 4) to (..., 4 * channels)."""
-    x, y, width, height = (2 * math.pi * boxes_cxcywh.float()).unbind(-1)
-    angles = torch.stack([y, x, width, height], dim=-1)
-    return sine_embedding(angles, channels).flatten(-2)
+    x, y, width, height = boxes_cxcywh.float().unbind(-1)
+    in_order = torch.stack([y, x, width, height], dim=-1)
+    return sine_embedding(in_order, channels, dtype).flatten(-2)
 
 
 @constant_of_shape
-def map_sine_embedding(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """Positional embedding of the cells of a map, row by row, half for y and half for x.
+def map_sine_embedding(
+    spatial_shapes: SpatialShapes, channels: int, device: torch.device
+) -> Tensor:
+    """Positional embedding of the cells of maps, row by row, half for y and half for x.
 
     Returns:
-        (height * width, channels).
+        (S, channels) of the cells of all maps, one after the other.
     """
-    y, x = (
-        2 * math.pi * torch.arange(1, size + 1, dtype=torch.float32, device=device) / (size + 1e-6)
-        for size in (height, width)
-    )
-    y = sine_embedding(y, channels // 2)[:, None].expand(-1, width, -1)
-    x = sine_embedding(x, channels // 2)[None].expand(height, -1, -1)
-    return torch.cat([y, x], dim=-1).flatten(0, 1)
+    maps = []
+    for height, width in spatial_shapes:
+        y, x = (
+            sine_embedding(
+                torch.arange(1, size + 1, dtype=torch.float32, device=device) / (size + 1e-6),
+                channels // 2,
+            )
+            for size in (height, width)
+        )
+        both = [y[:, None].expand(-1, width, -1), x[None].expand(height, -1, -1)]
+        maps.append(torch.cat(both, dim=-1).flatten(0, 1))
+    return torch.cat(maps)

@@ -11,8 +11,9 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from maskdino.modeling.layers import constant_of_shape
+from maskdino.modeling.layers import rounded
 from maskdino.ops.boxes import inverse_sigmoid, masks_to_boxes, xyxy_to_cxcywh
+from maskdino.ops.constants import constant_of_shape
 from maskdino.ops.ms_deform_attn import cell_centers
 from maskdino.ops.points import mask_logits
 from maskdino.structures import Memory, Predictions, Queries, SpatialShapes, of_mask_branch
@@ -81,43 +82,57 @@ class UnifiedQuerySelection(nn.Module):
         }
 
     def forward(
-        self, memory: Memory, pixel_embedding: Tensor | None, heads: PredictionHeads
-    ) -> tuple[Queries, Predictions]:
+        self,
+        memory: Memory,
+        pixel_embedding: Tensor | None,
+        heads: PredictionHeads,
+        *,
+        supervised: bool = True,
+    ) -> tuple[Queries, Predictions | None]:
         """Selects queries.
 
         Args:
             memory: the encoder's tokens.
             pixel_embedding: (B, C, H, W), or None without a mask branch.
             heads: the heads that the decoder also uses.
+            supervised: whether predictions are asked for.
 
         Returns:
-            min(Q, S) queries, without gradient, and their predictions, to be supervised.
+            min(Q, S) queries, without gradient, and their predictions, or None.
         """
         proposals = proposal_logits(
             memory.spatial_shapes, self.coarsest_largest, memory.tokens.device
         )
-        valid = proposals.isfinite().all(-1)  # (S,)
+        valid = proposals[:, :1] < float("inf")  # (S, 1)
         with torch.no_grad():
-            candidates = self._candidates(memory.tokens, valid[:, None])
+            candidates = self._candidates(memory.tokens, valid)
             scores = heads.class_logits(candidates).amax(-1)  # (B, S)
             index = scores.topk(min(self.num_queries, scores.shape[1]), dim=1).indices  # (B, Q)
         if not torch.compiler.is_compiling():
             # PyTorch before its pull request 165068 (December 2025) gives the weights that autocast
             # has just converted without gradient to the pass with gradient too: not to be trained.
             torch.clear_autocast_cache()
-        # Only the selected tokens are supervised: their heads are computed again, with gradient.
-        chosen = memory.tokens.gather(1, index[..., None].expand(-1, -1, memory.tokens.shape[2]))
-        content = self._candidates(chosen, valid[index][..., None])
-        class_logits, embeddings = heads.classes_and_masks(content)
+        channels = index[..., None].expand(-1, -1, memory.tokens.shape[2])
+        if supervised:
+            # Only selected tokens are supervised: all is computed again for them, with gradient.
+            content = self._candidates(memory.tokens.gather(1, channels), valid[index])
+        else:
+            content = candidates.gather(1, channels)
         box_logits = heads.box_logits(content, proposals[index])
-        anchor_logits = box_logits.detach()
+        anchor_logits, predictions, embeddings = box_logits.detach(), None, None
+        if supervised:
+            class_logits, embeddings = heads.classes_and_masks(content)
+            predictions = Predictions(class_logits, box_logits.sigmoid(), embeddings)
+        elif self.mask_enhanced_anchors != "none":
+            embeddings = heads.masks(heads.norm(content))
         if self.mask_enhanced_anchors != "none":
             anchor_logits = self._mask_anchors(embeddings, pixel_embedding, anchor_logits)
-        predictions = Predictions(class_logits, box_logits.sigmoid(), embeddings)
         return Queries(content.detach(), anchor_logits), predictions
 
     def _candidates(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        return self.output_norm(self.output(tokens * valid))
+        return self.output_norm(
+            self.output(rounded(torch.mul, tokens, valid, to=self.output.weight.dtype))
+        )
 
     @torch.no_grad()
     def _mask_anchors(
@@ -129,9 +144,7 @@ class UnifiedQuerySelection(nn.Module):
         inclusive = self.mask_enhanced_anchors == "mask2box"
         corners = masks_to_boxes(masks, inclusive)
         boxes = xyxy_to_cxcywh(corners)
-        # Filled on the device: nothing is copied, and exported programs keep the size variable.
-        sizes = torch.cat([boxes.new_full((1,), side) for side in (width, height, width, height)])
-        anchor_logits = inverse_sigmoid(boxes / sizes)
+        anchor_logits = inverse_sigmoid(boxes / _sizes(height, width, boxes.device))
         if self.empty_masks == "corner":
             return anchor_logits
         # The last pixel of an inclusive box may be the first.
@@ -155,7 +168,7 @@ class LearnedQueries(nn.Module):
         node = cfg.MODEL.MASK_DINO
         return {"hidden_dim": node.HIDDEN_DIM, "num_queries": node.QUERY_SELECTION.NUM_QUERIES}
 
-    def forward(self, memory: Memory, *_: object) -> tuple[Queries, None]:
+    def forward(self, memory: Memory, *_: object, **__: object) -> tuple[Queries, None]:
         """The same queries for each image; there are no proposals to supervise.
 
         Args:
@@ -172,6 +185,14 @@ def build_query_selection(cfg: CfgNode) -> nn.Module:
         if cfg.MODEL.MASK_DINO.QUERY_SELECTION.ENABLED
         else LearnedQueries(cfg)
     )
+
+
+@constant_of_shape
+def _sizes(height: int, width: int, device: torch.device) -> Tensor:
+    """(4,) by which boxes in pixels are divided."""
+    # Filled on the device: nothing is copied, and exported programs keep the size variable.
+    sides = (width, height, width, height)
+    return torch.cat([torch.full((1,), side, dtype=torch.float32, device=device) for side in sides])
 
 
 @constant_of_shape

@@ -1,7 +1,11 @@
 """Boxes: formats, generalized IoU, logits, boxes of masks."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from maskdino.ops.constants import constant_of_shape
 
 # Added to areas that divide, as in the released models; boxes are parts of the canvas.
 AREA_EPS = 1e-6
@@ -63,6 +67,11 @@ def inverse_sigmoid(probabilities: Tensor, eps: float = 1e-5) -> Tensor:
     return torch.log(probabilities.clamp(eps, 1.0) / (1 - probabilities).clamp(eps, 1.0))
 
 
+def bounded_logits(logits: Tensor, eps: float = 1e-5) -> Tensor:
+    """`inverse_sigmoid(logits.sigmoid())`, without the rounding of values close to 1."""
+    return logits.clamp(math.log(eps), -math.log(eps))
+
+
 def masks_to_boxes(masks: Tensor, inclusive: bool) -> Tensor:
     """Boxes around the foreground of masks.
 
@@ -75,18 +84,36 @@ def masks_to_boxes(masks: Tensor, inclusive: bool) -> Tensor:
     Returns:
         (..., 4) float32 xyxy, in pixels.
     """
-    x_low, x_high = _extent(masks.any(dim=-2))
-    y_low, y_high = _extent(masks.any(dim=-1))
-    if inclusive:
-        low = torch.stack([x_low, y_low], dim=-1).float()
-        low = low.masked_fill((x_high < 0)[..., None], EMPTY_MASK_COORDINATE)
-        return torch.cat([low, torch.stack([x_high, y_high], dim=-1).clamp(min=0).float()], dim=-1)
-    corners = torch.stack([x_low, y_low, x_high + 1, y_high + 1], dim=-1).float()
-    return corners * (x_high >= 0)[..., None]
+    reach, start, direction, nothing = _sides(*masks.shape[-2:], inclusive, masks.device)
+    occupied = torch.cat([masks.any(dim=-2), masks.any(dim=-1)], dim=-1)  # columns, rows
+    farthest = (occupied[..., None, :] * reach).amax(-1)  # (..., 4)
+    corners = torch.addcmul(start, direction, farthest)
+    return torch.where(farthest[..., :1] > 0, corners, nothing)
 
 
-def _extent(occupied: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last index of True along the last dimension; (length, -1) where there is none."""
-    length = occupied.shape[-1]
-    index = torch.arange(length, device=occupied.device)
-    return torch.where(occupied, index, length).amin(-1), torch.where(occupied, index, -1).amax(-1)
+@constant_of_shape
+def _sides(
+    height: int, width: int, inclusive: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How sides of boxes x0, y0, x1, y1 follow from the farthest cells, seen from other borders.
+
+    Returns:
+        (4, W + H) the distance of each column or row, beginning with 1, and 0 where a side does not
+        depend on it; where sides begin, and in which direction they go, (4,) each; and the box of
+        an empty mask (4,).
+    """
+    x, y = (torch.arange(1.0, size + 1, device=device) for size in (width, height))
+    zeros, one = (torch.zeros_like(x), torch.zeros_like(y)), torch.ones(1, device=device)
+    reach = torch.stack(
+        [
+            torch.cat([x.flip(0), zeros[1]]),
+            torch.cat([zeros[0], y.flip(0)]),
+            torch.cat([x, zeros[1]]),
+            torch.cat([zeros[0], y]),
+        ]
+    )
+    last = -one if inclusive else one - one
+    start = torch.cat([one * width, one * height, last, last])
+    direction = torch.cat([-one, -one, one, one])
+    low = one * (EMPTY_MASK_COORDINATE if inclusive else 0.0)
+    return reach, start, direction, torch.cat([low, low, one - one, one - one])

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from maskdino.modeling import cuda_graphs
 from maskdino.modeling.cuda_graphs import CALLS_BEFORE, CudaGraphs
-from maskdino.modeling.layers import holding_constants, map_sine_embedding
+from maskdino.modeling.layers import map_sine_embedding
+from maskdino.ops.constants import holding_constants
 from maskdino.structures import Predictions
 from tests.helpers import tiny_model
 
@@ -158,9 +159,9 @@ def test_training_forgets_the_graphs_of_an_evaluation() -> None:
 
 
 def test_constants_are_held() -> None:
-    before = map_sine_embedding(3, 4, 8, torch.device("cpu"))
+    before = map_sine_embedding(((3, 4),), 8, torch.device("cpu"))
     with holding_constants() as held:
-        again = map_sine_embedding(3, 4, 8, torch.device("cpu"))
+        again = map_sine_embedding(((3, 4),), 8, torch.device("cpu"))
     assert len(held) == 1 and held[0] is again is before
-    map_sine_embedding(3, 4, 8, torch.device("cpu"))
+    map_sine_embedding(((3, 4),), 8, torch.device("cpu"))
     assert len(held) == 1

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from maskdino.modeling.layers import MLP, box_sine_embedding, map_sine_embedding
+from maskdino.modeling.layers import MLP, box_sine_embedding, map_sine_embedding, rounded
 
 CPU = torch.device("cpu")
 
@@ -22,8 +22,8 @@ def slow_sine(value: float, channels: int) -> list[float]:
 @pytest.mark.parametrize("size", [(1, 1), (3, 5)])
 def test_map_embedding(size: tuple[int, int]) -> None:
     height, width = size
-    found = map_sine_embedding(height, width, 16, CPU)
-    assert found.shape == (height * width, 16)
+    first, found = map_sine_embedding(((2, 3), size), 16, CPU).split([6, height * width])
+    assert torch.equal(first, map_sine_embedding(((2, 3),), 16, CPU))
     for row in range(height):
         for column in range(width):
             y, x = (row + 1) / (height + 1e-6), (column + 1) / (width + 1e-6)
@@ -40,12 +40,23 @@ def test_box_embedding_is_of_y_x_width_height() -> None:
 
 def test_constants_made_in_inference_mode_serve_training() -> None:
     with torch.inference_mode():
-        first = map_sine_embedding(7, 11, 8, CPU)
-    assert map_sine_embedding(7, 11, 8, CPU) is first  # kept
+        first = map_sine_embedding(((7, 11),), 8, CPU)
+    assert map_sine_embedding(((7, 11),), 8, CPU) is first  # kept
     assert not first.is_inference()
     weight = torch.ones(8, requires_grad=True)
     (first * weight).sum().backward()
     torch.testing.assert_close(weight.grad, first.sum(0))
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_sums_are_rounded_once(learned: bool) -> None:
+    first = torch.rand(3, 5, 4).transpose(0, 1).requires_grad_()  # not dense
+    second = torch.rand(3, 4).bfloat16()
+    with torch.set_grad_enabled(learned):
+        found = rounded(torch.add, first, second, to=torch.bfloat16)
+    assert torch.equal(found, (first + second).bfloat16()) and found.requires_grad == learned
+    assert found.stride() == first.stride()
+    assert rounded(torch.sin, first, to=torch.float32).dtype == torch.float32
 
 
 def test_mlp() -> None:

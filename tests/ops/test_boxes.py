@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from maskdino.ops.boxes import (
+    bounded_logits,
     cxcywh_to_xyxy,
     generalized_iou,
     inverse_sigmoid,
@@ -86,6 +87,12 @@ def slow_box(mask: Tensor, inclusive: bool) -> list[float]:
     xs, ys = [x for x, _ in pixels], [y for _, y in pixels]
     more = 0 if inclusive else 1
     return [min(xs), min(ys), max(xs) + more, max(ys) + more]
+
+
+def test_bounded_logits_are_those_of_probabilities() -> None:
+    logits = torch.cat([torch.linspace(-20, 20, 101), torch.tensor([math.inf, -math.inf])]).double()
+    expected = inverse_sigmoid(logits.sigmoid())
+    torch.testing.assert_close(bounded_logits(logits), expected, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("inclusive", [True, False])
