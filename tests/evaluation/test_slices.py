@@ -17,7 +17,6 @@ from maskdino.config.checks import ConfigError, check_values
 from maskdino.data import register_coco_folder
 from maskdino.data.reading import DataError
 from maskdino.engine.evaluating import evaluate_model
-from maskdino.evaluation import build
 from maskdino.evaluation.slices import SlicedModel
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.inference.sliced import check_slices
@@ -54,9 +53,7 @@ def test_an_oracle_that_sees_slices_finds_every_nucleus(
     cfg = configuration(name, tmp_path)
     oracle = Oracle()
     monkeypatch.setattr(MaskDINOPredictor, "stream", lambda _self, images: oracle(images))
-    for fast in (True, False):
-        if not fast:
-            monkeypatch.setattr(build.coco_evaluation, "faster_coco_eval", None)
+    for cfg.TEST.COCO_EVALUATOR in ("auto", "pycocotools"):
         results = evaluate_model(cfg, MaskDINO(cfg))
         assert results["segm"]["AP"] == pytest.approx(100) == results["bbox"]["AP"]
         assert results["segm"]["AR"] == pytest.approx(100)
