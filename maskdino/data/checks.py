@@ -27,6 +27,7 @@ from maskdino.data.annotation_checks import (
 from maskdino.data.datasets import OWN_ROOT_VARIABLE, ROOT_VARIABLE, own_datasets_root
 from maskdino.data.folders import check_names
 from maskdino.data.numbering import renumber_things
+from maskdino.data.panoptic_checks import check_panoptic
 from maskdino.data.reading import DataError, read_json
 from maskdino.integration.registration import register_postponed
 
@@ -75,6 +76,15 @@ def check_datasets(cfg: CfgNode) -> None:
         with_masks[name] = _check_classes(
             name, metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES, is_trained=name in train
         )
+        if metadata.get("evaluator_type") == "sem_seg":
+            folder = metadata.get("sem_seg_root", "")
+            if PathManager.isdir(folder) and not any(
+                file.endswith(".png") for file in PathManager.ls(folder)
+            ):
+                raise DataError(f"dataset {name!r}: {folder} holds no PNG file")
+        if metadata.get("evaluator_type") in ("coco_panoptic_seg", "ade20k_panoptic_seg"):
+            measured = name in test and cfg.MODEL.MASK_DINO.TEST.PANOPTIC_ON
+            check_panoptic(read_json(metadata.panoptic_json), metadata, measured=measured)
         if "panoptic_json" in metadata.as_dict() and "json_file" not in unused:
             _check_things(metadata)
     loss = cfg.MODEL.MASK_DINO.LOSS

@@ -21,12 +21,12 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from maskdino.categories import Categories
 from maskdino.data import masks
+from maskdino.data.panoptic_checks import read_segments
 from maskdino.data.reading import (
     DataError,
     check_same_size,
     read_image,
     read_label_map,
-    read_map,
     segment_indices,
 )
 from maskdino.data.transforms import Always, build_augmentations
@@ -238,24 +238,13 @@ class PanopticMapper(Mapper):
 
     def _read_segments(self, example: dict, image: np.ndarray) -> tuple[np.ndarray, list[dict]]:
         """The image of segment ids (height, width, 3), and the segments that are no crowds."""
-        name = example["pan_seg_file_name"]
-        colors = read_map(name, "RGB")
-        check_same_size(image, colors, example["file_name"], name)
+        colors = read_segments(example, image.shape[:2])
         segments = example.pop("segments_info")
-        ids = [segment["id"] for segment in segments]
-        if len(set(ids)) != len(ids) or not all(0 < i < 1 << 24 for i in ids):
-            raise DataError(f"segment ids of {name} must differ and lie in [1, 2**24): {ids}")
-        areas = np.bincount(segment_indices(colors, ids).ravel(), minlength=len(ids) + 1)[1:]
-        missing = [i for i, area in zip(ids, areas, strict=True) if area == 0]
-        if missing:
-            raise DataError(
-                f"panoptic map {name} has no pixel of the segments {missing} "
-                "that its annotation lists"
-            )
         try:
             for segment in segments:
                 self._check_class(segment["category_id"])
         except DataError as error:
+            name = example["pan_seg_file_name"]
             raise DataError(f"a segment of {name} is wrong: {error}") from error
         return colors, [segment for segment in segments if not segment.get("iscrowd", 0)]
 

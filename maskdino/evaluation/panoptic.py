@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 
+from maskdino.data.panoptic_checks import read_segments
 from maskdino.evaluation.files import PANOPTIC_FILE, PANOPTIC_FOLDER, unique_pngs
 
 if TYPE_CHECKING:
@@ -34,6 +35,17 @@ class PanopticEvaluator(COCOPanopticEvaluator):
     """
 
     reads_run_lengths = True  # as it reads no objects
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """Takes in predictions, and looks at the maps that they are compared with in the end.
+
+        Raises:
+            DataError: PQ cannot be measured on a map; names the file.
+        """
+        for image in inputs:
+            if "segments_info" in image:
+                read_segments(image, (image["height"], image["width"]), measured=True)
+        super().process(inputs, outputs)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """Returns the metrics under "panoptic_seg" on the main process; None on the others.
@@ -63,7 +75,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         place = contextlib.nullcontext(own) if own else tempfile.TemporaryDirectory()
         with place as folder:
             written = {a["image_id"]: a for a in _write(folder, list(predictions.values()))}
-            pairs = [(a, written[a["image_id"]]) for a in content["annotations"]]
+            pairs = [(_with_crowds(a), written[a["image_id"]]) for a in content["annotations"]]
             truth = PathManager.get_local_path(self._metadata.panoptic_root)
             maps = PathManager.get_local_path(os.path.join(folder, PANOPTIC_FOLDER))
             with contextlib.redirect_stdout(io.StringIO()):
@@ -72,6 +84,12 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         means = {name: value for name, value in results.items() if not name.startswith("PQ-")}
         logger.info("Evaluation results for panoptic_seg:\n%s", create_small_table(means))
         return {"panoptic_seg": results}
+
+
+def _with_crowds(annotation: dict) -> dict:
+    """The annotation, in which segments that do not say so are no crowds."""
+    segments = [{"iscrowd": 0, **segment} for segment in annotation["segments_info"]]
+    return {**annotation, "segments_info": segments}
 
 
 def _write(folder: str, predictions: list[dict]) -> list[dict]:

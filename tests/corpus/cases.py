@@ -9,13 +9,14 @@ from tests.corpus import (
     cvat,
     images,
     labelme,
+    maps,
     places,
     voc,
     yolo,
 )
 from tests.corpus.case import Case
 
-KINDS = (annotations, images, checkpoints, configurations, places, yolo, labelme, voc, cvat)
+KINDS = (annotations, images, checkpoints, configurations, places, yolo, labelme, voc, cvat, maps)
 
 
 def all_cases() -> list[Case]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskdino.data import register_coco_folder
-from maskdino.data.mappers import InstanceMapper
+from maskdino.data.mappers import InstanceMapper, PanopticMapper, SemanticMapper
 from maskdino.ops.rle import encode_mask, to_json
 from tests.corpus.case import PREFIX
 from tests.engine.stand_in import CONFIG, StandIn
@@ -26,6 +27,8 @@ from tests.engine.stand_in import CONFIG, StandIn
 SIZE = 48, 64  # height and width of the images
 NAME = f"{PREFIX}scene"
 CATEGORIES = {"car": 3, "person": 70}
+STUFF = 9, 71  # segment and category of all the rest, in maps
+CLASSES = {**CATEGORIES, "ground": STUFF[1]}
 NAMES = {1: "a.png", 2: "b.png", 3: "c.png", 4: "d.png"}
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
 
@@ -106,6 +109,17 @@ def pixels(number: int) -> np.ndarray:
     return image
 
 
+def segment_map(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(H, W) int32 segments and (H, W) uint8 classes of an image."""
+    ids = np.full(SIZE, STUFF[0], np.int32)
+    classes = np.full(SIZE, len(CATEGORIES), np.uint8)
+    for i, thing in THINGS.items():
+        if thing.image == number:
+            ids[thing.mask()] = i
+            classes[thing.mask()] = list(CATEGORIES).index(thing.category)
+    return ids, classes
+
+
 def write_images(folder: Path) -> Path:
     """Writes the images into `images`."""
     (folder / "images").mkdir(exist_ok=True)
@@ -136,7 +150,7 @@ class Oracle(StandIn):
         """Losses, or detections."""
         if self.training:
             return super().forward(images)
-        return [{"instances": self.found(image)} for image in images]
+        return [{"instances": self.found(image), **_maps(image)} for image in images]
 
     def found(self, image: dict) -> Instances:
         """All objects of an image."""
@@ -150,6 +164,19 @@ class Oracle(StandIn):
             scores=torch.linspace(0.9, 0.8, len(things)),
             pred_classes=torch.tensor([self.names.index(thing.category) for thing in things]),
         )
+
+
+def _maps(image: dict) -> dict[str, Any]:
+    """The panoptic segments and the scores of classes of an image."""
+    numbers = {name: number for number, name in NAMES.items()}
+    ids, classes = map(torch.from_numpy, segment_map(numbers[Path(image["file_name"]).name]))
+    labels = {int(i): int(classes[ids == i][0]) for i in ids.unique()}
+    segments = [
+        {"id": i, "category_id": label, "isthing": label < len(CATEGORIES)}
+        for i, label in labels.items()
+    ]
+    scores = torch.nn.functional.one_hot(classes.long(), len(CLASSES)).permute(2, 0, 1).float()
+    return {"panoptic_seg": (ids, segments), "sem_seg": scores}
 
 
 def write_config(folder: Path) -> Path:
@@ -171,14 +198,20 @@ def write_config(folder: Path) -> Path:
 def training_words(folder: Path, json_file: Path, *more: object) -> list[str]:
     """Registers annotations; the words of `maskdino train`, without an evaluation."""
     register_coco_folder(NAME, json_file, folder / "images")
-    config = write_config(folder)
-    return ["--config-file", str(config), "DATASETS.TEST", "()", *map(str, more)]
+    return command_words(folder, False, *more)
 
 
 def evaluation_words(folder: Path, json_file: Path, *more: object) -> list[str]:
     """Registers annotations; the words of `maskdino evaluate`, with the weights of the Oracle."""
     register_coco_folder(NAME, json_file, folder / "images")
+    return command_words(folder, True, *more)
+
+
+def command_words(folder: Path, evaluates: bool, *more: object) -> list[str]:
+    """The words of either, for the registered dataset."""
     config = write_config(folder)
+    if not evaluates:
+        return ["--config-file", str(config), "DATASETS.TEST", "()", *map(str, more)]
     weights = folder / "oracle.pth"
     shapes = {"backbone.weight": (4, 3, 16, 16), "backbone.bias": (4,), "norm.weight": (4,)}
     shapes |= {"norm.bias": (4,), "head.weight": (1, 4), "head.bias": (1,)}
@@ -204,10 +237,15 @@ def expected(numbers: Collection[int]) -> Seen:
     return sorted((NAMES[x.image], names.index(x.category), x.box) for x in things)
 
 
-def trained_on() -> Seen:
+def trained_on(kind: str = "instance", num_classes: int = 2) -> Seen:
     """What a training on the registered annotations is given, as its mapper reads it."""
     seen = []
-    mapper = InstanceMapper(augmentations=[], image_format="RGB", num_classes=2, use_masks=True)
+    make: Any = {
+        "instance": partial(InstanceMapper, use_masks=True),
+        "panoptic": partial(PanopticMapper, thing_classes=range(len(CATEGORIES))),
+        "semantic": partial(SemanticMapper, ignore_label=255),
+    }[kind]
+    mapper = make(augmentations=[], image_format="RGB", num_classes=num_classes)
     for record in DatasetCatalog.get(NAME):
         objects = mapper(record)["instances"]
         boxes = objects.gt_boxes.tensor.round().int().tolist()
