@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
 
 python=${VENV:-.venv}/bin/python
-config=configs/nuclei/instance/maskdino_tiny.yaml
+config=configs/nuclei/instance/maskdino_lite2.yaml
 output=output/nuclei
 pictures=$output/predictions
 
