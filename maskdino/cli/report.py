@@ -65,7 +65,9 @@ def build_trained(args: argparse.Namespace) -> tuple[CfgNode, MaskDINO]:
     cfg = settle_device(read_config(args.config_file, args.weights, args.opts, whole=True))
     model = build_model(cfg)
     if not isinstance(model, MaskDINO):
-        raise CommandError(f"--weights: losses of images are Mask DINO's, not {type(model).__name__}'s")
+        raise CommandError(
+            f"--weights: losses of images are Mask DINO's, not {type(model).__name__}'s"
+        )
     load_trained(model, cfg)
     return cfg, model.eval()
 
