@@ -184,6 +184,8 @@ def objects() -> Iterator[Fault]:
         ("with a text", "<y2>17", "<y2>x", "no finite number"),
         ("without x1", "<x1>33</x1>", "", "corners"),
         ("without x3", "<x3>57</x3>", "", "corners"),
+        ("without x4", "<x4>33</x4>", "", "<y4>, but no <x4>"),
+        ("with a gap", "<x4>33</x4><y4>41</y4>", "<x5>33</x5><y5>41</y5>", "<x5>, but no <x4>"),
         ("of x alone", "", "", "corners"),
     ):
         changed = polygon.replace(old, new) if old else "<polygon><x1>3</x1></polygon>"

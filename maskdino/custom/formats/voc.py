@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from maskdino.custom.formats.collect import Collector, Dataset, numbers_of
@@ -11,6 +12,7 @@ from maskdino.data import DataError
 
 KIND = "Pascal VOC"
 SIDES = ("xmin", "ymin", "xmax", "ymax")
+CORNER = re.compile("[xy][0-9]+")  # an element of a polygon
 
 
 def read_voc(tree: Tree, labels: Tree) -> Dataset:
@@ -144,4 +146,10 @@ def _polygon(node: Node, where: str, offset: float) -> list[list[float]]:
         number += 1
     if number < 4:
         raise DataError(f"{where}: <polygon> has {number - 1} corners; at least 3 are needed")
+    read = {f"{axis}{i}" for axis in "xy" for i in range(1, number)}
+    tags = (child.tag for child in node)
+    rest = [tag for tag in tags if CORNER.fullmatch(tag) and tag not in read and node.value(tag)]
+    if rest:
+        gap = f"has <{rest[0]}>, but no <x{number}>"
+        raise DataError(f"{where}: <polygon> {gap}: number the corners without gaps")
     return [[value - offset for value in points]]
