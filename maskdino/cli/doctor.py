@@ -73,6 +73,7 @@ OPTIONAL = (
     Package("onnx", "pip install 'maskdino[export]'", "export"),
     Package("onnxscript", "pip install 'maskdino[export]'", "export"),
     Package("onnxruntime", "pip install 'maskdino[export]'", "prediction with exported models"),
+    Package("openvino", "pip install 'maskdino[openvino]'", "prediction with exported models"),
     Package("wandb", "pip install 'maskdino[wandb]'", "logs in W&B"),
     Package("mlflow", "pip install 'maskdino[mlflow]'", "logs in MLflow"),
 )

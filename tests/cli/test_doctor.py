@@ -38,7 +38,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 def test_what_every_command_needs_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    hide(monkeypatch, "detectron2", "timm", "av")
+    hide(monkeypatch, "detectron2", "timm", "av", "openvino")
     assert doctor.main([]) == 1
     shown = capsys.readouterr().out
     faults = shown.partition("to mend:\n")[2].splitlines()
@@ -47,6 +47,10 @@ def test_what_every_command_needs_is_missing(
         "  timm is not installed: pip install timm",
     ]
     assert "  without av, for videos: pip install 'maskdino[video]'" in shown.splitlines()
+    openvino = (
+        "  without openvino, for prediction with exported models: pip install 'maskdino[openvino]'"
+    )
+    assert openvino in shown.splitlines()
 
 
 def test_a_package_that_fails_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
