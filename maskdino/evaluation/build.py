@@ -17,7 +17,7 @@ from detectron2.evaluation import (
 from torch import nn
 
 from maskdino.evaluation import coco as coco_evaluation
-from maskdino.evaluation.coco import COCOInstanceEvaluator
+from maskdino.evaluation.coco import ALL_DETECTIONS, COCOInstanceEvaluator
 from maskdino.evaluation.panoptic import PanopticEvaluator
 from maskdino.evaluation.semantic import SemanticEvaluator
 from maskdino.integration.compat import cityscapes_scripts
@@ -108,7 +108,6 @@ EVALUATORS: dict[str, dict[str, _Builder]] = {
     "cityscapes_sem_seg": {"semantic": _cityscapes_semantic},
     "cityscapes_panoptic_seg": _CITYSCAPES,
 }
-ALL_DETECTIONS = 1 << 20  # of an image in slices, each of which has TEST.DETECTIONS_PER_IMAGE
 PER_CLASS = ("AP-", "PQ-", "IoU-", "ACC-")  # how the values of single classes begin
 # What the evaluators measure beside these.
 _OF_INSTANCES: dict[str, tuple[str, ...]] = {
@@ -147,6 +146,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         dataset_name,
         folder,
         cfg.MODEL.MASK_DINO.MASK_ON,
+        # Each slice of an image has TEST.DETECTIONS_PER_IMAGE.
         ALL_DETECTIONS if cfg.TEST.SLICES.SIZE else cfg.TEST.DETECTIONS_PER_IMAGE,
         cfg.TEST.COCO_EVALUATOR == "auto" and coco_evaluation.fast_library() is not None,
     )

@@ -40,6 +40,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
 GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # of a task -> its key in records
 LARGEST_ID = 1 << 62
 COCO_DETECTIONS = 100  # of an image that published numbers count
+ALL_DETECTIONS = 1 << 20  # of an image: as many as there are
 AREAS = ("all", "small", "medium", "large")
 
 
@@ -186,11 +187,11 @@ class COCOInstanceEvaluator(DatasetEvaluator):
         if not records:
             logger.warning("No instance was predicted in '%s': AP is 0.", self._metadata.name)
         if self._detections != COCO_DETECTIONS:
+            counted = f"up to {self._detections} detections of an image (TEST.DETECTIONS_PER_IMAGE)"
+            if self._detections == ALL_DETECTIONS:
+                counted = "all detections of an image"
             logger.warning(
-                "AP and AR count up to %d detections of an image (TEST.DETECTIONS_PER_IMAGE); "
-                "published numbers on COCO count %d.",
-                self._detections,
-                COCO_DETECTIONS,
+                "AP and AR count %s; published numbers on COCO count %d.", counted, COCO_DETECTIONS
             )
         return {task: self._evaluate_task(task, records) for task in self._tasks}
 

@@ -45,7 +45,10 @@ def configuration(dataset: str, folder: Path, size: int = 256) -> CfgNode:
 
 
 def test_an_oracle_that_sees_slices_finds_every_nucleus(
-    mosaic: tuple[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mosaic: tuple[str, int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """More of them than one image may show: TEST.DETECTIONS_PER_IMAGE is of each slice."""
     name, number = mosaic
@@ -57,6 +60,8 @@ def test_an_oracle_that_sees_slices_finds_every_nucleus(
         results = evaluate_model(cfg, MaskDINO(cfg))
         assert results["segm"]["AP"] == pytest.approx(100) == results["bbox"]["AP"]
         assert results["segm"]["AR"] == pytest.approx(100)
+    said = "AP and AR count all detections of an image; published numbers on COCO count 100."
+    assert caplog.messages.count(said) == 2
     assert {shape[:2] for shape in oracle.asked} == {(256, 256)}
     records = json.loads(
         (tmp_path / "inference" / name / "coco_instances_results.json").read_text()
