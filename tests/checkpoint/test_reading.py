@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from maskdino.checkpoint import reading
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.loading import load_trained, settle_weights
-from maskdino.checkpoint.reading import CheckpointError, find_resumption, read_checkpoint
+from maskdino.checkpoint.reading import CheckpointError, fetch, find_resumption, read_checkpoint
 from maskdino.model import MaskDINO
 from tests.helpers import tiny_cfg, tiny_model
 
@@ -273,3 +274,17 @@ def test_settings_of_weights_notice_damage(tmp_path: Path) -> None:
     flip(path, state[WEIGHT])
     with pytest.raises(CheckpointError, match=r"model\.pth is damaged"):
         settle_weights(tiny_cfg_of(path))
+
+
+def test_addresses_are_downloaded_and_paths_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "weights.pth"
+    file.touch()
+    asked = []
+    monkeypatch.setattr(
+        reading.PathManager, "get_local_path", lambda weights: asked.append(weights) or str(file)
+    )
+    assert fetch(str(file)) == str(file) and asked == []
+    assert fetch("https://host/weights.pth") == str(file)
+    assert asked == ["https://host/weights.pth"]

@@ -118,6 +118,7 @@ def test_the_line_of_the_console(caplog: pytest.LogCaptureFixture) -> None:
         writer.write()
         writer.write()  # once for each iteration
         assert storage.latest()["eta_seconds"][0] == 3  # six more of half a second
+        assert storage.smoothing_hints()["eta_seconds"] is False  # of half an hour ago: no use
         storage.iter = 10
         writer.write()  # nothing after the end
     (line,) = (record.getMessage() for record in caplog.records)

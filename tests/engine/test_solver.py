@@ -47,6 +47,16 @@ def test_four_groups_by_rate_and_decay(name: str) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["ADAMW", "SGD"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_fused_step_where_it_is_asked_for_and_there_is_one(
+    name: str, device: str, asked: bool
+) -> None:
+    optimizer = build_optimizer(config("SOLVER.OPTIMIZER", name), Model().to(device), fused=asked)
+    assert optimizer.defaults["fused"] is (asked and device == "cpu")
+
+
 def test_biases_have_their_own_keys() -> None:
     cfg = config("SOLVER.WEIGHT_DECAY_BIAS", "0.01", "SOLVER.BIAS_LR_FACTOR", "2.0")
     optimizer = build_optimizer(cfg, nn.Linear(2, 2))

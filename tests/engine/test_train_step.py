@@ -67,6 +67,26 @@ def test_step_is_a_clipped_gradient_step() -> None:
     assert scalars["data_time"] >= 0
 
 
+def test_what_no_loss_reaches_in_a_step_stays_as_it_is() -> None:
+    class Branches(Quadratic):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Parameter(torch.tensor(5.0))
+
+        def forward(self, batch: list[dict]) -> dict[str, Tensor]:
+            losses = super().forward(batch)
+            return losses | ({"loss_other": self.other.square()} if len(batch) > 1 else {})
+
+    model = Branches()
+    trained = step(model=model)
+    trained.optimizer = SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    trained.run(iter([IMAGES]))
+    assert model.other != 5
+    before = model.other.item()
+    trained.run(iter([IMAGES[:1]]))  # not even by the decay of weights
+    assert model.other.item() == before
+
+
 def test_accumulation_equals_the_whole_batch() -> None:
     whole, parts = step(), step(accumulation_steps=2)
     for _ in range(3):
