@@ -41,6 +41,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model.onnx", CANVAS)
+
+
+def write_model(path: Path, masks: tuple[int, int]) -> Path:
     """The interface of an export with --outputs instance; its results hang on both inputs."""
     onnx = pytest.importorskip("onnx", reason="onnx is optional, see requirements.txt")
     node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
@@ -50,7 +54,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "label": np.array([[2, 0, 1]]),
         "level": np.array([100.0, 160.0, 0.0], np.float32).reshape(1, OBJECTS, 1, 1),
         "axis": np.array([1]),
-        "size": np.array([1, 1, 1]),
+        "start": np.array([0, 0]),
+        "end": np.array(masks),
+        "axes": np.array([2, 3]),
     }
     nodes = [
         node("Cast", ["image_sizes"], ["sizes"], to=1),
@@ -59,7 +65,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         node("Identity", ["score"], ["scores"]),
         node("Identity", ["label"], ["labels"]),
         node("ReduceMean", ["images", "axis"], ["gray"]),
-        node("Greater", ["gray", "level"], ["masks"]),
+        node("Greater", ["gray", "level"], ["whole"]),
+        node("Slice", ["whole", "start", "end", "axes"], ["masks"]),
     ]
     batch, canvas = "batch", list(CANVAS)
     graph = onnx.helper.make_graph(
@@ -70,12 +77,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             value("boxes", 1, [batch, OBJECTS, 4]),
             value("scores", 1, [batch, OBJECTS]),
             value("labels", 7, [batch, OBJECTS]),
-            value("masks", 9, [batch, OBJECTS, *canvas]),
+            value("masks", 9, [batch, OBJECTS, *masks]),
         ],
         [onnx.numpy_helper.from_array(array, name) for name, array in tables.items()],
     )
     opset = onnx.helper.make_opsetid("", 18)
-    path = tmp_path_factory.mktemp("model") / "model.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), path)
     return path
 
@@ -128,3 +134,17 @@ def test_example_says_what_is_wrong(program: Path, model: Path, tmp_path: Path) 
         assert found.returncode == 1
         assert found.stderr.startswith("error: ") and said in found.stderr
         assert not found.stdout
+
+
+def test_example_writes_whole_masks_or_says_why_not(
+    program: Path, model: Path, tmp_path: Path
+) -> None:
+    quarter = write_model(tmp_path / "quarter.onnx", (CANVAS[0] // 4, CANVAS[1] // 4))
+    write_image(tmp_path / "a.ppm", 50, 90)
+    for network, folder, said in (
+        (quarter, tmp_path, "export the model with --mask-size full"),
+        (model, tmp_path / "none", "none/0.pgm cannot be written"),
+    ):
+        found = run(program, network, tmp_path / "a.ppm", 0.5, folder)
+        assert found.returncode == 1 and said in found.stderr
+    assert not list(tmp_path.glob("*.pgm"))
