@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2 import modeling
 from detectron2.config import CfgNode
-from detectron2.evaluation import DatasetEvaluator, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -42,7 +42,9 @@ def evaluate_model(
     model: nn.Module,
     evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
     build_loader: Callable[[CfgNode, str], Iterable[list[dict]]] = build_test_data,
-    build_evaluator: Callable[[CfgNode, str], DatasetEvaluator] = build_evaluator,
+    build_evaluator: Callable[
+        [CfgNode, str], DatasetEvaluator | list[DatasetEvaluator] | None
+    ] = build_evaluator,
 ) -> dict[str, Any]:
     """See `MaskDINOTrainer.test`, whose builders of a dataset are given."""
     names = cfg.DATASETS.TEST
@@ -56,6 +58,8 @@ def evaluate_model(
     for index, name in enumerate(names):
         loader = build_loader(cfg, name)
         evaluator = build_evaluator(cfg, name) if evaluators is None else evaluators[index]
+        if evaluator is None or isinstance(evaluator, list):  # detectron2's trainers may give these
+            evaluator = DatasetEvaluators(evaluator or [])
         with masks_as_read(model, evaluator):
             results[name] = evaluate_images(model, loader, evaluator)
         if comm.is_main_process():

@@ -11,10 +11,11 @@ import torch
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
+from maskdino.engine.evaluating import evaluate_model
 from maskdino.evaluation.build import masks_as_read
 from maskdino.evaluation.coco import instances_to_records
 from maskdino.evaluation.loop import PENDING, evaluate_images
-from tests.helpers import drawn_batch, tiny_model
+from tests.helpers import drawn_batch, tiny_cfg, tiny_model
 from tests.pretend_device import PretendDevice, missing_api
 
 pytestmark = [
@@ -126,6 +127,22 @@ def test_errors_of_the_network_leave_no_thread(
         evaluate_images(Model(put, 5, error), IMAGES, evaluator)
     assert evaluator.taken == list(range(len(evaluator.taken))) and len(evaluator.taken) <= 5
     assert ("The evaluation ended at 5.png." in caplog.messages) == (error is OSError)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, {"ids": list(range(12))}), (0, {})])
+@pytest.mark.parametrize("empty", [list, type(None)])
+def test_builders_of_evaluators_may_give_what_detectron2_takes(
+    number: int, expected: dict, empty: type
+) -> None:
+    cfg = tiny_cfg()
+    cfg.DATASETS.TEST = ("drawn",)
+    found = evaluate_model(
+        cfg,
+        Model(),
+        build_loader=lambda *_: IMAGES,
+        build_evaluator=lambda *_: [Evaluator()] * number or empty(),
+    )
+    assert found == expected
 
 
 class Records(Evaluator):
