@@ -57,6 +57,10 @@ class LateInstances(Instances):
     def _fields(self) -> dict[str, Any]:
         return self._made(self._tensors.arrived())
 
+    def __reduce__(self) -> tuple:
+        """Copies, as those for other processes, are of what has arrived."""
+        return _instances, (self.image_size, self._fields)
+
 
 def top_pairs(
     class_logits: Tensor, options: InferenceOptions, is_thing: Tensor
@@ -174,7 +178,11 @@ def _traced(
 
 def _as_instances(fields: dict, frame: Frame) -> Instances:
     fields["pred_boxes"] = Boxes(fields["pred_boxes"])
-    return Instances(frame.output, **fields)
+    return _instances(frame.output, fields)
+
+
+def _instances(size: tuple[int, int], fields: dict) -> Instances:
+    return Instances(size, **fields)
 
 
 def mean_probability(probs: Tensor, foreground: Tensor) -> Tensor:
@@ -263,7 +271,7 @@ def _on_host(
     asked = (*fields.values(), kept, which, *last)
     if later:
         return LateInstances(frame.output, OnItsWay(asked), made)
-    return Instances(frame.output, **made((yield asked)))
+    return _instances(frame.output, made((yield asked)))
 
 
 def _moved_up(masks: Tensor, index: Tensor) -> Tensor:

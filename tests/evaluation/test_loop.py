@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,12 +11,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import Instances
 from torch import nn
 
 from maskdino.engine.evaluating import evaluate_model
 from maskdino.evaluation.build import masks_as_read
 from maskdino.evaluation.coco import instances_to_records
 from maskdino.evaluation.loop import PENDING, evaluate_images
+from maskdino.postprocess.instances import LateInstances
 from tests.helpers import drawn_batch, tiny_cfg, tiny_model
 from tests.pretend_device import PretendDevice, missing_api
 
@@ -176,3 +180,15 @@ def test_one_copy_of_each_image_that_the_main_thread_does_not_wait_for() -> None
             "pinned to the host"
         }
     assert len(found) > 10 and found == expected
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_evaluators_may_copy_what_is_on_its_way(copied: Callable) -> None:
+    """And gather it from all processes, which are sent pickles."""
+    model = tiny_model(TEST__PRECISION="float32", TEST__CUDA_GRAPHS=False).eval()
+    with PretendDevice() as device, masks_as_read(device.put(model), Records()):
+        found = model(drawn_batch([(40, 56)], [0]))[0]["instances"]
+        assert isinstance(found, LateInstances)
+        copy_of_it = copied(found)
+        assert type(copy_of_it) is Instances and len(copy_of_it) > 10
+        assert instances_to_records(copy_of_it, 1) == instances_to_records(found, 1)
