@@ -186,6 +186,12 @@ def test_files_of_colors(tmp_path: Path, name: str, text: str) -> None:
     assert found == {"sky": (1, 2, 3), "road": (4, 5, 6)}
 
 
+def test_colors_of_classes_that_are_called_by_numbers(tmp_path: Path) -> None:
+    (tmp_path / "labelmap.txt").write_text("7:1,2,3::\n8:4,5,6::")
+    found = {c.name: c.color for c in read_classes(tmp_path / "labelmap.txt")}
+    assert found == {"7": (1, 2, 3), "8": (4, 5, 6)}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -30,11 +30,11 @@ IGNORED = ("void", "ignore", "ignored", "__ignore__", "unlabeled", "unlabelled")
 LONGEST = 200  # characters of a line
 HOW = "write them into classes.txt, one in a line, in the order of the values from 0"
 _NUMBER = r"\s*(\d+)\s*"
-# Lines of a file must all be of one kind.
+# Lines of a file must all be of one kind. Groups are the name and numbers: a value, or a color.
 _VALUE_NAME = re.compile(rf"{_NUMBER}[:,;=\s]\s*(?P<name>.*\S)\s*")
 _NAME_VALUE = re.compile(rf"\s*(?P<name>.*[^\s,:;=])\s*[:,;=\t]{_NUMBER}")
 _NAME_COLOR = re.compile(
-    rf"\s*(?P<name>.*[^\s,:;])\s*[:,;\s]{_NUMBER}[,;\s]{_NUMBER}[,;\s]{_NUMBER}(:.*)?"
+    rf"\s*(?P<name>.*[^\s,:;])\s*[:,;\s]{_NUMBER}[,;\s]{_NUMBER}[,;\s]{_NUMBER}(?::.*)?"
 )
 _COLOR_NAME = re.compile(rf"{_NUMBER}[,;\s]{_NUMBER}[,;\s]{_NUMBER}[:,;\s]\s*(?P<name>.*\S)\s*")
 
@@ -121,14 +121,13 @@ def _of_lines(lines: Sequence[str]) -> list[LabelClass]:
         matches = [pattern.fullmatch(line) for line in lines]
         if not all(matches):
             continue
-        result = []
+        result, name = [], pattern.groupindex["name"]
         for order, match in enumerate(filter(None, matches)):
-            numbers = [int(x) for x in match.groups() if x and x.isdecimal()][:3]
-            if pattern in (_NAME_COLOR, _COLOR_NAME):
+            numbers = [int(x) for i, x in enumerate(match.groups(), 1) if i != name]
+            if len(numbers) == 3:
                 result.append(_label(match["name"], order, _color(numbers)))
             else:
-                value = next(int(x) for x in match.groups() if x and x.isdecimal())
-                result.append(_label(match["name"], value))
+                result.append(_label(match["name"], numbers[0]))
         return result
     return _in_order(lines)
 
