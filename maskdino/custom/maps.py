@@ -180,33 +180,22 @@ def in_threads(function: Callable[..., T], *lists: Iterable) -> list[T]:
         return list(pool.map(function, *lists))
 
 
-def map_size(path: Path) -> tuple[int, int]:
-    """(H, W) of a label image, which is never turned.
+def segments_of(path: Path) -> tuple[dict[int, int], tuple[int, int]]:
+    """Pixels by segment id of a label image in COCO's panoptic format, and its (H, W).
+
+    0 is no segment. The image is never turned.
 
     Raises:
         Problem: it cannot be read.
     """
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            colors = np.array(image.convert("RGB"))
     except BROKEN as error:
         raise _unreadable(path, error) from error
-
-
-def segments_of(path: Path) -> dict[int, int]:
-    """Pixels by segment id of a label image in COCO's panoptic format; 0 is no segment.
-
-    Raises:
-        Problem: it cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            ids, numbers = np.unique(
-                ids_of_colors(np.array(image.convert("RGB"))), return_counts=True
-            )
-    except BROKEN as error:
-        raise _unreadable(path, error) from error
-    return {int(i): int(n) for i, n in zip(ids, numbers, strict=True) if i}
+    ids, numbers = np.unique(ids_of_colors(colors), return_counts=True)
+    height, width = colors.shape[:2]
+    return {int(i): int(n) for i, n in zip(ids, numbers, strict=True) if i}, (height, width)
 
 
 def values_of(path: Path) -> list[str]:

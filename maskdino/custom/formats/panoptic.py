@@ -12,15 +12,15 @@ from maskdino.custom.annotations import Annotations
 from maskdino.custom.formats.coco import by_split, with_images
 from maskdino.custom.formats.collect import Dataset, Part, Unreadable
 from maskdino.custom.formats.files import Tree
-from maskdino.custom.maps import MAP, Maps, Problem, in_threads, map_size, segments_of
+from maskdino.custom.maps import MAP, Maps, Problem, in_threads, segments_of
 from maskdino.data import DataError
 from maskdino.data.annotation_checks import format_problem, is_id
 from maskdino.data.folders import leaves
+from maskdino.data.panoptic_checks import MOST_IDS
 from maskdino.data.reading import read_json
 
 KIND = "COCO's panoptic segmentation"
 PROBED = 50  # files by which a folder is found
-MOST_SEGMENTS = 1 << 24
 
 
 def read_panoptic(tree: Tree, labels: Tree, files: Sequence[Path]) -> Dataset:
@@ -130,8 +130,7 @@ def _read_image(
         return Problem("annotation without a PNG file in its folder", f"file_name {name!r}")
     try:
         segments = _checked_segments(entries[0].get("segments_info"), categories, name)
-        areas = segments_of(root / name)
-        size = map_size(root / name)
+        areas, size = segments_of(root / name)
     except Problem as problem:
         return problem
     wanted = image.get("height"), image.get("width")
@@ -169,7 +168,7 @@ def _checked_segments(segments: Any, categories: dict, name: str) -> list[dict]:
     if not isinstance(segments, list) or not all(isinstance(x, dict) for x in segments):
         raise Problem("segments_info is no list of segments", f"{name}: {str(segments)[:80]}")
     ids = [x.get("id") for x in segments]
-    wrong = [x for x in ids if type(x) is not int or not 0 < x < MOST_SEGMENTS]
+    wrong = [x for x in ids if type(x) is not int or not 0 < x < MOST_IDS]
     wrong += [x for x, number in Counter(map(str, ids)).items() if number > 1]
     if wrong:
         kind = "segment ids must be whole numbers from 1 to 16777215, each once"
