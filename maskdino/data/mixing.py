@@ -155,9 +155,10 @@ def finish(scene: Scene, example: dict, min_visible: float) -> dict:
         as it was.
     """
     left = _areas(scene.shapes)
-    scene = scene.take((left > 0) & ((left >= min_visible * scene.areas) | ~scene.is_thing))
+    kept = (left > 0) & ((left >= min_visible * scene.areas) | ~scene.is_thing)
+    cut = np.flatnonzero(left[kept] < scene.areas[kept])
+    scene = scene.take(kept)
     boxes = scene.boxes.copy()
-    cut = np.flatnonzero(_areas(scene.shapes) < scene.areas)
     around = _boxes_around(scene.shapes[cut], scene.size[1])
     boxes[cut, :2] = np.maximum(around[:, :2], boxes[cut, :2])
     boxes[cut, 2:] = np.minimum(around[:, 2:], boxes[cut, 2:])
