@@ -27,8 +27,10 @@ def rounded(operation: Callable[..., Tensor], first: Tensor, *others: Tensor, to
 
 def linear_relu(layer: nn.Module, x: Tensor) -> Tensor:
     """ReLU of a linear layer, (..., in) to (..., out): on a GPU one launch in inference."""
-    learned = torch.is_grad_enabled() or is_traced()
-    if type(layer) is not nn.Linear or learned or not x.is_cuda or is_converted(layer.weight):
+    # Gradients, tracers and hooks see the layer by itself.
+    seen = torch.is_grad_enabled() or is_traced()
+    seen = seen or bool(layer._forward_hooks or layer._forward_pre_hooks)
+    if type(layer) is not nn.Linear or seen or not x.is_cuda or is_converted(layer.weight):
         # Of more than two dimensions the result is a view, and what changes a view in place is
         # copied twice in the backward pass.
         return F.relu(layer(x), inplace=x.dim() == 2)

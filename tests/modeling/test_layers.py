@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from maskdino.modeling.layers import MLP, box_sine_embedding, map_sine_embedding, rounded
+from maskdino.modeling.layers import (
+    MLP,
+    box_sine_embedding,
+    linear_relu,
+    map_sine_embedding,
+    rounded,
+)
 
 CPU = torch.device("cpu")
 
@@ -57,6 +63,30 @@ def test_sums_are_rounded_once(learned: bool) -> None:
     assert torch.equal(found, (first + second).bfloat16()) and found.requires_grad == learned
     assert found.stride() == first.stride()
     assert rounded(torch.sin, first, to=torch.float32).dtype == torch.float32
+
+
+class OnGpu(torch.Tensor):
+    """Claims it."""
+
+    is_cuda = True
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", [True, False])
+def test_hooks_of_a_layer_whose_relu_is_within(
+    hooked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, fused = [], []
+    layer, x = torch.nn.Linear(4, 5), torch.randn(2, 3, 4).as_subclass(OnGpu)
+    original = torch._addmm_activation
+    monkeypatch.setattr(
+        torch, "_addmm_activation", lambda *args: fused.append(0) or original(*args)
+    )
+    if hooked:
+        layer.register_forward_hook(lambda *_: seen.append(0))
+    found = linear_relu(layer, x)
+    assert (len(seen), len(fused)) == (hooked, not hooked)
+    torch.testing.assert_close(found, (x @ layer.weight.T + layer.bias).clamp(min=0))
 
 
 def test_mlp() -> None:
