@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -263,8 +262,12 @@ def average_precision(
 
 
 def fast_library() -> str | None:
-    """The fastest library that is installed and computes pycocotools' numbers."""
-    return next((name for name in FAST if find_spec(name) is not None), None)
+    """The fastest library that can be imported and computes pycocotools' numbers."""
+    for name in FAST:
+        with contextlib.suppress(ImportError):  # also of one that is installed, but broken
+            import_module(name)
+            return name
+    return None
 
 
 def numbered(

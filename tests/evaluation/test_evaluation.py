@@ -374,6 +374,17 @@ def test_who_computes_is_chosen_and_said(
     assert f"bbox of COCO by {named}." in caplog.text
 
 
+def test_a_library_that_is_installed_but_broken_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That would else be seen after all images."""
+    (tmp_path / "broken_evaluator.py").write_text("raise ImportError('no such symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for names, chosen in (((), None), (("pycocotools",), "pycocotools")):
+        monkeypatch.setattr(coco_evaluation, "FAST", ("broken_evaluator", *names))
+        assert coco_evaluation.fast_library() == chosen
+
+
 def test_predictions_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco_evaluation, "RECORDS_AT_ONCE", 2)
     records = [{"score": number, "name": "], ["} for number in range(5)]
