@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskdino.ops.constants import constant_of_shape
+from maskdino.ops.constants import constant_of_shape, is_traced
 from maskdino.structures import SpatialShapes
 
 TEMPERATURE = 10000.0  # of the sine embeddings
 
 
-def rounded(operation: Callable[..., Tensor], first: Tensor, *others: Tensor, to: torch.dtype):
+def rounded(
+    operation: Callable[..., Tensor], first: Tensor, *others: Tensor, to: torch.dtype
+) -> Tensor:
     """`operation(first, *others)`, which has the shape of the first, in another type.
 
     Where nothing is learned it is one launch: numbers are computed in the wider type, and written
@@ -37,11 +39,6 @@ def linear_relu(layer: nn.Module, x: Tensor) -> Tensor:
     rows = x.to(layer.weight.dtype).flatten(0, -2)
     hidden = torch._addmm_activation(layer.bias, rows, layer.weight.t())
     return hidden.unflatten(0, x.shape[:-1])
-
-
-def is_traced() -> bool:
-    """Whether a program is made of what is computed, which others then run."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_converted(weight: Tensor) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from maskdino.modeling.attention import MultiScaleDeformableAttention
 from maskdino.modeling.half_weights import convertible_weights
+from maskdino.ops.constants import is_traced
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,7 @@ class Prepared:
             not self._works
             or model.training
             or torch.is_grad_enabled()
-            or torch.jit.is_tracing()
-            or torch.compiler.is_compiling()
+            or is_traced()
             or device.type not in ("cpu", "cuda")
             or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         ):

@@ -14,6 +14,11 @@ Value = TypeVar("Value", bound=Tensor | tuple[Tensor, ...])
 _holders: list[list[object]] = []
 
 
+def is_traced() -> bool:
+    """Whether a program is made of what is computed, which others then run."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 @contextmanager
 def holding_constants() -> Iterator[list[object]]:
     """Collects the constants used inside: whoever keeps the list keeps them in memory.
@@ -34,7 +39,7 @@ def constant_of_shape(function: Callable[..., Value]) -> Callable[..., Value]:
 
     @functools.wraps(function)
     def constant(*args: object) -> Value:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_traced():
             return function(*args)
         # Whoever asks first, the tensors must be of use in training too.
         with torch.inference_mode(False), torch.no_grad():
