@@ -76,12 +76,7 @@ def check_datasets(cfg: CfgNode) -> None:
         with_masks[name] = _check_classes(
             name, metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES, is_trained=name in train
         )
-        if metadata.get("evaluator_type") == "sem_seg":
-            folder = metadata.get("sem_seg_root", "")
-            if PathManager.isdir(folder) and not any(
-                file.endswith(".png") for file in PathManager.ls(folder)
-            ):
-                raise DataError(f"dataset {name!r}: {folder} holds no PNG file")
+        _check_maps(name, metadata)
         if metadata.get("evaluator_type") in ("coco_panoptic_seg", "ade20k_panoptic_seg"):
             measured = name in test and cfg.MODEL.MASK_DINO.TEST.PANOPTIC_ON
             check_panoptic(read_json(metadata.panoptic_json), metadata, measured=measured)
@@ -154,6 +149,17 @@ def _check_paths(name: str, metadata: Metadata, unused: set[str]) -> None:
             f"{root or 'not set: ./datasets'}) names the folder of the datasets, and "
             f"datasets/README.md shows what it must hold{made if command else ''}"
         )
+
+
+def _check_maps(name: str, metadata: Metadata) -> None:
+    """Whether there are any semantic maps, where a folder is all that names them."""
+    folder = metadata.get("sem_seg_root", "")
+    is_listed = metadata.get("json_file") is not None  # then they are where the list says
+    if metadata.get("evaluator_type") != "sem_seg" or is_listed or not PathManager.isdir(folder):
+        return
+    entries = PathManager.ls(folder)
+    if not any(x.endswith(".png") or PathManager.isdir(os.path.join(folder, x)) for x in entries):
+        raise DataError(f"dataset {name!r}: {folder} holds no PNG file")
 
 
 def _check_things(metadata: Metadata) -> None:

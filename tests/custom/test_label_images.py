@@ -20,7 +20,7 @@ from maskdino.custom.formats.class_names import asked_classes, read_classes
 from maskdino.custom.plan import Machine
 from maskdino.custom.prepare import prepare_data, prepared_files, register_prepared
 from maskdino.custom.request import Request
-from maskdino.data import DataError
+from maskdino.data import DataError, check_datasets
 from maskdino.data.reading import read_label_map
 from maskdino.ops.rle import decode_segmentation
 from tests.custom.labeled import (
@@ -66,6 +66,9 @@ def test_label_images_of_other_programs(
     assert data.train.most_objects == 3
     seen = set()
     register_prepared(out)
+    cfg = load_config(None)
+    plan.apply_data(cfg, data.train, Machine("cpu", 8000.0, 1), Request(data=root, output=out))
+    check_datasets(cfg)  # as training does
     for name, files in prepared_files(out).items():
         assert (files.map_root == root.resolve()) == in_place
         assert MetadataCatalog.get(name).stuff_classes == list(NAMES)
@@ -114,6 +117,7 @@ def test_panoptic_data(tmp_path: Path) -> None:
     # Whoever loads the model elsewhere, where the data are unknown, still tells things from stuff.
     cfg = load_config(None)
     plan.apply_data(cfg, data.train, Machine("cpu", 8000.0, 1), request)
+    check_datasets(cfg)
     assert Categories.from_config(cfg).names == ("apple", "nut", "background")
     assert Categories.from_config(cfg).is_thing == (True, True, False)
 

@@ -313,6 +313,21 @@ def test_files_that_are_no_panoptic_annotations(coco: Path, name: str, content: 
         DatasetCatalog.get(name)
 
 
+def test_semantic_maps_may_lie_in_folders_of_folders(
+    make_cfg: Callable, tmp_path: Path, name: str
+) -> None:
+    """Other readers than detectron2's may find them there; a folder without any is refused."""
+    DatasetCatalog.register(name, list)
+    known = {"sem_seg_root": str(tmp_path), "stuff_classes": ["a"], "evaluator_type": "sem_seg"}
+    MetadataCatalog.get(name).set(**known)
+    cfg = make_cfg("DATASETS.TEST", (name,), "MODEL.MASK_DINO.NUM_CLASSES", 1)
+    cfg.DATASETS.TRAIN = ()
+    with pytest.raises(DataError, match="holds no PNG file"):
+        check_datasets(cfg)
+    (tmp_path / "town").mkdir()
+    check_datasets(cfg)
+
+
 def test_missing_folders_name_the_path_and_the_variable(
     make_cfg: Callable, tmp_path: Path, name: str
 ) -> None:
