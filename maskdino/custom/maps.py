@@ -16,7 +16,7 @@ from PIL import Image
 
 from maskdino.data import DataError
 from maskdino.data.images import BROKEN
-from maskdino.data.reading import MOST_CLASSES, ids_of_colors
+from maskdino.data.reading import MOST_CLASSES, colors_of_ids, ids_of_colors
 
 T = TypeVar("T")
 MAP = "sem_seg_file_name"  # key of the label image in an image's entry, of detectron2's name
@@ -132,7 +132,7 @@ class Encoding:
         else:
             wrong = ids[self._colors[ids] == 0]
             kind = "label image with a color that is no class: mend it, or add the color"
-        named = [str((int(x) & 255, int(x) >> 8 & 255, int(x) >> 16)) for x in wrong]
+        named = [str(tuple(color)) for color in colors_of_ids(wrong).tolist()]
         return Problem(kind, f"{path} holds {_listed(named)}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskdino.custom.annotations import Annotations
-from maskdino.custom.formats.coco import by_split, with_images
+from maskdino.custom.formats.coco import PROBED, by_split, with_images
 from maskdino.custom.formats.collect import Dataset, Part, Unreadable
 from maskdino.custom.formats.files import Tree
 from maskdino.custom.maps import MAP, Maps, Problem, in_threads, segments_of
@@ -20,7 +20,6 @@ from maskdino.data.panoptic_checks import MOST_IDS
 from maskdino.data.reading import read_json
 
 KIND = "COCO's panoptic segmentation"
-PROBED = 50  # files by which a folder is found
 
 
 def read_panoptic(tree: Tree, labels: Tree, files: Sequence[Path]) -> Dataset:
