@@ -118,7 +118,7 @@ class OpenVino:
 
         Args:
             path: of the file.
-            device: PyTorch's name, "cpu" or "xpu".
+            device: PyTorch's name, "cpu", "xpu" or, of several, "xpu:1".
             threads: of the CPU; None: OpenVINO's choice.
 
         Raises:
@@ -135,11 +135,14 @@ class OpenVino:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no ONNX file {path}")
         core = openvino.Core()
-        name = OPENVINO_DEVICES.get(torch.device(device).type)
-        if name not in core.available_devices:
-            known = [
-                ours for ours, its in OPENVINO_DEVICES.items() if its in core.available_devices
-            ]
+        # "GPU", or "GPU.0" and "GPU.1" where there are more.
+        there = {name for full in core.available_devices for name in (full, full.partition(".")[0])}
+        place = torch.device(device)
+        name = OPENVINO_DEVICES.get(place.type, "")
+        if place.index:
+            name = f"{name}.{place.index}"
+        if name not in there:
+            known = [ours for ours, its in OPENVINO_DEVICES.items() if its in there]
             raise ValueError(f"OpenVINO does not compute on {device} here, but on {known}")
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None:

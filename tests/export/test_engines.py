@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,6 +153,39 @@ def test_devices_that_an_engine_does_not_know(engine: str, tmp_path: Path) -> No
     write_network(tmp_path / "m.onnx")
     with pytest.raises(ValueError, match=r"no support for device mps|does not compute on mps here"):
         OnnxNetwork(tmp_path / "m.onnx", "mps", engine=engine)
+
+
+@pytest.mark.parametrize(
+    ("there", "device", "chosen"),
+    [
+        (["CPU", "GPU"], "xpu", "GPU"),
+        (["CPU", "GPU"], "xpu:0", "GPU"),
+        (["CPU", "GPU.0", "GPU.1"], "xpu", "GPU"),
+        (["CPU", "GPU.0", "GPU.1"], "xpu:1", "GPU.1"),
+        (["CPU", "GPU"], "xpu:1", ""),
+        (["CPU"], "xpu", ""),
+        (["CPU"], "cpu", "CPU"),
+    ],
+)
+def test_devices_of_openvino(
+    there: list[str], device: str, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_network(tmp_path / "m.onnx")
+    asked = []
+
+    class Core:
+        available_devices = there
+
+        def read_model(self, _: Path) -> None: ...
+
+        def compile_model(self, _: None, name: str, __: dict) -> None:
+            asked.append(name)
+            raise RuntimeError("no device")
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
+    with pytest.raises(ValueError, match=r"no device" if chosen else f"compute on {device} here"):
+        OnnxNetwork(tmp_path / "m.onnx", device, engine="openvino")
+    assert asked == ([chosen] if chosen else [])
 
 
 @pytest.mark.parametrize("name", ENGINES)
