@@ -79,11 +79,8 @@ def _paired(expected: Outputs, found: Outputs, names: Sequence[str]) -> Outputs:
 
 def _row_values(rows: Tensor, scale: Tensor) -> Tensor:
     """(N, ...) to (N, values) in units of the largest magnitude."""
-    return (
-        rows.flatten(1).double() / _magnitude(scale)
-        if rows.dim() > 1
-        else (rows[:, None].double() / _magnitude(scale))
-    )
+    values = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+    return values.double() / _magnitude(scale)
 
 
 def _magnitude(values: Tensor) -> float:
