@@ -84,7 +84,9 @@ def scene_of(example: dict) -> Scene:
     """
     objects = example["instances"]
     fields = objects.get_fields()
-    masks = fields.get("gt_masks", PackedMasks.empty(len(objects), objects.image_size))
+    masks = fields.get("gt_masks")
+    if masks is None:
+        masks = PackedMasks.empty(len(objects), objects.image_size)
     if not fields.keys() <= FIELDS or not isinstance(masks, PackedMasks):
         raise DataError(
             f"image {example.get('file_name')}: INPUT.COPY_PASTE and INPUT.MOSAIC cannot mix "
