@@ -91,7 +91,7 @@ PREDICTOR = {
 # Evaluators, for one image.
 EVALUATION = {
     "instances": {(COPY, "evaluation/coco.py:instances_to_records"): 1},
-    "panoptic_seg": {(COPY, "detectron2/evaluation/panoptic_evaluation.py:process"): 1},
+    "panoptic_seg": {(COPY, "evaluation/panoptic.py:process"): 1},
     "sem_seg": {(COPY, "evaluation/semantic.py:process"): 1},
 }
 # Launches of training on two images, and of inference of one: the most that were counted, and a few
