@@ -257,13 +257,15 @@ def _on_host(
 ) -> Steps[Instances]:
     """The objects that are kept, on the host, perhaps later; `which` (R,) of the masks each has."""
     before, last = ([], []) if encoded is None else encoded
+    names, with_masks = tuple(fields), encoded is not None
 
     def made(found: list[Tensor]) -> dict[str, Any]:
-        values, (kept, which, *masks) = found[: len(fields)], found[len(fields) :]
+        # Holds nothing of the GPU's, whose memory is free as soon as the copies are on their way.
+        values, (kept, which, *masks) = found[: len(names)], found[len(names) :]
         index = kept.nonzero()[:, 0]
-        result: dict[str, Any] = dict(zip(fields, (value[index] for value in values), strict=True))
+        result: dict[str, Any] = dict(zip(names, (value[index] for value in values), strict=True))
         result["pred_boxes"] = Boxes(result["pred_boxes"])
-        if encoded is not None:
+        if with_masks:
             rles = before + _unpacked(masks, frame)
             result["pred_rles"] = [dict(rles[row]) for row in which[index].tolist()]
         return result

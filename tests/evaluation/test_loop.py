@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,6 +20,8 @@ from maskdino.engine.evaluating import evaluate_model
 from maskdino.evaluation.build import masks_as_read
 from maskdino.evaluation.coco import instances_to_records
 from maskdino.evaluation.loop import PENDING, evaluate_images
+from maskdino.ops.host import pack_masks
+from maskdino.postprocess import instances
 from maskdino.postprocess.instances import LateInstances
 from tests.helpers import drawn_batch, tiny_cfg, tiny_model
 from tests.pretend_device import PretendDevice, missing_api
@@ -192,3 +196,21 @@ def test_evaluators_may_copy_what_is_on_its_way(copied: Callable) -> None:
         copy_of_it = copied(found)
         assert type(copy_of_it) is Instances and len(copy_of_it) > 10
         assert instances_to_records(copy_of_it, 1) == instances_to_records(found, 1)
+
+
+def test_what_is_on_its_way_holds_no_memory_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed masks of an image may be 128 MiB."""
+    packed: list[weakref.ref] = []
+
+    def pack(masks: torch.Tensor) -> torch.Tensor:
+        bits = pack_masks(masks)
+        packed.append(weakref.ref(bits))
+        return bits
+
+    monkeypatch.setattr(instances, "pack_masks", pack)
+    model = tiny_model(TEST__PRECISION="float32", TEST__CUDA_GRAPHS=False).eval()
+    with PretendDevice() as device, masks_as_read(device.put(model), Records()):
+        found = model(drawn_batch([(40, 56)], [0]))[0]["instances"]
+        gc.collect()
+        assert packed and not [bits for bits in packed if bits() is not None]
+        assert len(instances_to_records(found, 1)) > 10
