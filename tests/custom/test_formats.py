@@ -361,6 +361,14 @@ WRONG: list[tuple[Callable, Callable[[Path], None], str]] = [
     (written.write_yolo, put("data.yaml", "names: [[a], b]"), "must be a single word"),
     (written.write_yolo, put("data.yaml", "names: [a]\nnc: 2"), "nc is 2, but there are 1 names"),
     (written.write_yolo, put("data.yaml", "names: [a]\ntrain: lost"), "train: there is no lost"),
+    (
+        written.write_yolo,
+        lambda root: [
+            put("data.yaml", "names: [a]\ntrain: train.txt")(root),
+            put("train.txt", "a" * 300 + ".png")(root),
+        ],
+        r"train\.txt: there is no image a{200}",
+    ),
     (written.write_yolo, remove("data.yaml"), r"no names: write them into .*classes\.txt"),
     (written.write_yolo, put(LABEL, "0 0.5 0.5 0.1 0.1 0.9"), "6 values.*score .* be removed"),
     (written.write_yolo, put(LABEL, "0 32 20 9 9"), r"scene_0\.txt:1: 32 is no share .* divide"),

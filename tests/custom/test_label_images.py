@@ -312,6 +312,8 @@ WRONG_PANOPTIC = [
     (lambda c: c["annotations"][1].update(segments_info=None), "no list of segments"),
     (lambda c: c["annotations"][1].update(file_name="lost.png"), "there is no .*lost.png"),
     (lambda c: c["annotations"][1].update(file_name="../a.png"), "file_name '../a.png'"),
+    (lambda c: c["annotations"][1].update(file_name="a" * 300), "a{300}: .*name too long"),
+    (lambda c: c["images"][1].update(file_name="a" * 300), "a{300}"),
     (lambda c: c["annotations"].pop(1), r"image 1 \(photo_1.png\): no annotation"),
     (lambda c: c["images"][1].update(height=25), r"\(24, 32\), not \(25, 32\)"),
     (lambda c: c["annotations"].append(c["annotations"][1]), r"image 1 \(photo_1.png\): 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -79,7 +80,8 @@ def with_images(
     )
     counts = {}
     for folder in folders:
-        there = [x for name in probed if (x := folder / name).is_file()]
+        # Not Path.is_file, which fails for a name of thousands of letters.
+        there = [x for name in probed if os.path.isfile(x := folder / name)]
         counts[folder] = sum(x not in labels for x in there)
     best = max(counts, key=counts.__getitem__, default=tree.root)
     if counts[best] == len(probed) and not any(leaves(str(best), name) for name in names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -76,7 +77,8 @@ def _map_root(path: Path, names: Sequence[Any], labels: Tree) -> Path:
     folders += sorted(
         {x.parent for x in labels.of(".png")}, key=lambda x: "panoptic" not in x.name.lower()
     )
-    counts = {x: sum((x / name).is_file() for name in probed) for x in dict.fromkeys(folders)}
+    # Not Path.is_file, which fails for a name of thousands of letters.
+    counts = {x: sum(os.path.isfile(x / name) for name in probed) for x in dict.fromkeys(folders)}
     best = max(counts, key=counts.__getitem__)
     if not counts[best]:
         some = f", such as {probed[0]!r}," if probed else ""

@@ -194,7 +194,7 @@ def _images_at(place: Path) -> list[Path]:
             found = [
                 path
                 for text in (line.strip(), line.strip().removeprefix("data/"))
-                if (path := Path(os.path.normpath(place.parent / text))).is_file()
+                if os.path.isfile(path := Path(os.path.normpath(place.parent / text)))
             ]
             if not found:
                 raise DataError(f"{place}: there is no image {line.strip()[:200]}")
