@@ -102,7 +102,10 @@ def _sides(
         depend on it; where sides begin, and in which direction they go, (4,) each; and the box of
         an empty mask (4,).
     """
-    x, y = (torch.arange(1.0, size + 1, device=device) for size in (width, height))
+    # Types are named and numbers filled in: the sizes of exported programs are variable integers.
+    x, y = (
+        torch.arange(1, size + 1, dtype=torch.float32, device=device) for size in (width, height)
+    )
     zeros, one = (torch.zeros_like(x), torch.zeros_like(y)), torch.ones(1, device=device)
     reach = torch.stack(
         [
@@ -113,7 +116,8 @@ def _sides(
         ]
     )
     last = -one if inclusive else one - one
-    start = torch.cat([one * width, one * height, last, last])
+    sides = [torch.full((1,), side, dtype=torch.float32, device=device) for side in (width, height)]
+    start = torch.cat([*sides, last, last])
     direction = torch.cat([-one, -one, one, one])
     low = one * (EMPTY_MASK_COORDINATE if inclusive else 0.0)
     return reach, start, direction, torch.cat([low, low, one - one, one - one])
