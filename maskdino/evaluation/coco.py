@@ -295,7 +295,9 @@ def numbered(
     categories = _number(ground_truth, predictions, "categories", "category_id")
     for number, annotation in enumerate(ground_truth["annotations"], start=1):
         annotation["id"] = number  # an object of id 0, or of a text, would count as found never
-        if task == "segm" and not annotation.get("segmentation"):  # neither found nor missed
+        if task == "bbox":
+            annotation.pop("segmentation", None)  # hotcoco reads it, and refuses an empty one
+        elif not annotation.get("segmentation"):  # neither found nor missed
             x, y, w, h = annotation["bbox"]
             annotation["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             annotation["iscrowd"] = 1
