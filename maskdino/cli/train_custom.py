@@ -1,17 +1,12 @@
 r"""Trains Mask DINO on own data, in one command.
 
     maskdino train-custom --data FOLDER --output OUT
-    maskdino train-custom --train-json A.json --train-images DIR --output OUT
-    maskdino train-custom --train-json A.json --train-images DIR \
-        --val-json B.json --val-images DIR --weights W --epochs 50 --early-stop 5 --output OUT
+    maskdino train-custom --train-json A.json --train-images DIR --weights W --epochs 50 --output OUT
     maskdino train-custom --output OUT --resume
 
 FOLDER holds images and labels: objects of COCO, Roboflow, YOLO, Pascal VOC, LabelMe or CVAT,
-segments of COCO's panoptic format, or label images (semantic segmentation); its folders train and
-val are taken as such. The data are checked first. Classes, tasks, image size, batch and
-schedule follow from them and from this machine; what was chosen is printed, and is in
-OUT/config.yaml. Without validation data, a part of the images is set aside. Keys and values at
-the end have the last word: SOLVER.BASE_LR 0.0002
+segments of COCO's panoptic format, or label images; its folders train and val are taken as such.
+What follows from the data and this machine is printed, and is in OUT/config.yaml.
 """
 
 import argparse
@@ -67,7 +62,10 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     add_import_option(parser)
     parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="have the last word"
+        "opts",
+        nargs=argparse.REMAINDER,
+        metavar="KEY VALUE",
+        help="have the last word: SOLVER.BASE_LR 0.0002",
     )
     args = parser.parse_args(words)
     if (args.val_json is None) != (args.val_images is None):

@@ -169,7 +169,7 @@ class Oracle(StandIn):
 def _maps(image: dict) -> dict[str, Any]:
     """The panoptic segments and the scores of classes of an image."""
     numbers = {name: number for number, name in NAMES.items()}
-    ids, classes = map(torch.from_numpy, segment_map(numbers[Path(image["file_name"]).name]))
+    ids, classes = map(torch.from_numpy, segment_map(numbers.get(Path(image["file_name"]).name, 0)))
     labels = {int(i): int(classes[ids == i][0]) for i in ids.unique()}
     segments = [
         {"id": i, "category_id": label, "isthing": label < len(CATEGORIES)}

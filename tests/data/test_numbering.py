@@ -40,7 +40,10 @@ def dataset(tmp_path: Path, name: str) -> str:
     """The name of a dataset with ADE20K's classes; its instances are still to be written."""
     categories = [{"id": i, "name": name, "isthing": i in THINGS} for i, name in enumerate(NAMES)]
     places = {key: tmp_path / key for key in ("images", "panoptic", "instances.json")}
-    (tmp_path / "panoptic.json").write_text('{"images": [], "annotations": []}')
+    image = {"id": 7, "height": 32, "width": 64, "file_name": "7.png"}
+    maps = [{"image_id": 7, "file_name": "7.png", "segments_info": []}]
+    segments = {"images": [image], "annotations": maps, "categories": categories}
+    (tmp_path / "panoptic.json").write_text(json.dumps(segments))
     register_panoptic_folder(
         name,
         tmp_path / "panoptic.json",
