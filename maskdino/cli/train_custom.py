@@ -1,7 +1,7 @@
-r"""Trains Mask DINO on own data, in one command.
+"""Trains Mask DINO on own data, in one command.
 
     maskdino train-custom --data FOLDER --output OUT
-    maskdino train-custom --train-json A.json --train-images DIR --weights W --epochs 50 --output OUT
+    maskdino train-custom --train-json A.json --train-images DIR --epochs 50 --output OUT
     maskdino train-custom --output OUT --resume
 
 FOLDER holds images and labels: objects of COCO, Roboflow, YOLO, Pascal VOC, LabelMe or CVAT,
