@@ -89,9 +89,8 @@ void predict(const char* model, const std::string& path, float least, const std:
   const auto env = made(ort->ReleaseEnv, [](OrtEnv** it) {
     return ort->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "predict", it);
   });
-  const auto options = made(ort->ReleaseSessionOptions, [](OrtSessionOptions** it) {
-    return ort->CreateSessionOptions(it);
-  });
+  const auto options = made(ort->ReleaseSessionOptions,
+                            [](OrtSessionOptions** it) { return ort->CreateSessionOptions(it); });
   const auto session = made(ort->ReleaseSession, [&](OrtSession** it) {
     return ort->CreateSession(env.get(), model, options.get(), it);
   });
@@ -111,8 +110,7 @@ void predict(const char* model, const std::string& path, float least, const std:
   std::array<int64_t, 2> size{image.height, image.width};
   const auto images = tensor(canvas.data(), canvas.size() * sizeof(float), {1, 3, height, width},
                              ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-  const auto sizes =
-      tensor(size.data(), sizeof(size), {1, 2}, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
+  const auto sizes = tensor(size.data(), sizeof(size), {1, 2}, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
   const OrtValue* inputs[] = {images.get(), sizes.get()};
   const char* input_names[] = {"images", "image_sizes"};
   const char* names[] = {"boxes", "scores", "labels", "masks"};
