@@ -238,7 +238,7 @@ class TrainingData:
             batch_sampler=_BatchSampler(stream, iteration * self._batch_size, self._share),
             num_workers=self._num_workers,
             collate_fn=_as_list,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_left_alone_by_signals,
             pin_memory=self._pin_memory,
             # Of its own, so that workers draw nothing from the generator of the training.
             generator=torch.Generator().manual_seed(seed),
@@ -307,10 +307,8 @@ def _as_list(batch: list[dict]) -> list[dict]:
     return batch
 
 
-def _one_thread(_worker: int) -> None:
+def _left_alone_by_signals(_worker: int) -> None:
     # Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job: the training still
     # needs its workers, and ends them when it is ready. A second SIGTERM is meant.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    # A worker is one of many: more threads in each would only get in each other's way.
-    torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from maskdino.data.stream import (
     TrainingData,
     _repeat_factors,
     build_test_data,
+    build_training_data,
 )
 from maskdino.data.stream import comm as stream_comm
 
@@ -136,6 +138,36 @@ def test_loading_leaves_random_numbers_alone(num_workers: int) -> None:
         seed(4)
     take(data(num_workers), 0, 2)
     assert draw() == expected
+
+
+def changing_mapper(record: dict) -> dict:
+    """Counts in the record itself how often it was given."""
+    record["given"] = record.get("given", 0) + 1
+    return record
+
+
+def test_mappers_may_change_their_records(
+    make_cfg: Callable, request: pytest.FixtureRequest
+) -> None:
+    """Each is read anew from one block of memory, which processes share."""
+    DatasetCatalog.register("changed", lambda: [{"image_id": index} for index in range(2)])
+    request.addfinalizer(lambda: DatasetCatalog.remove("changed"))
+    cfg = make_cfg("DATASETS.TRAIN", "('changed',)", "SOLVER.IMS_PER_BATCH", 2)
+    cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS = "cpu", 0
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    batches = take(build_training_data(cfg, changing_mapper), 0, 3)
+    assert [image["given"] for batch in batches for image in batch] == [1] * 6
+
+
+def process_mapper(_: dict) -> dict:
+    """What is so in the process that loads."""
+    return {"threads": torch.get_num_threads(), "interrupted": signal.getsignal(signal.SIGINT)}
+
+
+def test_processes_that_load_have_one_thread_and_outlive_an_interrupt() -> None:
+    source = data(num_workers=1, batch_size=1)
+    source._mapper = process_mapper
+    assert take(source, 0, 1) == [[{"threads": 1, "interrupted": signal.SIG_IGN}]]
 
 
 def test_batch_that_does_not_divide_is_an_error() -> None:
