@@ -48,7 +48,7 @@ STEPS = (
     Step("inference_speed", "inference", "speed", 75),
     Step("operator_speed", "operators", "speed", 75),
     Step("parity", "inference", "parity", 45),
-    Step("peer", "others", "released", 120),
+    Step("peer", "peers", "side_by_side", 120),
     Step("pytest_gpu", "others", "tests", 150),
     Step("graph_and_compile", "inference", "graphs", 150),
     Step("sanitizer", "others", "sanitizer", 120),
@@ -208,7 +208,7 @@ def work(args: argparse.Namespace) -> None:
 
     print(READY, flush=True)
     if sys.stdin.readline():
-        function(Run(args.out, args.device, args.dry, args.peer))
+        function(Run(args.step, args.out, args.device, args.dry, args.peer))
 
 
 def main() -> None:

@@ -54,13 +54,17 @@ def test_queries_are_paired_by_nearness_before_they_are_compared() -> None:
     assert errors["masks"] == pytest.approx(0.01, rel=0.05) and errors["logits"] == 0.0
 
 
-def test_both_sides_are_given_the_same_pictures() -> None:
-    from gpu_checks.peers import OBJECTS, _picture
+def test_both_sides_are_given_the_same_images() -> None:
+    from benchmarks.drawn import drawn_input
 
-    first, again = (_picture(96, 5, lambda masks: masks) for _ in range(2))
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        drawn.append(drawn_input(96, 96, 10, 80, lambda masks: masks))
+    first, again = drawn
     assert torch.equal(first["image"], again["image"])
     masks, boxes = first["instances"].gt_masks, first["instances"].gt_boxes.tensor
-    assert masks.shape == (OBJECTS, 96, 96) and torch.equal(masks, again["instances"].gt_masks)
+    assert masks.shape == (10, 96, 96) and torch.equal(masks, again["instances"].gt_masks)
     for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
         rows, columns = mask.nonzero().unbind(1)
         assert left <= columns.min() and columns.max() < right
@@ -80,18 +84,20 @@ def test_the_package_of_the_other_side_is_refused(tmp_path: Path) -> None:
 def test_the_released_operator_is_called_as_it_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpu_checks import peer_operators
+    from benchmarks.operator import RELEASED
+    from gpu_checks import operators
     from gpu_checks.common import LINES, Run
 
-    (tmp_path / f"{peer_operators.RELEASED}.py").write_text(STAND_IN)
+    (tmp_path / f"{RELEASED}.py").write_text(STAND_IN)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     try:
-        peer_operators.compare(Run(tmp_path, "cpu", True, tmp_path))
+        operators.speed(Run("operator_speed", tmp_path, "cpu", True, tmp_path))
     finally:
-        sys.modules.pop(peer_operators.RELEASED, None)
+        sys.modules.pop(RELEASED, None)
     lines = [json.loads(line) for line in (tmp_path / LINES).read_text().splitlines()]
     released = [line for line in lines if line["contender"] == "released"]
-    assert [line["batch"] for line in released] == [1, 2]
+    cases = [("tokens", 1), ("tokens", 2), (300, 1), (300, 2)]
+    assert [(line["queries"], line["batch"]) for line in released] == cases
     assert not any("FAILED" in line for line in lines)
     assert all(len(line["errors"]) == 4 for line in released)
     assert all(error < 1e-5 for line in lines for error in line["errors"])

@@ -9,11 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.model import drawn_input
+from benchmarks.drawn import drawn_input, drawn_model
 from benchmarks.operator import compare
 from benchmarks.report import Report, load_peer
 from benchmarks.timing import median_milliseconds
-from maskdino.config import load_config
 from maskdino.model import MaskDINO
 from maskdino.system.precision import network_precision
 
@@ -43,9 +42,7 @@ def run(args: argparse.Namespace) -> Report:
     rows = []
     for task in args.tasks:
         name = args.config_file or CONFIGS.format(task)
-        torch.manual_seed(0)
-        cfg = load_config(name, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
-        model = MaskDINO(cfg).to(args.device).eval()
+        model = drawn_model(name, args.device)[1].eval()
         for precision in args.precision:
             model.inference = replace(model.inference, precision=precision)
             for batch in args.batch:

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.model import drawn_input
+from benchmarks.drawn import drawn_input, drawn_model
 from benchmarks.report import Report
-from maskdino.config import load_config
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.model import MaskDINO
 
@@ -50,11 +49,8 @@ class Counting(TorchDispatchMode):
 
 def run(args: argparse.Namespace) -> Report:
     """Count operations; return a report."""
-    torch.manual_seed(0)
-    keys = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device]
-    keys += ["MODEL.MASK_DINO.TEST.PRECISION", args.precision]
-    cfg = load_config(args.config_file, keys)
-    model = MaskDINO(cfg).to(args.device)
+    keys = ("MODEL.MASK_DINO.TEST.PRECISION", args.precision)
+    cfg, model = drawn_model(args.config_file, args.device, *keys)
     inputs = [drawn_input(args.size, args.size, number) for number in args.objects]
     rows = [*_training(model, cfg, inputs, args), _inference(model, inputs)]
     about = (

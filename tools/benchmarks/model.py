@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from benchmarks.operator import compare, ratios, why_not
+from benchmarks.drawn import drawn_input, drawn_model
+from benchmarks.operator import BACKENDS, compare, ratios, why_not
 from benchmarks.report import Report
 from benchmarks.timing import median_milliseconds, peak_mebibytes
-from maskdino.config import load_config
-from maskdino.model import MaskDINO
-from maskdino.structures import PackedMasks
 
 NAME = "model"
 HELP = "the whole model, with the compiled operator and without"
-BACKENDS = ("reference", "triton", "compiled")
-OBJECTS = 8  # of the drawn picture that a training step learns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Compare predictions, then time and memory of each part; return a report."""
-    torch.manual_seed(0)
-    cfg = load_config(args.config_file, ["MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device])
-    model = MaskDINO(cfg).to(args.device).eval()
+    model = drawn_model(args.config_file, args.device)[1].eval()
     inputs = [drawn_input(args.height, args.width)]
     backends = [backend for backend in BACKENDS if not why_not(backend, args.device)]
 
@@ -90,42 +83,9 @@ def run(args: argparse.Namespace) -> Report:
     )
 
 
-def drawn_input(height: int, width: int, objects: int = OBJECTS, classes: int = 2) -> dict:
-    """A picture of noise with rectangles as objects, of `classes` classes in turn."""
-    instances = Instances((height, width))
-    masks = torch.zeros(objects, height, width, dtype=torch.bool)
-    boxes = torch.zeros(objects, 4)
-    for i in range(objects):
-        top, left = (i // 4) * height // 2 % (height * 2 // 3), (i % 4) * width // 4
-        bottom, right = top + height // 3, left + width // 5
-        masks[i, top:bottom, left:right] = True
-        boxes[i] = torch.tensor([left, top, right, bottom])
-    instances.gt_classes = torch.arange(objects) % classes
-    instances.gt_boxes = Boxes(boxes)
-    instances.gt_masks = PackedMasks.from_bool(masks)
-    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-    return {"image": image, "height": height, "width": width, "instances": instances}
-
-
-@contextmanager
-def _backend(name: str) -> Iterator[None]:
-    """Chooses the operator, as the environment variable MASKDINO_OP does for a user."""
-    before = os.environ.get("MASKDINO_OP")
-    os.environ["MASKDINO_OP"] = name
-    try:
-        yield
-    finally:
-        os.environ.pop("MASKDINO_OP")
-        if before is not None:
-            os.environ["MASKDINO_OP"] = before
-
-
 def _with(backend: str, part: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        with _backend(backend):
-            return part()
-
-    return call
+    """The part with an operator that is chosen as a user chooses it."""
+    return patch.dict(os.environ, MASKDINO_OP=backend)(part)
 
 
 def _difference(part: Callable[[], Tensor], backends: Sequence[str]) -> str:

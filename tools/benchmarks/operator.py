@@ -1,4 +1,7 @@
-"""Deformable attention of one encoder layer: compiled, PyTorch, and peers that are installed."""
+"""Deformable attention of one encoder layer: compiled, PyTorch, and peers that are installed.
+
+Shape key: B images, S tokens, Q queries, M heads, D channels of a head, L levels, P points.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import argparse
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +20,8 @@ from torch.nn.functional import grid_sample
 from benchmarks.report import Report
 from benchmarks.timing import median_milliseconds, peak_mebibytes
 from maskdino.ops.ms_deform_attn import (
-    cell_centers,
     choose_backend,
-    compiled_op_available,
+    locations_and_weights,
     ms_deform_attn,
     ms_deform_attn_fused,
 )
@@ -25,7 +29,65 @@ from maskdino.ops.ms_deform_attn import (
 NAME = "op"
 HELP = "deformable attention of one encoder layer"
 HEADS, CHANNELS, POINTS, STRIDES = 8, 32, 4, (8, 16, 32, 64)
-Operator = Callable[[Tensor, Tensor], Tensor]
+BACKENDS = {
+    "reference": "PyTorch (grid_sample)",
+    "triton": "Triton, fused",
+    "compiled": "compiled, fused",
+}
+RELEASED = "MultiScaleDeformableAttention"  # the compiled module of the released code
+AT_ONCE = 128  # images that it takes, as its own module asks
+Shapes = list[tuple[int, int]]
+Operator = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random inputs of one call."""
+
+    shapes: Shapes
+    value: Tensor  # (B, S, M, D)
+    raw: Tensor  # (B, Q, M * L * P * 3)
+    reference: Tensor | None  # (B, Q, 4), None where the tokens are the queries
+    grad: Tensor  # (B, Q, M * D)
+
+    @staticmethod
+    def draw(
+        shapes: Shapes,
+        batch: int,
+        queries: int | None = None,
+        spread: float = 2.0,
+        channels: int = CHANNELS,
+    ) -> Problem:
+        """Float32 on the CPU; `spread` is the deviation of the offsets, in cells."""
+        torch.manual_seed(1)
+        tokens = sum(height * width for height, width in shapes)
+        samples, number = HEADS * len(shapes) * POINTS, queries or tokens
+        offsets = spread * torch.randn(batch, number, 2 * samples)
+        return Problem(
+            shapes,
+            torch.randn(batch, tokens, HEADS, channels),
+            torch.cat([offsets, torch.randn(batch, number, samples)], dim=2),
+            None if queries is None else torch.rand(batch, queries, 4),
+            torch.randn(batch, number, HEADS * channels),
+        )
+
+    def on(self, device: str, dtype: torch.dtype) -> Problem:
+        """The same numbers elsewhere; the reference stays float32, or becomes float64."""
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        moved = None if self.reference is None else self.reference.to(device, wide)
+        value, raw, grad = (t.to(device, dtype) for t in (self.value, self.raw, self.grad))
+        return Problem(self.shapes, value, raw, moved, grad)
+
+    def fused(self, backend: str) -> Operator:
+        """A form of this package; takes value, and offsets and logits."""
+        return lambda value, raw: ms_deform_attn_fused(
+            value, self.shapes, raw, self.reference, POINTS, backend
+        )
+
+    def located(self, value: Tensor, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, locations and weights, as models without fusion compute them."""
+        where = locations_and_weights(value, self.shapes, raw, self.reference, POINTS)
+        return value, *where
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,88 +108,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Compare results, then time and memory; return a report."""
-    torch.manual_seed(0)
     shapes = [(-(-args.height // s), -(-args.width // s)) for s in STRIDES]
-    tokens = sum(height * width for height, width in shapes)
-    dtype = getattr(torch, args.dtype)
-    samples = HEADS * len(shapes) * POINTS
-    value = torch.randn(args.batch, tokens, HEADS, CHANNELS)
-    offsets = args.spread * torch.randn(args.batch, tokens, 2 * samples)
-    raw = torch.cat((offsets, torch.randn(args.batch, tokens, samples)), dim=2)
-    inputs = [t.to(args.device, dtype).requires_grad_() for t in (value, raw)]
-    grad_output = torch.randn(args.batch, tokens, HEADS * CHANNELS).to(args.device, dtype)
-    operators = contenders(shapes, args.device)
-
-    def forward(operator: Operator) -> Tensor:
-        with torch.no_grad():
-            return operator(*inputs)
-
-    def both(operator: Operator) -> list[Tensor]:
-        output = operator(*inputs)
-        return [output.detach(), *torch.autograd.grad(output, inputs, grad_output)]
-
-    runs = {name: (lambda o=o: forward(o)) for name, o in operators.items()}
-    runs_both = {name: (lambda o=o: both(o)) for name, o in operators.items()}
-    peaks = [
-        {name: peak_mebibytes(call, args.device) for name, call in calls.items()}
-        for calls in (runs, runs_both)
-    ]
-    differences = compare({name: call() for name, call in runs_both.items()})
-    times = [
-        median_milliseconds(calls, args.repeats, args.device, args.clock)
-        for calls in (runs, runs_both)
-    ]
-    columns = [
-        differences,
-        *(ratios(numbers, "ms") for numbers in times),
-        *(ratios(numbers, "MiB") for numbers in peaks),
-    ]
-    rows = [[name, *(column[name] for column in columns)] for name in operators]
-    headings = [
-        "contender",
-        "largest difference (output, value, offsets and logits)",
-        "forward",
-        "forward + backward",
-        "peak memory forward",
-        "peak memory forward + backward",
-    ]
+    problem = Problem.draw(shapes, args.batch, spread=args.spread)
+    problem = problem.on(args.device, getattr(torch, args.dtype))
+    inputs = (problem.value, problem.raw)
+    operators = contenders(problem, args.device)
+    passes: dict[str, dict[str, Callable[[], Any]]] = {
+        "forward": {n: torch.no_grad()(partial(o, *inputs)) for n, o in operators.items()},
+        "forward + backward": {
+            n: partial(gradients, o, inputs, problem.grad) for n, o in operators.items()
+        },
+    }
+    peaks = {
+        f"peak memory {name}": {n: peak_mebibytes(call, args.device) for n, call in calls.items()}
+        for name, calls in passes.items()
+    }
+    found = {name: call() for name, call in passes["forward + backward"].items()}
+    columns = {"largest difference (output, value, offsets and logits)": compare(found)}
+    for name, calls in passes.items():
+        times = median_milliseconds(calls, args.repeats, args.device, args.clock)
+        columns[name] = ratios(times, "ms")
+    columns |= {name: ratios(numbers, "MiB") for name, numbers in peaks.items()}
+    rows = [[name, *(column[name] for column in columns.values())] for name in operators]
     sizes = (
-        f"{args.batch} x {tokens} tokens ({args.height} x {args.width}), {HEADS} heads of "
-        f"{CHANNELS}, {len(shapes)} levels, {POINTS} points, {args.dtype}, {args.device}; "
+        f"{args.batch} x {problem.value.shape[1]} tokens ({args.height} x {args.width}), {HEADS} "
+        f"heads of {CHANNELS}, {len(shapes)} levels, {POINTS} points, {args.dtype}, {args.device}; "
         f"offsets spread by {args.spread:g} cells; medians of {args.repeats} runs in turns, "
-        f"{args.clock} clock; "
-        "in brackets the gain over the first line."
+        f"{args.clock} clock; in brackets the gain over the first line."
     )
-    return Report(sizes, headings, rows)
+    return Report(sizes, ["contender", *columns], rows)
 
 
-def contenders(shapes: list[tuple[int, int]], device: str) -> dict[str, Operator]:
+def contenders(problem: Problem, device: str) -> dict[str, Operator]:
     """Return what can run here, by name; all take (value, offsets and logits)."""
 
-    def fused(backend: str) -> Operator:
-        return lambda value, raw: ms_deform_attn_fused(value, shapes, raw, None, POINTS, backend)
+    def textbook(call: Operator) -> Operator:
+        return lambda value, raw: call(*problem.located(value, raw))
 
-    def textbook(call: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Operator:
-        return lambda value, raw: call(value, *locate(raw, shapes))
-
-    found: dict[str, Operator] = {
-        "PyTorch (grid_sample)": fused("reference"),
-        "PyTorch, all samples at once": textbook(
-            lambda value, locations, weights: sum_of_samples(value, shapes, locations, weights)
-        ),
+    fused = {
+        name: problem.fused(backend)
+        for backend, name in BACKENDS.items()
+        if not why_not(backend, device)
     }
-    if not why_not("triton", device):
-        found["Triton, fused"] = fused("triton")
-    if compiled_op_available(device):
-        found["compiled, fused"] = fused("compiled")
-        found["compiled, locations and weights"] = textbook(
-            lambda value, locations, weights: ms_deform_attn(
-                value, shapes, locations, weights, "compiled"
-            )
-        )
-    for name, call in peers(shapes, device).items():
-        found[name] = textbook(call)
-    return found
+    return fused | {n: textbook(call) for n, call in others(problem, device).items()}
 
 
 def why_not(backend: str, device: str) -> str:
@@ -139,20 +162,14 @@ def why_not(backend: str, device: str) -> str:
     return ""
 
 
-def locate(raw: Tensor, shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Compute float32 locations and weights of an encoder layer, as models without fusion do."""
-    batch, tokens, _ = raw.shape
-    samples = HEADS * len(shapes) * POINTS
-    offsets = raw[..., : 2 * samples].float().view(batch, tokens, HEADS, len(shapes), POINTS, 2)
-    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=raw.device)
-    centers = cell_centers(shapes, raw.device)[None, :, None, None, None]
-    weights = raw[..., 2 * samples :].float().view(batch, tokens, HEADS, -1).softmax(dim=-1)
-    return centers + offsets / sizes[:, None], weights.view(offsets.shape[:-1])
+def gradients(call: Operator, inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
+    """Output, and gradients of all inputs."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = call(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
 
-def sum_of_samples(
-    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> Tensor:
+def sum_of_samples(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """Compute deformable attention as it is usually written, features of all samples first.
 
     Shapes are those of `maskdino.ops.ms_deform_attn.ms_deform_attn`. (Deformable DETR, eq. 3)
@@ -169,30 +186,59 @@ def sum_of_samples(
     return output.view(batch, -1, queries).transpose(1, 2)
 
 
-def peers(
-    shapes: list[tuple[int, int]], device: str
-) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Return other libraries' operators, where the libraries are installed."""
-    found: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
-    sizes = torch.tensor(shapes, device=device)
+class Released(torch.autograd.Function):
+    """The released compiled module, called as its own wrapper calls it."""
+
+    @staticmethod
+    def forward(ctx: Any, module: Any, sizes: Tensor, starts: Tensor, *inputs: Tensor) -> Tensor:
+        """Value, locations and weights to the output."""
+        value, locations, weights = inputs
+        ctx.module = module
+        ctx.save_for_backward(value, sizes, starts, locations, weights)
+        return module.ms_deform_attn_forward(value, sizes, starts, locations, weights, AT_ONCE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of value, locations and weights."""
+        grads = ctx.module.ms_deform_attn_backward(*ctx.saved_tensors, grad, AT_ONCE)
+        return None, None, None, *grads
+
+
+def others(problem: Problem, device: str) -> dict[str, Operator]:
+    """Forms that take (value, locations, weights); of other libraries those that are installed."""
+    shapes, sizes = problem.shapes, torch.tensor(problem.shapes, device=device)
     starts = torch.cat((sizes.new_zeros(1), sizes.prod(dim=1).cumsum(0)[:-1]))
+    found: dict[str, Operator] = {
+        "PyTorch, all samples at once": lambda value, *where: sum_of_samples(value, shapes, *where)
+    }
+    if not why_not("compiled", device):
+        found["compiled, locations and weights"] = lambda value, *where: ms_deform_attn(
+            value, shapes, *where, "compiled"
+        )
     mmcv = _optional("mmcv.ops.multi_scale_deform_attn")
     if mmcv is not None and device == "cuda":
-        found["mmcv"] = lambda value, locations, weights: (
-            mmcv.MultiScaleDeformableAttnFunction.apply(
-                value, sizes, starts, locations.to(value.dtype), weights.to(value.dtype), 64
-            )
+        found["mmcv"] = lambda value, *where: mmcv.MultiScaleDeformableAttnFunction.apply(
+            value, sizes, starts, *(tensor.to(value.dtype) for tensor in where), 64
         )
     elif mmcv is not None:
-        found["mmcv"] = lambda value, locations, weights: mmcv.multi_scale_deformable_attn_pytorch(
-            value, sizes, locations, weights
+        found["mmcv"] = lambda value, *where: mmcv.multi_scale_deformable_attn_pytorch(
+            value, sizes, *where
         )
     transformers = _optional("transformers.models.deformable_detr.modeling_deformable_detr")
     if transformers is not None:
         module = transformers.MultiScaleDeformableAttention()
-        found["transformers"] = lambda value, locations, weights: module(
-            value, sizes, shapes, starts, locations.to(value.dtype), weights.to(value.dtype), 64
+        found["transformers"] = lambda value, *where: module(
+            value, sizes, shapes, starts, *(tensor.to(value.dtype) for tensor in where), 64
         )
+    released = _optional(RELEASED)
+    if released is not None and problem.value.dtype is torch.float32:  # float64 besides, no other
+        found["released"] = lambda *inputs: Released.apply(released, sizes, starts, *inputs)
+    deformops = _optional("deformops.registry")
+    if deformops is not None and device == "cuda":
+        for backend in (deformops.Backend.CUDA, deformops.Backend.TRITON):
+            found[f"deformops, {backend.name}"] = lambda value, locations, weights, b=backend: (
+                deformops.msda(value, sizes, starts, locations, weights.to(value.dtype), backend=b)
+            )
     return found
 
 

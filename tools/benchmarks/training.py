@@ -12,10 +12,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.model import drawn_input
+from benchmarks.drawn import drawn_input, drawn_model
 from benchmarks.report import Report, load_peer
 from benchmarks.timing import MEBIBYTE, median_milliseconds, peak_mebibytes
-from maskdino.config import load_config
 from maskdino.engine.compiled import compile_layers
 from maskdino.model import MaskDINO
 
@@ -71,22 +70,15 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _models(args: argparse.Namespace) -> dict[str, nn.Module]:
-    fixed = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", args.device]
-    models: dict[str, nn.Module] = {}
-    for name, keys in FORMS.items():
-        models[name] = _model(args, fixed + keys)
-    if args.compile:
-        compiled = _model(args, fixed)
-        if compile_layers(compiled):
-            models["compiled"] = compiled
+    def drawn(*keys: str) -> MaskDINO:
+        return drawn_model(args.config_file, args.device, *keys)[1].train()
+
+    models: dict[str, nn.Module] = {name: drawn(*keys) for name, keys in FORMS.items()}
+    if args.compile and compile_layers(compiled := drawn()):
+        models["compiled"] = compiled
     if args.peer:
-        models[args.peer] = load_peer(args.peer)(_model(args, fixed))
+        models[args.peer] = load_peer(args.peer)(drawn())
     return models
-
-
-def _model(args: argparse.Namespace, keys: list[str]) -> MaskDINO:
-    torch.manual_seed(0)
-    return MaskDINO(load_config(args.config_file, keys)).to(args.device).train()
 
 
 def _step(

@@ -1,4 +1,7 @@
-"""What the steps share: the report, drawn inputs, time, memory, launches, host waits."""
+"""What the steps share: the report, time, memory, launches, host waits.
+
+Nothing of this package is imported here: in a process of the released code, `maskdino` is its own.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from detectron2.config import CfgNode
 from torch.profiler import ProfilerActivity, profile
-
-if TYPE_CHECKING:  # in a process of the released code, `maskdino` is its package
-    from maskdino.model import MaskDINO
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = "results.jsonl"
 TOP_KERNELS = 20
+PLACES = 12  # lines of code that are named with their number of waits
 REPLAY_MS = 50.0  # that a timed series of replays takes, roughly
-R50 = "coco/instance/maskdino_R50.yaml"
-TINY = "coco/instance/maskdino_tiny.yaml"
+CONFIGS = str(ROOT / "configs/coco/{}/maskdino_{}.yaml")
+R50, TINY = CONFIGS.format("instance", "R50"), CONFIGS.format("instance", "tiny")
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # PyTorch's defaults: convolutions may round to TF32, matrix products may not.
 DEFAULTS = "as released"
@@ -36,8 +35,9 @@ PRECISION_KEY = "MODEL.MASK_DINO.TEST.PRECISION"
 
 @dataclass(frozen=True)
 class Run:
-    """What every step is given: where it runs and where its lines go."""
+    """What every step is given: its name, where it runs and where its lines go."""
 
+    step: str
     out: Path
     device: str  # "cuda" or "cpu"
     dry: bool  # small sizes, to try the steps themselves
@@ -48,54 +48,56 @@ class Run:
         """Whether the device is a GPU."""
         return self.device == "cuda"
 
-    def say(self, step: str, **values: object) -> None:
+    def say(self, **values: object) -> None:
         """Appends one result to the report, safe on the disk before the next one begins."""
-        line = json.dumps({"step": step, **values})
+        line = json.dumps({"step": self.step, **values})
         print(line, flush=True)
         with open(self.out / LINES, "a") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
 
+    @contextmanager
+    def attempt(self, **case: object) -> Iterator[None]:
+        """Inside, an error costs a line of the report; what follows is worth trying."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self.say(**case, FAILED=f"{type(error).__name__}: {error}"[:600])
 
-def config(run: Run, name: str, *overrides: str) -> CfgNode:
-    """A shipped configuration with random weights on the device of the run."""
-    from maskdino.config import load_config
-
-    fixed = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", run.device]
-    return load_config(str(ROOT / "configs" / name), [*fixed, *overrides])
-
-
-def build_model(cfg: CfgNode, *, train: bool) -> MaskDINO:
-    """The model with weights that are the same in every process."""
-    from maskdino.model import MaskDINO
-
-    torch.manual_seed(0)
-    return MaskDINO(cfg).to(cfg.MODEL.DEVICE).train(train)
+    def wait(self) -> None:
+        """Waits until the device has done all that was asked of it."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
 
-def wait(run: Run) -> None:
-    """Waits until the device has done all that was asked of it."""
-    if run.on_gpu:
-        torch.cuda.synchronize()
-
-
-def milliseconds(run: Run, call: Callable[[], object], repeats: int = 10, warm: int = 3) -> float:
+def milliseconds(run: Run, call: Callable[[], object], repeats: int = 10) -> float:
     """Median over blocks of the time of a call that follows others, as in a loop that never waits.
 
     A block is `repeats` calls; the clock is read before and after it, and only there waits anybody.
     """
+    repeats, warm = (1, 0) if run.dry else (repeats, 3)
     for _ in range(warm):
         call()
     times = []
     for _ in range(3):
-        wait(run)
+        run.wait()
         start = time.perf_counter()
         for _ in range(repeats):
             call()
-        wait(run)
+        run.wait()
         times.append(1e3 * (time.perf_counter() - start) / repeats)
     return round(statistics.median(times), 3)
+
+
+def measure(run: Run, case: dict, call: Callable[[], object], repeats: int = 10) -> None:
+    """Says time and memory of a call, and in a line of their own its waits and launches."""
+    ms = milliseconds(run, call, repeats)
+    run.say(**case, ms=ms, peak_mib=peak_mebibytes(run, call))
+    with host_waits(run) as waits:
+        call()
+    places = dict(waits.most_common(PLACES))
+    run.say(**case, waits=sum(waits.values()), where=places, **launches(run, call))
 
 
 def captured(call: Callable[[], object], calls: int = 1) -> tuple[torch.cuda.CUDAGraph, object]:
@@ -138,7 +140,7 @@ def peak_mebibytes(run: Run, call: Callable[[], object]) -> int:
         return 0
     torch.cuda.reset_peak_memory_stats()
     call()
-    wait(run)
+    run.wait()
     return round(torch.cuda.max_memory_allocated() / 2**20)
 
 
@@ -146,10 +148,10 @@ def launches(run: Run, call: Callable[[], object]) -> dict[str, object]:
     """Kernel launches of a call, its time on the GPU, and the kernels that take most of it."""
     if not run.on_gpu:
         return {}
-    wait(run)
+    run.wait()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         call()
-        wait(run)
+        run.wait()
     events = recorded.key_averages()
     kernels = [
         e
@@ -216,12 +218,6 @@ def arithmetic(run: Run, precision: str) -> Iterator[None]:
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is exact; not a number if anything is."""
+    """Norm of the difference over the norm of what is exact, to two digits."""
     ours, exact = ours.detach().double().cpu(), exact.detach().double().cpu()
-    return ((ours - exact).norm() / exact.norm().clamp(min=1e-30)).item()
-
-
-def free_memory(run: Run) -> None:
-    """Gives what nobody holds any more back to the device."""
-    if run.on_gpu:
-        torch.cuda.empty_cache()
+    return float(f"{(ours - exact).norm() / exact.norm().clamp(min=1e-30):.2g}")

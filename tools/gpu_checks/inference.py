@@ -4,76 +4,53 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from benchmarks.model import drawn_input
+from benchmarks.drawn import drawn_input, drawn_model
 from torch import Tensor
 
 from gpu_checks.common import (
+    CONFIGS,
+    DEFAULTS,
     PRECISION_KEY,
     R50,
     TINY,
     Run,
     arithmetic,
-    build_model,
     captured,
-    config,
-    host_waits,
-    launches,
+    measure,
     milliseconds,
-    peak_mebibytes,
     relative_error,
-    wait,
 )
+from maskdino.model import MaskDINO
 from maskdino.structures import Predictions
 
 # The network's input, and the size that results are asked for at: an image of COCO.
 INPUT, OUTPUT = (800, 1088), (480, 640)
 PARTS = ("class_logits", "boxes", "mask_embeddings")
-TASKS = {"instance": R50, "panoptic": "coco/panoptic/maskdino_R50.yaml"}
+CASES = (
+    ("instance", "bfloat16"),
+    ("instance", "tf32"),
+    ("instance", "float32"),
+    ("panoptic", "bfloat16"),
+)
 
 
 def speed(run: Run) -> None:
     """Network alone, and from image to results, in each precision."""
-    for task, name in TASKS.items():
-        for precision in ("bfloat16", "tf32", "float32") if task == "instance" else ("bfloat16",):
-            if run.dry and precision != "float32":
-                continue
-            _speed_of(run, task, TINY if run.dry else name, precision)
-
-
-def _speed_of(run: Run, task: str, name: str, precision: str) -> None:
-    cfg = config(run, name, PRECISION_KEY, precision)
-    model, inputs = build_model(cfg, train=False), [_input(run)]
-    images = model.preprocess(inputs).tensor
-
-    def network() -> tuple[Predictions, Tensor | None]:
-        with torch.no_grad(), arithmetic(run, precision):
-            return model.predict(images)
-
-    def results() -> list[dict]:
-        with torch.no_grad():
-            return model(inputs)
-
-    case = {"task": task, "precision": precision}
-    run.say(
-        "inference_speed",
-        **case,
-        network_ms=milliseconds(run, network),
-        results_ms=milliseconds(run, results),
-        peak_mib=peak_mebibytes(run, results),
-    )
-    for part, call in (("network", network), ("results", results)):
-        with host_waits(run) as waits:
-            call()
-        case |= {"part": part, "waits": sum(waits.values()), "where": dict(waits)}
-        run.say("inference_speed", **case, **launches(run, call))
+    for task, precision in (("instance", "float32"),) if run.dry else CASES:
+        model, inputs, images = _drawn(run, CONFIGS.format(task, "R50"), PRECISION_KEY, precision)
+        calls = {"network": partial(model.predict, images), "results": partial(model, inputs)}
+        for part, call in calls.items():
+            surrounding = precision if part == "network" else DEFAULTS
+            with torch.no_grad(), arithmetic(run, surrounding):
+                measure(run, {"task": task, "precision": precision, "part": part}, call)
 
 
 def parity(run: Run) -> None:
     """Predictions on the device, in each precision, against float32 on the CPU."""
-    model = build_model(config(run, TINY if run.dry else R50), train=False)
-    images = model.preprocess([_input(run)]).tensor
+    model, _, images = _drawn(run, R50)
     found = {}
     for precision in ("float32", "tf32", "bfloat16", "float16") if run.on_gpu else ("float32",):
         with torch.no_grad(), arithmetic(run, precision):
@@ -82,15 +59,13 @@ def parity(run: Run) -> None:
     with torch.no_grad():
         exact, exact_pixels = model.predict(images.cpu())
     for precision, (predictions, pixels) in found.items():
-        pairs = {part: (getattr(predictions, part)[0], getattr(exact, part)[0]) for part in PARTS}
-        errors = {part: relative_error(*pair) for part, pair in pairs.items()}
+        errors = {
+            part: relative_error(getattr(predictions, part)[0], getattr(exact, part)[0])
+            for part in PARTS
+        }
         errors["pixel_embedding"] = relative_error(pixels, exact_pixels)
-        run.say(
-            "parity",
-            precision=precision,
-            of={part: float(f"{error:.2g}") for part, error in errors.items()},
-            same_queries=_same_queries(predictions, exact),
-        )
+        same = _same_queries(predictions, exact)
+        run.say(precision=precision, of=errors, same_queries=same)
 
 
 def _same_queries(ours: Predictions, exact: Predictions) -> float:
@@ -101,8 +76,7 @@ def _same_queries(ours: Predictions, exact: Predictions) -> float:
 
 def graphs(run: Run) -> None:
     """The network as it is, as one CUDA graph, and compiled, in bfloat16."""
-    model = build_model(config(run, TINY if run.dry else R50), train=False)
-    images = model.preprocess([_input(run)]).tensor
+    model, _, images = _drawn(run, R50)
 
     def network(predict: Callable = model.predict) -> tuple[Predictions, Tensor | None]:
         autocast = torch.autocast(
@@ -112,19 +86,16 @@ def graphs(run: Run) -> None:
             return predict(images)
 
     eager = network()
-    run.say("graph_and_compile", what="eager", ms=milliseconds(run, network))
+    run.say(what="eager", ms=milliseconds(run, network))
     if not run.on_gpu:
         return
-    try:
+    with run.attempt(what="CUDA graph"):
         _captured(run, network, eager)
-    except Exception as error:  # noqa: BLE001 - what follows is worth trying
-        run.say("graph_and_compile", what="CUDA graph", FAILED=str(error)[:600])
     compiled = torch.compile(model.predict, dynamic=False)
     start = time.perf_counter()
     found = network(compiled)
-    wait(run)
+    run.wait()
     run.say(
-        "graph_and_compile",
         what="torch.compile",
         first_s=round(time.perf_counter() - start, 1),
         error=relative_error(found[0].class_logits, eager[0].class_logits),
@@ -139,11 +110,13 @@ def _captured(
     graph, kept = captured(network)
     graph.replay()
     error = relative_error(kept[0].class_logits, eager[0].class_logits)
-    run.say("graph_and_compile", what=what, error=error, ms=milliseconds(run, graph.replay))
+    run.say(what=what, error=error, ms=milliseconds(run, graph.replay))
 
 
-def _input(run: Run) -> dict:
-    height, width = (128, 160) if run.dry else INPUT
-    drawn = drawn_input(height, width)
+def _drawn(run: Run, file: str, *overrides: str) -> tuple[MaskDINO, list[dict], Tensor]:
+    """A model (dry: the tiny one), its inputs, and these as the network takes them."""
+    model = drawn_model(TINY if run.dry else file, run.device, *overrides)[1].eval()
+    drawn = drawn_input(*((128, 160) if run.dry else INPUT))
     del drawn["instances"]
-    return drawn | dict(zip(("height", "width"), OUTPUT, strict=True))
+    inputs = [drawn | dict(zip(("height", "width"), OUTPUT, strict=True))]
+    return model, inputs, model.preprocess(inputs).tensor

@@ -13,7 +13,7 @@ from datetime import date
 import torch
 import torchvision
 
-from gpu_checks.common import ROOT, Run
+from gpu_checks.common import ROOT, Run, milliseconds
 from maskdino.ops import _library
 from maskdino.ops.ms_deform_attn import compiled_op_available
 
@@ -33,10 +33,10 @@ def environment(run: Run) -> None:
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "nvidia_smi": _nvidia_smi(),
-            "copy_gb_per_s": _copy_rate(),
-            "bf16_tflops": _product_rate(),
+            "copy_gb_per_s": _copy_rate(run),
+            "bf16_tflops": _product_rate(run),
         }
-    run.say("environment", **values)
+    run.say(**values)
 
 
 def library(run: Run) -> None:
@@ -44,13 +44,13 @@ def library(run: Run) -> None:
     path = _library.find_library()
     served = {kind: compiled_op_available(kind) for kind in ("cpu", "cuda")}
     reasons = {kind: _library.why_not(kind) for kind, there in served.items() if not there}
-    run.say("library", file=path and path.name, **served, reasons=reasons)
+    run.say(file=path and path.name, **served, reasons=reasons)
 
 
 def build(run: Run) -> None:
     """Builds the operators as a user does, for the card that is there, in a copy of the sources."""
     if run.dry:
-        run.say("build", skipped="dry run")
+        run.say(skipped="dry run")
         return
     copy = run.out / "build"
     for name in ("csrc", "maskdino"):
@@ -65,7 +65,7 @@ def build(run: Run) -> None:
     built = [path.name for path in (copy / "maskdino").glob("*.so")]
     shutil.rmtree(copy)
     tail = "" if built else (done.stdout + done.stderr)[-2000:]
-    run.say("build", status=done.returncode, build_s=seconds, built=built, tail=tail)
+    run.say(status=done.returncode, build_s=seconds, built=built, tail=tail)
 
 
 def _nvidia_smi() -> str:
@@ -76,26 +76,14 @@ def _nvidia_smi() -> str:
     return answer.stdout.strip()
 
 
-def _copy_rate() -> float:
+def _copy_rate(run: Run) -> float:
     """Gigabytes per second, read and written, of a copy on the device."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    return round(2 * source.numel() / _seconds(lambda: target.copy_(source)) / 1e9)
+    return round(2 * source.numel() / milliseconds(run, lambda: target.copy_(source)) / 1e6)
 
 
-def _product_rate() -> float:
+def _product_rate(run: Run) -> float:
     """TFLOP/s of a product of bfloat16 matrices with random numbers."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return round(2 * 8192**3 / _seconds(lambda: a @ b) / 1e12)
-
-
-def _seconds(call: object, repeats: int = 10) -> float:
-    for _ in range(3):
-        call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / repeats
+    return round(2 * 8192**3 / milliseconds(run, lambda: a @ b) / 1e9)

@@ -1,4 +1,4 @@
-"""Steps that are commands of their own: the GPU tests, the released code, compute-sanitizer."""
+"""Steps that are commands of their own: the GPU tests and compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-from gpu_checks import peers
 from gpu_checks.common import ROOT, Run
 
 SANITIZED = "computes_what_the_cpu_does and float32"
@@ -27,24 +26,16 @@ def tests(run: Run) -> None:
             stderr=subprocess.STDOUT,
         )
     lines = log.read_text().splitlines()
-    run.say("pytest_gpu", status=done.returncode, summary=lines[-1] if lines else "")
+    run.say(status=done.returncode, summary=lines[-1] if lines else "")
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
-            run.say("pytest_gpu", FAILED=line[:400])
-
-
-def released(run: Run) -> None:
-    """The released implementation beside ours; it bears the same name, hence another process."""
-    if run.peer is None:
-        run.say("peer", skipped="no --peer")
-        return
-    peers.side_by_side(run)
+            run.say(FAILED=line[:400])
 
 
 def sanitizer(run: Run) -> None:
     """Bad accesses and races of the operators, by NVIDIA's tool."""
     if not run.on_gpu or shutil.which("compute-sanitizer") is None:
-        run.say("sanitizer", skipped="needs a GPU and compute-sanitizer")
+        run.say(skipped="needs a GPU and compute-sanitizer")
         return
     for tool in ("memcheck", "racecheck"):
         path = "tests/ops/test_ms_deform_attn_cuda.py"
@@ -57,4 +48,4 @@ def sanitizer(run: Run) -> None:
             env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         tail = (done.stdout + done.stderr).strip().splitlines()[-4:]
-        run.say("sanitizer", tool=tool, status=done.returncode, tail=tail)
+        run.say(tool=tool, status=done.returncode, tail=tail)

@@ -1,7 +1,7 @@
-"""The released implementation beside this one: same weights, same pictures, a process for each.
+"""The released implementation beside this one: same weights, same images, a process for each.
 
 Both packages are named `maskdino`, so each side has a process and a module path of its own. The
-released side initialises the weights and saves them, and this side reads them as a released
+released side initializes the weights and saves them, and this side reads them as a released
 checkpoint. Released code, configuration, optimizer and trainer are used as they are: its training
 step runs under float16 autocast, which its encoder and its decoder layers switch off.
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from detectron2.structures import Boxes, Instances
+from benchmarks.drawn import drawn_input, drawn_model
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -34,15 +34,10 @@ from gpu_checks.common import (
     ROOT,
     Run,
     arithmetic,
-    config,
-    free_memory,
-    host_waits,
     launches,
-    milliseconds,
-    peak_mebibytes,
+    measure,
 )
 
-STEP = "peer"
 RELEASED_CONFIG = (
     "configs/coco/instance-segmentation/maskdino_R50_bs16_50ep_3s_dowsample1_2048.yaml"
 )
@@ -50,7 +45,6 @@ LARGEST_KEY = "MODEL.MASK_DINO.QUERY_SELECTION.LARGEST_PROPOSALS"
 OBJECTS, CLASSES = 10, 80
 # Small, because a step whose gradients overflow is left out and takes less time.
 FIRST_SCALE = 1.0
-PLACES = 12  # lines of code that are named with their number of waits
 
 Predict = Callable[[Tensor], dict[str, Tensor]]
 # A step on a batch, which returns the total loss, and its scaler of gradients.
@@ -63,7 +57,7 @@ class Side:
 
     name: str
     model: nn.Module
-    predict: Predict  # normalised images to logits (Q, K), boxes (Q, 4), masks (Q, H, W)
+    predict: Predict  # normalized images to logits (Q, K), boxes (Q, 4), masks (Q, H, W)
     pack_masks: Callable[[Tensor], object]  # (N, H, W) bool to what its data loader gives
     train_in: Callable[[str], Training]
     training: tuple[str, ...]
@@ -73,16 +67,19 @@ class Side:
 
 
 def side_by_side(run: Run) -> None:
-    """Runs both sides, one after the other, and reports under the step `peer`.
+    """Runs both sides, one after the other.
 
     Both processes import what they need at once; the second waits for the word.
     """
+    if run.peer is None:
+        run.say(skipped="no --peer")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         sides = {name: _start(run, name, scratch) for name in SIDES}
         for name, process in sides.items():
             process.communicate(b"go\n")
             if process.returncode:
-                run.say(STEP, side=name, FAILED=f"ended with status {process.returncode}")
+                run.say(side=name, FAILED=f"ended with status {process.returncode}")
 
 
 def _start(run: Run, side: str, scratch: str) -> subprocess.Popen:
@@ -159,14 +156,13 @@ def released(run: Run, scratch: Path) -> Side:
 def ours(run: Run, scratch: Path) -> Side:
     """This package with the weights that the released side saved."""
     import maskdino
-    from gpu_checks.training import PRECISIONS, train_step
+    from gpu_checks.training import train_step
     from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
-    from maskdino.model import MaskDINO
     from maskdino.structures import PackedMasks
 
     _check_origin(maskdino, ROOT)
-    cfg = config(run, R50, PRECISION_KEY, "float32", LARGEST_KEY, "finest")
-    model = MaskDINO(cfg).to(run.device)
+    keys = (PRECISION_KEY, "float32", LARGEST_KEY, "finest")
+    cfg, model = drawn_model(R50, run.device, *keys)
     MaskDINOCheckpointer(model).load(str(scratch / "weights.pth"))
 
     def set_anchors(enhanced: bool) -> None:
@@ -180,7 +176,7 @@ def ours(run: Run, scratch: Path) -> Side:
         return {"logits": found.class_logits[0], "boxes": found.boxes[0], "masks": masks}
 
     def train_in(precision: str) -> Training:
-        step = train_step(run, cfg, model, PRECISIONS[precision])
+        step = train_step(run, cfg, model, precision)
         half = precision == "float16" and run.on_gpu
         step.grad_scaler = torch.amp.GradScaler(run.device, init_scale=FIRST_SCALE, enabled=half)
         return lambda batch: step.run(itertools.repeat(batch))["total_loss"], step.grad_scaler
@@ -222,29 +218,18 @@ def _check_origin(package: object, folder: Path) -> None:
         raise ImportError(f"maskdino was imported from {package.__file__}, not from {folder}")
 
 
-def measure(run: Run, side: Side, scratch: Path) -> None:
+def compare(run: Run, side: Side, scratch: Path) -> None:
     """Everything that is measured of one side, most valuable first."""
-    _attempt(run, side, {"what": "equality"}, lambda: _equality(run, side, scratch))
+    with run.attempt(side=side.name, what="equality"):
+        _equality(run, side, scratch)
     for precision in side.training if run.on_gpu else side.training[:1]:
-        case = {"what": "training step", "precision": precision}
-        _attempt(run, side, case, lambda p=precision, c=case: _train(run, side, p, c))
-        free_memory(run)
-    if side.name == "ours":
-        from gpu_checks import peer_operators
-
-        _attempt(run, side, {"what": "operator"}, lambda: peer_operators.compare(run))
-        free_memory(run)
+        case = {"side": side.name, "what": "training step", "precision": precision}
+        with run.attempt(**case):
+            _train(run, side, precision, case)
+        torch.cuda.empty_cache()
     for precision in side.inference if run.on_gpu else side.inference[:1]:
-        case = {"precision": precision}
-        _attempt(run, side, case, lambda p=precision: _infer(run, side, p))
-
-
-def _attempt(run: Run, side: Side, case: dict, part: Callable[[], None]) -> None:
-    """Runs a part; one that fails costs its own line only."""
-    try:
-        part()
-    except Exception as error:  # noqa: BLE001 - the next part is worth trying
-        run.say(STEP, side=side.name, **case, FAILED=f"{type(error).__name__}: {error}"[:600])
+        with run.attempt(side=side.name, precision=precision):
+            _infer(run, side, precision)
 
 
 def _equality(run: Run, side: Side, scratch: Path) -> None:
@@ -253,7 +238,7 @@ def _equality(run: Run, side: Side, scratch: Path) -> None:
     With anchors of the predicted masks, too, where one pixel near zero may move a whole box: the
     noise of random weights is full of such pixels, so that only the plain anchors tell of rounding.
     """
-    images = _images(run, side)
+    _, images = _noise(run, side)
     side.model.eval()
     for anchors, enhanced in (("predicted", False), ("of masks", True)):
         side.set_anchors(enhanced)
@@ -265,9 +250,9 @@ def _equality(run: Run, side: Side, scratch: Path) -> None:
             continue
         errors, moved = differences(found, torch.load(path))
         case = {"what": "equality", "anchors": anchors, "queries": len(found["boxes"])}
-        run.say(STEP, **case, relative=errors, moved=moved)
+        run.say(**case, relative=errors, moved=moved)
     if side.name == "released":
-        run.say(STEP, what="released operator", compiled=_runs_compiled(run, side, images))
+        run.say(what="released operator", compiled=_runs_compiled(run, side, images))
 
 
 def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[dict, int]:
@@ -296,62 +281,35 @@ def _runs_compiled(run: Run, side: Side, images: Tensor) -> bool:
 
 def _train(run: Run, side: Side, precision: str, case: dict) -> None:
     size = 128 if run.dry else 1024
-    batch = [_picture(size, seed, side.pack_masks) for seed in (5, 6)]
+    torch.manual_seed(5)
+    batch = [drawn_input(size, size, OBJECTS, CLASSES, side.pack_masks) for _ in range(2)]
     torch.manual_seed(0)
     step, scaler = side.train_in(precision)
     loss = round(step(batch), 3)
-    _measure(run, side, {**case, "first_loss": loss}, lambda: step(batch))
+    measure(run, {**case, "first_loss": loss}, lambda: step(batch), repeats=5)
     if scaler.is_enabled() and scaler.get_scale() < FIRST_SCALE:
-        run.say(STEP, side=side.name, **case, note="gradients overflowed: steps were left out")
+        run.say(**case, note="gradients overflowed: steps were left out")
 
 
 def _infer(run: Run, side: Side, precision: str) -> None:
     side.model.eval()
     side.set_precision(precision)
-    images = _images(run, side)
-    inputs = [{"image": _noise(*images.shape[-2:]), "height": 480, "width": 640}]
+    image, images = _noise(run, side)
+    inputs = [{"image": image, "height": 480, "width": 640}]
     calls = {"network": lambda: side.predict(images), "results": lambda: side.model(inputs)}
     for part, call in calls.items():
+        case = {"side": side.name, "what": f"inference, {part}", "precision": precision}
         with torch.no_grad(), arithmetic(run, precision):
-            _measure(run, side, {"what": f"inference, {part}", "precision": precision}, call)
+            measure(run, case, call, repeats=5)
 
 
-def _measure(run: Run, side: Side, case: dict, call: Callable[[], object]) -> None:
-    """Time and memory, and in a line of their own waits and launches."""
-    repeats, warm = (1, 0) if run.dry else (5, 3)
-    ms = milliseconds(run, call, repeats, warm)
-    run.say(STEP, side=side.name, **case, ms=ms, peak_mib=peak_mebibytes(run, call))
-    with host_waits(run) as waits:
-        call()
-    places = dict(waits.most_common(PLACES))
-    found = {"waits": sum(waits.values()), "where": places, **launches(run, call)}
-    run.say(STEP, side=side.name, **case, **found)
-
-
-def _images(run: Run, side: Side) -> Tensor:
-    """The network's input (1, 3, height, width), normalised."""
-    noise = _noise(*((128, 160) if run.dry else (800, 1088))).to(run.device)
-    return ((noise - side.model.pixel_mean) / side.model.pixel_std)[None]
-
-
-def _noise(height: int, width: int, seed: int = 5) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-
-
-def _picture(size: int, seed: int, pack_masks: Callable[[Tensor], object]) -> dict:
-    """Noise with ellipses as objects."""
-    generator = torch.Generator().manual_seed(seed)
-    centres = (0.15 + 0.7 * torch.rand(OBJECTS, 2, generator=generator)) * size
-    radii = 0.04 * size + 0.11 * size * torch.rand(OBJECTS, 2, generator=generator)
-    cells = torch.stack(torch.meshgrid(torch.arange(size), torch.arange(size), indexing="xy"), -1)
-    masks = (((cells - centres[:, None, None]) / radii[:, None, None]) ** 2).sum(-1) < 1
-    instances = Instances((size, size))
-    instances.gt_boxes = Boxes(torch.cat([centres - radii, centres + radii], 1).clamp(0, size))
-    instances.gt_classes = torch.randint(0, CLASSES, (OBJECTS,), generator=generator)
-    instances.gt_masks = pack_masks(masks)
-    picture = {"image": _noise(size, size, seed), "height": size, "width": size}
-    return picture | {"instances": instances, "file_name": f"drawn {seed}"}
+def _noise(run: Run, side: Side) -> tuple[Tensor, Tensor]:
+    """An image (3, height, width), and the network's input (1, 3, height, width) of it."""
+    torch.manual_seed(5)
+    size = (128, 160) if run.dry else (800, 1088)
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    normalized = (image.to(run.device) - side.model.pixel_mean) / side.model.pixel_std
+    return image, normalized[None]
 
 
 def main() -> None:
@@ -364,9 +322,9 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, required=True)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    run = Run(args.out, args.device, args.dry, args.peer)
+    run = Run("peer", args.out, args.device, args.dry, args.peer)
     if sys.stdin.readline():
-        measure(run, SIDES[args.side](run, args.scratch), args.scratch)
+        compare(run, SIDES[args.side](run, args.scratch), args.scratch)
 
 
 if __name__ == "__main__":

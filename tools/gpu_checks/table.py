@@ -3,71 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.timing import table
 
 # Columns of each step's table; a line that has none of a step's is told of below the table.
 COLUMNS = {
-    "operator_is_right": (
-        "backend",
-        "dtype",
-        "queries",
-        "channels",
-        "spread",
-        "errors",
-        "ok",
-    ),
-    "training_is_sound": ("task", "precision", "objects", "loss", "ok", "waits", "where"),
-    "training_speed": (
-        "precision",
-        "batch",
-        "size",
-        "objects",
-        "ms",
-        "peak_mib",
-        "waits",
-        "where",
-        "launches",
-        "copies",
-        "gpu_ms",
-    ),
-    "inference_speed": (
-        "task",
-        "precision",
-        "part",
-        "network_ms",
-        "results_ms",
-        "peak_mib",
-        "waits",
-        "where",
-        "launches",
-        "copies",
-        "gpu_ms",
-    ),
-    "operator_speed": ("contender", "dtype", "queries", "batch", "forward_us", "both_us"),
-    "peer": (
-        "what",
-        "side",
-        "contender",
-        "precision",
-        "dtype",
-        "batch",
-        "forward_us",
-        "both_us",
-        "errors",
-        "first_loss",
-        "ms",
-        "peak_mib",
-        "waits",
-        "launches",
-        "copies",
-        "gpu_ms",
-    ),
-    "parity": ("precision", "of", "same_queries"),
-    "graph_and_compile": ("what", "ms", "error", "first_s"),
-    "sanitizer": ("tool", "status", "tail"),
+    "operator_is_right": "backend dtype queries batch channels spread errors ok",
+    "training_is_sound": "task precision objects loss ok waits where",
+    "training_speed": "precision batch size objects ms peak_mib waits where launches copies gpu_ms",
+    "inference_speed": "task precision part ms peak_mib waits where launches copies gpu_ms",
+    "operator_speed": "contender dtype queries batch errors forward_us both_us",
+    "peer": "what side anchors queries relative moved precision first_loss ms peak_mib waits "
+    "launches copies gpu_ms",
+    "parity": "precision of same_queries",
+    "graph_and_compile": "what ms error first_s",
+    "sanitizer": "tool status tail",
 }
 HIDDEN = ("step", "top")
 
@@ -90,14 +42,15 @@ def tables(folder: Path) -> str:
 
 
 def _section(step: str, lines: Sequence[dict]) -> str:
-    columns = COLUMNS.get(step)
+    columns = COLUMNS.get(step, "").split()
     rows = [line for line in lines if columns and columns[0] in line and "FAILED" not in line]
     parts = []
     if rows:
         used = [column for column in columns if any(column in row for row in rows)]
         parts.append(table(used, [[_text(row.get(column)) for column in used] for row in rows]))
     others = [line for line in lines if line not in rows]
-    parts += ["\n".join(_bullets(others))] if others else []
+    if others:
+        parts.append("\n".join(_bullet(line) for line in others))
     kernels = max((row.get("top", []) for row in rows), key=len, default=[])
     if kernels and step == "training_speed":
         cells = [[name.replace("|", "/"), str(count), str(ms)] for name, count, ms in kernels]
@@ -105,12 +58,8 @@ def _section(step: str, lines: Sequence[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def _bullets(lines: Iterable[dict]) -> list[str]:
-    return [
-        "- "
-        + "; ".join(f"{key}: {_text(value)}" for key, value in line.items() if key not in HIDDEN)
-        for line in lines
-    ]
+def _bullet(line: dict) -> str:
+    return "- " + "; ".join(f"{k}: {_text(value)}" for k, value in line.items() if k not in HIDDEN)
 
 
 def _text(value: object) -> str:
