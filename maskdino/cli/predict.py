@@ -60,7 +60,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--class-thresholds", metavar="A=T,B=T", help="least scores of single classes")
     add("--track", action="store_true", help="name the objects of videos, and write them as JSON")
     add("--every", type=int, default=1, metavar="N", help="look at one of N frames of videos (1)")
-    add("--slice", type=int, metavar="PIXELS", help="predict images in slices of this size")
+    add("--slice", type=int, metavar="PIXELS", help="predict in slices; 0: whole (TEST.SLICES)")
     add("--overlap", type=float, default=0.2, metavar="SHARE", help="of two slices (0.2)")
     add("--task", choices=TASKS, metavar="TASK", help=f"{', '.join(TASKS)} (the first it can)")
     add("--confidence-threshold", type=float, default=0.5, metavar="T", help="least score (0.5)")
@@ -131,28 +131,23 @@ def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
         able = ("instance",)
     if args.track and not {"instance", "panoptic"} & set(able):
         raise CommandError(f"--track: this model does {able}, no objects")
-    return predictor.with_options(tasks=(next(task for task in TASKS if task in able),))
+    predictor = predictor.with_options(tasks=(next(task for task in TASKS if task in able),))
+    if args.slice is not None:
+        slices = (args.slice, args.overlap) if args.slice else None
+        predictor = predictor.with_options(slices=slices)
+    return predictor
 
 
 def draw_images(
     predictor: MaskDINOPredictor, outputs: dict[Path, Path | None], wanted: Wanted
 ) -> list[str]:
-    """Draws images.
-
-    Args:
-        predictor: the model.
-        outputs: where the drawing of each image goes; None: it is not drawn.
-        wanted: what else is made of them.
-
-    Returns:
-        A message for each image that could not be read.
-    """
+    """Draws images, but where the place is None; returns a message for each that cannot be read."""
     failures: list[str] = []
 
     def read() -> Iterator[tuple[Path, np.ndarray | TiledImage]]:
         for path in outputs:
             try:
-                yield path, wanted.read(path)
+                yield path, wanted.read(path, in_parts)
             except ImageError as error:
                 failures.append(str(error))
                 bar.update()
@@ -161,7 +156,8 @@ def draw_images(
         wanted.write(result, outputs[Path(result.name)])
         bar.update()
 
-    at_once = predictor.options.batch_size if wanted.slices is None else 1
+    in_parts = predictor.options.slices is not None
+    at_once = 1 if in_parts else predictor.options.batch_size
     with tqdm(total=len(outputs), unit="image", desc="images") as bar:
         run_overlapped(read(), partial(wanted.predict, predictor), write, at_once)
     return failures
@@ -174,11 +170,7 @@ def draw_files(
     wanted: Wanted,
     of_videos: WantedOfVideos,
 ) -> tuple[int, list[str]]:
-    """Draws images, then videos, then streams.
-
-    Returns:
-        How many were drawn, and a message for each that was not, or only in part.
-    """
+    """Draws images, then videos, then streams; returns how many, and what was wrong with others."""
     videos = {path: target for path, target in outputs.items() if target and is_video(path)}
     images = {path: target for path, target in outputs.items() if path not in videos}
     failures = draw_images(predictor, images, wanted) if images else []
@@ -206,7 +198,7 @@ def _plan_outputs(args: argparse.Namespace) -> tuple[dict[Path, Path | None], di
         raise CommandError(f"--output {args.output} is a file: give a folder")
     if args.coco is not None and args.coco.is_dir():
         raise CommandError(f"--coco {args.coco} is a folder: give a file")
-    if args.slice is not None:
+    if args.slice:
         check_slices(args.slice, args.overlap)
     addresses = [word for word in args.input if is_stream(word)]
     inputs = find_inputs(word for word in args.input if not is_stream(word))
@@ -258,8 +250,7 @@ def main(words: list[str] | None = None) -> int:
     of_videos = VideoLabels(predictor.categories) if args.coco and args.track else None
     if args.coco and of_videos is None:
         labels = CocoLabels(predictor.categories, list(outputs), tolerance=args.polygons)
-    slices = None if args.slice is None else (args.slice, args.overlap)
-    wanted = Wanted(args.json, labels, thresholds, args.confidence_threshold, slices)
+    wanted = Wanted(args.json, labels, thresholds, args.confidence_threshold)
     moving = WantedOfVideos(args.track, args.confidence_threshold, args.every, of_videos)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)

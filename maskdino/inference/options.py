@@ -28,6 +28,8 @@ class PredictorOptions:
         class_scores: whether results hold the scores of all classes of each pixel.
         canvas: (height, width) of a network that takes no other; images are fitted into it.
             None: it takes any size.
+        slices: (pixels of their edge, least share that overlaps) of the slices in which images
+            are predicted; None: as they are.
     """
 
     tasks: tuple[str, ...]
@@ -40,6 +42,7 @@ class PredictorOptions:
     features: bool = False
     class_scores: bool = False
     canvas: tuple[int, int] | None = None
+    slices: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks or not set(self.tasks) <= set(TASKS):
@@ -72,6 +75,7 @@ class PredictorOptions:
         if not node.MASK_ON and set(tasks) - {"instance"}:
             raise ValueError(f"a model without masks cannot do {tasks}; it gives boxes only")
         shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        slices = cfg.TEST.SLICES
         if size is not None:
             shortest, longest = size, max(size, round(size * longest / max(shortest, 1)))
         return PredictorOptions(
@@ -83,6 +87,7 @@ class PredictorOptions:
             size_divisibility=node.SIZE_DIVISIBILITY,
             batch_size=batch_size,
             features=features,
+            slices=(slices.SIZE, slices.OVERLAP) if slices.SIZE else None,
         )
 
     def sizes_of(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -23,27 +23,25 @@ class Wanted:
         json: a JSON file beside each drawing.
         labels: where objects are collected, or None.
         thresholds: of classes, and `threshold` that of all others.
-        slices: their size and overlap; None: images are predicted whole.
     """
 
     json: bool
     labels: CocoLabels | None
     thresholds: ClassThresholds
     threshold: float
-    slices: tuple[int, float] | None
 
-    def read(self, path: Path) -> np.ndarray | TiledImage:
+    def read(self, path: Path, in_parts: bool) -> np.ndarray | TiledImage:
         """The image, or a reader of its parts."""
-        return load_image(path) if self.slices is None else TiledImage(path)
+        return TiledImage(path) if in_parts else load_image(path)
 
     def predict(
         self, predictor: MaskDINOPredictor, batch: list[tuple[Path, np.ndarray | TiledImage]]
     ) -> list[ImageResult]:
         """Results of images, as they are written."""
-        if self.slices is None:
+        if predictor.options.slices is None:
             results = list(predictor.stream(x for _, x in batch if isinstance(x, np.ndarray)))
         else:
-            results = [predictor.sliced(x, *self.slices, progress=True) for _, x in batch]
+            results = [predictor.sliced(x, progress=True) for _, x in batch]
         return [
             self.thresholds.select(replace(result, name=str(path)), self.threshold)
             for (path, _), result in zip(batch, results, strict=True)

@@ -265,7 +265,16 @@ class MaskDINOPredictor:
     def stream(
         self, images: Iterable[ImageSource], channel_order: str = "RGB"
     ) -> Iterator[ImageResult]:
-        """Predicts many images, in order; few of them are in memory at one time."""
+        """Predicts many images, in order; few of them are in memory at one time.
+
+        Where the options name slices (TEST.SLICES of the configuration), each is `sliced`.
+        """
+        if self.options.slices is not None:
+            for number, source in enumerate(images):
+                result = self.sliced(source, channel_order=channel_order)
+                is_file = isinstance(source, str | os.PathLike)
+                yield result if is_file else replace(result, name=f"image {number}")
+            return
         iterator = enumerate(images)
         at_once = self.options.batch_size
         ahead = at_once * READ_AHEAD if at_once > 1 else 1
@@ -285,8 +294,8 @@ class MaskDINOPredictor:
     def sliced(
         self,
         image: ImageSource | TiledImage,
-        size: int = 1024,
-        overlap: float = 0.2,
+        size: int | None = None,
+        overlap: float | None = None,
         *,
         channel_order: str = "RGB",
         progress: bool = False,
@@ -302,8 +311,9 @@ class MaskDINOPredictor:
             image: see `maskdino.visualization.images.load_image`. Files in formats that can be
                 (`maskdino.inference.tiles`) are read in parts.
             size: height and width of a slice in pixels. An image that is not larger is predicted
-                as it is.
-            overlap: least share of a slice that the next one sees again, in [0, 0.9].
+                as it is. None: that of the options, or 1024.
+            overlap: least share of a slice that the next one sees again, in [0, 0.9]. None: that
+                of the options, or 0.2.
             channel_order: "RGB" or "BGR", of arrays and tensors.
             progress: show a bar.
 
@@ -313,11 +323,12 @@ class MaskDINOPredictor:
         """
         tiled = image if isinstance(image, TiledImage) else TiledImage(image, channel_order)
         is_file = isinstance(tiled.source, str | os.PathLike)
+        usual = self.options.slices or (1024, 0.2)
         return predict_sliced(
-            self.with_options(class_scores=True).stream,
+            self.with_options(class_scores=True, slices=None).stream,
             tiled,
-            size=size,
-            overlap=overlap,
+            size=usual[0] if size is None else size,
+            overlap=usual[1] if overlap is None else overlap,
             name=str(tiled.source) if is_file else "image 0",
             progress=progress,
         )

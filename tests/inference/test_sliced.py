@@ -290,3 +290,25 @@ def test_the_predictor_slices(tmp_path: Path) -> None:
     np.testing.assert_array_equal(whole.boxes, plain.boxes)
     with pytest.raises(ImageError, match=r"missing\.png does not exist"):
         predictor.sliced(tmp_path / "missing.png")
+
+
+def test_slices_of_the_configuration_are_those_of_the_predictor(tmp_path: Path) -> None:
+    """A model that is judged in slices predicts in slices."""
+    cfg = tiny_cfg()
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT = 64, 96, "RGB"
+    model = MaskDINO(cfg)
+    whole = MaskDINOPredictor.from_model(model, cfg, confidence_threshold=0.0)
+    cfg.TEST.SLICES.SIZE, cfg.TEST.SLICES.OVERLAP = 64, 0.4
+    predictor = MaskDINOPredictor.from_model(model, cfg, confidence_threshold=0.0)
+    image = np.random.default_rng(0).integers(0, 256, (100, 150, 3), np.uint8)
+    path = tmp_path / "a.png"
+    Image.fromarray(image).save(path)
+    expected = whole.sliced(image, 64, 0.4)
+    first, second = predictor([image, path])
+    assert (first.name, second.name) == ("image 0", str(path))
+    for result in (first, second, predictor.sliced(image)):
+        np.testing.assert_array_equal(result.boxes, expected.boxes)
+    assert len(whole(image)) < len(expected) == len(first)
+    np.testing.assert_array_equal(
+        predictor.with_options(slices=None)(image).boxes, whole(image).boxes
+    )
