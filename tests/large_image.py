@@ -2,7 +2,8 @@
 
     python -m tests.large_image predict
 
-prints the memory that the process held before and at most, in MiB, as one line of JSON.
+prints the memory that the process held before and at most, in MiB, and the processor time of its
+one thread, in seconds, as one line of JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +110,12 @@ def main(what: str) -> None:
         cfg = configuration(folder)
         torch.manual_seed(0)
         model = MaskDINO(cfg).eval()
-        before = resident_mib()
+        before, begin = resident_mib(), time.process_time()
         number = {"predict": predict, "evaluate": evaluate, "train": train}[what](
             model, cfg, folder
         )
-    print(json.dumps({"objects": number, "before": before, "most": most_resident_mib()}))  # noqa: T201
+    found = {"objects": number, "before": before, "most": most_resident_mib()}
+    print(json.dumps(found | {"seconds": time.process_time() - begin}))  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -38,3 +38,12 @@ def test_a_large_image_with_many_masks(what: str) -> None:
     print(what, found)  # noqa: T201 - figures for the record, shown by -rP
     assert found["objects"] == 100
     assert found["most"] < 2000
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("queries", [100, 1200])
+def test_a_thousand_objects_in_a_small_image(queries: int) -> None:
+    """Training steps with fewer and more queries than objects."""
+    found = in_child("tests.many_objects", str(queries), "1")
+    print(queries, found)  # noqa: T201 - figures for the record, shown by -rP
+    assert found["most"] < 2000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,6 +47,13 @@ def result() -> ImageResult:
         ),
         label_map=labels,
     )
+
+
+def test_images_are_kept_or_said_to_be_missing(result: ImageResult) -> None:
+    image = np.arange(12 * 16 * 3, dtype=np.uint8).reshape(*SIZE, 3)
+    np.testing.assert_array_equal(replace(result, source=image).image, image)
+    with pytest.raises(ValueError, match=r"^the result of image\.png was made without its image$"):
+        _ = result.image
 
 
 def without_masks(entries: list[dict]) -> list[dict]:
