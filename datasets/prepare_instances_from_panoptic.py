@@ -1,8 +1,6 @@
 """The command of maskdino/cli/prepare/instances_from_panoptic.py, in a repository."""
 
-import sys
-
 from maskdino.cli.prepare.instances_from_panoptic import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

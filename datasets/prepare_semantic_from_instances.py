@@ -1,8 +1,6 @@
 """The command of maskdino/cli/prepare/semantic_from_instances.py, in a repository."""
 
-import sys
-
 from maskdino.cli.prepare.semantic_from_instances import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

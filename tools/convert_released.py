@@ -1,8 +1,6 @@
 """The command of maskdino/cli/convert_released.py, for those who have the repository."""
 
-import sys
-
 from maskdino.cli.convert_released import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,8 +1,6 @@
 """The command of maskdino/cli/export.py, for those who have the repository."""
 
-import sys
-
 from maskdino.cli.export import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

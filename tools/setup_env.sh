@@ -145,17 +145,10 @@ print(digest.hexdigest())
 PYTHON
 }
 
-find_compiler() {
-  local candidate
-  for candidate in ${CXX:-c++ g++ clang++}; do
-    command -v "$candidate" && return
-  done
-  return 0
-}
-
 install_project() {
   local stamp=$venv/maskdino.stamp log=$venv/maskdino_install.log compiler
-  compiler=$(find_compiler)
+  # shellcheck disable=SC2086  # several names
+  compiler=$(command -v ${CXX:-c++ g++ clang++} | head -n 1) || true
   if [ -z "$compiler" ]; then
     say "no C++ compiler (${CXX:-c++, g++ or clang++}): deformable attention will run in plain" \
       "PyTorch, slower. To change that, install g++ and run this again"
