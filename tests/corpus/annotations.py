@@ -119,7 +119,7 @@ def whole_lists() -> Iterator[Fault]:
         evaluate=Works(),
     )
     segments = {"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 1}]}
-    yield refused("panoptic", lists(annotations=[segments]), "panoptic format")
+    yield refused("panoptic", lists(annotations=[segments]), "panoptic format|has isthing")
     yield fine(
         "more keys of the file", lists(info=None, licenses=None, mine={"a": [1]}, type="instances")
     )
