@@ -36,6 +36,12 @@ RECORDS_AT_ONCE = 10_000  # that become text at one time
 # Optional libraries that compute pycocotools' numbers in less time, the fastest first.
 FAST = ("hotcoco", "faster_coco_eval")
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR")
+# What libraries are given: hotcoco refuses values that it does not expect in any key that it knows.
+READ = {
+    "images": ("id", "height", "width"),
+    "categories": ("id", "name"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"),
+}
 GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # of a task -> its key in records
 LARGEST_ID = 1 << 62
 COCO_DETECTIONS = 100  # of an image that published numbers count
@@ -287,9 +293,9 @@ def numbered(
     # Size classes (small, medium, large) come from the box in one task, the mask in the other.
     predictions = [{key: record[key] for key in kept} for record in records]
     # The libraries add to entries, but change no value of theirs.
-    ground_truth = ground_truth | {
-        name: [dict(entry) for entry in ground_truth[name]]
-        for name in ("images", "categories", "annotations")
+    ground_truth = {"info": {}} | {
+        name: [{key: entry[key] for key in keys if key in entry} for entry in ground_truth[name]]
+        for name, keys in READ.items()
     }
     _number(ground_truth, predictions, "images", "image_id")
     categories = _number(ground_truth, predictions, "categories", "category_id")

@@ -196,3 +196,10 @@ def test_albumentations_itself() -> None:
             assert box.tolist() == seen
     colors = albumentations.Compose([albumentations.HueSaturationValue(p=1)])
     assert type(PixelAugmentation(colors, "BGR").get_transform(image)) is ImageTransform
+
+
+def test_pixels_whose_centers_lie_on_an_edge_are_in_one_of_two_boxes() -> None:
+    rows, columns = np.meshgrid(np.arange(6), np.arange(8), indexing="ij")
+    transform = PixelTransform(np.zeros((6, 8, 3), np.uint8), np.stack([rows, columns], -1), (6, 8))
+    boxes = np.array([[0.5, 1.5, 2.5, 4.5], [2.5, 1.5, 5, 4.5]])
+    assert transform.apply_box(boxes).tolist() == [[0, 1, 2, 4], [2, 1, 5, 4]]

@@ -186,6 +186,22 @@ def test_what_annotations_leave_out_is_filled_in(tmp_path: Path) -> None:
     assert coco_evaluation.read_annotations(str(path)) == expected
 
 
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_more_keys_of_annotations_may_hold_anything(task: str) -> None:
+    box = (5, 5, 20, 10)
+    content = {
+        "info": "made by hand",
+        "licenses": 3,
+        "images": [{"id": 1, "height": SIZE[0], "width": SIZE[1], "coco_url": 3}],
+        "categories": [{"id": 1, "name": "cell", "supercategory": None}],
+        "annotations": [annotation(1, 1, 1, box, masks=True) | {"score": "high", "caption": 3}],
+    }
+    record = {"image_id": 1, "category_id": 1, "score": 0.9, "bbox": list(box)}
+    record["segmentation"] = to_json(encode_mask(rectangle(*box)))
+    stats, *_ = average_precision(content, [record], task, fast=True)
+    assert stats[0] == pytest.approx(100)
+
+
 @pytest.mark.parametrize("fast", [True, False])
 def test_objects_without_masks_are_neither_found_nor_missed(fast: bool) -> None:
     boxes = [(5, 5, 20, 10), (30, 15, 20, 20)]
