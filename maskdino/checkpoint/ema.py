@@ -13,11 +13,12 @@ from maskdino.system.signals import uninterrupted
 class WeightAverage:
     """The exponential moving average of a model's weights (EMA).
 
-    Floating-point parameters and buffers are averaged; others are copied.
+    Floating-point parameters and buffers are averaged; others are copied. Early steps keep less of
+    the old average, (1 + step) / (10 + step), so that a short training forgets where it began.
 
     Args:
         model: the model, not wrapped; the average starts at its weights.
-        decay: share of the old average that a step keeps, in [0, 1).
+        decay: share of the old average that a step keeps at most, in [0, 1).
 
     Raises:
         ValueError: if ``decay`` lies outside [0, 1).
@@ -56,9 +57,10 @@ class WeightAverage:
             values.append(value)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Moves the average towards the model's present weights."""
-        torch._foreach_lerp_(*self._floating, 1.0 - self._decay)
+    def update(self, step: int) -> None:
+        """Moves the average towards the model's present weights, after a step counted from 0."""
+        decay = min(self._decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(*self._floating, 1.0 - decay)
         for average, value in zip(*self._others, strict=True):
             average.copy_(value)
 
@@ -87,11 +89,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Sets the averaged weights.
-
-        Raises:
-            ValueError: if there are none, or not those of the model; nothing is set.
-        """
+        """Sets the averaged weights; or a ValueError, if they are not those of the model."""
         if not isinstance(state, dict):
             raise ValueError(f'"ema" holds no averaged weights, but {type(state).__name__}')
         for name, value in self._average.items():

@@ -319,7 +319,7 @@ class MaskDINOTrainer(TrainerBase):
         self.storage.put_scalar("lr", rate, smoothing_hint=False)
         self.scheduler.step()
         if self.average is not None:
-            self.average.update()
+            self.average.update(self.iter)
 
     def check_gradient(self) -> None:
         """See `TrainStep.check_gradient`."""

@@ -173,11 +173,11 @@ def test_averaged_weights_follow_their_formula() -> None:
         with torch.no_grad():
             model.weight.add_(step + 1.0)
             model.num_batches_tracked.add_(1)
-        average.update()
+        average.update(100 + step)
         expected = 0.75 * expected + 0.25 * model.weight.detach()
     model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
     model.state_dict = None  # a step looks no names up
-    average.update()
+    average.update(103)
     del model.state_dict
     expected = 0.75 * expected + 0.25 * model.weight.detach()
     own = model.weight.detach().clone()
