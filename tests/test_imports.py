@@ -42,6 +42,7 @@ RULES = (
     Rule("integration", ("system.program",)),
     Rule("config", ("integration", "system.errors"), outside=("detectron2.config", "yaml")),
     Rule("categories", outside=("detectron2.config", "detectron2.data")),
+    Rule("metrics", outside=()),
     Rule("ops", ("structures",), outside=(*TENSORS, "triton", "pycocotools")),
     Rule(
         "modeling",
@@ -82,7 +83,8 @@ RULES = (
     ),
     Rule(
         "checkpoint",
-        ("backbones", "categories", "config", "integration", "model", "modeling", "system"),
+        ("backbones", "categories", "config", "integration", "metrics", "model", "modeling")
+        + ("system",),
     ),
     Rule("model_zoo", ("checkpoint", "config", "model", "system")),
     Rule("visualization", ("categories", "data", "ops.rle", "ops.runs", "structures")),
@@ -111,6 +113,7 @@ RULES = (
             "inference.predictor",
             "inference.tiles",
             "integration",
+            "metrics",
             "ops",
             "postprocess",
             "structures",
@@ -126,6 +129,7 @@ RULES = (
             "data",
             "evaluation",
             "integration",
+            "metrics",
             "model",
             "system",
         ),

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from maskdino.checkpoint.model_card import of_class
 from maskdino.checkpoint.pretrained import ABOUT, Facts, texts_of
 from maskdino.checkpoint.reading import iterations_of, read_checkpoint, shapes_of
 from maskdino.checkpoint.released_weights import FOREIGN, is_released
+from maskdino.metrics import of_classes_together
 
 CLASS_HEADS = ("heads.class_head.weight", "sem_seg_head.predictor.class_embed.weight")
 PARTS = {  # beside the weights, by their names in a file
@@ -25,18 +25,10 @@ PARTS = {  # beside the weights, by their names in a file
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds.
+    """What a file holds: `size` bytes, and `numbers` by type in so many tensors.
 
-    Attributes:
-        path: of the file.
-        size: in bytes.
-        kind: whose weights they are.
-        tensors: how many there are.
-        numbers: how many numbers they hold, by type.
-        class_scores: rows of the class head; None: there is none.
-        beside: what else is in it.
-        iterations: steps of training behind it; None: it does not tell.
-        facts: what it says of its model; None: nothing.
+    The rows of the class head, the steps of training and what it says of its model are None where
+    the file does not tell.
     """
 
     path: str
@@ -74,7 +66,7 @@ def _told(facts: Facts) -> dict[str, str]:
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     averaged = {True: "averaged (EMA)", False: "not averaged", None: "not told"}[facts.averaged]
     rounded = ", rounded to float16" if facts.rounded else ""
-    metrics = [f"{name} {value:.4g}" for name, value in facts.metrics.items() if not of_class(name)]
+    metrics = [f"{name} {value:.4g}" for name, value in of_classes_together(facts.metrics).items()]
     return {
         "name": facts.name,
         "task": ", ".join(facts.tasks) or "not told",
@@ -86,12 +78,7 @@ def _told(facts: Facts) -> dict[str, str]:
 
 
 def contents_of(path: str) -> Contents:
-    """Looks into a file; of tensors, shapes and types alone are read.
-
-    Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: it is no checkpoint.
-    """
+    """Looks into a file, or raises a CheckpointError; of tensors, shapes alone are read."""
     size = Path(path).stat().st_size
     data = read_checkpoint(path, "meta")
     state = data["model"]

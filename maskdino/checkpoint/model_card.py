@@ -6,13 +6,13 @@ datasets, metrics, model-index).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from detectron2.config import CfgNode
 
+from maskdino.metrics import of_classes_together
 from maskdino.system.program import VERSION
 
 if TYPE_CHECKING:
@@ -110,24 +110,18 @@ def tasks_of(cfg: CfgNode) -> list[str]:
 
 
 def model_card(cfg: CfgNode, facts: Facts, parameters: int) -> str:
-    """The card as Markdown.
-
-    Args:
-        cfg: the model's configuration.
-        facts: what is known of it.
-        parameters: how many it has.
-    """
+    """The card as Markdown."""
     import jinja2  # here, as `import maskdino` needs none
 
-    whole = {name: x for name, x in facts.metrics.items() if not of_class(name)}
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
     categories = facts.categories
+    front = _front(cfg, facts, of_classes_together(facts.metrics))
     return environment.from_string(TEMPLATE).render(
-        front=yaml.safe_dump(_front(cfg, facts, whole), sort_keys=False, allow_unicode=True),
+        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         facts=facts,
         tasks=tasks_of(cfg),
         backbone=_backbone(cfg),
@@ -194,11 +188,6 @@ def _weights(facts: Facts) -> str:
             "the results below are of, but not equal to them."
         )
     return " ".join(told)
-
-
-def of_class(name: str) -> bool:
-    """Whether a metric is that of one class: "segm/AP-person", "my-data/segm/AP-car/van"."""
-    return re.search(r"(^|/)(AP|PQ|IoU|ACC)-", name) is not None
 
 
 def _backbone(cfg: CfgNode) -> str:

@@ -27,6 +27,7 @@ from maskdino.checkpoint.model_card import model_card, tasks_of
 from maskdino.checkpoint.reading import CheckpointError
 from maskdino.checkpoint.tensor_files import SUFFIX, read_texts, write_tensors
 from maskdino.integration.extensions import config_header
+from maskdino.metrics import flatten
 from maskdino.system.files import written_whole
 
 WEIGHTS = f"model{SUFFIX}"
@@ -38,29 +39,19 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model beside its weights and its configuration.
+    """What is known of a model beside its weights and its configuration."""
 
-    Attributes:
-        name: that the card gives it.
-        categories: its classes.
-        tasks: what it does, in words.
-        averaged: whether the weights are an average of a training's (EMA); None: not known.
-        iterations: steps of training behind the weights; None: not known.
-        metrics: by their whole names, such as "segm/AP".
-        dataset: that they were measured on.
-        license: of the weights, as hubs name it.
-        rounded: weights are rounded to float16.
-    """
-
-    categories: Categories
-    name: str = "Mask DINO"
-    tasks: tuple[str, ...] = ()
+    categories: Categories  # its classes
+    name: str = "Mask DINO"  # that the card gives it
+    tasks: tuple[str, ...] = ()  # what it does, in words
+    # Whether the weights are an average of a training's (EMA); None: not known.
     averaged: bool | None = None
-    iterations: int | None = None
+    iterations: int | None = None  # steps of training behind the weights; None: not known
+    # By their whole names, such as "segm/AP".
     metrics: Mapping[str, float] = field(default_factory=dict)
-    dataset: str = ""
-    license: str = "other"
-    rounded: bool = False
+    dataset: str = ""  # that they were measured on
+    license: str = "other"  # of the weights, as hubs name it
+    rounded: bool = False  # weights are rounded to float16
 
     def to_json(self) -> str:
         """All of it as text."""
@@ -95,23 +86,6 @@ def categories_of_list(entries: list[dict[str, Any]]) -> Categories:
     )
 
 
-def flat_metrics(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Results, nested by task or dataset, by their whole names; those that are not finite fall out.
-
-    Raises:
-        ValueError: something in them is no number.
-    """
-    flat: dict[str, float] = {}
-    for name, value in results.items():
-        if isinstance(value, Mapping):
-            flat |= flat_metrics(value, f"{prefix}{name}/")
-        elif not isinstance(value, int | float):
-            raise ValueError(f"the metric {prefix}{name} is {value!r}, which is no number")
-        elif math.isfinite(value):
-            flat[prefix + name] = float(value)
-    return flat
-
-
 def save_pretrained(
     model: nn.Module,
     cfg: CfgNode,
@@ -133,9 +107,6 @@ def save_pretrained(
         metrics: results, by name or nested by task.
         facts: `name`, `averaged`, `iterations`, `dataset` and `license`; see `Facts`.
 
-    Returns:
-        The folder.
-
     Raises:
         FileExistsError: the folder holds files of these names that are no model's.
         ValueError: with `half`, a weight is too large for float16.
@@ -151,7 +122,7 @@ def save_pretrained(
     known = Facts(
         Categories.from_config(cfg) if categories is None else categories,
         tasks=tuple(tasks_of(cfg)),
-        metrics=flat_metrics(metrics or {}),
+        metrics={name: x for name, x in flatten(metrics or {}).items() if math.isfinite(x)},
         rounded=half,
         **facts,
     )
@@ -201,17 +172,11 @@ def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model that was found.
+    """A model that was found."""
 
-    Attributes:
-        weights: path of the file.
-        configuration: the text of its YAML file.
-        categories: its classes; None: those that the configuration tells.
-    """
-
-    weights: str
-    configuration: str
-    categories: Categories | None = None
+    weights: str  # path of the file
+    configuration: str  # the text of its YAML file
+    categories: Categories | None = None  # its classes; None: those that the configuration tells
 
     @contextmanager
     def config_file(self) -> Iterator[str]:

@@ -22,7 +22,8 @@ from torch import nn
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import WeightAverage
 from maskdino.data import DataError
-from maskdino.evaluation.build import PER_CLASS, known_metrics
+from maskdino.evaluation.build import known_metrics
+from maskdino.metrics import before_class, flatten
 from maskdino.system.files import written_whole
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Evaluation:
 
     def values(self) -> dict[str, float]:
         """Gives all values by their whole names, such as "segm/AP"."""
-        return _flatten(self.results)
+        return flatten(self.results)
 
     def value(self, metric: str) -> float | None:
         """Gives a finite value; None where it could not be measured."""
@@ -193,7 +194,7 @@ class BestCheckpoint(HookBase):
         results = self.trainer.evaluate()
         fault = ""
         if comm.is_main_process():
-            values = _flatten(results)
+            values = flatten(results)
             metric = self.history.metric
             # Evaluators that found nothing may leave out everything, or what is of classes.
             if values and metric not in values and not _is_of_class(metric, list(values)):
@@ -241,27 +242,15 @@ def _shown(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f}"
 
 
-def _flatten(results: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
-    for name, value in results.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = float(value)
-    return flat
-
-
 def _is_of_class(metric: str, known: list[str]) -> bool:
     """Tells whether a metric may be that of a class, of which none are known now."""
-    task, _, name = metric.rpartition("/")
-    if not name.startswith(PER_CLASS):
-        return False
-    leaves = [other.rpartition("/")[2] for other in known if other.startswith(f"{task}/")]
-    return bool(leaves) and not any(leaf.startswith(PER_CLASS) for leaf in leaves)
+    task = before_class(metric)
+    of_task = [other for other in known if other.startswith(f"{task}/")]
+    return bool(of_task) and all(before_class(other) is None for other in of_task)
 
 
 def _unknown(metric: str, known: list[str]) -> ValueError:
-    listed = [name for name in known if not name.rpartition("/")[2].startswith(PER_CLASS)]
+    listed = [name for name in known if before_class(name) is None]
     return ValueError(
         f"SOLVER.BEST.METRIC is {metric!r}, which the evaluation does not give; there is "
         f"{', '.join(listed)}"

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -25,38 +25,28 @@ from maskdino.integration.extensions import EVALUATOR_REGISTRY
 from maskdino.postprocess import InferenceOptions
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What an evaluator is built for."""
-
-    dataset_name: str
-    output_folder: str
-    with_masks: bool
-    detections: int  # of an image
-    fast: bool  # whether COCO's numbers come from a faster library than pycocotools
-
-
-def _coco(request: _Request) -> DatasetEvaluator:
+def _coco(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
     return COCOInstanceEvaluator(
-        request.dataset_name,
-        request.output_folder,
-        with_masks=request.with_masks,
-        fast=request.fast,
-        detections=request.detections,
+        dataset_name,
+        folder,
+        with_masks=cfg.MODEL.MASK_DINO.MASK_ON,
+        fast=cfg.TEST.COCO_EVALUATOR == "auto" and coco_evaluation.fast_library() is not None,
+        # Each slice of an image has TEST.DETECTIONS_PER_IMAGE.
+        detections=ALL_DETECTIONS if cfg.TEST.SLICES.SIZE else cfg.TEST.DETECTIONS_PER_IMAGE,
     )
 
 
-def _lvis(request: _Request) -> DatasetEvaluator:
-    tasks = ("bbox", "segm") if request.with_masks else ("bbox",)
-    return LVISEvaluator(request.dataset_name, tasks, output_dir=request.output_folder)
+def _lvis(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    tasks = ("bbox", "segm") if cfg.MODEL.MASK_DINO.MASK_ON else ("bbox",)
+    return LVISEvaluator(dataset_name, tasks, output_dir=folder)
 
 
-def _panoptic(request: _Request) -> DatasetEvaluator:
-    return PanopticEvaluator(request.dataset_name, request.output_folder)
+def _panoptic(_: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    return PanopticEvaluator(dataset_name, folder)
 
 
-def _semantic(request: _Request) -> DatasetEvaluator:
-    return SemanticEvaluator(request.dataset_name, request.output_folder)
+def _semantic(_: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    return SemanticEvaluator(dataset_name, folder)
 
 
 class CityscapesInstances(CityscapesInstanceEvaluator):
@@ -77,15 +67,16 @@ class CityscapesClasses(CityscapesSemSegEvaluator):
             return super().evaluate()
 
 
-def _cityscapes_instance(request: _Request) -> DatasetEvaluator:
-    return CityscapesInstances(request.dataset_name)
+def _cityscapes_instance(_: CfgNode, dataset_name: str, __: str) -> DatasetEvaluator:
+    return CityscapesInstances(dataset_name)
 
 
-def _cityscapes_semantic(request: _Request) -> DatasetEvaluator:
-    return CityscapesClasses(request.dataset_name)
+def _cityscapes_semantic(_: CfgNode, dataset_name: str, __: str) -> DatasetEvaluator:
+    return CityscapesClasses(dataset_name)
 
 
-_Builder = Callable[[_Request], DatasetEvaluator]
+# Ours and those of users, EVALUATOR_REGISTRY's, are built alike.
+_Builder = Callable[[CfgNode, str, str], DatasetEvaluator]
 _COCO_PANOPTIC: dict[str, _Builder] = {
     "instance": _coco,
     "panoptic": _panoptic,
@@ -108,7 +99,6 @@ EVALUATORS: dict[str, dict[str, _Builder]] = {
     "cityscapes_sem_seg": {"semantic": _cityscapes_semantic},
     "cityscapes_panoptic_seg": _CITYSCAPES,
 }
-PER_CLASS = ("AP-", "PQ-", "IoU-", "ACC-")  # how the values of single classes begin
 # What the evaluators measure beside these.
 _OF_INSTANCES: dict[str, tuple[str, ...]] = {
     "bbox": coco_evaluation.METRICS,
@@ -142,19 +132,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         ValueError: if the dataset's type is unknown, or the model does nothing it can be judged by.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-    request = _Request(
-        dataset_name,
-        folder,
-        cfg.MODEL.MASK_DINO.MASK_ON,
-        # Each slice of an image has TEST.DETECTIONS_PER_IMAGE.
-        ALL_DETECTIONS if cfg.TEST.SLICES.SIZE else cfg.TEST.DETECTIONS_PER_IMAGE,
-        cfg.TEST.COCO_EVALUATOR == "auto" and coco_evaluation.fast_library() is not None,
-    )
     own = [EVALUATOR_REGISTRY.find(name) for name in _own_evaluators(cfg, dataset_name)]
-    return DatasetEvaluators(
-        [build(request) for build in _builders(cfg, dataset_name)]
-        + [build(cfg, dataset_name, folder) for build in own]
-    )
+    builders = [*_builders(cfg, dataset_name), *own]
+    return DatasetEvaluators([build(cfg, dataset_name, folder) for build in builders])
 
 
 @contextmanager
@@ -184,11 +164,7 @@ def masks_as_read(model: nn.Module, evaluator: DatasetEvaluator) -> Iterator[Non
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """Checks that there is something to evaluate each dataset of DATASETS.TEST with.
-
-    Raises:
-        ValueError: see `build_evaluator`.
-    """
+    """Checks that there is something to evaluate each dataset of DATASETS.TEST with, or raises."""
     for name in cfg.DATASETS.TEST:
         _builders(cfg, name)
         EVALUATOR_REGISTRY.check(_own_evaluators(cfg, name))

@@ -24,14 +24,8 @@ def draw_lines(axes: Axes, lines: Mapping[str, tuple[Values, Values]]) -> None:
         axes.legend(fontsize="x-small")
 
 
-def curves(lines: Mapping[str, np.ndarray], x_name: str, y_name: str) -> str:
-    """SVG of lines, their means in the legend.
-
-    Args:
-        lines: name -> values (N,) in [0, 1], over equal steps from 0 to 1.
-        x_name: of the axis of the steps.
-        y_name: of the axis of the values.
-    """
+def curves(lines: Mapping[str, np.ndarray]) -> str:
+    """SVG of precisions (N,) at equal steps of recall from 0 to 1, their means in the legend."""
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     draw_lines(
@@ -41,7 +35,7 @@ def curves(lines: Mapping[str, np.ndarray], x_name: str, y_name: str) -> str:
             for name, values in lines.items()
         },
     )
-    axes.set(xlabel=x_name, ylabel=y_name, xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     return _to_svg(figure)
 
 
@@ -62,13 +56,7 @@ def bars(values: Mapping[str, float]) -> str:
 
 
 def matrix(numbers: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> str:
-    """SVG of a table of numbers, each field as dark as its share of the row.
-
-    Args:
-        numbers: (R, C) counts.
-        rows: names (R).
-        columns: names (C).
-    """
+    """SVG of a table of counts (R, C), each field as dark as its share of the row."""
     figure = Figure(figsize=(0.5 * len(columns) + 1, 0.32 * len(rows) + 1))
     axes = figure.subplots()
     shares = numbers / np.maximum(numbers.sum(1, keepdims=True), 1)

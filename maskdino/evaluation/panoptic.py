@@ -18,6 +18,7 @@ from detectron2.utils.logger import create_small_table
 
 from maskdino.data.panoptic_checks import read_segments
 from maskdino.evaluation.files import PANOPTIC_FILE, PANOPTIC_FOLDER, unique_pngs
+from maskdino.metrics import of_classes_together
 
 if TYPE_CHECKING:
     from panopticapi.evaluation import PQStat
@@ -37,11 +38,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
     reads_run_lengths = True  # as it reads no objects
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        """Takes in predictions, and looks at the maps that they are compared with in the end.
-
-        Raises:
-            DataError: PQ cannot be measured on a map; names the file.
-        """
+        """Takes in predictions; DataError if PQ cannot be measured on a map of the annotations."""
         for image in inputs:
             if "segments_info" in image:
                 read_segments(image, (image["height"], image["width"]), measured=True)
@@ -81,8 +78,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             with contextlib.redirect_stdout(io.StringIO()):
                 quality = pq_compute_multi_core(pairs, truth, maps, categories)
         results = panoptic_metrics(quality, categories)
-        means = {name: value for name, value in results.items() if not name.startswith("PQ-")}
-        logger.info("Evaluation results for panoptic_seg:\n%s", create_small_table(means))
+        table = create_small_table(of_classes_together(results))
+        logger.info("Evaluation results for panoptic_seg:\n%s", table)
         return {"panoptic_seg": results}
 
 
@@ -109,12 +106,7 @@ def _write(folder: str, predictions: list[dict]) -> list[dict]:
 
 
 def panoptic_metrics(quality: PQStat, categories: dict[int, dict]) -> dict[str, float]:
-    """Averages the quality over classes; see `PanopticEvaluator.evaluate`.
-
-    Args:
-        quality: panopticapi's counts by category id.
-        categories: the dataset's, with "isthing" and "name", by id.
-    """
+    """Averages the quality over classes; see `PanopticEvaluator.evaluate`."""
     results: dict[str, float] = {}
     measured: dict[int, dict] = {}
     for suffix, is_thing in GROUPS.items():

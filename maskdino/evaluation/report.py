@@ -20,7 +20,6 @@ import numpy as np
 from PIL import Image
 
 from maskdino.evaluation import errors
-from maskdino.evaluation.build import PER_CLASS
 from maskdino.evaluation.charts import bars, curves, matrix
 from maskdino.evaluation.coco import (
     COCO_DETECTIONS,
@@ -31,6 +30,7 @@ from maskdino.evaluation.coco import (
 from maskdino.evaluation.files import LOSSES_FILE
 from maskdino.evaluation.image_losses import ImageLoss, write_losses
 from maskdino.evaluation.report_images import EvaluatedImages, InstanceImages, find_images
+from maskdino.metrics import PER_CLASS, of_classes_together
 
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
 MAX_CLASSES = 20  # of a drawn confusion matrix
@@ -120,8 +120,7 @@ def _task(name: str, metrics: dict[str, float]) -> dict:
         if found:
             svg, unmeasured = bars(measured) if measured else "", len(found) - len(measured)
             classes.append({"metric": prefix[:-1], "svg": svg, "unmeasured": unmeasured})
-    whole = {k: v for k, v in metrics.items() if not k.startswith(PER_CLASS)}
-    return {"name": name, "metrics": whole, "classes": classes}
+    return {"name": name, "metrics": of_classes_together(metrics), "classes": classes}
 
 
 def _details(images: InstanceImages, results: Collection[str]) -> dict[str, dict]:
@@ -139,7 +138,7 @@ def _details(images: InstanceImages, results: Collection[str]) -> dict[str, dict
             _, precision, _ = average_precision(
                 ground_truth, predictions, task, fast=fast, detections=detections
             )
-            chart = curves(precision_recall(precision), "recall", "precision")
+            chart = curves(precision_recall(precision))
             details[task] = {"curves": chart, "errors": None}
             if errors.hotcoco is not None:
                 analysis = errors.analyze(
@@ -170,11 +169,9 @@ def _errors(analysis: errors.Analysis) -> dict:
 
 
 def precision_recall(precision: np.ndarray) -> dict[str, np.ndarray]:
-    """Curves (101,) of precision at recall 0, 0.01, ..., 1.
+    """Curves (101,) of precision at recall 0, 0.01, ..., 1, of COCO's precision.
 
-    Args:
-        precision: COCO's, (IoU thresholds, recalls, classes, sizes, detections); -1 where a class
-            has no objects.
+    That is (IoU thresholds, recalls, classes, sizes, detections); -1 where a class has no objects.
     """
     result = {}
     for iou, index in CURVE_THRESHOLDS.items():

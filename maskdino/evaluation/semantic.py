@@ -21,6 +21,7 @@ from PIL import Image
 
 from maskdino.data.reading import DataError, read_label_map
 from maskdino.evaluation.files import SEMANTIC_FILE, SEMANTIC_FOLDER, unique_pngs
+from maskdino.metrics import of_classes_together
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +110,8 @@ class SemanticEvaluator(DatasetEvaluator):
                 with PathManager.open(os.path.join(self._output_folder, name), "w") as file:
                     json.dump(content, file)
         results = semantic_metrics(counts, self._names)
-        means = {name: results[name] for name in ("mIoU", "fwIoU", "mACC", "pACC")}
-        logger.info("Evaluation results for sem_seg:\n%s", create_small_table(means))
+        table = create_small_table(of_classes_together(results))
+        logger.info("Evaluation results for sem_seg:\n%s", table)
         return {"sem_seg": results}
 
     def _write(self, output_folder: str, file_name: str, predicted: np.ndarray) -> None:
@@ -125,10 +126,7 @@ class SemanticEvaluator(DatasetEvaluator):
 def count_pixels(labels: np.ndarray, predicted: np.ndarray, number: int) -> np.ndarray:
     """Counts (K, K) int64 pixels of an image by true and by predicted class.
 
-    Args:
-        labels: (H, W): 0 where pixels do not count, else the true class + 1.
-        predicted: (H, W) integer classes.
-        number: of classes, K.
+    Labels (H, W) are 0 where pixels do not count, else the true class + 1.
     """
     known = labels > 0
     pairs = (labels[known].astype(np.int64) - 1) * number + predicted[known]
@@ -136,18 +134,13 @@ def count_pixels(labels: np.ndarray, predicted: np.ndarray, number: int) -> np.n
 
 
 def semantic_metrics(counts: np.ndarray, names: list[str]) -> dict[str, float]:
-    """Metrics in percent.
-
-    Args:
-        counts: (K, K) pixels, by true and by predicted class.
-        names: of the K classes.
+    """Metrics in percent of (K, K) pixels by true and by predicted class; NaN: not measured.
 
     Returns:
         "mIoU", the mean over classes that the annotations or the predictions have (with newer
         releases of detectron2 as there: that the annotations have); "fwIoU",
         weighted by the pixels of the annotations; "mACC" and "pACC", the share of pixels that are
-        right, as a mean over classes, and over all; "IoU-NAME" and "ACC-NAME" of each class. What
-        could not be measured is NaN.
+        right, as a mean over classes, and over all; "IoU-NAME" and "ACC-NAME" of each class.
     """
     right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     union = true + predicted - right

@@ -164,7 +164,7 @@ def test_bars_are_ordered_and_in_proportion() -> None:
 
 
 def test_curves_fall_from_left_to_right() -> None:
-    chart = curves({"one": np.array([1.0, 0.0]), "two": np.full(2, 0.25)}, "recall", "precision")
+    chart = curves({"one": np.array([1.0, 0.0]), "two": np.full(2, 0.25)})
     texts = {text.text for text in ElementTree.fromstring(chart).iter(f"{SVG}text")}
     assert {"recall", "precision", "one: 50.0", "two: 25.0"} <= texts
     (x0, y0), (x1, y1) = drawn(chart, "fill: none; stroke: #1f77b4")[0]
