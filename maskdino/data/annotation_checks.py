@@ -30,20 +30,13 @@ TOLERABLE = frozenset((NO_AREA, OUTSIDE, EMPTY, FEW_POINTS, SHARED_FILE, SHARED_
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about the data that its owner should know.
+    """Something about the data that its owner should know."""
 
-    Attributes:
-        kind: what it is; findings of a kind are printed together.
-        detail: which object it is about, and the wrong value.
-        fatal: whether training cannot start with it.
-        image: position of the image that could be left out instead, or None.
-        annotation: position of the annotation that could be left out instead, or None.
-    """
-
-    kind: str
-    detail: str
-    fatal: bool = True
-    image: int | None = None
+    kind: str  # what it is; findings of a kind are printed together
+    detail: str  # which object it is about, and the wrong value
+    fatal: bool = True  # whether training cannot start with it
+    image: int | None = None  # position of the image that could be left out instead, or None
+    # Position of the annotation that could be left out instead, or None.
     annotation: int | None = None
 
     @property
@@ -66,12 +59,15 @@ def describe(findings: Sequence[Finding], most: int | None = 5) -> list[str]:
     return lines
 
 
-def format_problem(content: object, needed: Sequence[str] = LISTS) -> str | None:
+def format_problem(
+    content: object, needed: Sequence[str] = LISTS, *, panoptic: bool = False
+) -> str | None:
     """Why the content of a JSON file is not COCO's format, and what it looks like; None: it is.
 
     Args:
         content: of the file.
         needed: lists that it must have.
+        panoptic: the annotations are lists of segments.
     """
     if isinstance(content, list):
         kind = "a bare list"
@@ -89,7 +85,7 @@ def format_problem(content: object, needed: Sequence[str] = LISTS) -> str | None
         entries = content.get(name, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             return f"{name!r} must be a list of objects"
-    if any("segments_info" in annotation for annotation in content.get("annotations", ())):
+    if not panoptic and any("segments_info" in x for x in content.get("annotations", ())):
         return "it is COCO's panoptic format, which maskdino.data.register_panoptic_folder takes"
     return None
 

@@ -6,12 +6,13 @@ Shape key: H, W pixels of an image.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from detectron2.data.catalog import Metadata
 
-from maskdino.data.annotation_checks import TOLERABLE, check_images, is_id
+from maskdino.data.annotation_checks import TOLERABLE, check_images, format_problem, is_id
 from maskdino.data.folders import HOW_TO_ALLOW, check_names, leaves
 from maskdino.data.reading import DataError, check_same_size, read_map, segment_indices
 
@@ -29,29 +30,18 @@ def check_panoptic(content: object, metadata: Metadata, *, measured: bool) -> No
     Raises:
         DataError: names the file and the first thing that is wrong.
     """
-    file = metadata.panoptic_json
-    problem = _format_problem(content, ("images", "annotations", *["categories"] * measured))
+    needed = ("images", "annotations", *["categories"] * measured)
+    problem = format_problem(content, needed, panoptic=True)
     if problem is None and isinstance(content, dict):
-        problem = next(_problems(content, metadata, measured), None)
+        problem = next(_problems(content, needed, metadata, measured), None)
     if problem is not None:
-        raise DataError(f"{file} is not in COCO's panoptic format: {problem}")
+        raise DataError(f"{metadata.panoptic_json} is not in COCO's panoptic format: {problem}")
 
 
-def _format_problem(content: object, needed: Collection[str]) -> str | None:
-    if not isinstance(content, dict):
-        return f"it holds a single {type(content).__name__}"
-    for name in needed:
-        entries = content.get(name)
-        if name not in content:
-            return f"it lacks {name!r}; it has {', '.join(content)[:200] or 'nothing'}"
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            return f"{name!r} must be a list of objects"
-        if not entries:
-            return f"{name!r} is empty"
-    return None
-
-
-def _problems(content: dict, metadata: Metadata, measured: bool) -> Iterator[str]:
+def _problems(
+    content: dict, needed: Sequence[str], metadata: Metadata, measured: bool
+) -> Iterator[str]:
+    yield from (f"{name!r} is empty" for name in needed if not content[name])
     any_path = metadata.get("any_path", False)
     findings = [*check_images(content["images"])]
     findings += [] if any_path else check_names(content["images"], metadata.image_root)
@@ -64,54 +54,68 @@ def _problems(content: dict, metadata: Metadata, measured: bool) -> Iterator[str
         *metadata.thing_dataset_id_to_contiguous_id,
         *metadata.stuff_dataset_id_to_contiguous_id,
     }
+    root = "" if any_path else metadata.panoptic_root
     images, seen = {image["id"] for image in content["images"]}, set()
     for annotation in content["annotations"]:
-        image, name = annotation.get("image_id"), annotation.get("file_name")
+        image = annotation.get("image_id")
         if not is_id(image) or image not in images:
             yield f"an annotation has the unknown image_id {ascii(image)[:100]}"
         if image in seen:
             yield f"several annotations of image {image!r}"
         seen.add(image)
-        if not isinstance(name, str) or not name:
-            yield f"the annotation of image {image!r} has the file_name {ascii(name)[:100]}"
-        if not any_path and leaves(metadata.panoptic_root, name):
-            place = metadata.panoptic_root
-            yield f"the file name {name[:200]!a} leads out of {place}: {HOW_TO_ALLOW}"
-        segments = annotation.get("segments_info")
-        if not isinstance(segments, list) or not all(isinstance(x, dict) for x in segments):
-            yield f"segments_info of {name} must be a list of objects"
-        yield from (f"{name}: {x}" for x in _segment_problems(segments, known, measured))
+        problem = annotation_problem(annotation, root, known, measured=measured)
+        if problem:
+            yield f"annotation of image {image!r}: {': '.join(problem)}"
 
 
-def _segment_problems(segments: list[dict], known: set, measured: bool) -> Iterator[str]:
-    seen = set()
+def annotation_problem(
+    annotation: dict, root: str, known: Container, *, measured: bool = False
+) -> tuple[str, str] | None:
+    """What is wrong with the annotation of an image, but for its map: kind and details.
+
+    Args:
+        annotation: with "file_name" and "segments_info", if it is in order.
+        root: folder of the map; "": any will do.
+        known: ids of categories.
+        measured: see `check_panoptic`.
+    """
+    name, segments = annotation.get("file_name"), annotation.get("segments_info")
+    if not isinstance(name, str) or not name:
+        return "annotation without a PNG file", f"file_name {ascii(name)[:100]}"
+    if leaves(root, name):
+        kind = "PNG file out of its folder"
+        return kind, f"the file name {name[:200]!a} leads out of {root}: {HOW_TO_ALLOW}"
+    if not isinstance(segments, list) or not all(isinstance(x, dict) for x in segments):
+        return "segments_info is no list of segments", f"{name}: {ascii(segments)[:80]}"
+    seen: set[int] = set()
     for segment in segments:
-        number, category = segment.get("id"), segment.get("category_id")
-        crowd, area = segment.get("iscrowd", 0), segment.get("area")
-        if type(number) is not int or not 0 < number < MOST_IDS:
-            yield f"segment id {ascii(number)[:100]} is no integer from 1 to 2**24 - 1"
-        if number in seen:
-            yield f"several segments have the id {number}"
+        number = segment.get("id")
+        if type(number) is not int or not 0 < number < MOST_IDS or number in seen:
+            kind = "segment ids must be whole numbers from 1 to 16777215, each once"
+            return kind, f"{name}: {ascii(number)[:80]}"
         seen.add(number)
-        if not is_id(category) or category not in known:
-            text = ascii(category)[:100]
-            yield f"segment {number} has the category_id {text}, which the dataset does not know"
-        if not isinstance(crowd, int) or crowd not in (0, 1):
-            yield f"segment {number}: iscrowd is neither 0 nor 1, but {ascii(crowd)[:100]}"
-        if isinstance(area, bool) or not isinstance(area, int | float):
-            area = math.nan
-        if measured and not 0 <= area < math.inf:
-            area = segment.get("area")
-            yield f"segment {number} has the area {ascii(area)[:100]}; PQ needs pixels"
+        problem = _segment_problem(segment, known, measured)
+        if problem:
+            return problem[0], f"{name}: {problem[1]}"
+    return None
+
+
+def _segment_problem(segment: dict, known: Container, measured: bool) -> tuple[str, str] | None:
+    category, crowd = segment.get("category_id"), segment.get("iscrowd", 0)
+    area: Any = segment.get("area")
+    if not is_id(category) or category not in known:
+        kind = "segment of an unknown category_id: add the category, or remove the segment"
+        return kind, f"category {ascii(category)[:80]}"
+    if not isinstance(crowd, int) or crowd not in (0, 1):
+        return "iscrowd is neither 0 nor 1", f"segment {segment['id']}: {ascii(crowd)[:80]}"
+    is_number = isinstance(area, int | float) and not isinstance(area, bool)
+    if measured and not (is_number and 0 <= area < math.inf):
+        return "area is no number of pixels", f"segment {segment['id']}: {ascii(area)[:80]}"
+    return None
 
 
 def read_segments(record: dict, size: tuple[int, int], *, measured: bool = False) -> np.ndarray:
-    """Reads the map of a dataset dict.
-
-    Args:
-        record: with "file_name", "pan_seg_file_name" and "segments_info".
-        size: (H, W) of its image.
-        measured: whether PQ is measured on it, by a program that reads colors alone.
+    """Reads the map of a dataset dict, whose image is (H, W), for training or for PQ.
 
     Returns:
         (H, W, 3) uint8, in which all segments have pixels.

@@ -311,7 +311,11 @@ WRONG_PANOPTIC = [
     (lambda c: c["annotations"][1]["segments_info"].pop(), r"photo_1.png: ids \[70000\]"),
     (lambda c: c["annotations"][1].update(segments_info=None), "no list of segments"),
     (lambda c: c["annotations"][1].update(file_name="lost.png"), "there is no .*lost.png"),
-    (lambda c: c["annotations"][1].update(file_name="../a.png"), "file_name '../a.png'"),
+    (
+        lambda c: c["annotations"][1].update(file_name="../a.png"),
+        "file name '../a.png' leads out of",
+    ),
+    (segment(1, iscrowd=2), r"photo_1.png: segment \d+: 2"),
     (lambda c: c["annotations"][1].update(file_name="a" * 300), "a{300}: .*name too long"),
     (lambda c: c["images"][1].update(file_name="a" * 300), "a{300}"),
     (lambda c: c["annotations"].pop(1), r"image 1 \(photo_1.png\): no annotation"),

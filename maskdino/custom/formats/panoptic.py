@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,31 +16,21 @@ from maskdino.custom.formats.files import Tree
 from maskdino.custom.maps import MAP, Maps, Problem, in_threads, segments_of
 from maskdino.data import DataError
 from maskdino.data.annotation_checks import format_problem, is_id
-from maskdino.data.folders import leaves
-from maskdino.data.panoptic_checks import MOST_IDS
+from maskdino.data.panoptic_checks import annotation_problem
 from maskdino.data.reading import read_json
 
 KIND = "COCO's panoptic segmentation"
 
 
 def read_panoptic(tree: Tree, labels: Tree, files: Sequence[Path]) -> Dataset:
-    """Reads annotations.
-
-    Args:
-        tree: folder of the images.
-        labels: folder of the JSON and PNG files, the same or another one.
-        files: the annotations of each split.
-
-    Raises:
-        DataError: a file is not in the format, two are of one split, or no image or PNG is found.
-    """
+    """Reads annotations; DataError for two of one split, or if no image or PNG is found."""
     parts = {split: _part(path, split, tree, labels) for split, path in by_split(files, labels)}
     return Dataset(KIND, labels.root, parts)
 
 
 def _part(path: Path, split: str | None, tree: Tree, labels: Tree) -> Part:
     content = read_json(str(path), encoding="utf-8-sig")
-    problem = format_problem({**content, "annotations": []} if _has_list(content) else content)
+    problem = format_problem(content, panoptic=True)
     if problem:
         raise DataError(f"{path} is not in COCO's panoptic format: {problem}")
     entries = content["annotations"]
@@ -51,27 +41,14 @@ def _part(path: Path, split: str | None, tree: Tree, labels: Tree) -> Part:
                 f"{category.get('isthing')!r}: write 1 for things, which are counted, and 0 for "
                 "what is not, such as sky and road"
             )
-    root = _map_root(path, [x.get("file_name") for x in entries if isinstance(x, dict)], labels)
+    root = _map_root(path, [x.get("file_name") for x in entries], labels)
     data = Annotations(path, tree.root, content["images"], [], content["categories"])
-    pngs = {root / str(x.get("file_name")) for x in entries if isinstance(x, dict)}
-    data = with_images(data, tree, split, pngs)
+    data = with_images(data, tree, split, {root / str(x.get("file_name")) for x in entries})
     return _with_segments(replace(data, maps=Maps("panoptic", root)), entries)
 
 
-def _has_list(content: Any) -> bool:
-    """Whether the annotations are a list of entries with segments."""
-    entries = content.get("annotations") if isinstance(content, dict) else None
-    return isinstance(entries, list) and any(
-        isinstance(x, dict) and "segments_info" in x for x in entries
-    )
-
-
 def _map_root(path: Path, names: Sequence[Any], labels: Tree) -> Path:
-    """The folder of the PNG files: the one of the JSON file's name, as COCO has it, or another.
-
-    Raises:
-        DataError: there is none.
-    """
+    """The folder of the PNG files: the one of the JSON file's name, as COCO has it, or another."""
     probed = [str(name) for name in names[:: max(len(names) // PROBED, 1)]]
     folders = [path.with_suffix(""), path.parent.parent / path.stem, path.parent]
     folders += sorted(
@@ -89,14 +66,14 @@ def _map_root(path: Path, names: Sequence[Any], labels: Tree) -> Path:
     return best
 
 
-def _with_segments(data: Annotations, entries: Sequence[Any]) -> Part:
+def _with_segments(data: Annotations, entries: Sequence[dict]) -> Part:
     """The annotations with the segments of all images in which nothing is wrong."""
     assert data.maps is not None
     findings: list[Unreadable] = []
     of_image: dict[Any, list[dict]] = defaultdict(list)
     known = {x["id"] for x in data.images if is_id(x.get("id"))}
     for number, entry in enumerate(entries):
-        image = entry.get("image_id") if isinstance(entry, dict) else None
+        image = entry.get("image_id")
         if is_id(image) and image in known:
             of_image[image].append(entry)
         else:
@@ -126,11 +103,11 @@ def _read_image(
         return Problem("image without segments: annotate it, or remove it", "no annotation")
     if len(entries) > 1:
         return Problem("image with several annotations: remove all but one", str(len(entries)))
-    name = entries[0].get("file_name")
-    if not isinstance(name, str) or not name or leaves(str(root), name):
-        return Problem("annotation without a PNG file in its folder", f"file_name {name!r}")
+    wrong = annotation_problem(entries[0], str(root), categories)
+    if wrong:
+        return Problem(*wrong)
+    name, segments = entries[0]["file_name"], entries[0]["segments_info"]
     try:
-        segments = _checked_segments(entries[0].get("segments_info"), categories, name)
         areas, size = segments_of(root / name)
     except Problem as problem:
         return problem
@@ -160,34 +137,8 @@ def _read_image(
     ]
 
 
-def _checked_segments(segments: Any, categories: dict, name: str) -> list[dict]:
-    """The segments of an annotation.
-
-    Raises:
-        Problem: something is wrong with them.
-    """
-    if not isinstance(segments, list) or not all(isinstance(x, dict) for x in segments):
-        raise Problem("segments_info is no list of segments", f"{name}: {str(segments)[:80]}")
-    ids = [x.get("id") for x in segments]
-    wrong = [x for x in ids if type(x) is not int or not 0 < x < MOST_IDS]
-    wrong += [x for x, number in Counter(map(str, ids)).items() if number > 1]
-    if wrong:
-        kind = "segment ids must be whole numbers from 1 to 16777215, each once"
-        raise Problem(kind, f"{name}: {str(wrong[0])[:80]}")
-    named = [x.get("category_id") for x in segments]
-    unknown = [x for x in named if not is_id(x) or x not in categories]
-    if unknown:
-        kind = "segment of an unknown category: add the category, or remove the segment"
-        raise Problem(kind, f"{name}: category {str(unknown[0])[:80]}")
-    return segments
-
-
 def with_flat_segments(json_file: Path, image_root: Path, maps: Maps) -> Annotations:
-    """Annotations of a file that was written here, whose segments are in order.
-
-    Raises:
-        DataError: it is missing, or has been changed.
-    """
+    """Annotations of a file that was written here; DataError if it has been changed."""
     content = read_json(str(json_file))
     try:
         segments = [
