@@ -25,22 +25,17 @@ EPOCHS = (12, 300)  # least and most
 CPU_MINUTES = 60  # a training without a GPU is planned to take about this long
 EVALUATIONS = 20  # at most, in a training
 SEMANTIC_QUERIES = 100  # enough for the classes of an image
+RARE = 0.05  # share of mixed images that the number of queries does not follow, as of full ones
 STEPS_PER_EPOCH = 8  # small data: rather smaller batches than fewer steps
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a training may use.
+    """What a training may use."""
 
-    Attributes:
-        device: "cuda" or "cpu".
-        memory_mb: free memory of each device, in MB.
-        processes: number of processes, each with a device of its own if there are GPUs.
-    """
-
-    device: str
-    memory_mb: float
-    processes: int
+    device: str  # "cuda" or "cpu"
+    memory_mb: float  # free memory of each device, in MB
+    processes: int  # number of processes, each with a device of its own if there are GPUs
 
 
 def find_machine(processes: int) -> Machine:
@@ -92,7 +87,7 @@ def apply_data(cfg: CfgNode, summary: Summary, machine: Machine, request: Reques
     if summary.task != "instance":  # as in the paper
         node.QUERY_SELECTION.MASK_ENHANCED_ANCHORS = "none"
     # Not of the one fullest image, which all others would pay for.
-    queries = max(least, _round_up(2 * summary.many_objects, 50))
+    queries = max(least, _round_up(2 * mixed_objects(cfg, summary.many_objects), 50))
     node.QUERY_SELECTION.NUM_QUERIES = queries
     cfg.TEST.DETECTIONS_PER_IMAGE = max(100, _round_up(summary.most_objects, 50))
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (TRAIN_NAME,), (VALIDATION_NAME,)
@@ -104,6 +99,18 @@ def apply_data(cfg: CfgNode, summary: Summary, machine: Machine, request: Reques
     most = MAX_SIZE_GPU if machine.device == "cuda" else MAX_SIZE_CPU
     size = request.image_size or min(max(summary.longest_side, MIN_SIZE), most)
     _set_size(cfg, _round_up(size, SIZE_STEP))
+
+
+def mixed_objects(cfg: CfgNode, number: int) -> int:
+    """Objects of a training image that INPUT.MOSAIC and COPY_PASTE make of images with `number`."""
+    pasting, mosaic = cfg.INPUT.COPY_PASTE, cfg.INPUT.MOSAIC
+    total = float(number)
+    if mosaic.PROBABILITY > RARE:
+        # Of four images, of which each shows what an even quarter has room for.
+        total *= 4 * min(1.0, 1 / (mosaic.MIN_SCALE + mosaic.MAX_SCALE)) ** 2
+    if pasting.PROBABILITY > RARE:
+        total += min(number, pasting.MAX_OBJECTS)
+    return math.ceil(total)
 
 
 def _set_size(cfg: CfgNode, size: int) -> None:
@@ -121,7 +128,7 @@ def fit_memory(cfg: CfgNode, summary: Summary, machine: Machine, request: Reques
     """
     while True:
         size = cfg.INPUT.LSJ.SIZE[0]
-        memory = measure_memory(cfg, summary.most_objects)
+        memory = measure_memory(cfg, mixed_objects(cfg, summary.most_objects))
         if memory is not None and _fitting(memory, machine) >= 1:
             return memory
         if request.image_size or size <= MIN_SIZE:
@@ -146,18 +153,7 @@ def _fitting(memory: Memory, machine: Machine) -> int:
 def apply_batch(
     cfg: CfgNode, summary: Summary, machine: Machine, request: Request, memory: Memory | None
 ) -> None:
-    """Sets batch size and learning rate (in place).
-
-    Args:
-        cfg: configuration to which `apply_data` was applied.
-        summary: of the training data.
-        machine: where it will train.
-        request: what was asked for.
-        memory: of a step; may be None if the batch size was asked for.
-
-    Raises:
-        ValueError: it was not.
-    """
+    """Sets batch size and learning rate, after `apply_data` (in place)."""
     batch = request.batch_size
     if batch is None:
         if memory is None:
@@ -190,15 +186,7 @@ def _batch_size(usual: int, summary: Summary, machine: Machine, memory: Memory) 
 def apply_schedule(
     cfg: CfgNode, summary: Summary, machine: Machine, request: Request, pace: Pace | None
 ) -> int:
-    """Sets the schedule (in place), and returns the number of epochs.
-
-    Args:
-        cfg: configuration to which `apply_batch` was applied.
-        summary: of the training data.
-        machine: where it will train.
-        request: what was asked for.
-        pace: with the batch of `cfg`; may be None if epochs were asked for.
-    """
+    """Sets the schedule, after `apply_batch` (in place), and returns the number of epochs."""
     solver = cfg.SOLVER
     per_epoch = epoch_length(cfg, summary)
     epochs = request.epochs or _epochs(summary, machine, request, pace, per_epoch)

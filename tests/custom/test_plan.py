@@ -86,6 +86,27 @@ def test_crowded_images_get_more_queries_and_detections() -> None:
     assert many.TEST.DETECTIONS_PER_IMAGE == 450
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], 100),
+        (["INPUT.COPY_PASTE.PROBABILITY", "0.5"], 200),
+        (["INPUT.COPY_PASTE.PROBABILITY", "0.5", "INPUT.COPY_PASTE.MAX_OBJECTS", "30"], 130),
+        (["INPUT.COPY_PASTE.PROBABILITY", "0.02"], 100),
+        (["INPUT.MOSAIC.PROBABILITY", "1.0", "INPUT.MOSAIC.MAX_SCALE", "1.6"], 100),
+        (["INPUT.MOSAIC.PROBABILITY", "1.0", "INPUT.MOSAIC.MAX_SCALE", "0.5"], 400),
+        (["INPUT.MOSAIC.PROBABILITY", "1.0"], 205),
+        (["INPUT.MOSAIC.PROBABILITY", "1.0", "INPUT.COPY_PASTE.PROBABILITY", "0.1"], 305),
+    ],
+)
+def test_queries_follow_the_objects_of_mixed_images(overrides: list[str], expected: int) -> None:
+    cfg = load_config(CONFIG, overrides)
+    assert plan.mixed_objects(cfg, 100) == expected
+    plan.apply_data(cfg, summary(many_objects=100), GPU, asked())
+    queries = cfg.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES
+    assert queries == max(300, math.ceil(2 * expected / 50) * 50)
+
+
 def test_one_full_image_among_many_does_not_decide_the_queries() -> None:
     numbers = [400, *range(100), 0]  # the fullest, others, and one without objects
     data = Annotations(
