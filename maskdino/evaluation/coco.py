@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode, Instances
@@ -63,7 +63,9 @@ def instances_to_records(instances: Instances, image_id: int) -> list[dict]:
     """
     boxes = [instances.pred_boxes.tensor.float()] if instances.has("pred_boxes") else []
     masks = instances.pred_masks if instances.has("pred_masks") else None
-    parts = () if masks is None or masks.device.type == "cpu" else _mask_parts(masks)
+    parts: tuple[Tensor, ...] = ()  # each is packed and copied at one time
+    if masks is not None and masks.device.type != "cpu":
+        parts = masks.split(max(1, 8 * MASK_BYTES_AT_ONCE // max(1, masks.shape[1:].numel())))
     first = [pack_masks(part) for part in parts[:1]]
     scores, classes, *found = to_host([instances.scores, instances.pred_classes, *boxes, *first])
     records = [
@@ -87,11 +89,6 @@ def instances_to_records(instances: Instances, image_id: int) -> list[dict]:
     for record, rle in zip(records if rles else (), rles, strict=True):
         record["segmentation"] = to_json(rle)
     return records
-
-
-def _mask_parts(masks: Tensor) -> tuple[Tensor, ...]:
-    """Masks (N, H, W) in parts, each of which is packed and copied at one time."""
-    return masks.split(max(1, 8 * MASK_BYTES_AT_ONCE // max(1, masks.shape[1:].numel())))
 
 
 class COCOInstanceEvaluator(DatasetEvaluator):
@@ -227,15 +224,9 @@ def average_precision(
     fast: bool,
     detections: int = COCO_DETECTIONS,
 ) -> tuple[list[float], np.ndarray, list[int]]:
-    """Compares predictions with annotations.
+    """Compares predictions, at least one, with the content of COCO's annotation file.
 
-    Args:
-        ground_truth: the content of COCO's annotation file.
-        records: at least one result record with ``bbox`` or ``segmentation``, whichever ``task``
-            needs.
-        task: "bbox" or "segm".
-        fast: see `COCOInstanceEvaluator`.
-        detections: likewise.
+    The task is "bbox" or "segm"; for the other arguments see `COCOInstanceEvaluator`.
 
     Returns:
         The values of `METRICS` in percent (NaN where nothing could be measured), the precisions
@@ -280,11 +271,6 @@ def numbered(
     ground_truth: dict, records: list[dict], task: str
 ) -> tuple[dict, list[dict], dict[int, Any]]:
     """Copies of annotations and predictions of a task, with ids that evaluating libraries take.
-
-    Args:
-        ground_truth: see `average_precision`.
-        records: likewise.
-        task: likewise.
 
     Returns:
         Both, and the ids that the categories had, by those that they have now.
@@ -346,19 +332,17 @@ def _ground_truth_of(dataset_name: str, output_folder: str | None) -> dict:
         if comm.is_main_process():
             convert_to_coco_json(dataset_name, path, allow_cached=False)
         comm.synchronize()
-    ground_truth = read_annotations(path)
-    if metadata.get("panoptic_json") and metadata.get("json_file"):
-        renumber_things(ground_truth, metadata)
-    return ground_truth
+    return read_annotations(path, metadata)
 
 
-def read_annotations(path: str) -> dict:
-    """Reads a file in COCO's format, with all that pycocotools wants, also if nobody filled it in.
+def read_annotations(path: str, metadata: Metadata) -> dict:
+    """Reads a file in COCO's format, and fills in what pycocotools wants of it.
 
-    Args:
-        path: of the JSON file, with or without "annotations".
+    Of a panoptic dataset, categories get the numbers of the metadata.
     """
     ground_truth = read_json(path)
+    if metadata.get("panoptic_json") and metadata.get("json_file"):
+        renumber_things(ground_truth, metadata)
     ground_truth.setdefault("info", {})
     for image in ground_truth["images"]:
         image |= {side: int(image[side]) for side in ("height", "width") if side in image}
@@ -380,7 +364,7 @@ def _mean(values: np.ndarray) -> float:
     return float(valid.mean() * 100) if valid.size else float("nan")
 
 
-def _columns(values: dict[str, float], per_line: int = 4) -> str:
+def _columns(values: dict[str, float]) -> str:
     cells = [f"{name[3:]:<20.20}{value:7.2f}" for name, value in values.items()]
-    lines = [cells[start : start + per_line] for start in range(0, len(cells), per_line)]
+    lines = [cells[start : start + 4] for start in range(0, len(cells), 4)]
     return "\n".join("   ".join(line) for line in lines)

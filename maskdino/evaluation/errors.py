@@ -41,12 +41,7 @@ MATCHED, NEAR = 0.5, 0.1  # IoU from which a prediction finds an object, and fro
 class Doubt:
     """A sure prediction that no annotation agrees with.
 
-    Attributes:
-        file_name: of the image.
-        box: x, y, width and height of the prediction in pixels.
-        predicted: its class.
-        annotated: class of the annotation in its place; None where there is none.
-        score: of the prediction.
+    The box is x, y, width and height in pixels; `annotated` is the class in its place, if any.
     """
 
     file_name: str
@@ -76,32 +71,22 @@ class Analysis:
     the predictions with a wrong place or class, the best about an object that is not found gets
     the right one, and all else are taken away, as are the predictions of the other errors and the
     objects missed. Costs do not add up to what is missing to 100.
-
-    Attributes:
-        counts: of each error, by the names in `ERRORS`.
-        costs: of each error, in percent of AP50.
-        classes: names (K) of the classes.
-        confusion: (K + 1, K + 1) int64; objects of class i that were taken for class j. The last
-            row are predictions without an object, the last column objects without a prediction.
-            Pairs have an IoU of at least 0.5, of whatever class, the best scores first. Crowds are
-            no objects here.
-        groups: images by the number of their objects: name -> number of images, objects, and the
-            metrics of `GROUP_METRICS` in percent; NaN where there is nothing to measure.
-        doubts: annotations that may be wrong, the surest first.
     """
 
-    counts: dict[str, int]
-    costs: dict[str, float]
-    classes: list[str]
+    counts: dict[str, int]  # of each error, by the names in `ERRORS`
+    costs: dict[str, float]  # of each error, in percent of AP50
+    classes: list[str]  # names (K) of the classes
+    # (K + 1, K + 1) int64; objects of class i that were taken for class j. The last row are
+    # predictions without an object, the last column objects without a prediction. Pairs have an
+    # IoU of at least 0.5, of whatever class, the best scores first. Crowds are no objects here.
     confusion: np.ndarray
+    # Images by the number of their objects: name -> number of images, objects, and the metrics
+    # of `GROUP_METRICS` in percent; NaN where there is nothing to measure.
     groups: dict[str, dict[str, float]]
-    doubts: list[Doubt]
+    doubts: list[Doubt]  # annotations that may be wrong, the surest first
 
     def most_confused(self, number: int) -> tuple[list[int], np.ndarray]:
-        """The classes that are taken for others, and others for them, most often.
-
-        Args:
-            number: how many of them at most.
+        """At most `number` classes that are taken for others, and others for them, most often.
 
         Returns:
             Them in their order, and the confusion (number + 1, number + 1) among them and nothing.
@@ -116,15 +101,10 @@ class Analysis:
 def analyze(
     ground_truth: dict, records: list[dict], task: str, *, threshold: float, detections: int
 ) -> Analysis:
-    """Analyzes predictions.
+    """Analyzes predictions; see `average_precision`.
 
-    Args:
-        ground_truth: the content of COCO's annotation file.
-        records: at least one result record with the ``bbox`` or ``segmentation`` of the task.
-        task: "bbox" or "segm".
-        threshold: score from which on predictions count in the confusion matrix and for doubts;
-            errors and groups count all, as AP does.
-        detections: of an image that count, those with the highest scores.
+    From the threshold on scores count in the confusion matrix and for doubts; errors and groups
+    count all, as AP does.
 
     Raises:
         ImportError: hotcoco is not installed.

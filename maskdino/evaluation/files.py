@@ -16,11 +16,7 @@ LOSSES_FILE = "losses.csv"  # one line for each image
 
 
 def unique_pngs(paths: Sequence[str]) -> list[str]:
-    """A name for the PNG file of each image: the image's own, numbered where it is taken.
-
-    Args:
-        paths: of images, which may have equal names in different folders.
-    """
+    """A name for the PNG file of each image: the image's own, numbered where it is taken."""
     names: dict[str, None] = {}  # in order
     counts: Counter[str] = Counter()
     for path in paths:

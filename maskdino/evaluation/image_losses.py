@@ -33,17 +33,12 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class ImageLoss:
-    """What a model's losses say of an image and its labels.
+    """What a model's losses say of an image and its labels."""
 
-    Attributes:
-        record: detectron2's dict of the image.
-        objects: how many are labeled, crowds left out.
-        terms: name -> weighted loss; those of boxes and masks, and the focal loss, are means over
-            the objects.
-    """
-
-    record: dict
-    objects: int
+    record: dict  # detectron2's dict of the image
+    objects: int  # how many are labeled, crowds left out
+    # Name -> weighted loss; those of boxes and masks, and the focal loss, are means over the
+    # objects.
     terms: dict[str, float]
 
     @property
@@ -68,11 +63,6 @@ def image_losses(cfg: CfgNode, model: Model, dataset: str) -> list[ImageLoss]:
     It is what training computes of the tested decoder layer, by the same mapper, matcher and
     criterion, but of images as the evaluation sees them, without augmentation and noised queries,
     and with the same points each time.
-
-    Args:
-        cfg: configuration; its INPUT.DATASET_MAPPER_NAME must fit the dataset.
-        model: with its weights, in evaluation mode.
-        dataset: a registered name.
 
     Raises:
         DataError: an image or a label cannot be read, or the dataset has no labels.

@@ -61,11 +61,6 @@ def evaluate_images(
     order, while the next ones are computed. Its errors end the evaluation when the batch that is
     computed meanwhile is done; what waits for it is bounded.
 
-    Args:
-        model: gives a list of results for a list of inputs; it is in evaluation mode meanwhile.
-        loader: batches; has a length.
-        evaluator: judges the results.
-
     Returns:
         What the evaluator's `evaluate` says; empty where that is None, as in all but the main
         process.
@@ -90,7 +85,10 @@ def evaluate_images(
                     pending.append(beside.submit(evaluation.take_in, *arguments))
                 while pending and (len(pending) > PENDING or pending[0].done()):
                     pending.popleft().result()
-                _log_progress(done, number, time.perf_counter() - begin)
+                each = (time.perf_counter() - begin) / done
+                left = f"{each * (number - done):.0f} s left"
+                message = f"Evaluated {done} of {number}, {each:.3f} s each; {left}."
+                log_every_n_seconds(logging.INFO, message, n=5, name=__name__)
         for batch in pending:
             batch.result()
     finally:
@@ -120,12 +118,6 @@ def _names(inputs: list[dict]) -> Iterator[None]:
         names = ", ".join(str(x.get("file_name", x.get("image_id"))) for x in inputs)
         logger.error("The evaluation ended at %s.", names)
         raise
-
-
-def _log_progress(done: int, number: int, seconds: float) -> None:
-    left = seconds / done * (number - done)
-    message = f"Evaluated {done} of {number}, {seconds / done:.3f} s each; {left:.0f} s left."
-    log_every_n_seconds(logging.INFO, message, n=5, name=__name__)
 
 
 def _log_times(seconds: list[dict[str, float]], total: float, *, beside: bool) -> None:

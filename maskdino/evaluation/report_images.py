@@ -23,17 +23,9 @@ from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
 from maskdino.data.folders import inside
-from maskdino.data.numbering import renumber_things
 from maskdino.data.reading import read_label_map, read_map
+from maskdino.evaluation import files
 from maskdino.evaluation.coco import read_annotations
-from maskdino.evaluation.files import (
-    CONVERTED_FILE,
-    INSTANCES_FILE,
-    PANOPTIC_FILE,
-    PANOPTIC_FOLDER,
-    SEMANTIC_FILE,
-    SEMANTIC_FOLDER,
-)
 from maskdino.evaluation.panoptic import panoptic_metrics
 from maskdino.evaluation.semantic import count_pixels, semantic_metrics
 from maskdino.visualization.drawing import beside
@@ -48,12 +40,6 @@ IMAGE_KEYS = ("file_name", "height", "width")
 
 class EvaluatedImages(ABC):
     """Images of a dataset, and what was predicted for a task.
-
-    Args:
-        metadata: of the dataset.
-        records: detectron2's dicts of its images.
-        folder: of the dataset's evaluation.
-        threshold: score from which on predicted objects count.
 
     Attributes:
         task: one of `maskdino.visualization.results.TASKS`.
@@ -84,6 +70,15 @@ class EvaluatedImages(ABC):
     @abstractmethod
     def results(self, record: dict) -> tuple[ImageResult, ImageResult]:
         """Ground truth and prediction of an image."""
+
+    def _result_of(self, part: dict, record: dict) -> ImageResult:
+        image = {key: record[key] for key in IMAGE_KEYS if key in record}
+        return ground_truth_of(image | part, self.categories)
+
+    def _of_files(
+        self, record: dict, true: dict, predicted: dict
+    ) -> tuple[ImageResult, ImageResult]:
+        return self._result_of(true, record), self._result_of(predicted, record)
 
     def ranked(self) -> list[tuple[float, dict]]:
         """Score and record of all images that have a score, best first."""
@@ -118,23 +113,17 @@ class EvaluatedImages(ABC):
 
 
 class InstanceImages(EvaluatedImages):
-    """Objects.
-
-    Attributes:
-        ground_truth: content of the annotation file.
-        predictions: all of COCO's result records.
-    """
+    """Objects."""
 
     task = "instance"
 
     def read(self) -> None:
         """See `EvaluatedImages.read`."""
         self.measure = f"F1 of each image (IoU from 0.5, scores from {self.threshold:g})"
-        converted = self.folder / CONVERTED_FILE.format(self.metadata.name)
-        self.ground_truth = read_annotations(str(self.metadata.get("json_file") or converted))
-        if self.metadata.get("panoptic_json") and self.metadata.get("json_file"):
-            renumber_things(self.ground_truth, self.metadata)
-        self.predictions = json.loads((self.folder / INSTANCES_FILE).read_text())
+        converted = self.folder / files.CONVERTED_FILE.format(self.metadata.name)
+        path = str(self.metadata.get("json_file") or converted)
+        self.ground_truth = read_annotations(path, self.metadata)
+        self.predictions = json.loads((self.folder / files.INSTANCES_FILE).read_text())
         self._true, self._found = defaultdict(list), defaultdict(list)
         for annotation in self.ground_truth.get("annotations", ()):
             self._true[annotation["image_id"]].append(annotation)
@@ -152,7 +141,7 @@ class InstanceImages(EvaluatedImages):
             {**a, "category_id": self.labels[a["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
             for a in self._true.get(record["image_id"], ())
         ]
-        truth = ground_truth_of(_image_of(record) | {"annotations": annotations}, self.categories)
+        truth = self._result_of({"annotations": annotations}, record)
         return truth, self._predicted(truth, self._found.get(record["image_id"], []))
 
     def _predicted(self, truth: ImageResult, predictions: list[dict]) -> ImageResult:
@@ -181,12 +170,12 @@ class PanopticImages(EvaluatedImages):
     def read(self) -> None:
         """See `EvaluatedImages.read`."""
         content = json.loads(Path(self.metadata.panoptic_json).read_text())
-        predictions = json.loads((self.folder / PANOPTIC_FILE).read_text())
+        predictions = json.loads((self.folder / files.PANOPTIC_FILE).read_text())
         self._dataset_categories = {c["id"]: c for c in content["categories"]}
         self._true = {a["image_id"]: a for a in content["annotations"]}
         self._found = {a["image_id"]: a for a in predictions["annotations"]}
         self.check_complete(self._found, "image_id")
-        maps = self.folder / PANOPTIC_FOLDER
+        maps = self.folder / files.PANOPTIC_FOLDER
         # All of them now: panopticapi, which `score` calls, opens whatever a file name says.
         self._maps = {i: inside(maps, a["file_name"], maps) for i, a in self._found.items()}
 
@@ -200,7 +189,7 @@ class PanopticImages(EvaluatedImages):
                 0,
                 [pair],
                 self.metadata.panoptic_root,
-                str(self.folder / PANOPTIC_FOLDER),
+                str(self.folder / files.PANOPTIC_FOLDER),
                 self._dataset_categories,
             )
         return panoptic_metrics(quality, self._dataset_categories)["PQ"] / 100
@@ -217,9 +206,7 @@ class PanopticImages(EvaluatedImages):
                 for segment in found["segments_info"]
             ],
         }
-        parts = (_image_of(record) | part for part in (true, predicted))
-        truth, prediction = (ground_truth_of(part, self.categories) for part in parts)
-        return truth, prediction
+        return self._of_files(record, true, predicted)
 
 
 class SemanticImages(EvaluatedImages):
@@ -229,7 +216,7 @@ class SemanticImages(EvaluatedImages):
 
     def read(self) -> None:
         """See `EvaluatedImages.read`."""
-        self._found = json.loads((self.folder / SEMANTIC_FILE).read_text())
+        self._found = json.loads((self.folder / files.SEMANTIC_FILE).read_text())
         self.check_complete(self._found, "file_name")
 
     def score(self, record: dict) -> float:
@@ -243,33 +230,27 @@ class SemanticImages(EvaluatedImages):
     def results(self, record: dict) -> tuple[ImageResult, ImageResult]:
         """Annotated and predicted label map: files of the same format."""
         names = (record["sem_seg_file_name"], self._file(record))
-        parts = (_image_of(record) | {"sem_seg_file_name": name} for name in names)
-        truth, prediction = (ground_truth_of(part, self.categories) for part in parts)
-        return truth, prediction
+        return self._of_files(record, *({"sem_seg_file_name": name} for name in names))
 
     def _file(self, record: dict) -> str:
-        maps = self.folder / SEMANTIC_FOLDER
+        maps = self.folder / files.SEMANTIC_FOLDER
         return inside(maps, self._found[record["file_name"]], maps)
 
 
 # What the evaluator of a task leaves, and under which names its results stand.
 KINDS: dict[type[EvaluatedImages], tuple[str, frozenset[str]]] = {
-    PanopticImages: (PANOPTIC_FILE, frozenset({"panoptic_seg"})),
-    InstanceImages: (INSTANCES_FILE, frozenset({"bbox", "segm"})),
-    SemanticImages: (SEMANTIC_FILE, frozenset({"sem_seg"})),
+    PanopticImages: (files.PANOPTIC_FILE, frozenset({"panoptic_seg"})),
+    InstanceImages: (files.INSTANCES_FILE, frozenset({"bbox", "segm"})),
+    SemanticImages: (files.SEMANTIC_FILE, frozenset({"sem_seg"})),
 }
 
 
 def find_images(
     dataset: str, folder: Path, results: Iterable[str], threshold: float
 ) -> list[EvaluatedImages]:
-    """The images of each task that was evaluated, as far as its predictions were left.
+    """The images of each task of the last evaluation's `results`, as far as predictions were left.
 
-    Args:
-        dataset: its name.
-        folder: of the dataset's evaluation.
-        results: names of the last evaluation's results; older files may lie beside its own.
-        threshold: score from which on predicted objects count.
+    Predicted objects count from a score of `threshold` on.
     """
     kinds = [
         kind
@@ -328,7 +309,3 @@ def _colors_of_best(overlap: np.ndarray) -> list[int]:
 
 def _xywh(boxes: np.ndarray) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
-
-
-def _image_of(record: dict) -> dict:
-    return {key: record[key] for key in IMAGE_KEYS if key in record}

@@ -21,21 +21,12 @@ from maskdino.visualization.results import ImageResult
 
 
 class SlicedModel(nn.Module):
-    """Gives the results of `MaskDINOPredictor.sliced` as a model gives its own.
-
-    Attributes:
-        inference: of the model; `masks_as_read` asks for run lengths by it.
-    """
+    """Gives the results of `MaskDINOPredictor.sliced` as a model gives its own."""
 
     inference: InferenceOptions
 
     def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
-        """Takes TEST.SLICES.
-
-        Args:
-            cfg: the model's configuration.
-            model: a `MaskDINO`, perhaps in a wrapper for several processes.
-        """
+        """Takes TEST.SLICES, and a `MaskDINO`, perhaps in a wrapper for several processes."""
         super().__init__()
         self.train(model.training)  # the predictor's is that of evaluation
         network: Any = getattr(model, "module", model)
@@ -51,9 +42,6 @@ class SlicedModel(nn.Module):
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         """Predicts images, which are read from their files.
-
-        Args:
-            batched_inputs: with "file_name", and "height" and "width" if known.
 
         Returns:
             For each image what the model would give, but "label_map" (H, W) beside "sem_seg".

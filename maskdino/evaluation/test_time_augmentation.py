@@ -32,18 +32,7 @@ class AugmentedSemanticModel(nn.Module):
         flip: bool,
         image_format: str,
     ) -> None:
-        """Takes what the versions are made by.
-
-        Args:
-            model: predicts `sem_seg`; called with one image at a time.
-            min_sizes: shortest edges of the versions, in pixels.
-            max_size: limit of the longest edge, in pixels.
-            flip: whether each version is also mirrored left to right.
-            image_format: "RGB" or "BGR", as the model expects.
-
-        Raises:
-            ValueError: there is no size.
-        """
+        """Takes what the versions are made by, as TEST.AUG has it; the model predicts `sem_seg`."""
         super().__init__()
         if not min_sizes:
             raise ValueError("TEST.AUG.MIN_SIZES is empty; it must name at least one size")
@@ -54,11 +43,7 @@ class AugmentedSemanticModel(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """Reads TEST.AUG and INPUT.FORMAT.
-
-        Raises:
-            ValueError: the model's task is not semantic segmentation alone.
-        """
+        """Reads TEST.AUG and INPUT.FORMAT; ValueError unless the model is semantic alone."""
         test = cfg.MODEL.MASK_DINO.TEST
         if not test.SEMANTIC_ON or test.INSTANCE_ON or test.PANOPTIC_ON:
             raise ValueError(
@@ -83,9 +68,6 @@ class AugmentedSemanticModel(nn.Module):
 
         Returns:
             One dict for each image, with `sem_seg` (K, H, W) float32.
-
-        Raises:
-            DataError: a file cannot be read.
         """
         return [{"sem_seg": self._mean_scores(inputs)} for inputs in batched_inputs]
 

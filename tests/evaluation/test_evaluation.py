@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import Boxes, Instances
 from pycocotools import mask as mask_util
@@ -183,7 +183,7 @@ def test_what_annotations_leave_out_is_filled_in(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     filled = {"id": 2, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
     expected = {"info": {}, "images": [], "annotations": [whole, filled]}
-    assert coco_evaluation.read_annotations(str(path)) == expected
+    assert coco_evaluation.read_annotations(str(path), Metadata()) == expected
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])
