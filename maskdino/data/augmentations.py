@@ -101,11 +101,7 @@ class PixelAugmentation(T.Augmentation):
 
 
 class ImageTransform(T.Transform):
-    """What changes colors alone.
-
-    Args:
-        image: (H, W, 3) uint8, the result.
-    """
+    """What changes colors alone; takes the result, (H, W, 3) uint8."""
 
     def __init__(self, image: np.ndarray) -> None:
         super().__init__()
@@ -125,12 +121,9 @@ class ImageTransform(T.Transform):
 
 
 class PixelTransform(ImageTransform):
-    """What moves pixels, known by where each pixel of the result comes from.
+    """What moves pixels, known by where each pixel of the result (h, w, 3) uint8 comes from.
 
-    Args:
-        image: (h, w, 3) uint8, the result.
-        sources: (h, w, 2) integer row and column of each pixel before; -1: it comes from nowhere.
-        size: (H, W) before.
+    That is (h, w, 2) integers, row and column before, in (H, W); -1: it comes from nowhere.
     """
 
     def __init__(self, image: np.ndarray, sources: np.ndarray, size: tuple[int, int]) -> None:
@@ -146,13 +139,9 @@ class PixelTransform(ImageTransform):
         return moved
 
     def apply_box(self, box: np.ndarray) -> np.ndarray:
-        """Moves boxes.
+        """Moves boxes (N, 4) x0, y0, x1, y1 to what is around the pixels whose centers were inside.
 
-        Args:
-            box: (N, 4) x0, y0, x1, y1.
-
-        Returns:
-            (N, 4) around the pixels whose centers were inside; zeros where there are none.
+        Those without any become zeros.
         """
         return np.array([self._move(row) for row in np.asarray(box, float)]).reshape(-1, 4)
 
@@ -166,22 +155,14 @@ class PixelTransform(ImageTransform):
         return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Is not known: polygons are drawn first (`split_at_pixels`).
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Is not known: polygons are drawn first (`split_at_pixels`)."""
         raise NotImplementedError("points cannot follow an augmentation of pixels; masks can")
 
 
 def split_at_pixels(
     transforms: T.TransformList, size: tuple[int, int]
 ) -> tuple[T.TransformList, tuple[int, int], T.TransformList | None]:
-    """Splits transforms where points can follow them no further.
-
-    Args:
-        transforms: of an image.
-        size: (height, width) after all of them.
+    """Splits the transforms of an image, (height, width) after all, where points cannot follow.
 
     Returns:
         The transforms that points can follow; (height, width) of the image after these; and the

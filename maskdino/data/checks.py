@@ -56,9 +56,6 @@ _PATHS = (
 def check_datasets(cfg: CfgNode) -> None:
     """Checks that every dataset of cfg.DATASETS is there, complete, and fits the model.
 
-    Args:
-        cfg: reads DATASETS, the number of classes, and what the model learns and is tested on.
-
     Raises:
         DataError: an unknown name, a missing folder, file or package, a number of classes that is
             not the model's, an error in COCO annotations, or an image of theirs that is not in its
@@ -80,8 +77,9 @@ def check_datasets(cfg: CfgNode) -> None:
         if metadata.get("evaluator_type") in ("coco_panoptic_seg", "ade20k_panoptic_seg"):
             measured = name in test and cfg.MODEL.MASK_DINO.TEST.PANOPTIC_ON
             check_panoptic(read_json(metadata.panoptic_json), metadata, measured=measured)
-        if "panoptic_json" in metadata.as_dict() and "json_file" not in unused:
-            _check_things(metadata)
+        instances = metadata.get("json_file")
+        if "panoptic_json" in metadata.as_dict() and instances and "json_file" not in unused:
+            renumber_things(read_json(instances), metadata)  # raises unless they are of its things
     loss = cfg.MODEL.MASK_DINO.LOSS
     learned = cfg.MODEL.MASK_DINO.MASK_ON and (loss.MASK_BCE_WEIGHT or loss.MASK_DICE_WEIGHT)
     if learned and train and not any(with_masks[name] for name in train):
@@ -162,13 +160,6 @@ def _check_maps(name: str, metadata: Metadata) -> None:
         raise DataError(f"dataset {name!r}: {folder} holds no PNG file")
 
 
-def _check_things(metadata: Metadata) -> None:
-    """Whether the instances that come with a panoptic dataset are of its things."""
-    path = metadata.get("json_file")
-    if path is not None:
-        renumber_things(read_json(path), metadata)
-
-
 def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_trained: bool) -> bool:
     """Returns whether there are masks, as far as can be told without loading the dataset."""
     content = None
@@ -220,12 +211,7 @@ def _num_classes(metadata: Metadata) -> int | None:
 
 
 def _check_loadable(content: dict, json_file: str) -> None:
-    """Raises where the reader of registered datasets, detectron2's, fails; own data are rewritten.
-
-    Args:
-        content: of the file, in which categories and images are in order.
-        json_file: for messages.
-    """
+    """Raises where detectron2's reader of registered datasets fails; own data are rewritten."""
     for name in ("images", "categories"):
         ids = [entry["id"] for entry in content[name]]
         if len({isinstance(x, str) for x in ids}) > 1:

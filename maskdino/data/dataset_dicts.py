@@ -11,9 +11,6 @@ from maskdino.data.reading import DataError, read_json
 def load_panoptic(metadata: dict) -> list[dict]:
     """Reads annotations in COCO's panoptic format.
 
-    Args:
-        metadata: with the paths and maps of `register_panoptic_folder`.
-
     Returns:
         Dataset dicts with "file_name", "image_id", "height", "width", "pan_seg_file_name",
         "segments_info" (its category ids are class numbers) and, if there is a folder of semantic

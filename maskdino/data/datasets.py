@@ -95,20 +95,9 @@ def register_panoptic_folder(
 ) -> None:
     """Registers a dataset in COCO's panoptic format; classes are numbered as in `categories`.
 
-    Args:
-        name: under which cfg.DATASETS finds it.
-        panoptic_json: annotations.
-        image_root: folder of the images.
-        panoptic_root: folder of the PNG files of segment ids.
-        categories: {"id", "name", "isthing"[, "color"]} of each class.
-        instances_json: COCO instances of the things, with the same category ids, for AP.
-        sem_seg_root: folder of PNG files of classes (255 is ignored), for mIoU.
-        evaluator_type: what evaluates it.
-        root_variable: the environment variable that moves the dataset, for messages.
-        any_path: file names in the annotations may lead out of the folders.
-
-    Raises:
-        ValueError: the name is taken by other files.
+    Those are {"id", "name", "isthing"[, "color"]}. COCO instances of the things, with the same
+    category ids, are for AP; a folder of PNG files of classes (255 is ignored) is for mIoU. All
+    else is as of `register_coco_folder`.
     """
     metadata = {
         "panoptic_json": str(panoptic_json),
@@ -175,18 +164,9 @@ def register_semantic_folder(
 ) -> None:
     """Registers images with semantic maps: PNG files of the same names; 255 is ignored.
 
-    Args:
-        name: under which cfg.DATASETS finds it.
-        sem_seg_root: folder of the maps; a pixel is the position of its class in `classes`.
-        image_root: folder of the images.
-        classes: names.
-        image_ext: how the names of the images end.
-        json_file: its "images" are those of the dataset, each with "file_name" and
-            "sem_seg_file_name" in these folders; None: all images of the folder.
-        root_variable: the environment variable that moves the dataset, for messages.
-
-    Raises:
-        ValueError: the name is taken by other files.
+    A pixel is the position of its class in `classes`. Without a `json_file` the images are all of
+    the folder; else its "images", each with "file_name" and "sem_seg_file_name" in the folders.
+    All else is as of `register_coco_folder`.
     """
     paths = {"sem_seg_root": str(sem_seg_root), "image_root": str(image_root)}
     if json_file is None:
@@ -214,15 +194,7 @@ def _offer(
     postponed: bool = False,
     **options: object,
 ) -> None:
-    """Offers a dataset to detectron2's catalogs.
-
-    Args:
-        register: one of the functions above.
-        name: under which cfg.DATASETS finds it.
-        arguments: of `register`, after the name.
-        postponed: other packages register this name too, so it waits for a configuration.
-        options: of `register`.
-    """
+    """Offers a dataset, which `register` registers, to detectron2's catalogs."""
 
     def drop() -> None:
         DatasetCatalog.pop(name)
@@ -278,26 +250,18 @@ def _offer_coco_panoptic() -> None:
             }
             for category, number in sorted(ids.items(), key=lambda item: item[1])
         ]
-        pngs = base.panoptic_root
+        files, pngs = (base.panoptic_json, base.image_root), base.panoptic_root
         beside = os.path.join(os.path.dirname(base.panoptic_json), os.path.basename(pngs))
         if not PathManager.isdir(pngs) and PathManager.isdir(beside):
             # Unpacked where COCO's archive has them: detectron2's own dataset looks there too.
             DatasetCatalog.pop(name)
             MetadataCatalog.pop(name)
             pngs = beside
-            register_panoptic_folder(
-                name,
-                base.panoptic_json,
-                base.image_root,
-                pngs,
-                categories,
-                instances_json=base.json_file,
-            )
+            register_panoptic_folder(name, *files, pngs, categories, instances_json=base.json_file)
         _offer(
             register_panoptic_folder,
             f"{name}_with_sem_seg",
-            base.panoptic_json,
-            base.image_root,
+            *files,
             pngs,
             categories,
             instances_json=base.json_file,
@@ -338,22 +302,19 @@ def _offer_ade20k() -> None:
         )
 
 
-def _offer_objects365() -> None:
-    folder = datasets_root() / "objects365"
-    for split in ("train", "val"):
-        annotations = folder / "annotations" / f"objects365_{split}.json"
-        _offer(register_coco_folder, f"objects365_{split}", annotations, folder / split)
-
-
-def _offer_bccd() -> None:
-    folder = datasets_root() / "bccd_boxes"
-    for split in ("train", "val", "test"):
-        annotations = folder / "annotations" / f"instances_{split}.json"
-        _offer(register_coco_folder, f"bccd_{split}", annotations, folder / split)
+def _offer_boxes() -> None:
+    """Of Objects365 and BCCD, which have no masks."""
+    for place, file, name, splits in (
+        ("objects365", "objects365", "objects365", ("train", "val")),
+        ("bccd_boxes", "instances", "bccd", ("train", "val", "test")),
+    ):
+        folder = datasets_root() / place
+        for split in splits:
+            annotations = folder / "annotations" / f"{file}_{split}.json"
+            _offer(register_coco_folder, f"{name}_{split}", annotations, folder / split)
 
 
 _offer_nuclei()
 _offer_coco_panoptic()
 _offer_ade20k()
-_offer_objects365()
-_offer_bccd()
+_offer_boxes()

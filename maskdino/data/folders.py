@@ -17,9 +17,7 @@ HOW_TO_ALLOW = (
 def leaves(folder: str, name: str) -> bool:
     """Whether the name of a file leads out of a folder; links within the folder may do so.
 
-    Args:
-        folder: that the name is relative to; "": none, then names are paths, and any will do.
-        name: of a file, as an annotation has it.
+    Without a folder, "", names are paths, and any will do.
     """
     if not folder or not (os.path.isabs(name) or ".." in name):
         return False
@@ -29,16 +27,10 @@ def leaves(folder: str, name: str) -> bool:
 
 
 def inside(folder: str | os.PathLike, name: str, source: object, *, any_path: bool = False) -> str:
-    """The path of a file that annotations name.
-
-    Args:
-        folder: that the name is relative to; see `leaves`.
-        name: of the file.
-        source: where the name comes from, for the message.
-        any_path: allow any other folder, too.
+    """The path of a file that annotations, of this source, name in a folder; see `leaves`.
 
     Raises:
-        DataError: the name leads out of the folder.
+        DataError: the name leads out of the folder, and no other path is allowed.
     """
     folder = os.fspath(folder)
     if not any_path and leaves(folder, name):

@@ -53,13 +53,7 @@ class Mapper:
     def __init__(
         self, *, augmentations: Sequence[T.Augmentation], image_format: str, num_classes: int
     ) -> None:
-        """Takes what all mappers need.
-
-        Args:
-            augmentations: applied in this order.
-            image_format: cfg.INPUT.FORMAT.
-            num_classes: of the class head; other classes are an error.
-        """
+        """Takes what all mappers need; classes that the class head has not are an error."""
         self.augmentations = T.AugmentationList(
             [Always(item) if isinstance(item, T.Transform) else item for item in augmentations]
         )
@@ -104,12 +98,7 @@ class InstanceMapper(Mapper):
 
     @configurable
     def __init__(self, *, use_masks: bool, **common) -> None:
-        """Takes what this task needs.
-
-        Args:
-            use_masks: False ignores masks: a pure detector.
-            common: see `Mapper`.
-        """
+        """Takes what this task needs; without `use_masks` it feeds a pure detector."""
         super().__init__(**common)
         self.use_masks = use_masks
 
@@ -119,17 +108,7 @@ class InstanceMapper(Mapper):
         return {**_common_arguments(cfg, is_train), "use_masks": cfg.MODEL.MASK_DINO.MASK_ON}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Makes an example.
-
-        Args:
-            dataset_dict: detectron2's, with "file_name" and "annotations"; left as it is.
-
-        Returns:
-            The dict with "image" and "instances" instead of "annotations".
-
-        Raises:
-            DataError: names the file.
-        """
+        """Makes an example, with "instances" for "annotations"; the dict stays as it is."""
         self._require(dataset_dict, "annotations")
         example, image = self._read(dataset_dict)
         annotations = [a for a in example.pop("annotations") if not a.get("iscrowd", 0)]
@@ -188,12 +167,7 @@ class PanopticMapper(Mapper):
 
     @configurable
     def __init__(self, *, thing_classes: Iterable[int], **common) -> None:
-        """Takes what this task needs.
-
-        Args:
-            thing_classes: classes that are things; the others are stuff.
-            common: see `Mapper`.
-        """
+        """Takes what this task needs; classes that are no things are stuff."""
         super().__init__(**common)
         self.thing_classes = frozenset(thing_classes)
 
@@ -205,18 +179,7 @@ class PanopticMapper(Mapper):
         return {**_common_arguments(cfg, is_train), "thing_classes": things}
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Makes an example.
-
-        Args:
-            dataset_dict: detectron2's, with "file_name", "pan_seg_file_name" and "segments_info";
-                left as it is.
-
-        Returns:
-            The dict with "image" and "instances".
-
-        Raises:
-            DataError: names the file.
-        """
+        """Makes an example of "pan_seg_file_name" and "segments_info"; the dict stays as it is."""
         self._require(dataset_dict, "segments_info")
         example, image = self._read(dataset_dict)
         colors, segments = self._read_segments(example, image)
@@ -254,12 +217,7 @@ class SemanticMapper(Mapper):
 
     @configurable
     def __init__(self, *, ignore_label: int, **common) -> None:
-        """Takes what this task needs.
-
-        Args:
-            ignore_label: value of pixels without a class, in the files.
-            common: see `Mapper`.
-        """
+        """Takes what this task needs, and the value of pixels without a class, in the files."""
         super().__init__(**common)
         self.ignore_label = ignore_label
 
@@ -273,17 +231,7 @@ class SemanticMapper(Mapper):
         }
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Makes an example.
-
-        Args:
-            dataset_dict: detectron2's, with "file_name" and "sem_seg_file_name"; left as it is.
-
-        Returns:
-            The dict with "image" and "instances".
-
-        Raises:
-            DataError: names the file.
-        """
+        """Makes an example of "sem_seg_file_name"; the dict stays as it is."""
         self._require(dataset_dict, "sem_seg_file_name")
         example, image = self._read(dataset_dict)
         name = example["sem_seg_file_name"]
@@ -306,11 +254,7 @@ class InferenceMapper(Mapper):
 
     @configurable
     def __init__(self, **common) -> None:
-        """Takes what all mappers need.
-
-        Args:
-            common: see `Mapper`.
-        """
+        """Takes what all mappers need."""
         super().__init__(**common)
 
     @classmethod
@@ -319,17 +263,7 @@ class InferenceMapper(Mapper):
         return _common_arguments(cfg, is_train=False)
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Makes an example.
-
-        Args:
-            dataset_dict: detectron2's, with "file_name"; left as it is.
-
-        Returns:
-            The dict with "image", and with "height" and "width" of the file.
-
-        Raises:
-            DataError: the image cannot be read; names the file.
-        """
+        """Gives the dict with "image", and with "height" and "width" of the file."""
         example, image = self._read(dataset_dict)
         aug_input = T.AugInput(image)
         self.augmentations(aug_input)
@@ -344,11 +278,7 @@ MAPPER_REGISTRY.register(SemanticMapper, name="semantic")
 
 
 def build_train_mapper(cfg: CfgNode) -> Callable[[dict], dict]:
-    """The training mapper that INPUT.DATASET_MAPPER_NAME names.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
+    """The training mapper that INPUT.DATASET_MAPPER_NAME names; ValueError if there is none."""
     return MAPPER_REGISTRY.find(cfg.INPUT.DATASET_MAPPER_NAME)(cfg, is_train=True)
 
 

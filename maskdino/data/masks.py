@@ -108,12 +108,7 @@ def transform_mask(
 
 
 def draw_polygons(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> CroppedMask | None:
-    """Draws the union of polygons on an image (height, width), which cuts them off.
-
-    Args:
-        polygons: each (P, 2) x and y in pixels.
-        size: of the image.
-    """
+    """Draws the union of polygons (P, 2) on an image (height, width), which cuts them off."""
     if not polygons:
         return None
     points = np.concatenate(polygons)

@@ -31,27 +31,17 @@ _FOREGROUND = np.array([value.bit_count() for value in range(256)], np.uint8)  #
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and its objects. The shape of an object is its mask, or its box if it has no mask.
+    """An image and its objects; the shape of one is its mask, or its box if it has no mask."""
 
-    Attributes:
-        image: (C, H, W) uint8.
-        labels: (N,) int64.
-        boxes: (N, 4) float32 x0, y0, x1, y1 in pixels; not yet those of what is left visible.
-        shapes: (N, H, B) uint8, packed as in `PackedMasks`: what is visible.
-        areas: (N,) pixels of the shapes before anything was cut.
-        has_mask: (N,) bool.
-        is_thing: (N,) bool; True where nothing is known.
-        fields: names of what is known.
-    """
-
-    image: np.ndarray
-    labels: np.ndarray
+    image: np.ndarray  # (C, H, W) uint8
+    labels: np.ndarray  # (N,) int64
+    # (N, 4) float32 x0, y0, x1, y1 in pixels; not yet those of what is left visible.
     boxes: np.ndarray
-    shapes: np.ndarray
-    areas: np.ndarray
-    has_mask: np.ndarray
-    is_thing: np.ndarray
-    fields: frozenset[str]
+    shapes: np.ndarray  # (N, H, B) uint8, packed as in `PackedMasks`: what is visible
+    areas: np.ndarray  # (N,) pixels of the shapes before anything was cut
+    has_mask: np.ndarray  # (N,) bool
+    is_thing: np.ndarray  # (N,) bool; True where nothing is known
+    fields: frozenset[str]  # names of what is known
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,11 +67,7 @@ class Scene:
 
 
 def scene_of(example: dict) -> Scene:
-    """Takes an example of a mapper apart.
-
-    Raises:
-        DataError: it has what is not understood here; names the file.
-    """
+    """Takes an example of a mapper apart; DataError if it has what is not understood here."""
     objects = example["instances"]
     fields = objects.get_fields()
     masks = fields.get("gt_masks")
@@ -125,11 +111,9 @@ def paste(scene: Scene, other: Scene, chosen: np.ndarray) -> Scene:
 
 
 def assemble(tiles: Sequence[tuple[Scene, int, int]], size: tuple[int, int]) -> Scene:
-    """Lays tiles side by side; stuff of one class is one object then.
+    """Lays tiles, each with its top and left, side by side; stuff of one class is one object then.
 
-    Args:
-        tiles: each with its top and its left, which is a multiple of 8, as masks are in bytes.
-        size: (height, width) of the result, which they cover.
+    The left is a multiple of 8, as masks are in bytes. Tiles cover the size (height, width).
     """
     image = np.empty((len(tiles[0][0].image), *size), np.uint8)
     placed = []
@@ -144,17 +128,11 @@ def assemble(tiles: Sequence[tuple[Scene, int, int]], size: tuple[int, int]) -> 
 
 
 def finish(scene: Scene, example: dict, min_visible: float) -> dict:
-    """Puts an example together.
+    """Puts an example together, of a scene, and of what is neither "image" nor "instances".
 
-    Args:
-        scene: what it shows.
-        example: of a mapper; gives whatever is neither "image" nor "instances".
-        min_visible: things of whose area a smaller share is left are dropped. Stuff is dropped
-            where nothing is left.
-
-    Returns:
-        A new example. Boxes of objects that lost pixels are those of what is left, within the box
-        as it was.
+    Things of whose area a smaller share than `min_visible` is left are dropped, and stuff where
+    nothing is. Boxes of objects that lost pixels are those of what is left, within the box as it
+    was.
     """
     left = _areas(scene.shapes)
     kept = (left > 0) & ((left >= min_visible * scene.areas) | ~scene.is_thing)
@@ -179,13 +157,9 @@ def finish(scene: Scene, example: dict, min_visible: float) -> dict:
 
 
 class MixingMapper:
-    """A mapper that mixes what another mapper makes of several records.
+    """A mapper that mixes what another mapper, one of `maskdino.data.mappers`, makes of records.
 
-    Args:
-        cfg: reads INPUT.COPY_PASTE and INPUT.MOSAIC.
-        mapper: makes examples with "image" and "instances", as those of `maskdino.data.mappers`.
-        records: the dataset dicts of the training.
-        repeat_factors: (N,) other images are drawn as often as they are trained on.
+    Other images are drawn as often as they are trained on (N factors).
 
     Raises:
         ValueError: `mapper` cannot make the tiles of a mosaic.
@@ -215,17 +189,7 @@ class MixingMapper:
             )
 
     def __call__(self, record: dict) -> dict:
-        """Makes an example, of this record alone or of others too.
-
-        Args:
-            record: the dataset dict; what the example tells beside image and objects is of it.
-
-        Returns:
-            As the mapper.
-
-        Raises:
-            DataError: see the mapper and `scene_of`.
-        """
+        """Makes an example of this record, whose other entries it keeps, and perhaps of others."""
         is_tiled, is_pasted = np.random.rand(2) < (self._tiling, self._pasting)
         example = self._mosaic(record) if is_tiled else self._mapper(record)
         return self._paste(example) if is_pasted else example
@@ -268,11 +232,7 @@ class MixingMapper:
 
 
 def check_mixing(cfg: CfgNode) -> None:
-    """Checks that what is to be mixed can be.
-
-    Raises:
-        DataError: names the key.
-    """
+    """Raises a DataError, which names the key, unless what is to be mixed can be."""
     pasting, mosaic = cfg.INPUT.COPY_PASTE, cfg.INPUT.MOSAIC
     key = "INPUT.MOSAIC" if mosaic.PROBABILITY else "INPUT.COPY_PASTE"
     if max(mosaic.PROBABILITY, pasting.PROBABILITY) and cfg.INPUT.DATASET_MAPPER_NAME == "semantic":
@@ -293,17 +253,7 @@ def build_mixing(
     records: Sequence[dict],
     repeat_factors: torch.Tensor,
 ) -> Callable[[dict], dict]:
-    """The mapper, which mixes images where the configuration asks for it.
-
-    Args:
-        cfg: reads INPUT.
-        mapper: the training mapper; it is returned as it is where nothing is mixed.
-        records: the dataset dicts of the training.
-        repeat_factors: (N,) how often each is trained on.
-
-    Raises:
-        ValueError: see `check_mixing` and `MixingMapper`.
-    """
+    """The mapper, which mixes images where the configuration asks for it."""
     if not max(cfg.INPUT.COPY_PASTE.PROBABILITY, cfg.INPUT.MOSAIC.PROBABILITY):
         return mapper
     check_mixing(cfg)

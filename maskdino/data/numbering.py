@@ -18,10 +18,6 @@ def renumber_things(content: dict, metadata: Metadata) -> None:
     and have their numbers among all 150 classes in others. What is meant is known by the names, or
     by the order where there are as many categories as things.
 
-    Args:
-        content: of a COCO file whose categories are things of the dataset.
-        metadata: of the dataset, see `panoptic_metadata`; "json_file" is for messages.
-
     Raises:
         DataError: the numbering is neither.
     """

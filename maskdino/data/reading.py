@@ -21,11 +21,7 @@ class DataError(UserError):
 
 
 def read_json(path: str, encoding: str = "utf-8") -> Any:
-    """Reads a JSON file of annotations.
-
-    Args:
-        path: of the file, or whatever detectron2's path manager knows.
-        encoding: "utf-8-sig" also takes a mark at the beginning, which readers of others refuse.
+    """Reads a JSON file of annotations; "utf-8-sig" also takes a mark at the beginning.
 
     Raises:
         DataError: it is missing, or no JSON in this encoding.
@@ -42,14 +38,7 @@ def read_json(path: str, encoding: str = "utf-8") -> Any:
 
 
 def read_image(file_name: str, image_format: str) -> np.ndarray:
-    """Reads an image, exactly as prediction does (`maskdino.data.images.load_image`).
-
-    Args:
-        file_name: a path, or whatever detectron2's path manager knows.
-        image_format: "RGB", "BGR", "L" ...: INPUT.FORMAT.
-
-    Returns:
-        (H, W, C) uint8.
+    """Reads an image (H, W, C) uint8, in INPUT.FORMAT, exactly as prediction does (`load_image`).
 
     Raises:
         DataError: the file is missing, truncated, or no image.
@@ -71,13 +60,8 @@ def read_image(file_name: str, image_format: str) -> np.ndarray:
 def read_map(file_name: str, image_format: str | None) -> np.ndarray:
     """Reads an image whose values are labels, which no transparency or profile may change.
 
-    Args:
-        file_name: a path, or whatever detectron2's path manager knows.
-        image_format: "RGB", or None for the values as they are in the file.
-
     Returns:
-        (H, W, 3) uint8, or (H, W) of the file's integer type if the format is None and the file has
-        one channel.
+        (H, W, 3) uint8 RGB, or without a format the values as they are in the file.
 
     Raises:
         DataError: the file is missing, truncated, or no image.
@@ -152,11 +136,7 @@ def colors_of_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def segment_indices(segment_colors: np.ndarray, segment_ids: list[int]) -> np.ndarray:
-    """Looks up the segments of a map in COCO's panoptic format.
-
-    Args:
-        segment_colors: (H, W, 3) uint8; the id of a segment is red + 256 green + 65536 blue.
-        segment_ids: N ids, each in [0, 2**24).
+    """Looks up the segments of a map in COCO's panoptic format, (H, W, 3) uint8, by N ids.
 
     Returns:
         (H, W) uint16: index + 1 of each pixel's segment; 0 where it belongs to none of them.

@@ -164,9 +164,6 @@ class LoadedBatches:
     """Batches from processes that load them: raises here what `_ErrorsAsValues` kept there.
 
     PyTorch would raise an error with the traceback of that process as its text instead.
-
-    Args:
-        loader: yields lists of images or errors.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -186,19 +183,8 @@ class LoadedBatches:
 class TrainingData:
     """The training images of a configuration, as a stream that starts where it is told to.
 
-    As a plain iterable it starts at the beginning, with seed 0.
-
-    Args:
-        records: detectron2's dataset dicts.
-        mapper: from a dataset dict to the model's input.
-        repeat_factors: (N,) see `ShuffledStream`.
-        batch_size: images of all processes per iteration.
-        accumulation_steps: micro-batches per iteration.
-        num_workers: loading processes per training process; 0 loads in the training process.
-        pin_memory: whether tensors are put where a GPU can fetch them.
-
-    Raises:
-        ValueError: if processes and micro-batches do not divide the batch.
+    As a plain iterable it starts at the beginning, with seed 0. The batch is of all processes and
+    micro-batches, which must divide it; see `ShuffledStream` for the factors.
     """
 
     def __init__(

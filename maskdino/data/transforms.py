@@ -111,9 +111,7 @@ class TransposeTransform(T.Transform):
 def build_flips(name: str) -> list[T.Augmentation]:
     """Flips by the value of INPUT.RANDOM_FLIP, each with probability 1/2.
 
-    Args:
-        name: "none", "horizontal", "vertical", "both", or "dihedral" (both, and turns by 90
-            degrees: microscopes and satellites have no upside).
+    "dihedral" is both, and turns by 90 degrees: microscopes and satellites have no upside.
 
     Raises:
         ValueError: another name.
@@ -140,9 +138,6 @@ def build_augmentations(
         is_train: False gives the resizing of the test set.
         ignored_category: the value to be ignored in the semantic map that the mapper gives to the
             augmentations (for INPUT.CROP.SINGLE_CATEGORY_MAX_AREA); None if it gives none.
-
-    Returns:
-        Augmentations in the order in which they are applied.
     """
     config = cfg.INPUT
     if not is_train:
@@ -175,11 +170,7 @@ def build_augmentations(
 
 
 def _color_jitter(image_format: str) -> T.Transform:
-    """SSD's photometric distortion, which draws anew for each image.
-
-    Raises:
-        ValueError: the format is neither "RGB" nor "BGR".
-    """
+    """SSD's photometric distortion, which draws anew for each image."""
     # Detectron2 installs this project with itself; only where asked for, as it registers heads.
     from detectron2.projects.point_rend import ColorAugSSDTransform
 
