@@ -60,10 +60,10 @@ WANDB: True
 """
 
 
-@pytest.fixture
-def released(parity: Path, tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def released(parity: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The files of the worked case `instance`."""
-    weights = tmp_path / "released.pth"
+    weights = tmp_path_factory.mktemp("released") / "released.pth"
     command = [sys.executable, parity / "make_weights.py"]
     subprocess.run([*command, parity / "instance_parameters.tsv", weights], check=True)
     return parity / "instance_config.yaml", weights

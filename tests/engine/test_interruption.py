@@ -181,29 +181,33 @@ def send_at(trainer: MaskDINOTrainer, iteration: int, send: Callable[[], None]) 
     trainer.model.register_forward_pre_hook(hook)
 
 
-def train_and_signal(cfg: CfgNode, number: int, way: str) -> None:
-    """One of two processes, of which the first or the second sends a signal, to whom `way` says."""
+def train_and_signal(cfg: CfgNode, number: int, way: str, parent: int) -> None:
+    """One of two processes, of which the first or the second sends a signal, to whom `way` says.
+
+    `parent` is the process that called `launch`.
+    """
     trainer = MaskDINOTrainer(cfg)
     if way == "all" and comm.get_rank() == 0:
-        send_at(trainer, 2, lambda: os.kill(os.getppid(), number))
+        send_at(trainer, 2, lambda: os.kill(parent, number))
     elif way == "one" and comm.get_rank() == 1:
         send_at(trainer, 2, lambda: os.kill(os.getpid(), number))
     elif way == "twice" and comm.get_rank() == 0:
 
         def send() -> None:
             for _ in range(2):
-                os.kill(os.getppid(), number)
+                os.kill(parent, number)
                 time.sleep(2)
             time.sleep(10**6)  # a step that would not end
 
         send_at(trainer, 2, send)
     elif way == "evaluation" and comm.get_rank() == 0:
         plain = trainer.model.module
-        plain._middle = lambda _: os.kill(os.getppid(), number) or time.sleep(100)
+        plain._middle = lambda _: os.kill(parent, number) or time.sleep(100)
     trainer.resume_or_load(False)
     trainer.train()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_two_processes_end_after_the_same_step(number: int, way: str, tmp_path: 
     words = ("SOLVER.ACCUMULATION_STEPS", 2)
     cfg = tiny_config(tmp_path / "broken", *words)
     with pytest.raises(Interrupted) as error:
-        launch(train_and_signal, cfg, number, way, processes=2)
+        launch(train_and_signal, cfg, number, way, os.getpid(), processes=2)
     assert error.value.status == 128 + number
     assert str(error.value) == "interrupted after iteration 3; go on with --resume"
     assert (tmp_path / "broken" / "last_checkpoint").read_text() == "model_0000002.pth"
@@ -227,20 +231,24 @@ def test_two_processes_end_after_the_same_step(number: int, way: str, tmp_path: 
     assert str(expected["trainer"]) == str(found["trainer"])
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_a_second_signal_ends_all_processes_at_once(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="interrupted; go on with --resume"):
-        launch(train_and_signal, tiny_config(tmp_path), signal.SIGINT, "twice", processes=2)
+        args = (tiny_config(tmp_path), signal.SIGINT, "twice", os.getpid())
+        launch(train_and_signal, *args, processes=2)
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 def test_two_processes_leave_an_evaluation(tmp_path: Path) -> None:
     words = ("DATASETS.TEST", "('nuclei_val',)", "TEST.EVAL_PERIOD", 3)
     cfg = tiny_config(tmp_path, *words, "INPUT.MIN_SIZE_TEST", 32, "INPUT.MAX_SIZE_TEST", 64)
     with pytest.raises(Interrupted, match="after iteration 3; go on"):
-        launch(train_and_signal, cfg, signal.SIGTERM, "evaluation", processes=2)
+        args = (cfg, signal.SIGTERM, "evaluation", os.getpid())
+        launch(train_and_signal, *args, processes=2)
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from maskdino.cli.prepare import coco_semantic, instances_from_panoptic
 from maskdino.config import load_config
 from maskdino.data.datasets import (
     register_coco_folder,
@@ -58,13 +57,8 @@ def names() -> Iterator[list[str]]:
         MetadataCatalog.remove(name)
 
 
-def script(repository: Path, name: str, *words: object) -> None:
-    command = [sys.executable, "-W", "ignore", repository / "datasets" / name, "--workers", 1]
-    subprocess.run([str(word) for word in (*command, *words)], check=True, capture_output=True)
-
-
 @pytest.fixture
-def drawn(tmp_path: Path, names: list[str], repository: Path) -> Callable[..., str]:
+def drawn(tmp_path: Path, names: list[str]) -> Callable[..., str]:
     """Writes scenes in COCO's panoptic format and registers them, with all that can be derived."""
 
     def make(scenes: list[Scene], kinds: tuple[str, ...] = tuple(NAMES)) -> str:
@@ -77,10 +71,10 @@ def drawn(tmp_path: Path, names: list[str], repository: Path) -> Callable[..., s
             segments = annotation["segments_info"]
             annotation["segments_info"] = [s for s in segments if s["category_id"] in kept]
         path.write_text(json.dumps(content))
-        derived = ("--json", path, "--panoptic", maps, "--output")
-        script(repository, "prepare_coco_semantic.py", *derived, folder / "semantic")
+        derived = ["--workers", "1", "--json", str(path), "--panoptic", str(maps), "--output"]
+        coco_semantic.main([*derived, str(folder / "semantic")])
         instances = folder / "annotations" / "things.json"
-        script(repository, "prepare_instances_from_panoptic.py", *derived, instances)
+        instances_from_panoptic.main([*derived, str(instances)])
         name = "drawn_panoptic"
         register_panoptic_folder(
             name,
