@@ -22,6 +22,7 @@ LISTS = frozenset(
     ("SOLVER.STEPS", "INPUT.LSJ.SIZE", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "OUTPUT_DIR")
     + ("DATASETS.TRAIN", "DATASETS.TEST", "INPUT.AUGMENTATIONS", "LOG.WRITERS")
     + ("TEST.EVALUATORS", "MODEL.MASK_DINO.CLASS_NAMES", "INPUT.FORMAT")
+    + ("MODEL.MASK_DINO.STUFF_CLASSES",)
 )
 FILE_WAYS = ("train", "predict", "train-custom", "convert-released")
 NODE = "MODEL.MASK_DINO."
@@ -177,6 +178,7 @@ def overrides() -> Iterator[tuple[str, list[str], tuple[str, ...]]]:
         "DATASETS.TRAIN": ("()", "('nowhere',)", "3", "(3,)"),
         "DATALOADER.SAMPLER_TRAIN": ("mine",),
         "LOG.WRITERS": ("['mine']", "[3]"),
+        f"{NODE}STUFF_CLASSES": ("-1", "many", "nan", "[3]"),
         "SOLVER.LR_SCHEDULER_NAME": ("mine",),
         "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("mine",),
         "SOLVER.BEST.METRIC": ("segm/mine", "AP"),
