@@ -29,13 +29,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip tests marked ``gpu`` where torch finds no CUDA device, and campaigns unless asked for.
 
     Those that ask for the fixture `device` run on MASKDINO_TEST_DEVICE, if it is set. Campaigns
-    take minutes to hours: they run where ``-m`` names them.
+    take minutes to hours: they run where ``-m`` names them. Files with slow tests come first, and
+    coverage does not count what slow tests reach.
     """
     if "campaign" not in config.getoption("markexpr"):
         left = [item for item in items if item.get_closest_marker("campaign")]
         if left:
             config.hook.pytest_deselected(items=left)
             items[:] = [item for item in items if not item.get_closest_marker("campaign")]
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    for item in slow:
+        item.add_marker("no_cover")  # counting lines makes tracing half as long again
+    # Files with slow tests first: at the end of a run, all processes have short ones left.
+    files = {item.path for item in slow}
+    items.sort(key=lambda item: item.path not in files)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -13,4 +13,4 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} OMP_NUM_THREADS=${OMP_NUM_THR
 
 bash tools/setup_env.sh
 exec "${VENV:-.venv}/bin/python" -m pytest --durations=15 \
-  --numprocesses "${TEST_PROCESSES:-2}" --dist loadscope "$@"
+  --numprocesses "${TEST_PROCESSES:-2}" --dist loadscope --no-loadscope-reorder "$@"

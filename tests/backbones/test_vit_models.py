@@ -75,6 +75,7 @@ def test_decay_by_layer_needs_a_transformer() -> None:
         build_optimizer(cfg, torch.nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 def test_export_computes_what_the_model_computes(tmp_path: Path) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package, reason=f"{package} is optional, see requirements.txt")

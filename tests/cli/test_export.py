@@ -286,6 +286,7 @@ def test_sampling_follows_the_format(words: list[str], sampling: str) -> None:
 
 
 @newer_torch
+@pytest.mark.slow
 def test_torch_program_takes_any_size(folder: Path) -> None:
     export.main(arguments(folder, "any.pt2", "--format", "torch"))
     program = torch.export.load(folder / "any.pt2").module()
