@@ -28,6 +28,7 @@ from maskdino.visualization.results import ImageResult
 
 THINGS_AT_ONCE = 1000  # that are painted before their pages are let go
 MOST_OVERLAP = 0.9
+PATIENCE = 3  # seconds that pass before an image has a bar of its own
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def predict_sliced(
         size: S.
         overlap: least share of a slice that the next one sees again.
         name: of the image.
-        progress: show a bar.
+        progress: show a bar, if it takes longer than some seconds.
 
     Raises:
         ValueError: `size` or `overlap` is out of range.
@@ -79,7 +80,14 @@ def predict_sliced(
         return _large(next(predict(crops)), image, name)
     collectors: dict[str, _Objects | _Panoptic | _Classes] = {}
     first: ImageResult | None = None
-    bar = tqdm(predict(crops), total=len(slices), unit="slice", desc=name, disable=not progress)
+    bar = tqdm(
+        predict(crops),
+        total=len(slices),
+        unit="slice",
+        desc=name,
+        delay=PATIENCE,
+        disable=not progress,
+    )
     for place, result in enumerate(bar):
         first = first or replace(result, source=None, class_scores=None)
         for task in result.tasks:

@@ -312,3 +312,14 @@ def test_slices_of_the_configuration_are_those_of_the_predictor(tmp_path: Path) 
     np.testing.assert_array_equal(
         predictor.with_options(slices=None)(image).boxes, whole(image).boxes
     )
+
+
+def test_an_image_that_takes_long_has_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not each of many small images."""
+    scene = TiledImage(drawn_scene())
+    for patience, expected in ((60, False), (0, True)):
+        monkeypatch.setattr(sliced, "PATIENCE", patience)
+        predict_sliced(Oracle(), scene, size=60, overlap=0.2, name="scene", progress=True)
+        assert ("slice/s" in capsys.readouterr().err) == expected
