@@ -163,12 +163,7 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _check_values(self, state: dict[str, Any], *, heuristic: bool) -> None:
-        """Raises where weights are of another kind than the model's, or not finite.
-
-        Args:
-            state: tensors or arrays of the file.
-            heuristic: its names are not the model's.
-        """
+        """Raises where weights are of another kind than the model's, or not finite."""
         own, wrong = self.model.state_dict(), []
         for name, given in state.items():
             value = torch.as_tensor(given)

@@ -93,8 +93,8 @@ def read_checkpoint(path: str, device: str = "cpu", *, sums: bool = True) -> dic
         sums: compare its checksums first; see `check_sums`.
 
     Raises:
-        CheckpointError: the file is none, was cut off, is damaged, holds more than tensors and
-            plain values, or no tensors.
+        CheckpointError: the file is none, is damaged, holds more than tensors and plain values, or
+            no tensors.
     """
     if sums:
         check_sums(path)
@@ -170,9 +170,6 @@ def check_sums(path: str) -> None:
     """Compares what a zip file holds, which is what `torch.save` writes, with its checksums.
 
     Each entry has its CRC-32 beside it; `torch.load` does not look. Other files have none.
-
-    Raises:
-        CheckpointError: they differ.
     """
     if _begins_with(path, ZIP):
         status = os.stat(path)
@@ -252,15 +249,10 @@ def _read_pickle(path: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Resumption:
-    """Where a run goes on.
+    """Where a run goes on."""
 
-    Attributes:
-        path: of the checkpoint; "": there is none.
-        note: what was wrong with the one that should have been used; "": nothing.
-    """
-
-    path: str
-    note: str = ""
+    path: str  # of the checkpoint; "": there is none
+    note: str = ""  # what was wrong with the one that should have been used; "": nothing
 
 
 def find_resumption(folder: str) -> Resumption:
@@ -268,9 +260,6 @@ def find_resumption(folder: str) -> Resumption:
 
     Every checkpoint holds the whole state of a training: one that goes on from an earlier one
     makes the same steps again, to the same result. So nothing but time is lost by it.
-
-    Args:
-        folder: of the checkpoints, whose files may have been cut off or lost.
 
     Raises:
         CheckpointError: there were checkpoints, but none can be read.

@@ -86,11 +86,7 @@ FOREIGN = tuple(
 
 
 def refuse_foreign(names: Iterable[str], path: str) -> None:
-    """Checks that the tensors of a file are not of another known model.
-
-    Raises:
-        ValueError: they are; the message names the model.
-    """
+    """Checks that the tensors of a file are not of another known model."""
     names = list(names)
     for model, pattern in FOREIGN:
         if any(pattern.fullmatch(name) for name in names):
@@ -115,11 +111,7 @@ class ReleasedStructure:
 
     @staticmethod
     def from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> ReleasedStructure:
-        """Reads the structure.
-
-        Raises:
-            KeyError: a tensor that every released model has is missing.
-        """
+        """Reads the structure; KeyError if a tensor that every released model has is missing."""
         level_embed = f"{ENCODER}transformer.level_embed"
         if level_embed not in shapes:
             raise KeyError(f"the file has released names, but no {level_embed}")
@@ -177,11 +169,7 @@ def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
 
 
 def our_names(names: Mapping[str, object], structure: ReleasedStructure) -> dict[str, str]:
-    """Our name of each released tensor that is a weight; several may share one name.
-
-    Raises:
-        KeyError: names that no released model has.
-    """
+    """Our name of each released tensor that is a weight; several may share one name."""
     backbone = [name.removeprefix("backbone.") for name in names if name.startswith("backbone.")]
     swin = any(name.startswith("patch_embed.") for name in backbone)
     backbone_names = swin_rules(backbone) if swin else {}

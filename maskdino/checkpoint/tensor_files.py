@@ -16,11 +16,7 @@ SUFFIX = ".safetensors"
 
 
 def read_tensors(path: str | os.PathLike, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a file, by name.
-
-    Args:
-        path: of the file.
-        device: of the tensors; "meta": their shapes alone are read.
+    """The tensors of a file, by name; on "meta" their shapes alone are read.
 
     Raises:
         FileNotFoundError: there is none.
@@ -39,16 +35,7 @@ def read_texts(path: str | os.PathLike) -> dict[str, str]:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
 ) -> None:
-    """Writes a file, whole or not at all.
-
-    Args:
-        path: of the file.
-        tensors: by name; no two share memory.
-        texts: by name.
-
-    Raises:
-        WriteError: it cannot be written.
-    """
+    """Writes tensors, no two of which share memory, whole or not at all (WriteError)."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with written_whole(path) as temporary:

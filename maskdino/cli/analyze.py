@@ -40,8 +40,7 @@ def sampling_flops(*_: object, out_shape: torch.Size, **__: object) -> int:
 class PartCounter:
     """Counts multiply-adds and gives them to the part of the model that is running.
 
-    Args:
-        model: parts are its direct children; a part called inside of another keeps its own share.
+    Parts are direct children; one that is called inside of another keeps its own share.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,12 +89,7 @@ class PartCounter:
 
 
 def count_multiply_adds(cfg: CfgNode, sizes: Counter[tuple[int, int]]) -> dict[str, float]:
-    """Returns the multiply-adds of each part, the mean over images.
-
-    Args:
-        cfg: configuration.
-        sizes: how many images have a (height, width) in pixels, before padding.
-    """
+    """The multiply-adds of each part, the mean over images of these sizes, before padding."""
     padding = cfg.MODEL.MASK_DINO.SIZE_DIVISIBILITY
     padded: Counter[tuple[int, int]] = Counter()
     for (height, width), number in sizes.items():

@@ -14,11 +14,7 @@ from maskdino.system.signals import INTERRUPTED
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Makes a parser that shows a description as it is written.
-
-    Args:
-        description: docstring of a command's module.
-    """
+    """Makes a parser that shows a description, a module's docstring, as it is written."""
     return argparse.ArgumentParser(
         prog=os.path.basename(sys.argv[0]),
         description=description,
@@ -38,9 +34,6 @@ def errors_in_one_line() -> Iterator[None]:
     refuses: a `UserError`, or a `KeyError`, `ValueError` or `ImportError` that a `raise`
     statement made. The same errors from an expression, and all others, are faults of the program:
     they keep their traceback. Serves as a decorator too.
-
-    Raises:
-        SystemExit: with the line, which makes status 1; or status 130 after Ctrl-C.
     """
     try:
         yield

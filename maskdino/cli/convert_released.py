@@ -41,12 +41,7 @@ OTHER_MODELS = {
 
 
 def convert(config: Path, weights: Path | None, output: Path) -> list[str]:
-    """Writes the converted files and returns what a user should know.
-
-    Args:
-        config: released YAML file, or one of that style.
-        weights: released checkpoint; None: the configuration alone is converted.
-        output: folder to write to.
+    """Writes the converted files, weights too if there are, and returns what a user should know.
 
     Raises:
         OSError: a file cannot be read, or the output is there already.

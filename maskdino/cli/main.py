@@ -18,21 +18,13 @@ from maskdino.system import program
 
 @dataclass(frozen=True)
 class Command:
-    """A command, or a group of commands.
+    """A command, or a group of commands."""
 
-    Attributes:
-        help: what it does, in a few words.
-        module: below `maskdino.cli`, with a function `main`.
-        before: words that stand before the user's.
-        needs_detectron2: whether it runs at all without.
-        parts: commands of a group, by name.
-    """
-
-    help: str
-    module: str = ""
-    before: tuple[str, ...] = ()
-    needs_detectron2: bool = True
-    parts: dict[str, Command] = field(default_factory=dict)
+    help: str  # what it does, in a few words
+    module: str = ""  # below `maskdino.cli`, with a function `main`
+    before: tuple[str, ...] = ()  # words that stand before the user's
+    needs_detectron2: bool = True  # whether it runs at all without
+    parts: dict[str, Command] = field(default_factory=dict)  # commands of a group, by name
 
 
 PREPARED = {
@@ -71,11 +63,7 @@ MAIN = Command("", parts=COMMANDS)
 
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> int:
-    """Runs a command; returns the exit status.
-
-    Args:
-        words: of the command line, without the program; None: those of this process.
-    """
+    """Runs a command; returns the exit status."""
     words = sys.argv[1:] if words is None else words
     name, command = "maskdino", MAIN
     while command.parts:
@@ -104,11 +92,7 @@ def run(name: str, command: Command, words: list[str]) -> int:
 
 
 def load_package() -> None:
-    """Does what importing the package does where this is not the program.
-
-    Raises:
-        ImportError: there is no detectron2.
-    """
+    """Does what importing the package does where this is not the program."""
     program.require_detectron2()
     package, api = map(importlib.import_module, ("maskdino", "maskdino.api"))
     vars(package).update({name: getattr(api, name) for name in ("__all__", *api.__all__)})

@@ -25,12 +25,6 @@ def read_metrics(path: Path) -> Curves:
 
     A run that was resumed, or started anew, in the same folder repeats iterations: what came
     later replaces what lay at or after its iteration.
-
-    Args:
-        path: the file; an unfinished last line is left out.
-
-    Raises:
-        ValueError: if another line is no JSON.
     """
     lines = path.read_text().splitlines()
     records: list[dict] = []

@@ -36,19 +36,12 @@ BAR_WITHOUT_END = "{desc}: {n_fmt} frames [{elapsed}, {rate_noinv_fmt}]"
 
 @dataclass(frozen=True)
 class WantedOfVideos:
-    """What is made of videos besides drawings.
+    """What is made of videos besides drawings."""
 
-    Attributes:
-        track: name identities, and write them to a JSON file beside each drawing.
-        threshold: score from which an object may begin a track.
-        every: of so many frames, one is looked at.
-        labels: where objects are collected, or None.
-    """
-
-    track: bool = False
-    threshold: float = 0.0
-    every: int = 1
-    labels: VideoLabels | None = None
+    track: bool = False  # name identities, and write them to a JSON file beside each drawing
+    threshold: float = 0.0  # score from which an object may begin a track
+    every: int = 1  # of so many frames, one is looked at
+    labels: VideoLabels | None = None  # where objects are collected, or None
 
 
 def run_overlapped(
@@ -59,14 +52,8 @@ def run_overlapped(
 ) -> None:
     """Works on batches here, while one thread reads the next batch and another writes the last.
 
-    Order is kept. On an error or Ctrl-C, what was worked on is still written, and both threads have
-    ended, so that a caller can close its files.
-
-    Args:
-        items: read in a thread of its own.
-        work: turns a batch into results.
-        write: takes one result, in a thread of its own.
-        batch_size: items that are worked on together; the last batch may be smaller.
+    Order is kept; the last batch may be smaller. On an error or Ctrl-C, what was worked on is still
+    written, and both threads have ended, so that a caller can close its files.
     """
     source = iter(items)
 
@@ -140,11 +127,7 @@ def draw_frames(
 def draw_video(
     predictor: MaskDINOPredictor, path: Path, target: Path, wanted: WantedOfVideos
 ) -> str:
-    """Draws a video; returns what was wrong with its frames, or "".
-
-    Raises:
-        VideoError: it cannot be read or written at all.
-    """
+    """Draws a video; returns what was wrong with its frames, or ""."""
     with (
         closing(VideoReader(path)) as reader,
         closing(VideoWriter(target, reader.rate / wanted.every)) as writer,
@@ -161,11 +144,7 @@ def draw_video(
 def draw_stream(
     predictor: MaskDINOPredictor, address: str, target: Path, wanted: WantedOfVideos
 ) -> None:
-    """Draws what an address shows, until its end, Ctrl-C, or until it cannot be opened again.
-
-    Raises:
-        VideoError: it cannot be read, or not to its end.
-    """
+    """Draws what an address shows, until its end, Ctrl-C, or until it cannot be opened again."""
     with closing(Stream(address)) as stream:
         if stream.frames is None:
             print(f"{stream.name}: Ctrl-C ends, and leaves {target}", file=sys.stderr)
@@ -179,11 +158,7 @@ def draw_stream(
 def draw_camera(
     predictor: MaskDINOPredictor, number: int, folder: Path, wanted: WantedOfVideos
 ) -> None:
-    """Draws what a camera sees, until Ctrl-C, or until it gives no more.
-
-    Raises:
-        VideoError: there is no such camera, or it ended.
-    """
+    """Draws what a camera sees, until Ctrl-C, or until it gives no more."""
     target = unused(folder / f"camera_{number}.mp4", list(folder.glob("camera_*.mp4")))
     with closing(Camera(number)) as camera:
         print(f"camera {number}: Ctrl-C ends, and leaves {target}", file=sys.stderr)

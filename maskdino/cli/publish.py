@@ -34,13 +34,7 @@ CHOICES = ("best", "averaged", "last")
 
 @dataclass(frozen=True)
 class Chosen:
-    """Weights of a training.
-
-    Attributes:
-        path: of the file.
-        averaged: whether those that are published are averaged; None: not known.
-        iterations: steps behind them; None: not known.
-    """
+    """Weights of a training: whether averaged, and the steps behind them; None: not known."""
 
     path: str
     averaged: bool | None = None
@@ -72,12 +66,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_weights(run: Path, wanted: str | None, averages: bool) -> Chosen:
-    """The weights of a training that are published.
+    """The weights of a training that are published: what is wanted, or the first that there are.
 
-    Args:
-        run: folder of the training.
-        wanted: of `CHOICES`; None: the first that there are.
-        averages: the training keeps an average of its weights (SOLVER.EMA).
+    With `averages` the training keeps an average of its weights (SOLVER.EMA).
 
     Raises:
         CommandError: there are none.
@@ -122,11 +113,7 @@ def metrics_of(run: Path, iterations: int | None) -> dict[str, Any]:
 
 
 def publish(args: argparse.Namespace) -> Path:
-    """Writes the folder.
-
-    Raises:
-        ValueError, OSError: something does not fit, or cannot be read or written.
-    """
+    """Writes the folder."""
     if (args.output / WEIGHTS).exists():
         raise FileExistsError(f"{args.output} already has a {WEIGHTS}; choose another folder")
     source = Path(args.source)

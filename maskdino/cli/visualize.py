@@ -141,17 +141,7 @@ def draw_predictions(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
 def draw_comparisons(
     predictor: MaskDINOPredictor, dataset: str, output: Path, number: int
 ) -> list[Path]:
-    """Writes predictions beside ground truth.
-
-    Args:
-        predictor: with the classes of the dataset.
-        dataset: a registered name.
-        output: folder of the figures; it is made.
-        number: of images, from all over the dataset.
-
-    Returns:
-        The paths of the figures, one for each image.
-    """
+    """Writes predictions beside ground truth, of images from all over the dataset."""
     output.mkdir(parents=True, exist_ok=True)
     records = spread(DatasetCatalog.get(dataset), number)
     paths = []

@@ -25,21 +25,16 @@ from maskdino.ops.rle import box_and_area
 
 @dataclass(frozen=True)
 class Annotations:
-    """The content of one annotation file and the folder of its images.
+    """The content of one annotation file and the folder of its images."""
 
-    Attributes:
-        json_file: where it came from.
-        image_root: folder that the images' file names are relative to.
-        images, annotations, categories: COCO's lists; nothing is promised about their entries
-            before `maskdino.custom.checks.check` found them in order.
-        maps: where the label images are; None: there are none, but objects of their own.
-    """
-
-    json_file: Path
-    image_root: Path
+    json_file: Path  # where it came from
+    image_root: Path  # folder that the images' file names are relative to
+    # images, annotations, categories: COCO's lists; nothing is promised about their entries
+    # before `maskdino.custom.checks.check` found them in order.
     images: list[dict] = field(repr=False)
     annotations: list[dict] = field(repr=False)
     categories: list[dict]
+    # Where the label images are; None: there are none, but objects of their own.
     maps: Maps | None = None
 
     @property
@@ -79,28 +74,18 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a plan needs to know of annotations.
+    """What a plan needs to know of annotations."""
 
-    Attributes:
-        images: their number.
-        counts: number of objects by class name, in the order of the class indices; of segments, or
-            of images that show the class, where there are label images.
-        has_masks: whether any object has a mask.
-        longest_side: median of the images' longer sides, in pixels.
-        most_objects: in one image.
-        many_objects: in an image; in 19 of 20 there are at most so many.
-        task: "instance", "panoptic" or "semantic".
-        stuff: names of the classes that are no things, of panoptic data.
-    """
-
-    images: int
+    images: int  # their number
+    # Number of objects by class name, in the order of the class indices; of segments, or of
+    # images that show the class, where there are label images.
     counts: dict[str, int]
-    has_masks: bool
-    longest_side: int
-    most_objects: int
-    many_objects: int
-    task: str = "instance"
-    stuff: tuple[str, ...] = ()
+    has_masks: bool  # whether any object has a mask
+    longest_side: int  # median of the images' longer sides, in pixels
+    most_objects: int  # in one image
+    many_objects: int  # in an image; in 19 of 20 there are at most so many
+    task: str = "instance"  # "instance", "panoptic" or "semantic"
+    stuff: tuple[str, ...] = ()  # names of the classes that are no things, of panoptic data
 
     @property
     def objects(self) -> int:

@@ -80,15 +80,7 @@ def _check_files(data: Annotations, images: list[tuple[int, dict]]) -> Iterator[
 
 
 def file_problem(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
-    """What is wrong with an image file.
-
-    Args:
-        path: of the file.
-        size: (height, width) that it should have once it is upright.
-
-    Returns:
-        The kind of the problem and details, or None.
-    """
+    """What is wrong with a file of an image, (H, W) once it is upright: the kind and details."""
     try:
         if not path.is_file():
             return "image file is missing", "no such file"

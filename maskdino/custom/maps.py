@@ -28,19 +28,13 @@ SHOWN = 4  # values of a message
 
 @dataclass(frozen=True)
 class LabelClass:
-    """A class of label images.
+    """A class of label images."""
 
-    Attributes:
-        name: what it is called.
-        value: of its pixels in images of one channel, from 0.
-        color: red, green and blue of its pixels in images of colors; None: it has none.
-        ignored: its pixels do not count.
-    """
-
-    name: str
-    value: int
+    name: str  # what it is called
+    value: int  # of its pixels in images of one channel, from 0
+    # Red, green and blue of its pixels in images of colors; None: it has none.
     color: tuple[int, int, int] | None = None
-    ignored: bool = False
+    ignored: bool = False  # its pixels do not count
 
 
 class Problem(DataError):
@@ -66,11 +60,7 @@ class Encoding:
     """
 
     def __init__(self, classes: Sequence[LabelClass]) -> None:
-        """Makes the tables.
-
-        Raises:
-            DataError: there are too many classes, or none.
-        """
+        """Makes the tables; DataError if there are too many classes, or none."""
         self.classes = sorted((c for c in classes if not c.ignored), key=lambda c: c.value)
         if not 0 < len(self.classes) <= MOST_CLASSES:
             raise DataError(f"{len(self.classes)} classes: label images have 1 to {MOST_CLASSES}")
@@ -138,27 +128,18 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Maps:
-    """Where the label images of annotations are.
+    """Where the label images of annotations are."""
 
-    Attributes:
-        task: "panoptic" or "semantic".
-        root: folder that their names are relative to.
-        encoding: what has to be converted; None: the files are as training reads them.
-    """
-
-    task: str
-    root: Path
+    task: str  # "panoptic" or "semantic"
+    root: Path  # folder that their names are relative to
+    # What has to be converted; None: the files are as training reads them.
     encoding: Encoding | None = None
 
     def converted(self, images: Sequence[dict], folder: Path) -> tuple[Maps, list[dict]]:
         """Writes label images as training reads them, one channel of class numbers, if need be.
 
-        Args:
-            images: entries whose label images are in order.
-            folder: for the new files.
-
         Returns:
-            Where they are, and the entries with the new names.
+            Where they are, and the entries of the images with the new names.
         """
         encoding = self.encoding
         if encoding is None:

@@ -37,12 +37,7 @@ EVALUATED = 4  # batches of the timed evaluation, after the first
 
 @dataclass(frozen=True)
 class Memory:
-    """What a training step needs, in MB.
-
-    Attributes:
-        fixed_mb: whatever the batch.
-        image_mb: for each image more.
-    """
+    """What a training step needs, in MB: whatever the batch, and for each image more."""
 
     fixed_mb: float
     image_mb: float
@@ -50,26 +45,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a training takes on this machine, in seconds.
-
-    Attributes:
-        step: time of a training step.
-        evaluation: time of an evaluation.
-    """
+    """How long a step and an evaluation take on this machine, in seconds."""
 
     step: float
     evaluation: float
 
 
 def total_seconds(iterations: int, eval_period: int, step: float, evaluation: float) -> float:
-    """How long a training takes, its evaluations included.
-
-    Args:
-        iterations: of the training.
-        eval_period: iterations; 0: there is one evaluation, at the end.
-        step: seconds of an iteration.
-        evaluation: seconds of an evaluation.
-    """
+    """How long a training takes, its evaluations included; a period of 0: one, at the end."""
     return iterations * step + math.ceil(iterations / (eval_period or iterations)) * evaluation
 
 
@@ -113,15 +96,9 @@ class _Trial(MaskDINOTrainer):
 
 
 def measure_pace(cfg: CfgNode, register: Callable[[], None], images: int) -> Pace | None:
-    """Trains for some seconds, and evaluates a few images, in a process of its own.
+    """Trains for some seconds, and evaluates a few of `images`, in a process of its own.
 
-    Args:
-        cfg: a whole configuration, of one process.
-        register: registers the datasets; a function that can be pickled.
-        images: of an evaluation.
-
-    Returns:
-        the pace; None if there was not enough memory.
+    None if there was not enough memory. The function that registers the datasets is pickled.
     """
     return _in_own_process(_pace, cfg.clone(), register, images)
 
@@ -149,12 +126,7 @@ def _pace(cfg: CfgNode, register: Callable[[], None], images: int) -> Pace:
 
 
 def measure_memory(cfg: CfgNode, objects: int) -> Memory | None:
-    """Makes training steps on random images, in a process of its own; None if it was killed.
-
-    Args:
-        cfg: configuration that knows the data.
-        objects: in each image.
-    """
+    """Makes training steps on random images with so many objects; None if memory was short."""
     return _in_own_process(_memory, cfg.clone(), objects)
 
 

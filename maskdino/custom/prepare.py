@@ -38,18 +38,13 @@ DATA_FOLDER, INDEX_NAME, FINDINGS_NAME = "data", "datasets.json", "check.txt"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Data in order.
+    """Data in order."""
 
-    Attributes:
-        train, validation: what they hold.
-        was_split: whether the validation data were set aside from the training data.
-        notes: warnings, and what was left out, as lines of text.
-    """
-
+    # train, validation: what they hold.
     train: Summary
     validation: Summary
-    was_split: bool
-    notes: list[str]
+    was_split: bool  # whether the validation data were set aside from the training data
+    notes: list[str]  # warnings, and what was left out, as lines of text
 
 
 def prepare_data(request: Request) -> PreparedData:
@@ -95,11 +90,7 @@ def prepare_data(request: Request) -> PreparedData:
 def _checked(
     data: Annotations, findings: Sequence[Finding], skip: bool, output: Path, notes: list[str]
 ) -> Annotations:
-    """The data without what is wrong; appends what was found to a file and to the notes.
-
-    Raises:
-        DataError: something is wrong and must not, or cannot, be left out.
-    """
+    """The data without what is wrong; appends what was found to a file and to the notes."""
     if not findings:
         return data
     fatal = [finding for finding in findings if finding.fatal]
@@ -135,14 +126,7 @@ def _checked(
 
 @dataclass(frozen=True)
 class PreparedFiles:
-    """Where a dataset of a run is.
-
-    Attributes:
-        json_file: the annotations.
-        image_root: folder of the images.
-        task: "instance", "panoptic" or "semantic".
-        map_root: folder of the label images; None: there are none.
-    """
+    """Where a dataset of a run is; the map root is the folder of label images, if there are any."""
 
     json_file: Path
     image_root: Path
@@ -150,11 +134,7 @@ class PreparedFiles:
     map_root: Path | None
 
     def read(self) -> Annotations:
-        """The annotations.
-
-        Raises:
-            DataError: the file is missing, or not as it was written.
-        """
+        """The annotations; DataError if the file is missing, or not as it was written."""
         if self.task == "panoptic":
             return with_flat_segments(self.json_file, self.image_root, self.maps)
         return replace(
@@ -184,11 +164,7 @@ class PreparedFiles:
 
 
 def prepared_files(output: Path) -> dict[str, PreparedFiles]:
-    """The datasets of a run, by name.
-
-    Raises:
-        DataError: the folder holds no prepared data.
-    """
+    """The datasets of a run, by name; DataError if the folder holds no prepared data."""
     folder = output / DATA_FOLDER
     if not (folder / INDEX_NAME).is_file():
         raise DataError(f"{folder} holds no data that were prepared for training")
@@ -212,11 +188,7 @@ def prepared_files(output: Path) -> dict[str, PreparedFiles]:
 
 
 def register_prepared(output: Path) -> None:
-    """Registers the data of a run with detectron2, in place of another run's.
-
-    Raises:
-        DataError: the folder holds no prepared data.
-    """
+    """Registers the data of a run with detectron2, in place of another run's."""
     for name, files in prepared_files(output).items():
         if name in DatasetCatalog.list():
             DatasetCatalog.remove(name)

@@ -25,13 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training compares its pace with.
-
-    Attributes:
-        epoch: iterations.
-        step: seconds; None: nothing was measured.
-        evaluation: seconds.
-    """
+    """What a training compares its pace with, in seconds; `epoch` is its number of iterations."""
 
     epoch: int
     step: float | None
@@ -63,11 +57,6 @@ class TellTime(HookBase):
     """Says, after the first epoch, how long the training takes after all.
 
     The first of the hooks: it counts steps, and not what the others do after them.
-
-    Args:
-        plan: what was expected.
-        eval_period: iterations.
-        clock: in seconds.
     """
 
     def __init__(

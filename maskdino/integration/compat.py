@@ -44,11 +44,7 @@ class _CityscapesAlias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None if exists else importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Puts the real module in the place of the new one, so that each is loaded once.
-
-        Raises:
-            ModuleNotFoundError: cityscapesscripts is not installed, or has no such module.
-        """
+        """Puts the real module in the place of the new one, so that each is loaded once."""
         if f"{module.__name__}.".startswith(f"{CITYSCAPES_ALIAS}."):
             real = module.__name__[CITYSCAPES_ALIAS.rfind(".") + 1 :]
             sys.modules[module.__name__] = importlib.import_module(real)
@@ -120,9 +116,6 @@ def create_local_process_group(processes: int) -> None:
     """Tells detectron2 which processes share a machine, in all processes of a training.
 
     Its `comm.get_local_rank` depends on it. Only releases after 0.6 have a function for that.
-
-    Args:
-        processes: on each machine.
     """
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(processes)
@@ -139,10 +132,6 @@ def change_class(model: nn.Module, counterparts: dict[type[nn.Module], type[nn.M
     """Gives modules inside `model` a subclass of their class (in place).
 
     timm (1.0) builds the blocks of its Swin Transformers from a class that no argument changes.
-
-    Args:
-        model: whose modules are changed.
-        counterparts: class -> subclass without state of its own.
     """
     for module in model.modules():
         if type(module) in counterparts:

@@ -35,11 +35,7 @@ class ExtensionError(ImportError):
 
 
 class ExtensionRegistry(Registry):
-    """A registry of fvcore that tells what it holds, and takes what is defined a second time.
-
-    Attributes:
-        key: of the configuration that asks for a name.
-    """
+    """A registry of fvcore that tells what it holds, and takes what is defined a second time."""
 
     def __init__(self, name: str, key: str) -> None:
         super().__init__(name)
@@ -49,13 +45,6 @@ class ExtensionRegistry(Registry):
         """Registers a function or class; also as a decorator, ``@REGISTRY.register()``.
 
         What is defined once more, as in a cell of a notebook, takes the place of what it was.
-
-        Args:
-            obj: function or class.
-            name: other than that of the object.
-
-        Raises:
-            AssertionError: something else has this name.
         """
         if obj is None:
             return lambda item: self.register(item, name=name)
@@ -67,11 +56,7 @@ class ExtensionRegistry(Registry):
         return obj
 
     def find(self, name: str) -> Any:
-        """Gives what was registered under a name.
-
-        Raises:
-            ValueError: nothing was.
-        """
+        """Gives what was registered under a name; ValueError if nothing was."""
         if name not in self:
             known = ", ".join(sorted(known for known, _ in self)) or "nothing"
             raise ValueError(
@@ -81,11 +66,7 @@ class ExtensionRegistry(Registry):
         return self.get(name)
 
     def check(self, names: Iterable[str]) -> None:
-        """Checks that all names are registered.
-
-        Raises:
-            ValueError: one is not.
-        """
+        """Raises a ValueError unless all names are registered."""
         for name in names:
             self.find(name)
 
@@ -166,11 +147,7 @@ def import_extension(word: str | os.PathLike[str]) -> ModuleType:
 
 
 def import_recorded() -> None:
-    """Imports what the process that started this one did, or what the environment names.
-
-    Raises:
-        ExtensionError: see `import_extension`.
-    """
+    """Imports what the process that started this one did, or what the environment names."""
     for word in _recorded():
         import_extension(word)
 

@@ -20,21 +20,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class Offer:
-    """One name and what it stands for with us.
+    """One name and what it stands for with us."""
 
-    Attributes:
-        name: in its registry.
-        find: what the registry holds under the name now; None: nothing.
-        put: registers ours under the name, which is free.
-        drop: frees the name.
-        placed: what `find` returned after `put`; None before.
-    """
-
-    name: str
-    find: Callable[[], Any]
-    put: Callable[[], None]
-    drop: Callable[[], None]
-    placed: Any = None
+    name: str  # in its registry
+    find: Callable[[], Any]  # what the registry holds under the name now; None: nothing
+    put: Callable[[], None]  # registers ours under the name, which is free
+    drop: Callable[[], None]  # frees the name
+    placed: Any = None  # what `find` returned after `put`; None before
 
 
 _offers: list[Offer] = []
@@ -51,12 +43,7 @@ def offer(entry: Offer, *, postponed: bool = False) -> None:
 
 
 def offer_to(registry: Any, *, postponed: bool = False) -> Callable[[Item], Item]:
-    """Decorator of a class or function that a registry of detectron2 is to hold by its name.
-
-    Args:
-        registry: a `fvcore.common.registry.Registry`.
-        postponed: wait for `register_postponed`.
-    """
+    """Decorator of what a registry of fvcore is to hold by its name; see `offer`."""
 
     def decorate(item: Item) -> Item:
         objects, name = registry._obj_map, item.__name__  # a Registry can neither tell nor free

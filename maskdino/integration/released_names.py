@@ -83,11 +83,7 @@ class _Answers(MetaPathFinder):
 
 
 def missing_attribute(name: str) -> object:
-    """`__getattr__` of the package, which Python calls for names that it lacks.
-
-    Raises:
-        AttributeError: always, with the replacement of a released name.
-    """
+    """`__getattr__` of the package, which Python calls for names that it lacks."""
     full = f"maskdino.{name}"
     raise AttributeError(answer_for(full) or f"module 'maskdino' has no attribute {name!r}")
 

@@ -11,21 +11,14 @@ RELEASE = "https://github.com/IDEA-Research/detrex-storage/releases/download/mas
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """One released file.
+    """One released file."""
 
-    Attributes:
-        config: the shipped configuration of the model, relative to `configs/`.
-        file: name of the file in the release.
-        results: published results in percent, by metric; `gflops` and `million_parameters` where
-            published.
-        coarsest_first: the encoder has the coarsest level first; see `decided_by`.
-        sha256: hexadecimal checksum of the file; None where nobody has published or computed one.
-    """
-
-    config: str
-    file: str
+    config: str  # the shipped configuration of the model, relative to `configs/`
+    file: str  # name of the file in the release
+    # Published results in percent, by metric; `gflops` and `million_parameters` where published.
     results: Mapping[str, float]
-    coarsest_first: bool = False
+    coarsest_first: bool = False  # the encoder has the coarsest level first; see `decided_by`
+    # Hexadecimal checksum of the file; None where nobody has published or computed one.
     sha256: str | None = None
 
     @property
@@ -118,9 +111,6 @@ RELEASED = (
 
 def find_released(name: str) -> ReleasedModel:
     """Finds released weights by the name of their configuration or of their file.
-
-    Args:
-        name: such as `coco/instance/maskdino_R50.yaml`; the ending may be left out.
 
     Raises:
         KeyError: if no weights were released under this name; the message lists those there are.

@@ -23,14 +23,9 @@ def load_pretrained(
     revision: str | None = None,
     opts: Sequence[str] = (),
 ) -> tuple[MaskDINO, CfgNode]:
-    """Builds a model of a folder of `save_pretrained`, in evaluation mode.
+    """Builds a model that `find_pretrained` finds, in evaluation mode; `opts` override keys.
 
-    Args:
-        source: the folder; or a file of weights with its configuration; or "user/name" of a model
-            of the Hugging Face Hub.
-        device: None: the configuration's, or the CPU where there is no GPU.
-        revision: of the hub's.
-        opts: keys and values that override the configuration.
+    Without a device, it is on the configuration's, or the CPU where there is no GPU.
 
     Returns:
         The model, and its configuration with the file of weights as MODEL.WEIGHTS.

@@ -29,11 +29,7 @@ RELEASED_WEIGHTS = "released"  # in place of a path: those that were released fo
 
 
 def _configs_folder() -> Path:
-    """The folder of configurations: inside an installed package, or at the root of a checkout.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-    """
+    """The folder of configurations: inside an installed package, or at the root of a checkout."""
     installed = Path(__file__).resolve().parent / "configs"
     checkout = Path(__file__).resolve().parents[2] / "configs"
     for folder in (installed, checkout):
@@ -45,11 +41,9 @@ def _configs_folder() -> Path:
 
 
 def list_configs(trained: bool = False, lazy: bool = False) -> list[str]:
-    """Names of shipped configurations, sorted.
+    """Names of shipped configurations, sorted: all, or those with released weights.
 
-    Args:
-        trained: only those with released weights.
-        lazy: those of detectron2's LazyConfig instead of the YAML files, which our commands read.
+    Either YAML files, which our commands read, or those of detectron2's LazyConfig.
     """
     folder = _configs_folder()
     found = folder.glob(f"{LAZY}*.py") if lazy else folder.rglob("*.yaml")
@@ -182,13 +176,7 @@ def get_checkpoint_url(name: str) -> str:
 
 
 def download(name: str) -> str:
-    """Downloads released weights, with a progress bar, unless they are in iopath's cache.
-
-    Args:
-        name: as for `find_released`.
-
-    Returns:
-        the path of the local file.
+    """Downloads released weights, see `find_released`, unless they are in iopath's cache.
 
     Raises:
         KeyError: if no weights were released under this name.
@@ -217,17 +205,10 @@ def _check_sha256(model: ReleasedModel, path: str) -> None:
 
 
 def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
-    """Builds a model of the zoo, in training mode, and loads its weights.
+    """Builds a model of the zoo, in training mode, and loads its weights; see `get_config_file`.
 
-    Args:
-        name: as for `get_config_file`.
-        trained: load the released weights; otherwise those that start a training (ImageNet's, as a
-            rule).
-        device: where the model is put; None: the GPU if there is one.
-
-    Raises:
-        FileNotFoundError, KeyError, ConnectionError, ValueError: as `get_config` and `download`
-        say.
+    They are the released ones, or those that start a training (ImageNet's, as a rule). Without a
+    device it is put on the GPU if there is one. Errors are those of `get_config` and `download`.
     """
     cfg = read_config(get_config_file(name), RELEASED_WEIGHTS if trained else None)
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,14 +14,10 @@ KEY = "MODEL.DEVICE"
 
 
 def find_device(name: str | torch.device, what: str = KEY) -> torch.device:
-    """Returns the device of a name.
-
-    Args:
-        name: "cpu", "cuda", "cuda:1", or another device that PyTorch knows.
-        what: what named it, for messages.
+    """The device of a name that PyTorch knows, such as "cuda:1".
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: there is no such device here; names `what` asked for it.
     """
     device = _parsed(name, what)
     if device.type == "cuda":
@@ -38,15 +34,11 @@ def find_device(name: str | torch.device, what: str = KEY) -> torch.device:
 
 
 def configured_device(name: str, processes: int = 1) -> torch.device:
-    """Returns the device that MODEL.DEVICE names; where there is no GPU, the CPU in its place.
-
-    Args:
-        name: value of the key.
-        processes: on this machine, which compute at the same time.
+    """The device that MODEL.DEVICE names; where there is no GPU, the CPU in its place.
 
     Raises:
-        ValueError: there is no such device here, though there are GPUs; or the processes would
-            share a GPU.
+        ValueError: there is no such device here, though there are GPUs; or so many processes of
+            this machine would share a GPU.
     """
     if _parsed(name, KEY).type == "cuda" and not torch.cuda.is_available():
         logger.info("%s is %s, but %s: computing on the CPU.", KEY, name, _no_gpu_at_all())
@@ -58,11 +50,7 @@ def configured_device(name: str, processes: int = 1) -> torch.device:
 
 
 def pick_device(wanted: str | torch.device | None, configured: str) -> torch.device:
-    """The device that was asked for, else the configured one, else, without a GPU, the CPU.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
+    """The device that was asked for, else the configured one, else, without a GPU, the CPU."""
     if wanted is None:
         return configured_device(configured)
     return find_device(wanted, "the device asked for")

@@ -60,13 +60,9 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Tells which file could not be written, and what to do, where the system says only why.
+    """Tells which file, of a folder, could not be written, and what to do (WriteError).
 
-    Args:
-        path: of the file, or of the folder that all files written inside are in.
-
-    Raises:
-        WriteError: there is no room, or no permission.
+    The system says only why: no room, or no permission.
     """
     try:
         yield

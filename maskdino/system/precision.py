@@ -71,13 +71,6 @@ def network_precision(name: str, device: torch.device) -> Iterator[None]:
 
     "float32" and "tf32" set PyTorch's switches for TensorFloat-32 in matrix products and
     convolutions of CUDA, which are the process's, and set them back at the end.
-
-    Args:
-        name: value of the key.
-        device: where the network is.
-
-    Raises:
-        ValueError: the device does not compute in it.
     """
     precision = inference_precision(name, device)
     _log_once(f"Inference computes in {precision} on {device} ({KEY} is {name}).")
@@ -91,12 +84,7 @@ def network_precision(name: str, device: torch.device) -> Iterator[None]:
 
 
 def training_precision(dtype: torch.dtype | None, device: torch.device) -> str:
-    """Says in which types training computes, for the log.
-
-    Args:
-        dtype: of autocast; None without it.
-        device: where the network is.
-    """
+    """Says in which types training computes, for the log; None: without autocast."""
     name = "float32" if dtype is None else f"{str(dtype).removeprefix('torch.')} by autocast"
     if device.type != "cuda":
         return f"{name} on {device}"

@@ -67,10 +67,6 @@ def leave_out_deprecations() -> None:
 
 
 def require_detectron2() -> None:
-    """Checks that there is a detectron2, the one requirement that no package index has.
-
-    Raises:
-        ImportError: there is none.
-    """
+    """Raises an ImportError unless there is a detectron2, which no package index has."""
     if importlib.util.find_spec("detectron2") is None:
         raise ImportError(NO_DETECTRON2)

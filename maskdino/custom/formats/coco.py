@@ -20,15 +20,7 @@ NO_PARENT = "none"  # Roboflow's class 0, that of all others
 
 
 def read_coco(tree: Tree, files: Sequence[Path]) -> Dataset:
-    """Reads annotations.
-
-    Args:
-        tree: folder of the images.
-        files: the annotations of each split.
-
-    Raises:
-        DataError: a file is not in the format, two are of one split, or no image is found.
-    """
+    """Reads annotations; DataError for two of one split, or if no image is found."""
     instances = [path for path in files if path.name.startswith("instances")]
     own = instances or files  # COCO's own folders hold captions and keypoints too
     parts = {
@@ -39,11 +31,7 @@ def read_coco(tree: Tree, files: Sequence[Path]) -> Dataset:
 
 
 def by_split(files: Sequence[Path], tree: Tree) -> Iterator[tuple[str | None, Path]]:
-    """Files of annotations with the splits that their names, or folders, tell; in their order.
-
-    Raises:
-        DataError: two are of one split.
-    """
+    """Files of annotations with the splits that their names, or folders, tell; in their order."""
     found: dict[str | None, Path] = {}
     for path in files:
         inside = path.relative_to(tree.root) if path.is_relative_to(tree.root) else Path(path.name)
@@ -62,13 +50,9 @@ def by_split(files: Sequence[Path], tree: Tree) -> Iterator[tuple[str | None, Pa
 def with_images(
     data: Annotations, tree: Tree, split: str | None, labels: Collection[Path] = ()
 ) -> Annotations:
-    """Finds the folder that the names of the images are relative to.
+    """Finds the folder that the names of the images are relative to, somewhere in the tree.
 
-    Args:
-        data: whose images are where nobody knows.
-        tree: folder of the images, somewhere.
-        split: of the data.
-        labels: files that are label images, whatever their names.
+    Files that are label images, whatever their names, are not taken for images.
     """
     names = [str(image.get("file_name", "")) for image in data.images]
     probed = names[:: max(len(names) // PROBED, 1)]

@@ -19,15 +19,7 @@ NO_AREA = ("points", "polyline", "cuboid", "skeleton", "tag")
 
 
 def read_cvat(tree: Tree, file: Path) -> Dataset:
-    """Reads labels.
-
-    Args:
-        tree: folder of the images.
-        file: the XML file.
-
-    Raises:
-        DataError: the file is not readable, or of a video.
-    """
+    """Reads labels; DataError if the file is not readable, or of a video."""
     root = read_xml(file)
     if root.find("track") is not None:
         raise DataError(

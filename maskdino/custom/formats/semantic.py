@@ -74,12 +74,9 @@ class _Pair:
 
 
 def read_semantic(tree: Tree, labels: Tree, classes: str | None) -> Dataset:
-    """Reads labels.
+    """Reads labels; of another folder than the images', all files are labels.
 
-    Args:
-        tree: folder of the images.
-        labels: folder of the labels, the same or another one, all of whose files are labels.
-        classes: names of the classes, or their file; None: a file in the folder has them.
+    Names of classes, or their file, may be given; else a file in the folder has them.
 
     Raises:
         DataError: the names are missing, or there are no labels.
@@ -130,11 +127,7 @@ def _nameless(labels: Tree, found: Sequence[Path]) -> str:
 
 
 def _check_ignored(parts: dict[str | None, Part], found: Sequence[Path], labels: Tree) -> None:
-    """Masks of 0 and 255 are common, but 255 stands for pixels that do not count.
-
-    Raises:
-        DataError: there is nothing to tell apart.
-    """
+    """Refuses masks of 0 and 255, which are common, but 255 stands for pixels that do not count."""
     shown = {x["category_id"] for part in parts.values() for x in part.data.annotations}
     if len(shown) == 1 and {v for path in found[:8] for v in values_of(path)} == {"0", "255"}:
         raise DataError(

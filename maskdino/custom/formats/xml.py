@@ -25,14 +25,9 @@ class Node(Element):
 
 
 def read_xml(path: Path, most: int | None = None) -> Node:
-    """Reads a file.
+    """Reads a file, or so much of it that the outermost element has `most` children.
 
-    Args:
-        path: of the file.
-        most: elements after which reading stops; None: all.
-
-    Raises:
-        DataError: it is not well-formed, or declares entities or a document type.
+    DataError if it is not well-formed, or declares entities or a document type.
     """
     parser = expat.ParserCreate()
     top: list[Node] = []

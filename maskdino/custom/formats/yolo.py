@@ -30,13 +30,9 @@ SPLIT_KEYS = {TRAIN: ("train",), VALIDATION: ("val", "valid", "validation"), TES
 
 
 def read_yolo(tree: Tree, labels: Tree, settings: Path | None) -> Dataset:
-    """Reads labels.
+    """Reads labels, whose names, and perhaps splits, are in the settings.
 
-    Args:
-        tree: folder of the images.
-        labels: folder of the labels, the same or another one; the settings' splits count only if
-            it is the same.
-        settings: the YAML file, or file of names; None: there is none.
+    The splits count only where labels and images are in one folder.
 
     Raises:
         DataError: the names or folders of the settings are not usable.
@@ -108,11 +104,7 @@ def label_files(tree: Tree) -> list[Path]:
 
 
 def read_yaml(path: Path) -> dict:
-    """The content of a YAML file; no tags that make objects of Python.
-
-    Raises:
-        DataError: it is no YAML, or holds no keys and values.
-    """
+    """The content of a YAML file, which has keys and values; its tags make no objects."""
     try:
         content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
