@@ -87,6 +87,11 @@ def test_transparent_palette_lies_on_white(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_image(str(path), "RGB"), [[[255] * 3, [10, 20, 30]]])
 
 
+def test_transparent_arrays_of_either_order() -> None:
+    bgra = rgba()[..., [2, 1, 0, 3]]
+    np.testing.assert_array_equal(load_image(bgra, "BGR"), load_image(rgba()))
+
+
 def test_a_gray_model_sees_gray(tmp_path: Path) -> None:
     path = tmp_path / "gray16.png"
     Image.fromarray(GRAY.astype(np.uint16) * 257).save(path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
 from maskdino.config import load_config
@@ -184,6 +184,25 @@ def test_what_annotations_leave_out_is_filled_in(tmp_path: Path) -> None:
     filled = {"id": 2, "bbox": [1, 2, 3, 4], "area": 12, "iscrowd": 0}
     expected = {"info": {}, "images": [], "annotations": [whole, filled]}
     assert coco_evaluation.read_annotations(str(path), Metadata()) == expected
+
+
+def test_annotations_are_converted_for_each_evaluation(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Those that stand in the folder may be of other data."""
+    name, boxes = "fruits_without_a_file", [[5, 5, 20, 10]]
+    request.addfinalizer(lambda: (DatasetCatalog.remove(name), MetadataCatalog.remove(name)))
+    image = {"file_name": "1.png", "image_id": 1, "height": SIZE[0], "width": SIZE[1]}
+    kind = {"bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    DatasetCatalog.register(
+        name, lambda: [image | {"annotations": [kind | {"bbox": box} for box in boxes]}]
+    )
+    MetadataCatalog.get(name).thing_classes = ["apple"]
+    for number in (1, 2):
+        COCOInstanceEvaluator(name, str(tmp_path), with_masks=False, fast=False)
+        (path,) = tmp_path.glob("*.json")
+        assert len(json.loads(path.read_text())["annotations"]) == number
+        boxes.append([8, 8, 5, 5])
 
 
 @pytest.mark.parametrize("task", ["bbox", "segm"])

@@ -56,6 +56,12 @@ def test_images_are_kept_or_said_to_be_missing(result: ImageResult) -> None:
         _ = result.image
 
 
+def test_masks_are_decoded(result: ImageResult) -> None:
+    expected = [rectangle(2, 3, 10, 9), rectangle(1, 0, 5, 11)]
+    np.testing.assert_array_equal(result.masks, expected)
+    assert result.select(np.array([], int)).masks.shape == (0, *SIZE)
+
+
 def without_masks(entries: list[dict]) -> list[dict]:
     return [{k: v for k, v in entry.items() if k != "segmentation"} for entry in entries]
 
