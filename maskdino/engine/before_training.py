@@ -21,10 +21,7 @@ def check_settings(cfg: CfgNode, *, trains: bool = True) -> None:
     """Checks values, and names of mappers, augmentations, evaluators and writers.
 
     Evaluators depend on the datasets; those that are not registered are left to `check_datasets`.
-
-    Args:
-        cfg: configuration.
-        trains: whether there will be a training, or only an evaluation.
+    Where nothing is to be trained, what only a training reads is not checked.
 
     Raises:
         ValueError: a name is unknown, a value makes no sense (`maskdino.config.checks`), or

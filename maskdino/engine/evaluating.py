@@ -74,10 +74,6 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     With `SOLVER.EMA.ENABLED`, the averaged weights of the file are used, if it has them. With
     `TEST.AUG.ENABLED`, semantic maps are means over several sizes of each image, and mirrored
     ones; evaluations during training are without, as they would take ten times as long.
-
-    Args:
-        cfg: configuration.
-        resume: whether to prefer the last checkpoint.
     """
     cfg = settle_device(cfg)
     check_datasets(cfg)

@@ -10,16 +10,13 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils.events import EventWriter, get_event_storage
 
 from maskdino.checkpoint.ema import WeightAverage
+from maskdino.engine.metrics_file import WINDOW
 
 logger = logging.getLogger(__name__)
 
 
 class PeriodicCheckpoint(HookBase):
     """Writes checkpoints every `period` iterations and at the end, but never of broken weights.
-
-    Args:
-        checkpointer: writes the whole state of the training.
-        period: iterations.
 
     Raises:
         ValueError: if `period` is not positive.
@@ -42,12 +39,7 @@ class PeriodicCheckpoint(HookBase):
 
 
 class SaveAverage(HookBase):
-    """Writes the averaged weights, at the end, as a model of its own.
-
-    Args:
-        checkpointer: writes the model alone, to a folder of its own.
-        average: the averaged weights of that model.
-    """
+    """Writes the averaged weights, at the end, as a model of its own, to a folder of its own."""
 
     def __init__(self, checkpointer: DetectionCheckpointer, average: WeightAverage) -> None:
         self._checkpointer = checkpointer
@@ -113,12 +105,10 @@ class ConsoleWriter(EventWriter):
 
     Args:
         max_iter: iterations in all, for the estimated time of arrival (ETA).
-        window: iterations of the running medians.
     """
 
-    def __init__(self, max_iter: int, window: int = 20) -> None:
+    def __init__(self, max_iter: int) -> None:
         self._max_iter = max_iter
-        self._window = window
         self._last = -1  # iteration that was written
 
     def write(self) -> None:
@@ -130,13 +120,13 @@ class ConsoleWriter(EventWriter):
         histories = storage.histories()
         parts = [f"iter {storage.iter + 1}/{self._max_iter}"]
         if "time" in histories:
-            step = histories["time"].median(self._window)
+            step = histories["time"].median(WINDOW)
             left = int(histories["time"].global_avg() * (self._max_iter - storage.iter - 1))
             storage.put_scalar("eta_seconds", left, smoothing_hint=False)
             parts += [f"eta {datetime.timedelta(seconds=left)}", f"{step:.3g} s/iter"]
         for name in ("total_loss", *_main_losses(histories)):
             if name in histories:
-                parts.append(f"{name} {histories[name].median(self._window):.4g}")
+                parts.append(f"{name} {histories[name].median(WINDOW):.4g}")
         for name, form in (
             ("lr", "lr {:.3g}"),
             ("images_per_second", "{:.3g} images/s"),

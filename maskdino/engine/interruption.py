@@ -18,12 +18,7 @@ _outside: dict[signal.Signals, Any] = {}  # while a watch is installed: the hand
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the training; the text says where it stands.
-
-    Attributes:
-        number: of the signal.
-        status: of the process, 128 and that number.
-    """
+    """A signal ended the training; the text says where it stands, `number` which it was."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)

@@ -11,6 +11,8 @@ from detectron2.utils.events import EventWriter, get_event_storage
 
 from maskdino.system.files import write_errors, written_whole
 
+WINDOW = 20  # iterations of running medians
+
 
 class MetricsFile(EventWriter):
     """Writes a line of JSON for each iteration that is logged, as detectron2's `JSONWriter`.
@@ -20,12 +22,10 @@ class MetricsFile(EventWriter):
 
     Args:
         path: of the file, which a resumed run extends.
-        window: iterations of the running medians.
     """
 
-    def __init__(self, path: str | os.PathLike, window: int = 20) -> None:
+    def __init__(self, path: str | os.PathLike) -> None:
         self._path = Path(path)
-        self._window = window
         self._last = -1  # iteration of the last line
         self._scalars: dict[str, float] = {}  # what it says
         self._begin = self._end = 0  # where it is, in bytes
@@ -52,7 +52,7 @@ class MetricsFile(EventWriter):
         Raises:
             WriteError: there is no room.
         """
-        for iteration, new in latest_scalars(self._window):
+        for iteration, new in latest_scalars():
             if iteration > self._last:
                 self._put(iteration, new, self._end)
             elif iteration == self._last and not new.keys() <= self._scalars.keys():
@@ -74,14 +74,10 @@ class MetricsFile(EventWriter):
         self._begin, self._end = begin, begin + len(line)
 
 
-def latest_scalars(window: int) -> list[tuple[int, dict[str, float]]]:
-    """The last value of each scalar by name, with others of its iteration, in their order.
-
-    Args:
-        window: iterations of the running medians.
-    """
+def latest_scalars() -> list[tuple[int, dict[str, float]]]:
+    """The last value of each scalar by name, with others of its iteration, in their order."""
     found: dict[int, dict[str, float]] = defaultdict(dict)
-    latest = get_event_storage().latest_with_smoothing_hint(window)
+    latest = get_event_storage().latest_with_smoothing_hint(WINDOW)
     for name, (value, iteration) in latest.items():
         found[iteration][name] = float(value)
     return sorted(found.items())

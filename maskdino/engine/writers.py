@@ -14,7 +14,6 @@ import re
 import sys
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.events import EventWriter, TensorboardXWriter
 
 from maskdino.engine.hooks import ConsoleWriter
@@ -83,11 +83,7 @@ class RunWriter(EventWriter):
         self._is_open = False
 
     def start(self, *, goes_on: bool) -> None:
-        """Opens the run, before the first step.
-
-        Args:
-            goes_on: the training was resumed.
-        """
+        """Opens the run, before the first step, that of before where the training goes on."""
         path = self.folder / RUNS_FILE
         runs = json.loads(path.read_text()) if path.is_file() else {}
         runs[self.name] = self.open_run(runs.get(self.name) if goes_on else None)
@@ -99,7 +95,7 @@ class RunWriter(EventWriter):
         """Sends what is new since the last time, smoothed as in the other writers."""
         if not self._is_open:  # the training ended before its first step
             return
-        for iteration, scalars in latest_scalars(window=20):
+        for iteration, scalars in latest_scalars():
             if iteration > self._last_iteration:
                 self.send(scalars, iteration)
                 self._last_iteration = iteration
@@ -176,8 +172,10 @@ class MlflowWriter(RunWriter):
             experiment.experiment_id if experiment else self._client.create_experiment(self.project)
         )
         self._identity = self._client.create_run(number, run_name=self.run_name).info.run_id
-        settings = iter(_flat(self.settings))
-        while part := [Param(key, value[:500]) for key, value in islice(settings, 100)]:
+        settings = iter(flatten_results_dict(self.settings).items())
+        while part := [
+            Param(key.replace("/", "."), str(value)[:500]) for key, value in islice(settings, 100)
+        ]:
             self._client.log_batch(self._identity, params=part)
         return self._identity
 
@@ -196,14 +194,6 @@ class MlflowWriter(RunWriter):
     def close_run(self, *, failed: bool) -> None:
         """See `RunWriter.close_run`."""
         self._client.set_terminated(self._identity, "FAILED" if failed else "FINISHED")
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, str(value)
 
 
 class WriteScalars(hooks.PeriodicWriter):

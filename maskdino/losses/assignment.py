@@ -25,12 +25,7 @@ class PendingMatches:
     """Costs on their way to the host, and assignments that threads work on."""
 
     def __init__(self, costs: Tensor, targets: Targets) -> None:
-        """Starts.
-
-        Args:
-            costs: (O, Q, N), of giving an object to a query of its image.
-            targets: the objects.
-        """
+        """Starts with the costs (O, Q, N) of giving an object to a query of its image."""
         self._targets, self._device = targets, costs.device
         self._copied = None
         if costs.is_cuda:

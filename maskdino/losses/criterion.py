@@ -107,9 +107,8 @@ class Criterion(nn.Module):
         """Reads MODEL.MASK_DINO.LOSS.
 
         Raises:
-            ValueError: if LOSS.CLASSIFICATION is unknown.
-            ValueError: if LOSS.POSITION_SUPERVISED is on without the focal loss, or boxes are not
-                learned.
+            ValueError: if LOSS.CLASSIFICATION is unknown, or LOSS.POSITION_SUPERVISED is on without
+                the focal loss, or without learned boxes.
         """
         node, masks = cfg.MODEL.MASK_DINO.LOSS, cfg.MODEL.MASK_DINO.MASK_ON
         if node.CLASSIFICATION not in ("focal", "cross_entropy"):
@@ -144,11 +143,7 @@ class Criterion(nn.Module):
         }
 
     def supervised(self, states: Sequence[State]) -> dict[str, State]:
-        """Those of the decoder's states that have losses, by the names of these outputs.
-
-        Args:
-            states: before the first layer and after each layer.
-        """
+        """Of states before the first layer and after each, those with losses, by their names."""
         names = (INITIAL, *(f"_layer{i}" for i in range(1, len(states) - 1)), "")
         first = 0 if self.supervise_initial else 1
         if not self.deep_supervision:
@@ -232,17 +227,22 @@ class Criterion(nn.Module):
         if "loss_class" in self.weights:
             classify = self._cross_entropy if self.cross_entropy else self._focal
             terms["loss_class"] = classify(predictions, targets, matches, normalizer)
+        of_pairs: dict[str, Tensor] = {}
         if self.weights.keys() & BOX_LOSSES.keys():
-            terms.update(self._boxes(predictions.boxes.float(), targets, matches, normalizer))
+            of_pairs |= self._boxes(predictions.boxes.float(), targets, matches)
         if with_masks and self.weights.keys() & MASK_LOSSES.keys():
-            terms.update(self._masks(predictions, pixel_embedding, targets, matches, normalizer))
+            of_pairs |= self._masks(predictions, pixel_embedding, targets, matches)
+        for term, loss in of_pairs.items():
+            total = loss.new_zeros(len(predictions.boxes)).index_add(0, matches.output, loss)
+            terms[term] = total / normalizer
         return terms
 
     def _of_pairs(
-        self, losses: dict[str, PairLoss], found: Tensor, wanted: Tensor
+        self, losses: dict[str, PairLoss], found: Tensor, wanted: Tensor, counts: Tensor | float
     ) -> dict[str, Tensor]:
-        """The losses (M,) of matched pairs, without those of weight 0."""
-        return {term: loss(found, wanted) for term, loss in losses.items() if term in self.weights}
+        """The losses (M,) of those matched pairs that count, without terms of weight 0."""
+        used = {term: loss for term, loss in losses.items() if term in self.weights}
+        return {term: loss(found, wanted) * counts for term, loss in used.items()}
 
     def _focal(
         self,
@@ -278,17 +278,11 @@ class Criterion(nn.Module):
         weight = torch.where(labels == no_object, self.no_object_weight, 1.0)
         return (loss * weight).sum((1, 2)) / weight.sum((1, 2))
 
-    def _boxes(
-        self, boxes: Tensor, targets: Targets, matches: Matches, normalizer: float | Tensor
-    ) -> dict[str, Tensor]:
+    def _boxes(self, boxes: Tensor, targets: Targets, matches: Matches) -> dict[str, Tensor]:
         matched = boxes[matches.output, matches.image, matches.query]  # (M, 4)
         wanted = targets.boxes[matches.target]
         counts = targets.is_thing[matches.target] if self.decouple_stuff_boxes else 1.0
-        losses = self._of_pairs(BOX_LOSSES, matched, wanted)
-        return {
-            term: _sum_by_output(loss * counts, matches.output, boxes.shape[0]) / normalizer
-            for term, loss in losses.items()
-        }
+        return self._of_pairs(BOX_LOSSES, matched, wanted, counts)
 
     def _masks(
         self,
@@ -296,7 +290,6 @@ class Criterion(nn.Module):
         pixel_embedding: Tensor | None,
         targets: Targets,
         matches: Matches,
-        normalizer: float | Tensor,
     ) -> dict[str, Tensor]:
         """Mask losses at points (`ops.points` makes the masks of an image a few at a time)."""
         embeddings, pixel_embedding = of_mask_branch(predictions.mask_embeddings, pixel_embedding)
@@ -312,11 +305,7 @@ class Criterion(nn.Module):
             all_logits.append(logits)
             all_labels.append(sample_packed_masks(targets.masks, target, points))
         counts = targets.has_mask[matches.target]
-        losses = self._of_pairs(MASK_LOSSES, joined(all_logits), joined(all_labels))  # (M, P)
-        return {
-            term: _sum_by_output(loss * counts, matches.output, embeddings.shape[0]) / normalizer
-            for term, loss in losses.items()
-        }
+        return self._of_pairs(MASK_LOSSES, joined(all_logits), joined(all_labels), counts)
 
 
 def denoising_matches(denoised: DenoisedOutputs, targets: Targets) -> Matches:
@@ -327,7 +316,3 @@ def denoising_matches(denoised: DenoisedOutputs, targets: Targets) -> Matches:
         query = group * denoising.slots_per_group + slot
         pairs.append(np.stack([output, np.full_like(output, image), query, first + slot]))
     return Matches.from_numpy(pairs, targets.boxes.device)
-
-
-def _sum_by_output(losses: Tensor, output: Tensor, num_outputs: int) -> Tensor:
-    return losses.new_zeros(num_outputs).index_add(0, output, losses)

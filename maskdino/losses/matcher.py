@@ -221,11 +221,7 @@ class HybridMatcher:
 
 
 def check_boxes_are_learned(loss: CfgNode, key: str) -> None:
-    """Refuses a key that compares boxes where they have no loss.
-
-    Args:
-        loss: MODEL.MASK_DINO.LOSS.
-        key: the key, below MODEL.MASK_DINO, that is on.
+    """Refuses a key below MODEL.MASK_DINO that compares boxes where they have no loss.
 
     Raises:
         ValueError: if they have none.
@@ -251,11 +247,7 @@ def _weighted_sum(
 
 
 def _logits_at(embeddings: Tensor, pixel_embedding: Tensor, points: Tensor) -> Tensor:
-    """Mask logits of an image's queries (o, Q, C) at the points (o, P, 2) of each output.
-
-    Returns:
-        (o, Q, P) float32.
-    """
+    """Logits (o, Q, P) of an image's queries (o, Q, C) at the points (o, P, 2) of each output."""
     features = sample_maps(pixel_embedding, points.reshape(1, -1, 2))[0]  # (C, o * P)
     features = features.to(embeddings.dtype).unflatten(1, (len(points), -1)).transpose(0, 1)
     return torch.bmm(embeddings, features).float()

@@ -115,8 +115,9 @@ def captured(call: Callable[[], object], calls: int = 1) -> tuple[torch.cuda.CUD
     return graph, result
 
 
-def replayed_microseconds(call: Callable[[], object], calls: int = 10) -> float:
+def replayed_microseconds(call: Callable[[], object]) -> float:
     """Time of a call on the GPU alone: a captured graph of several calls, replayed."""
+    calls = 10
     graph, _ = captured(call, calls)
     graph.replay()
     replays = max(1, min(20, int(REPLAY_MS / _replay_ms(graph, 1))))
