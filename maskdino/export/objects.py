@@ -16,7 +16,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from maskdino.export.postprocess import inside_image, instances, panoptic, semantic
+from maskdino.export.postprocess import results
 from maskdino.model import MaskDINO
 from maskdino.ops.boxes import iou
 from maskdino.structures import Predictions
@@ -138,11 +138,6 @@ def _results(
     pixels, options = values.get("pixel_embedding"), model.inference
     canvas = (images.shape[2], images.shape[3])
     size = canvas if pixels is None else (pixels.shape[2], pixels.shape[3])
-    task = options.tasks[0]
-    if task == "semantic":
-        return task, semantic(predictions, pixels, size, options)
-    inside = inside_image(torch.tensor([canvas] * len(images)), canvas, size)
-    is_thing = model.is_thing.cpu()
-    if task == "panoptic":
-        return task, panoptic(predictions, pixels, inside, size, options, is_thing)
-    return task, instances(predictions, pixels, inside, canvas, size, options, is_thing)
+    sizes = torch.tensor([canvas] * len(images))
+    task, is_thing = options.tasks[0], model.is_thing.cpu()
+    return task, results(task, predictions, pixels, sizes, canvas, size, options, is_thing)

@@ -24,6 +24,31 @@ from maskdino.structures import Predictions
 Size = tuple[int, int]
 
 
+def results(
+    task: str,
+    predictions: Predictions,
+    pixel_embedding: Tensor | None,
+    image_sizes: Tensor | None,
+    canvas: Size,
+    mask_size: Size,
+    options: InferenceOptions,
+    is_thing: Tensor,
+) -> dict[str, Tensor]:
+    """What `instances`, `panoptic` or `semantic` gives, whichever the task names.
+
+    Raises:
+        ValueError: the task needs `image_sizes` (B, 2), see `inside_image`, and there are none.
+    """
+    if task == "semantic":
+        return semantic(predictions, pixel_embedding, mask_size, options)
+    if image_sizes is None:
+        raise ValueError(f"outputs {task!r} need the sizes of the images")
+    inside = inside_image(image_sizes, canvas, mask_size)
+    if task == "panoptic":
+        return panoptic(predictions, pixel_embedding, inside, mask_size, options, is_thing)
+    return instances(predictions, pixel_embedding, inside, canvas, mask_size, options, is_thing)
+
+
 def instances(
     predictions: Predictions,
     pixel_embedding: Tensor | None,

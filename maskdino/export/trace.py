@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from maskdino.export.gather import gather_attention
 from maskdino.export.half import store_in_half
 from maskdino.export.plugin import plugin_attention, plugin_translation
-from maskdino.export.postprocess import inside_image, instances, panoptic, semantic
+from maskdino.export.postprocess import results
 from maskdino.model import MaskDINO
 from maskdino.modeling.attention import DeformableAttention, deformable_attention_by
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused, ms_deform_attn_fused_reference
@@ -165,15 +165,16 @@ class ExportableNetwork(nn.Module):
         masks = canvas
         if options.mask_size == "quarter" and pixel_embedding is not None:
             masks = (pixel_embedding.shape[2], pixel_embedding.shape[3])
-        common = (model.inference, model.is_thing)
-        if options.outputs == "semantic":
-            return semantic(predictions, pixel_embedding, masks, model.inference)
-        if image_sizes is None:
-            raise ValueError(f"outputs {options.outputs!r} need the sizes of the images")
-        inside = inside_image(image_sizes, canvas, masks)
-        if options.outputs == "panoptic":
-            return panoptic(predictions, pixel_embedding, inside, masks, *common)
-        return instances(predictions, pixel_embedding, inside, canvas, masks, *common)
+        return results(
+            options.outputs,
+            predictions,
+            pixel_embedding,
+            image_sizes,
+            canvas,
+            masks,
+            model.inference,
+            model.is_thing,
+        )
 
 
 def size_unit(model: MaskDINO) -> int:
