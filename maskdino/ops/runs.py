@@ -45,9 +45,9 @@ def rle_of(runs: np.ndarray, size: tuple[int, int]) -> dict:
     edges = runs.ravel()
     going_on = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
     edges = np.delete(edges, np.concatenate([going_on, going_on + 1]))
-    counts = np.diff(edges, prepend=0, append=size[0] * size[1]).tolist()
+    counts = np.diff(edges, prepend=0, append=size[0] * size[1])
     if len(counts) > 1 and counts[-1] == 0:
-        counts.pop()
+        counts = counts[:-1]
     return mask_utils.frPyObjects({"size": list(size), "counts": counts}, *size)
 
 
