@@ -13,8 +13,8 @@ magnitude of each.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +23,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import BitMasks, Instances
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from maskdino.checkpoint.released_config import convert_config
 from maskdino.checkpoint.released_weights import ReleasedStructure, convert_weights, our_names
-from maskdino.config import add_maskdino_config
+from maskdino.config import load_config
 from maskdino.model import MaskDINO
 from maskdino.ops import PointSampler, mask_logits
 from maskdino.structures import PackedMasks
@@ -39,12 +38,12 @@ from maskdino.targets import prepare_targets
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "data" / "parity"
 VALUE_BOUND, GRADIENT_BOUND = 1e-4, 1e-3
 OUTPUT_SIZE = (256, 320)  # height and width that the cases ask for
-TERMS = {
-    "loss_ce": "loss_class",
-    "loss_bbox": "loss_l1",
+RELEASED_TERMS = {
+    "loss_class": "loss_ce",
+    "loss_l1": "loss_bbox",
     "loss_giou": "loss_giou",
-    "loss_mask": "loss_mask_bce",
-    "loss_dice": "loss_mask_dice",
+    "loss_mask_bce": "loss_mask",
+    "loss_mask_dice": "loss_dice",
 }
 
 
@@ -70,13 +69,12 @@ class Case:
     def __init__(self, folder: Path, name: str, device: str = "cpu") -> None:
         self.inputs = dict(np.load(folder / f"{name}_inputs.npz"))
         self.expected = dict(np.load(folder / f"{name}_expected.npz"))
-        self.weights = {
-            key: torch.from_numpy(value)
-            for key, value in _weight_maker(folder)
-            .released_weights(str(folder / f"{name}_parameters.tsv"))
-            .items()
-        }
-        self.cfg = released_cfg(folder / f"{name}_config.yaml")
+        made = runpy.run_path(str(folder / "make_weights.py"))["released_weights"](
+            str(folder / f"{name}_parameters.tsv")
+        )
+        self.weights = {key: torch.from_numpy(value) for key, value in made.items()}
+        self.cfg = load_config()
+        convert_config(yaml.safe_load((folder / f"{name}_config.yaml").read_text()), self.cfg)
         self.cfg.MODEL.DEVICE = device
         self.model = MaskDINO(self.cfg).to(device)
         heads = self.cfg.MODEL.MASK_DINO.ENCODER.NUM_HEADS
@@ -127,10 +125,8 @@ class Case:
             if "sem_seg" in result:
                 yield f"result/{i}/sem_seg", result["sem_seg"]
                 classes = result["sem_seg"].argmax(0).flatten()
-                yield (
-                    f"result/{i}/sem_seg_argmax_hist",
-                    torch.bincount(classes, minlength=len(result["sem_seg"])),
-                )
+                counts = torch.bincount(classes, minlength=len(result["sem_seg"]))
+                yield f"result/{i}/sem_seg_argmax_hist", counts
             if "panoptic_seg" in result:
                 ids, segments = result["panoptic_seg"]
                 yield f"result/{i}/panoptic_seg", ids
@@ -152,9 +148,8 @@ class Case:
             of_image.gt_boxes = BitMasks(masks).get_bounding_boxes()
             of_image.gt_masks = PackedMasks.from_bool(masks)
             instances.append(of_image)
-        targets = prepare_targets(
-            instances, tuple(images.shape[-2:]), model.is_thing, images.device
-        )
+        canvas = tuple(images.shape[-2:])
+        targets = prepare_targets(instances, canvas, model.is_thing, images.device)
         first = 1 - int(model.criterion.supervise_initial)
         return {
             released_loss_name(name, first): loss
@@ -166,32 +161,23 @@ class Case:
 
         Reordering levels does not change a norm.
         """
-        parameters = dict(self.model.named_parameters())
         shapes = {k: tuple(v.shape) for k, v in self.weights.items()}
         structure = ReleasedStructure.from_shapes(shapes)
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        parameters = self.model.named_parameters()
+        gradients = {name: p.grad for name, p in parameters if p.grad is not None}
         return {
             f"grad_norm/{name}": gradients[ours].norm().item() if ours in gradients else 0.0
             for name, ours in our_names(self.weights, structure).items()
         }
 
 
-def released_cfg(path: Path) -> CfgNode:
-    """Our configuration from a released YAML file."""
-    cfg = get_cfg()
-    add_maskdino_config(cfg)
-    convert_config(yaml.safe_load(path.read_text()), cfg)
-    return cfg
-
-
 def released_loss_name(name: str, first_layer: int = 0) -> str:
     """`loss_l1_denoising_layer2` to `loss/loss_bbox_dn_2`; numbers count from `first_layer`."""
     found = re.fullmatch(r"(loss_\w+?)(_denoising)?(_initial|_proposal|_layer\d+)?", name)
-    term = next(released for released, ours in TERMS.items() if ours == found[1])
     suffix = {None: "", "_initial": "_0", "_proposal": "_interm"}.get(found[3])
     if suffix is None:
         suffix = f"_{int(found[3].removeprefix('_layer')) - first_layer}"
-    return f"loss/{term}{'_dn' if found[2] else ''}{suffix}"
+    return f"loss/{RELEASED_TERMS[found[1]]}{'_dn' if found[2] else ''}{suffix}"
 
 
 def relative_error(ours: np.ndarray, expected: np.ndarray) -> float:
@@ -207,11 +193,8 @@ def pooled(ours: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
     Of (height, width) segments, which have no mean, it is the upper left pixel of each block.
     """
-    if (
-        ours.ndim not in (2, 3)
-        or ours.ndim != expected.ndim
-        or ours.shape[-1] == expected.shape[-1]
-    ):
+    is_map = ours.ndim in (2, 3) and ours.ndim == expected.ndim
+    if not is_map or ours.shape[-1] == expected.shape[-1]:
         return ours
     sizes = zip(ours.shape[-2:], expected.shape[-2:], strict=True)
     block = tuple(max(1, have // max(1, want)) for have, want in sizes)
@@ -253,17 +236,8 @@ def compare(case: Case) -> Iterator[tuple[str, float, float]]:
     for name, expected in case.expected.items():
         bound = GRADIENT_BOUND if name.startswith("grad_norm/") else VALUE_BOUND
         ours = computed.get(name, np.zeros(()) if name.startswith("loss/") else None)
-        yield (
-            name,
-            float("inf") if ours is None else relative_error(pooled(ours, expected), expected),
-            bound,
-        )
-
-
-def case_names(folder: Path) -> list[str]:
-    """Names of the cases that a folder holds, in order."""
-    suffix = "_expected.npz"
-    return sorted(path.name.removesuffix(suffix) for path in folder.glob(f"*{suffix}"))
+        error = float("inf") if ours is None else relative_error(pooled(ours, expected), expected)
+        yield name, error, bound
 
 
 def report(case: Case, name: str) -> bool:
@@ -288,19 +262,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", help="name of the case, such as instance; by default all")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args(arguments)
-    found = case_names(asked.folder)
+    suffix = "_expected.npz"
+    found = sorted(path.name.removesuffix(suffix) for path in asked.folder.glob(f"*{suffix}"))
     if not found or (asked.case and asked.case not in found):
         parser.error(f"no case {asked.case or ''} in {asked.folder}; found: {found}")
     names = [asked.case] if asked.case else found
     passed = [report(Case(asked.folder, name, asked.device), name) for name in names]
     return int(not all(passed))
-
-
-def _weight_maker(folder: Path) -> object:
-    spec = importlib.util.spec_from_file_location("make_weights", folder / "make_weights.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":
