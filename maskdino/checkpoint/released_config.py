@@ -7,7 +7,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from maskdino.config.loading import get_value
+from maskdino.config.loading import flatten, get_value
 
 NODE = "MODEL.MASK_DINO."
 # Released key -> our key, or several; values are carried over.
@@ -157,10 +157,6 @@ def _mapper(name: str) -> dict[str, object]:
 def convert_config(released: Mapping[str, object], cfg: CfgNode) -> list[str]:
     """Carries the values of a released configuration into ours.
 
-    Args:
-        released: the nested mapping of a released YAML file (with its base files merged).
-        cfg: our configuration, changed in place.
-
     Returns:
         What a user should know: keys that have no meaning here, and keys of neither code.
 
@@ -221,18 +217,6 @@ def _remarks(flat: Mapping[str, object], foreign: list[str], hidden_dim: int) ->
         )
     without = sorted(NO_MEANING.keys() & flat.keys())
     return remarks + ([f"left out, without meaning here: {', '.join(without)}"] if without else [])
-
-
-def flatten(node: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested mappings to one with dotted keys."""
-    flat: dict[str, object] = {}
-    for key, value in node.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def set_value(cfg: CfgNode, key: str, value: Any) -> None:

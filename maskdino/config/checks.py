@@ -19,12 +19,7 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a value may be.
-
-    Attributes:
-        text: for messages.
-        holds: whether a value is allowed.
-    """
+    """What a value may be, with a text for messages."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -69,16 +64,13 @@ RULES: dict[str, Allowed] = {
     f"{_MODEL}NUM_CLASSES": COUNT,
     f"{_MODEL}HIDDEN_DIM": COUNT,
     f"{_MODEL}SIZE_DIVISIBILITY": COUNT_OR_0,
-    f"{_MODEL}ENCODER.NUM_LAYERS": COUNT,
     f"{_MODEL}ENCODER.NUM_LEVELS": COUNT,
-    f"{_MODEL}ENCODER.NUM_HEADS": COUNT,
-    f"{_MODEL}ENCODER.NUM_POINTS": COUNT,
-    f"{_MODEL}ENCODER.FEEDFORWARD_DIM": COUNT,
-    f"{_MODEL}DECODER.NUM_LAYERS": COUNT,
     f"{_MODEL}DECODER.NUM_LEVELS": COUNT_OR_0,
-    f"{_MODEL}DECODER.NUM_HEADS": COUNT,
-    f"{_MODEL}DECODER.NUM_POINTS": COUNT,
-    f"{_MODEL}DECODER.FEEDFORWARD_DIM": COUNT,
+    **{
+        f"{_MODEL}{part}.{name}": COUNT
+        for part in ("ENCODER", "DECODER")
+        for name in ("NUM_LAYERS", "NUM_HEADS", "NUM_POINTS", "FEEDFORWARD_DIM")
+    },
     f"{_MODEL}QUERY_SELECTION.NUM_QUERIES": COUNT,
     f"{_MODEL}QUERY_SELECTION.MASK_ENHANCED_ANCHORS": one_of("mask2box", "bitmask", "none"),
     f"{_MODEL}QUERY_SELECTION.EMPTY_MASKS": one_of("box", "corner"),
@@ -102,21 +94,21 @@ RULES: dict[str, Allowed] = {
     "MODEL.PIXEL_MEAN": numbers(FINITE),
     "MODEL.PIXEL_STD": numbers(ABOVE_0),
     "MODEL.TIMM.DROP_PATH_RATE": BELOW_1,
+    **dict.fromkeys(
+        (f"INPUT.{name}_SCALE" for name in ("LSJ.MIN", "LSJ.MAX", "MOSAIC.MIN", "MOSAIC.MAX")),
+        ABOVE_0,
+    ),
+    **dict.fromkeys((f"SOLVER.WEIGHT_DECAY{part}" for part in ("", "_NORM", "_EMBED")), WEIGHT),
+    **dict.fromkeys(("SOLVER.BASE_LR", "SOLVER.BACKBONE_MULTIPLIER"), WEIGHT),
+    **dict.fromkeys(("SOLVER.GAMMA", "SOLVER.WARMUP_FACTOR"), WEIGHT),
     "SOLVER.OPTIMIZER": one_of("ADAMW", "SGD"),
     "SOLVER.IMS_PER_BATCH": COUNT,
     "SOLVER.ACCUMULATION_STEPS": COUNT,
     "SOLVER.MAX_ITER": COUNT,
     "SOLVER.CHECKPOINT_PERIOD": COUNT,
-    "SOLVER.BASE_LR": at_least(0),
-    "SOLVER.BACKBONE_MULTIPLIER": at_least(0),
     "SOLVER.LAYER_DECAY": Allowed("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "SOLVER.WEIGHT_DECAY": at_least(0),
-    "SOLVER.WEIGHT_DECAY_NORM": at_least(0),
-    "SOLVER.WEIGHT_DECAY_EMBED": at_least(0),
     "SOLVER.MOMENTUM": BELOW_1,
     "SOLVER.STEPS": numbers(WHOLE),
-    "SOLVER.GAMMA": at_least(0),
-    "SOLVER.WARMUP_FACTOR": at_least(0),
     "SOLVER.WARMUP_ITERS": COUNT_OR_0,
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ABOVE_0,
     "SOLVER.EMA.DECAY": BELOW_1,
@@ -128,14 +120,10 @@ RULES: dict[str, Allowed] = {
     "OUTPUT_DIR": FOLDER,
     "INPUT.FORMAT": one_of(*FORMATS),
     "INPUT.LSJ.SIZE": numbers(SIDE, 2),
-    "INPUT.LSJ.MIN_SCALE": ABOVE_0,
-    "INPUT.LSJ.MAX_SCALE": ABOVE_0,
     "INPUT.COPY_PASTE.PROBABILITY": SHARE,
     "INPUT.COPY_PASTE.MAX_OBJECTS": COUNT,
     "INPUT.COPY_PASTE.MIN_VISIBLE": SHARE,
     "INPUT.MOSAIC.PROBABILITY": SHARE,
-    "INPUT.MOSAIC.MIN_SCALE": ABOVE_0,
-    "INPUT.MOSAIC.MAX_SCALE": ABOVE_0,
     "INPUT.MOSAIC.MIN_VISIBLE": SHARE,
     "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": SHARE,
     "INPUT.MIN_SIZE_TEST": COUNT_OR_0,
@@ -151,14 +139,7 @@ RULES: dict[str, Allowed] = {
 
 
 def check_values(cfg: CfgNode) -> None:
-    """Checks all values that have a rule.
-
-    Args:
-        cfg: configuration, whose keys have the right types.
-
-    Raises:
-        ConfigError: a value is not allowed; the message says which are.
-    """
+    """Checks all values that have a rule; ConfigError, with what is allowed, for others."""
     for key, allowed in RULES.items():
         value = get_value(cfg, key)
         try:
@@ -204,11 +185,7 @@ def _check_model(model: CfgNode) -> None:
 
 
 def check_training(cfg: CfgNode) -> None:
-    """Checks what a training needs besides.
-
-    Raises:
-        ConfigError: it lacks something.
-    """
+    """Checks what a training needs besides, or raises a ConfigError."""
     if not cfg.DATASETS.TRAIN:
         raise ConfigError("DATASETS.TRAIN is (); it must name at least one dataset to train on")
     batch, steps = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATION_STEPS

@@ -12,6 +12,7 @@ def add_maskdino_config(cfg: CfgNode) -> None:
     """
     register_postponed()
     _add_model(cfg)
+    _add_queries_and_decoder(cfg)
     _add_backbone(cfg)
     _add_matcher_and_loss(cfg)
     _add_test(cfg)
@@ -58,6 +59,9 @@ def _add_model(cfg: CfgNode) -> None:
     pixel_embedding = model.PIXEL_EMBEDDING = CfgNode()
     pixel_embedding.IN_FEATURE = "res2"  # backbone feature at 1/4 of the image
 
+
+def _add_queries_and_decoder(cfg: CfgNode) -> None:
+    model = cfg.MODEL.MASK_DINO
     # Unified and enhanced query selection (section 3.5).
     selection = model.QUERY_SELECTION = CfgNode()
     selection.ENABLED = True  # False: learned content queries and anchors

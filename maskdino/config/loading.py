@@ -6,7 +6,7 @@ Nothing in a file is executed.
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -45,10 +45,10 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     cfg = get_cfg()
     add_maskdino_config(cfg)
     extend_config(cfg)
-    known, whole = dict.fromkeys(_key_names(cfg)), cfg.clone()
+    known, whole = flatten(cfg), cfg.clone()
     if config_file:
         loaded = read_file(config_file)
-        names = [name for name in _key_names(loaded) if not name.startswith(_OPEN_NODES)]
+        names = [name for name in flatten(loaded) if not name.startswith(_OPEN_NODES)]
         _check_keys(names, known, f"in {config_file}", read_header(config_file) or _OWN_KEYS)
         try:
             _merge_file(cfg, config_file, loaded)
@@ -68,11 +68,7 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
 
 
 def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
-    """Sets single values, whose keys are known (in place).
-
-    Raises:
-        ValueError: a value has the wrong type; the message names its key.
-    """
+    """Sets single values, whose keys are known (in place); ValueError for a wrong type."""
     usual = cfg.clone()
     try:
         cfg.merge_from_list(_with_floats(cfg, overrides))
@@ -162,10 +158,6 @@ def read_file(config_file: str) -> dict[str, Any]:
 def read_yaml(path: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dict[Any, Any]:
     """The keys and values of a file, which has some.
 
-    Args:
-        path: of the file.
-        loader: what its tags mean; nothing is executed.
-
     Raises:
         OSError: it cannot be read.
         ValueError: it is no YAML, or none with keys; one line with file and, if known, line.
@@ -190,15 +182,7 @@ def read_yaml(path: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dic
 
 
 def _check_yaml(path: str, within: tuple[str, ...] = ()) -> None:
-    """Checks that a file, and every `_BASE_` of it, is YAML with keys and values.
-
-    Args:
-        path: of the file.
-        within: the files that name it as `_BASE_`, the first one first.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_config`.
-    """
+    """Checks that a file, named as `_BASE_` by others, and every `_BASE_` of it, is YAML."""
     if path in within:
         raise ValueError(f"{path} is its own _BASE_: {' -> '.join([*within, path])}")
     named = f"{within[-1]} names it as _BASE_, but " if within else ""
@@ -219,17 +203,20 @@ def _check_yaml(path: str, within: tuple[str, ...] = ()) -> None:
             _check_yaml(os.path.normpath(found), (*within, path))
 
 
-def _key_names(node: dict, prefix: str = "") -> Iterator[str]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to one with dotted keys."""
+    flat: dict[str, Any] = {}
     for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _key_names(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def _check_keys(
-    names: Iterator[str] | Sequence[str],
-    known: dict[str, None],
+    names: Sequence[str],
+    known: Mapping[str, Any],
     where: str,
     header: str = _OWN_KEYS,
 ) -> None:
@@ -240,7 +227,7 @@ def _check_keys(
             raise KeyError(f"Unknown configuration key {name} {where}{hint}{header}")
 
 
-def _keys_ending_alike(name: str, known: dict[str, None]) -> list[str]:
+def _keys_ending_alike(name: str, known: Mapping[str, Any]) -> list[str]:
     last = name.rpartition(".")[2]
     alike = [key for key in known if key.rpartition(".")[2] == last]
     return sorted(alike, key=lambda key: "MASK_DINO" not in key)[:3]
@@ -264,7 +251,7 @@ def complete_config(cfg: CfgNode) -> CfgNode:
     """
     whole = get_cfg()
     add_maskdino_config(whole)
-    if set(_key_names(whole)) <= set(_key_names(cfg)):
+    if flatten(whole).keys() <= flatten(cfg).keys():
         return cfg
     whole.set_new_allowed(True)
     whole.merge_from_other_cfg(cfg)
