@@ -13,6 +13,7 @@ from maskdino.custom.plan import Machine
 from maskdino.custom.prepare import PreparedData
 from maskdino.engine.best_checkpoint import Evaluation
 
+MOST_LISTED = 10  # classes
 _OF_OBJECTS = {"AP": "AP", "AP50": None, "AP75": None}
 # Of each task of an evaluation what it is called, and the metrics, with those of single classes.
 METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
@@ -95,11 +96,12 @@ def _decay(cfg: CfgNode) -> str:
     return f"{cfg.SOLVER.GAMMA:g} of it from each of the iterations {list(cfg.SOLVER.STEPS)} on"
 
 
-def _counts(summary: Summary, most: int = 10) -> str:
+def _counts(summary: Summary) -> str:
     """The most common classes with their number of objects, segments or images."""
     common = sorted(summary.counts.items(), key=lambda item: -item[1])
-    listed = ", ".join(f"{name} ({count})" for name, count in common[:most])
-    listed += f", and {len(common) - most} more" if len(common) > most else ""
+    listed = ", ".join(f"{name} ({count})" for name, count in common[:MOST_LISTED])
+    more = len(common) - MOST_LISTED
+    listed += f", and {more} more" if more > 0 else ""
     return listed + (f"; no things: {', '.join(summary.stuff)}" if summary.stuff else "")
 
 

@@ -13,19 +13,9 @@ from detectron2.utils import comm
 
 from maskdino.config import load_config
 from maskdino.config.loading import merge_overrides
+from maskdino.custom import plan
 from maskdino.custom.annotations import summarize
 from maskdino.custom.measure import Pace, measure_pace
-from maskdino.custom.plan import (
-    VALIDATION_NAME,
-    Machine,
-    apply_batch,
-    apply_data,
-    apply_schedule,
-    epoch_length,
-    find_machine,
-    fit_memory,
-    set_batch,
-)
 from maskdino.custom.prepare import prepare_data, prepared_files, register_prepared
 from maskdino.custom.report import QUALITIES, plan_text, results_text
 from maskdino.custom.request import Request
@@ -46,11 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """Where the parts of a run are.
-
-    Attributes:
-        output: folder of the run.
-    """
+    """Where the parts of a run are."""
 
     output: Path
 
@@ -83,7 +69,7 @@ class Run:
         best = self._history(load_config(str(self.config))).best
         if best is None:
             return "no evaluation yet"
-        summary = summarize(prepared_files(self.output)[VALIDATION_NAME].read())
+        summary = summarize(prepared_files(self.output)[plan.VALIDATION_NAME].read())
         title = f"{QUALITIES[summary.task]} on the validation images, in percent, best of all "
         title += f"evaluations (iteration {best.iteration + 1}):"
         return f"{title}\n{results_text(best, summary)}"
@@ -116,7 +102,7 @@ def plan_run(request: Request) -> tuple[Run, str]:
         FileNotFoundError, KeyError, ConnectionError: see `read_start`.
     """
     run = Run(request.output)
-    machine = find_machine(request.processes)
+    machine = plan.find_machine(request.processes)
     # Before the data, whose check takes longer.
     cfg = (
         read_default(machine, request)
@@ -125,17 +111,17 @@ def plan_run(request: Request) -> tuple[Run, str]:
     )
     data = prepare_data(request)
     register_prepared(request.output)
-    apply_data(cfg, data.train, machine, request)
+    plan.apply_data(cfg, data.train, machine, request)
     known = request.epochs and request.batch_size
-    memory = None if known else fit_memory(cfg, data.train, machine, request)
-    apply_batch(cfg, data.train, machine, request, memory)
+    memory = None if known else plan.fit_memory(cfg, data.train, machine, request)
+    plan.apply_batch(cfg, data.train, machine, request, memory)
     pace = None if known else fit_pace(cfg, machine, request, data.validation.images)
-    epochs = apply_schedule(cfg, data.train, machine, request, pace)
+    epochs = plan.apply_schedule(cfg, data.train, machine, request, pace)
     cfg.OUTPUT_DIR = str(request.output)
     merge_overrides(cfg, request.overrides)
     judge_by_task(cfg)
     Plan(
-        epoch_length(cfg, data.train),
+        plan.epoch_length(cfg, data.train),
         None if pace is None else pace.step,
         0.0 if pace is None else pace.evaluation,
     ).write(request.output)
@@ -147,14 +133,8 @@ def plan_run(request: Request) -> tuple[Run, str]:
     return run, text
 
 
-def fit_pace(cfg: CfgNode, machine: Machine, request: Request, images: int) -> Pace:
+def fit_pace(cfg: CfgNode, machine: plan.Machine, request: Request, images: int) -> Pace:
     """Measures with all settings that are known, and makes batches smaller until one fits.
-
-    Args:
-        cfg: with batch size, of all processes; may get a smaller one.
-        machine: where it will train.
-        request: what was asked for.
-        images: of an evaluation.
 
     Raises:
         DataError: not even one image fits, or the batch that was asked for does not.
@@ -172,7 +152,7 @@ def fit_pace(cfg: CfgNode, machine: Machine, request: Request, images: int) -> P
                 f"a batch of {batch} images does not fit in {machine.processes} x "
                 f"{machine.memory_mb:.0f} MB; give a smaller --batch-size or --image-size"
             )
-        set_batch(cfg, batch // 2)
+        plan.set_batch(cfg, batch // 2)
 
 
 def judge_by_task(cfg: CfgNode) -> None:
@@ -189,12 +169,8 @@ def judge_by_task(cfg: CfgNode) -> None:
         cfg.SOLVER.BEST.METRIC = "panoptic_seg/PQ" if test.PANOPTIC_ON else "sem_seg/mIoU"
 
 
-def read_default(machine: Machine, request: Request) -> CfgNode:
-    """The configuration that suits the machine, or one whose weights need no network.
-
-    Raises:
-        ConnectionError: weights that were asked for cannot be downloaded.
-    """
+def read_default(machine: plan.Machine, request: Request) -> CfgNode:
+    """The configuration that suits the machine, or one whose weights need no network."""
     try:
         return read_start(DEFAULT_CONFIGS[machine.device], request)
     except ConnectionError as error:
@@ -222,11 +198,7 @@ def read_start(config: str, request: Request) -> CfgNode:
 def train_run(run: Run, resume: bool, early_stop: int) -> None:
     """Trains, in one of possibly several processes.
 
-    Args:
-        run: a planned one.
-        resume: go on from its last checkpoint, if there is one.
-        early_stop: evaluations without a better result after which training ends; 0: as
-            SOLVER.BEST.PATIENCE says.
+    After `early_stop` evaluations without a better result it ends; 0: as SOLVER.BEST.PATIENCE says.
     """
     open_logs(run.output)
     logger.info("The whole configuration is in %s", run.config)

@@ -34,7 +34,9 @@ def split(data: Annotations) -> tuple[Annotations, Annotations]:
             complete[annotation["image_id"]] = False
     left = Counter(name for names in classes.values() for name in names)
     chosen: set = set()
-    for image in sorted(data.images, key=_order):
+    for image in sorted(
+        data.images, key=lambda x: hashlib.sha256(x["file_name"].encode()).digest()
+    ):
         if len(chosen) == wanted:
             break
         own = classes[image["id"]]
@@ -50,7 +52,3 @@ def split(data: Annotations) -> tuple[Annotations, Annotations]:
         )
     rest = {image["id"] for image in data.images} - chosen
     return data.only(rest), data.only(chosen)
-
-
-def _order(image: dict) -> bytes:
-    return hashlib.sha256(image["file_name"].encode()).digest()

@@ -400,7 +400,11 @@ WRONG: list[tuple[Callable, Callable[[Path], None], str]] = [
         "ends before it begins",
     ),
     (written.write_voc, remove("scene_0.png"), "there is no image 'scene_0.png' in"),
-    (written.write_labelme, put("train/scene_0.json", "{\n,"), r"scene_0\.json, line 2: no well-f"),
+    (
+        written.write_labelme,
+        put("train/scene_0.json", "{\n,"),
+        r"scene_0\.json cannot be read as JSON: .*line 2",
+    ),
     (written.write_labelme, put("train/scene_0.json", "{}"), "no list 'shapes'"),
     (
         written.write_labelme,
@@ -480,7 +484,7 @@ def test_one_line_says_what_is_wrong(
             "notes of mine",
             r"no images and no annotations of a known format \(COCO, YOLO, Pascal VOC,",
         ),
-        ("val/_annotations.coco.json", "", "no well-formed JSON"),
+        ("val/_annotations.coco.json", "", "cannot be read as JSON: .*line 1"),
     ],
 )
 def test_other_formats_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:

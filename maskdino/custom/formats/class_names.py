@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from maskdino.custom.formats.files import Tree, read_text
-from maskdino.custom.formats.labelme import read_json
 from maskdino.custom.formats.yolo import read_yaml
 from maskdino.custom.maps import LabelClass
 from maskdino.data import DataError
+from maskdino.data.reading import read_json
 
 SUFFIXES = (".txt", ".csv", ".json", ".yaml", ".yml")
 # How files of class names are called, without suffix; the last ones may hold other things.
@@ -47,14 +47,7 @@ def find_classes(labels: Tree) -> tuple[list[LabelClass], Path] | None:
     """
     found = [path for path in labels.of(*SUFFIXES) if path.stem.lower() in NAMES]
     if not found:
-        above = (labels.root.parent, labels.root.parent.parent)
-        found = [
-            path
-            for folder in above
-            for name in NAMES
-            for suffix in SUFFIXES
-            if (path := folder / f"{name}{suffix}").is_file()
-        ]
+        found = labels.above([f"{name}{suffix}" for name in NAMES for suffix in SUFFIXES])
     found.sort(key=lambda path: (len(path.parts), NAMES.index(path.stem.lower())))
     read: dict[Path, list[LabelClass]] = {}
     for path in found:
@@ -78,11 +71,7 @@ def find_classes(labels: Tree) -> tuple[list[LabelClass], Path] | None:
 
 
 def asked_classes(text: str) -> list[LabelClass]:
-    """Classes of the command line: names with commas between them, or a file.
-
-    Raises:
-        DataError: they cannot be read.
-    """
+    """Classes of the command line: names with commas between them, or a file."""
     path = Path(text)
     if path.suffix.lower() in SUFFIXES:
         if not path.is_file():
@@ -95,14 +84,10 @@ def asked_classes(text: str) -> list[LabelClass]:
 
 
 def read_classes(path: Path) -> list[LabelClass]:
-    """Reads a file.
-
-    Raises:
-        DataError: it is none of the known ones, or names a class, value or color twice.
-    """
+    """Reads a file; DataError if it is none of the known ones, or names something twice."""
     suffix = path.suffix.lower()
     if suffix == ".json":
-        classes = _of_content(read_json(path), path)
+        classes = _of_content(read_json(str(path), "utf-8-sig"), path)
     elif suffix in (".yaml", ".yml"):
         classes = _of_content(read_yaml(path), path)
     else:

@@ -31,34 +31,23 @@ class Unreadable(Finding):
 
 @dataclass
 class Part:
-    """The data of one split.
+    """The data of one split."""
 
-    Attributes:
-        data: the annotations.
-        findings: what was wrong with the files that they came from.
-        by_name: whether classes have names alone, so that their numbers can be chosen.
-    """
-
-    data: Annotations
+    data: Annotations  # the annotations
+    # What was wrong with the files that they came from.
     findings: list[Finding] = field(default_factory=list)
-    by_name: bool = False
+    by_name: bool = False  # whether classes have names alone, so that their numbers can be chosen
 
 
 @dataclass
 class Dataset:
-    """What a folder holds.
+    """What a folder holds."""
 
-    Attributes:
-        kind: name of the format.
-        source: folder or file that it was read from.
-        parts: by split: "train", "val", "test", or None where there are no splits.
-        notes: what was left out or decided, as lines of text.
-    """
-
-    kind: str
-    source: Path
+    kind: str  # name of the format
+    source: Path  # folder or file that it was read from
+    # By split: "train", "val", "test", or None where there are no splits.
     parts: dict[str | None, Part]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was left out or decided, as lines of text
 
 
 class Collector:
@@ -69,14 +58,7 @@ class Collector:
     """
 
     def __init__(self, kind: str, tree: Tree, source: Path, names: dict[int, str] | None) -> None:
-        """Begins with nothing.
-
-        Args:
-            kind: name of the format.
-            tree: folder of the images.
-            source: folder or file of the labels.
-            names: of the classes by number; None: whatever the objects say.
-        """
+        """Begins with nothing; `names` are of the classes by number, if they are known."""
         self.tree = tree
         self.kind = kind
         self.source = source
@@ -92,13 +74,10 @@ class Collector:
     def add_image(
         self, split: str | None, path: Path, label: Path, size: tuple[int, int] | None = None
     ) -> dict | None:
-        """Adds an image; returns its entry, or None if its size is unknown and it is unreadable.
+        """Adds an image, of the size that its labels say, or of its file's.
 
-        Args:
-            split: that it belongs to.
-            path: of the image.
-            label: file of its labels.
-            size: (H, W) as the labels say; None: as the file is.
+        Returns:
+            Its entry, or None if its size is unknown and it is unreadable.
         """
         try:
             height, width = size or image_size(path)
@@ -157,6 +136,12 @@ class Collector:
         """Notes what is unusual."""
         self._findings[split].append(Finding(kind, detail, fatal=False))
 
+    def note_unlabeled(self, images: Iterable[Path]) -> None:
+        """Notes images that no file of labels is about."""
+        number = len(list(images))
+        if number:
+            self.notes.append(f"{number} images have no file of labels: left out")
+
     def finish(self) -> Dataset:
         """The splits, with numbered classes."""
         objects = [x for part in self._objects.values() for x in part]
@@ -174,7 +159,8 @@ class Collector:
         found_splits = {*self._images, *self._findings}
         for split in (s for s in (None, TRAIN, VALIDATION, TEST) if s in found_splits):
             images = [{k: v for k, v in x.items() if k != "split"} for x in self._images[split]]
-            source = _common(self._labels[split], self.source)
+            labels = self._labels[split]
+            source = Path(os.path.commonpath(labels)) if labels else self.source
             root = _with_others(self.tree.root, images)
             data = Annotations(source, root, images, self._objects[split], list(categories))
             parts[split] = Part(data, self._findings[split], self.by_name)
@@ -195,17 +181,8 @@ def _with_others(root: Path, images: list[dict]) -> Path:
     return Path(common)
 
 
-def _common(labels: list[Path], otherwise: Path) -> Path:
-    """The file of all labels, or the folder."""
-    return Path(os.path.commonpath(labels)) if labels else otherwise
-
-
 def numbers_of(texts: Iterable[object], where: str) -> list[float]:
-    """Reads finite numbers.
-
-    Raises:
-        DataError: one of the texts is none.
-    """
+    """Reads finite numbers; DataError if one of the texts is none."""
     result = []
     for text in texts:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -37,11 +38,7 @@ class Tree:
     """
 
     def __init__(self, root: Path) -> None:
-        """Lists the files.
-
-        Raises:
-            DataError: there is no such folder.
-        """
+        """Lists the files; DataError if there is no such folder."""
         if not root.is_dir():
             raise DataError(f"{root} is no folder: give the one that holds the data")
         self.root = root
@@ -64,6 +61,11 @@ class Tree:
     def of(self, *suffixes: str) -> list[Path]:
         """Files with one of the suffixes."""
         return [path for path in self.files if path.suffix.lower() in suffixes]
+
+    def above(self, names: Sequence[str]) -> list[Path]:
+        """Files of these names in the two folders above the root."""
+        folders = (self.root.parent, self.root.parent.parent)
+        return [path for folder in folders for name in names if (path := folder / name).is_file()]
 
     def split(self, path: Path) -> str | None:
         """What the folders between root and file say: "train", "val", "test", or nothing."""
@@ -120,11 +122,7 @@ def split_of(path: Path | PurePosixPath) -> str | None:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image once it is upright, from its head alone.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """(height, width) of an image once it is upright, from its head alone; or a DataError."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -135,11 +133,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_text(path: Path) -> str:
-    """The content of a text file.
-
-    Raises:
-        DataError: it is no text, or cannot be read.
-    """
+    """The content of a text file; DataError if it is none, or cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import math
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from maskdino.custom.formats.collect import Collector, Dataset, numbers_of
-from maskdino.custom.formats.files import Tree, read_text
+from maskdino.custom.formats.files import Tree
 from maskdino.custom.formats.shapes import ellipse, placed
 from maskdino.data import DataError
 from maskdino.data.images import BROKEN
+from maskdino.data.reading import read_json
 
 KIND = "LabelMe"
 NO_AREA = ("point", "points", "line", "linestrip")
@@ -40,17 +39,13 @@ def read_labelme(tree: Tree, labels: Tree) -> Dataset:
     """Reads labels.
 
     Shapes of one label and one group are parts of one object.
-
-    Args:
-        tree: folder of the images.
-        labels: folder of the JSON files.
     """
     collector = Collector(KIND, tree, labels.root, None)
     used, ignored = set(), Counter[str]()
     for path in labels.of(".json"):
         split = labels.split(path)
         try:
-            content = read_json(path)
+            content = read_json(str(path), "utf-8-sig")
             if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                 raise DataError(f"{path}: it has no list 'shapes': no file of LabelMe")
             found = _image_of(collector, path, content, split)
@@ -65,28 +60,9 @@ def read_labelme(tree: Tree, labels: Tree) -> Dataset:
         image = collector.add_image(split, found, path, size)
         if image is not None:
             _add_shapes(collector, image, path, content["shapes"], ignored)
-    rest = len([path for path in tree.images if path not in used])
-    if rest:
-        collector.notes.append(f"{rest} images have no file of labels: left out")
+    collector.note_unlabeled(path for path in tree.images if path not in used)
     collector.notes += [f"{n} shapes of {kind}: left out" for kind, n in ignored.items()]
     return collector.finish()
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        DataError: it is no JSON; the message names the line.
-    """
-    text = read_text(path)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: no well-formed JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: JSON that is nested too deeply") from error
-    except ValueError as error:  # a number of 5,000 digits
-        raise DataError(f"{path}: a value that cannot be read: {error}") from error
 
 
 def _image_of(collector: Collector, path: Path, content: dict, split: str | None) -> Path:

@@ -17,24 +17,17 @@ from maskdino.data import DataError
 
 @dataclass
 class OwnData:
-    """What was brought, before it is checked.
+    """What was brought, before it is checked."""
 
-    Attributes:
-        train, validation: with what was wrong with their files.
-        notes: what was recognized and decided, as lines of text.
-    """
-
+    # train, validation: with what was wrong with their files.
     train: Part
     validation: Part | None
+    # What was recognized and decided, as lines of text.
     notes: list[str] = field(default_factory=list)
 
 
 def read_own_data(request: Request) -> OwnData:
-    """Reads the data of a request.
-
-    Raises:
-        DataError: they are not there, or in no format that is known.
-    """
+    """Reads the data of a request; DataError if they are in no format that is known."""
     notes: list[str] = []
     if request.data is not None:
         dataset = read_dataset(request.data, None, request)
@@ -132,10 +125,7 @@ def _settings(files: list[Path], labels: Tree) -> Path | None:
     settings = [path for path in files if path.suffix.lower() in (".yaml", ".yml")]
     named = settings or [path for path in files if path.name in yolo.NAME_FILES]
     if not named:  # a folder labels/train is below them
-        above = (labels.root.parent, labels.root.parent.parent)
-        names = ("data.yaml", *yolo.NAME_FILES)
-        named = [path for folder in above for name in names if (path := folder / name).is_file()]
-        return named[0] if named else None
+        return next(iter(labels.above(("data.yaml", *yolo.NAME_FILES))), None)
     depth = min((len(path.parts) for path in named), default=0)
     top = [path for path in named if len(path.parts) == depth]
     if len(top) > 1 and len({path.read_bytes() for path in top}) > 1:

@@ -13,6 +13,7 @@ from maskdino.custom.formats.files import Tree, read_text
 from maskdino.custom.formats.xml import read_xml
 from maskdino.custom.request import TASKS
 from maskdino.data import DataError
+from maskdino.data.reading import read_json
 
 SNIFFED = 3  # files of a kind in a folder that are looked into
 LARGE = 64 * 2**20  # bytes; only COCO has JSON files that large, which are not read twice
@@ -42,18 +43,15 @@ UNREAD_SUFFIXES = {
 
 @dataclass
 class Evidence:
-    """Files by the format that they speak for.
+    """Files by the format that they speak for."""
 
-    Attributes:
-        files: of the formats that are read: `yolo.KIND` and so on.
-        others: what files of other formats are, by path.
-        unused: what the folder holds beside the format that was chosen, as lines of text.
-        errors: why files could not be looked into, by path.
-    """
-
+    # Of the formats that are read: `yolo.KIND` and so on.
     files: dict[str, list[Path]] = field(default_factory=dict)
+    # What files of other formats are, by path.
     others: dict[Path, str] = field(default_factory=dict)
+    # Why files could not be looked into, by path.
     errors: dict[Path, DataError] = field(default_factory=dict)
+    # What the folder holds beside the format that was chosen, as lines of text.
     unused: list[str] = field(default_factory=list)
 
     def add(self, kind: str, path: Path) -> None:
@@ -101,11 +99,6 @@ def the_kind(evidence: Evidence, tree: Tree, task: str | None = None) -> str:
 
     Objects come before segments, and these before label images: whoever has the former may have
     made the latter of them.
-
-    Args:
-        evidence: that was found; takes note of what is not used.
-        tree: the folder.
-        task: what is to be learned; None: the choice is free.
 
     Raises:
         DataError: there is none, or more than one; the message says what to do.
@@ -171,16 +164,12 @@ def _look(evidence: Evidence, path: Path, kind_of: Any) -> None:
 
 
 def json_kind(path: Path) -> str | None:
-    """The format of a JSON file, or a key of `OTHERS`, or None.
-
-    Raises:
-        DataError: it is no JSON.
-    """
+    """The format of a JSON file, or a key of `OTHERS`, or None."""
     if path.stat().st_size > LARGE:
         with path.open("rb") as file:
             blocks = iter(lambda: file.read(LARGE), b"")
             return panoptic.KIND if any(b'"segments_info"' in x for x in blocks) else coco.KIND
-    content = labelme.read_json(path)
+    content = read_json(str(path), "utf-8-sig")
     if isinstance(content, list):
         return _list_kind(content[0]) if content and isinstance(content[0], dict) else None
     if not isinstance(content, dict):
@@ -210,11 +199,7 @@ def _list_kind(entry: dict) -> str | None:
 
 
 def xml_kind(path: Path) -> str | None:
-    """The format of an XML file, by its outermost element.
-
-    Raises:
-        DataError: it is no XML.
-    """
+    """The format of an XML file, by its outermost element."""
     tag = read_xml(path, most=1).tag
     return {"annotation": voc.KIND, "annotations": cvat.KIND}.get(tag)
 

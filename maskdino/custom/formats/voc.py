@@ -20,10 +20,6 @@ def read_voc(tree: Tree, labels: Tree) -> Dataset:
 
     The format counts pixels from 1, and its boxes hold their last pixel. Many programs write
     coordinates from 0 all the same; a box that begins at 0 gives them away, for all files.
-
-    Args:
-        tree: folder of the images.
-        labels: folder of the XML files.
     """
     collector = Collector(KIND, tree, labels.root, None)
     listed = listed_splits(labels, "Main", "ImageSets")
@@ -47,9 +43,8 @@ def read_voc(tree: Tree, labels: Tree) -> Dataset:
     used = set()
     for split, path, root in parsed:
         used.add(_read_file(collector, split, path, root, offset))
-    rest = sum(path not in used for path in tree.images if not _is_mask(path))
-    if rest:
-        collector.notes.append(f"{rest} images have no file of labels: left out")
+    others = (path for path in tree.images if not _is_mask(path))
+    collector.note_unlabeled(path for path in others if path not in used)
     if any(map(_is_mask, tree.images)):
         collector.notes.append("the PNG masks in Segmentation* are not read: boxes alone are")
     return collector.finish()
@@ -60,12 +55,7 @@ def _is_mask(path: Path) -> bool:
 
 
 def listed_splits(labels: Tree, *folders: str) -> dict[str, str]:
-    """Split by name of the image, of lists in ImageSets; empty if they do not tell them apart.
-
-    Args:
-        labels: folder of the labels.
-        folders: names of those that hold the lists.
-    """
+    """Split by name of the image, of lists in ImageSets; empty if they do not tell them apart."""
     result: dict[str, str] = {}
     # Neither lists of a class, such as cat_train.txt, nor trainval.txt.
     lists = [x for x in labels.of(".txt") if x.parent.name in folders and x.stem.isalpha()]
