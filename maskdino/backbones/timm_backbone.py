@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from timm.layers import DropPath, convert_sync_batchnorm
 from timm.utils.model import freeze_batch_norm_2d
@@ -91,37 +90,25 @@ class TimmBackbone(Backbone):
         """Computes the feature pyramid.
 
         Args:
-            images: (B, in_channels, H, W), float, normalised; any H and W, though multiples of
+            images: (B, in_channels, H, W), float, normalized; any H and W, though multiples of
                 `size_divisibility` are what keeps the strides exact.
 
         Returns:
             one (B, C, H / stride, W / stride) tensor for each output, finest first.
         """
         height, width = images.shape[-2:]
-        finest = min(
-            STRIDES.values()
-        )  # patches at the border: filled with zeros, as Swin detectors do
+        finest = STRIDES["res2"]  # patches at the border: filled with zeros, as Swin detectors do
         images = F.pad(images, (0, -width % finest, 0, -height % finest))
         outputs = dict(zip(self._out_features, self.body(images), strict=True))
         return {feature: self._finish(feature, output) for feature, output in outputs.items()}
 
     def _finish(self, feature: str, output: Tensor) -> Tensor:
-        """Normalises one output of the body and brings it to (B, C, H, W)."""
+        """Normalizes one output of the body and brings it to (B, C, H, W)."""
         if feature not in self.norms:
             return output.permute(0, 3, 1, 2).contiguous() if self._channels_last else output
         if not self._channels_last:
             output = output.permute(0, 2, 3, 1)
         return self.norms[feature](output).permute(0, 3, 1, 2).contiguous()
-
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each output."""
-        return {
-            feature: ShapeSpec(
-                channels=self._out_feature_channels[feature],
-                stride=self._out_feature_strides[feature],
-            )
-            for feature in self._out_features
-        }
 
     @property
     def size_divisibility(self) -> int:
@@ -158,9 +145,7 @@ def _create_extractor(
             f"backbone {name!r} has features of strides {sorted(set(reductions))} and lacks "
             f"{lacking}; choose a model with a feature pyramid, or other features"
         )
-    last = {
-        reduction: index for index, reduction in enumerate(reductions)
-    }  # the deepest of a stride
+    last = {stride: index for index, stride in enumerate(reductions)}  # the deepest of a stride
     indices = tuple(last[stride] for stride in strides)
     if pretrained:
         return extractor(name, {**options, "out_indices": indices}, pretrained)
@@ -183,12 +168,7 @@ def _check_name(name: str) -> None:
 
 
 def extractor(name: str, options: Mapping[str, Any], pretrained: bool = False) -> Any:
-    """Makes timm's feature extractor of a model.
-
-    Args:
-        name: of the model.
-        options: further arguments of `timm.create_model`.
-        pretrained: load timm's weights.
+    """Makes timm's feature extractor of a model; `options` are of `timm.create_model`.
 
     Raises:
         ValueError: if timm does not know the name or an option.

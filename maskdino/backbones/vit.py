@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters, is_model_in_modules
@@ -61,27 +60,18 @@ class PlainViTBackbone(Backbone):
     al., FlexiViT, arXiv:2212.08013, section 3.3), positions are interpolated or rotary as the model
     has them, so any image whose sides are multiples of 32 keeps the strides exactly.
 
-    Parameters are called `body.model.*` as in timm, and `pyramid.*`.
+    Parameters are called `body.model.*` as in timm, and `pyramid.*`. Arguments that are not named
+    here are those of `TimmBackbone`.
 
     Args:
         name: a timm model, with or without the tag of its weights, such as
             `vit_small_patch16_dinov3.lvd1689m`.
-        in_channels: channels of the images.
-        out_features: outputs, of "res2" (stride 4), "res3" (8), "res4" (16), "res5" (32).
-        pretrained: load timm's weights (from its cache or the network).
         pyramid_channels: P.
         window_size: s; 0: every block attends to all tokens. Else only `global_blocks` do, and the
             others to windows of s x s tokens.
         global_blocks: indices of blocks that see all tokens; empty: the last of each quarter.
-        drop_path_rate: largest probability, in [0, 1), that a block is skipped in training.
-        activation_checkpoint: recompute each block in the backward pass: less memory, more time.
         freeze_at: 0 freezes nothing, 1 the patch embedding and positions, 2 to 5 also the first one
             to four quarters of the blocks: 5 is a frozen trunk, of which only the pyramid learns.
-        arguments: more arguments of `timm.create_model`.
-
-    Raises:
-        ValueError: for a name that is no plain ViT, or a bad option.
-        RuntimeError: when the weights cannot be had.
     """
 
     body: Any  # timm's extractor; the transformer is `body.model`
@@ -103,6 +93,8 @@ class PlainViTBackbone(Backbone):
     ) -> None:
         super().__init__()
         self._out_features = checked_out_features(out_features)
+        self._out_feature_channels = dict.fromkeys(self._out_features, pyramid_channels)
+        self._out_feature_strides = {feature: STRIDES[feature] for feature in self._out_features}
         options = {"in_chans": in_channels, **_token_options(name), **arguments}
         if drop_path_rate > 0:
             options["drop_path_rate"] = drop_path_rate
@@ -118,31 +110,19 @@ class PlainViTBackbone(Backbone):
             enable_checkpointing(self.body)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Computes the feature pyramid.
+        """Images (B, in_channels, H, W), float, normalized, to (B, P, H / stride, W / stride) each.
 
-        Args:
-            images: (B, in_channels, H, W), float, normalized; sides that are no multiples of 16 are
-                filled with zeros.
-
-        Returns:
-            One (B, P, H / stride, W / stride) tensor for each output, finest first.
+        Sides that are no multiples of 16 are filled with zeros. The finest output comes first.
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % STRIDE, 0, -height % STRIDE))
         self._windows.grid = (images.shape[-2] // STRIDE, images.shape[-1] // STRIDE)
         return self.pyramid(self.body(images)[-1])
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of each output."""
-        return {
-            feature: ShapeSpec(channels=self.pyramid.channels, stride=STRIDES[feature])
-            for feature in self._out_features
-        }
-
     @property
     def size_divisibility(self) -> int:
         """Height and width of the images are best multiples of this: the coarsest stride."""
-        return max(STRIDE, *(STRIDES[feature] for feature in self._out_features))
+        return max(STRIDE, *self._out_feature_strides.values())
 
     def depths(self) -> dict[str, int]:
         """Layers between each parameter of the trunk and the pyramid, for layer-wise decay.
@@ -205,7 +185,6 @@ class SimpleFeaturePyramid(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, out_features: Sequence[str]) -> None:
         super().__init__()
-        self.channels = channels
         # The trunk's last block has no norm behind it, and single channels of pretrained ones are
         # hundreds of times larger than others.
         self.norm = LayerNorm2d(in_channels)
@@ -232,14 +211,7 @@ class SimpleFeaturePyramid(nn.Module):
             )
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Computes the maps.
-
-        Args:
-            tokens: (B, C, h, w).
-
-        Returns:
-            (B, P, h x 16 / stride, w x 16 / stride) for each output.
-        """
+        """(B, C, h, w) to (B, P, h x 16 / stride, w x 16 / stride) for each output."""
         tokens = self.norm(tokens)
         return {feature: stage(tokens) for feature, stage in self.stages.items()}
 
