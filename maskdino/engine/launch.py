@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.queues import SimpleQueue
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed
@@ -62,15 +62,17 @@ def launch(
         KeyboardInterrupt: after Ctrl-C, as `Interrupted` where processes were started here, and
             after SIGTERM; they have ended, at the second signal at once.
     """
-    if os.environ.keys() >= TORCHRUN:
-        with user_errors_in_one_line():
+    try:
+        if os.environ.keys() >= TORCHRUN:
             _join_others(main, args)
-    elif processes * machines == 1:
-        with user_errors_in_one_line():
+        elif processes * machines == 1:
             main(*args)
-    else:
-        config = _configure(processes, machines, machine_rank, url)
-        _run_all(config, main, args)
+        else:
+            _run_all(_configure(processes, machines, machine_rank, url), main, args)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
+        sys.exit(1)
 
 
 def _run_all(config: LaunchConfig, main: Callable[..., object], args: tuple) -> None:
@@ -89,7 +91,7 @@ def _run_all(config: LaunchConfig, main: Callable[..., object], args: tuple) -> 
     while not messages.empty():
         said.append(messages.get())
     if said and not said[0][1]:
-        _end_with(said[0][0])
+        raise UserError(said[0][0])
     if said:  # a process that others told of their signal says SIGINT, the smallest
         message, number = max(said, key=lambda words: words[1])
     if number:
@@ -144,25 +146,6 @@ def _second_signal_kills() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         os.close(write)
-
-
-@contextmanager
-def user_errors_in_one_line() -> Iterator[None]:
-    """Ends the process with status 1 and "error: ..." on stderr where the user can mend it.
-
-    Raises:
-        SystemExit: instead of a `UserError`.
-    """
-    try:
-        yield
-    except UserError as error:
-        _end_with(str(error))
-
-
-def _end_with(message: str) -> NoReturn:
-    sys.stderr.write(f"error: {message}\n")
-    sys.stderr.flush()
-    sys.exit(1)
 
 
 def _configure(processes: int, machines: int, machine_rank: int, url: str) -> LaunchConfig:
