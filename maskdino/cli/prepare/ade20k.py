@@ -13,26 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pycocotools.mask as mask_util
 
 from maskdino.cli.common import errors_in_one_line
-from maskdino.cli.prepare.common import (
-    PreparationError,
-    describe_segments,
-    find_files,
-    image_size,
-    is_done,
-    make_parser,
-    read_pixels,
-    require,
-    run,
-    save_image,
-    save_json,
-    say,
-)
+from maskdino.cli.prepare import common
 from maskdino.data.datasets import ADE20K_THING_IDS, ade20k_classes
 from maskdino.data.reading import colors_of_ids, ids_of_colors
-from maskdino.ops.rle import encode_mask, to_json
 
 TASKS = ("semantic", "instance", "panoptic")
 SPLITS = {"train": "training", "val": "validation"}
@@ -43,42 +28,35 @@ def make_semantic(source: Path, output: Path, overwrite: bool) -> bool:
     path = output / source.name
     if path.exists() and not overwrite:
         return False
-    labels = read_pixels(source)
+    labels = common.read_pixels(source)
     if labels.dtype != np.uint8 or labels.ndim != 2 or labels.max() > 150:
-        raise PreparationError(f"{source} is no map of the classes 0 to 150")
-    save_image(path, labels - np.uint8(1))  # 0, "none", becomes 255
+        raise common.PreparationError(f"{source} is no map of the classes 0 to 150")
+    common.save_image(path, labels - np.uint8(1))  # 0, "none", becomes 255
     return True
 
 
 def objects_of(source: Path) -> list[tuple[int, np.ndarray]]:
     """Class (from 0, of 150) and mask (H, W) bool of each object."""
-    colors = read_pixels(source)
+    colors = common.read_pixels(source)
     things, numbers = colors[..., 0], colors[..., 1]
     objects = []
     for number in np.unique(numbers[numbers > 0]):
         mask = numbers == number
         values = np.unique(things[mask])
         if len(values) != 1 or not 1 <= values[0] <= len(ADE20K_THING_IDS):
-            raise PreparationError(f"{source}: object {number} has the things {values.tolist()}")
+            raise common.PreparationError(
+                f"{source}: object {number} has the things {values.tolist()}"
+            )
         objects.append((ADE20K_THING_IDS[values[0] - 1], mask))
     return objects
 
 
 def make_instances(source: Path) -> list[dict]:
     """COCO annotations of one image, without ids."""
-    annotations = []
-    for category, mask in objects_of(source):
-        rle = encode_mask(mask)
-        annotations.append(
-            {
-                "category_id": category,
-                "iscrowd": 0,
-                "area": int(mask_util.area(rle)),
-                "bbox": mask_util.toBbox(rle).tolist(),
-                "segmentation": to_json(rle),
-            }
-        )
-    return annotations
+    return [
+        {"category_id": category, "iscrowd": 0, **common.geometry_of(mask)}
+        for category, mask in objects_of(source)
+    ]
 
 
 def make_panoptic(source: Path, semantic: Path, output: Path, overwrite: bool) -> list[dict]:
@@ -89,24 +67,26 @@ def make_panoptic(source: Path, semantic: Path, output: Path, overwrite: bool) -
     """
     path = output / source.name
     if path.exists() and not overwrite:
-        ids = ids_of_colors(read_pixels(path))
+        ids = ids_of_colors(common.read_pixels(path))
     else:
-        labels = read_pixels(require(semantic / source.name, "the semantic map")).astype(np.int64)
+        labels = common.read_pixels(
+            common.require(semantic / source.name, "the semantic map")
+        ).astype(np.int64)
         ids = np.where(np.isin(labels - 1, ADE20K_THING_IDS), 0, labels)
         for number, (category, mask) in enumerate(objects_of(source), start=1):
             if mask.shape != ids.shape:
-                raise PreparationError(f"{source} has {mask.shape} pixels, not {ids.shape}")
+                raise common.PreparationError(f"{source} has {mask.shape} pixels, not {ids.shape}")
             ids[mask] = category + 1 + 256 * number
-        save_image(path, colors_of_ids(ids))
-    return describe_segments(ids, lambda segment_id: (segment_id & 255) - 1)
+        common.save_image(path, colors_of_ids(ids))
+    return common.describe_segments(ids, lambda segment_id: (segment_id & 255) - 1)
 
 
 def list_images(folder: Path, sources: list[Path]) -> list[dict]:
     """COCO's "images"; ids are the file names without extension."""
     images = []
     for source in sources:
-        path = require(folder / f"{source.stem}.jpg", f"the image of {source}")
-        height, width = image_size(path)
+        path = common.require(folder / f"{source.stem}.jpg", f"the image of {source}")
+        height, width = common.image_size(path)
         images.append({"id": source.stem, "file_name": path.name, "height": height, "width": width})
     return images
 
@@ -114,19 +94,19 @@ def list_images(folder: Path, sources: list[Path]) -> list[dict]:
 def prepare_instance(folder: Path, split: str, workers: int, overwrite: bool) -> None:
     """Makes ade20k_instance_SPLIT.json of a split."""
     output = folder / f"ade20k_instance_{split}.json"
-    if is_done(output, overwrite):
+    if common.is_done(output, overwrite):
         return
     truth = folder / "annotations_instance" / SPLITS[split]
-    sources = find_files(truth, "*.png", "ADE20K's instance annotations")
+    sources = common.find_files(truth, "*.png", "ADE20K's instance annotations")
     annotations = [
         {"image_id": source.stem, **annotation}
         for source, found in zip(
-            sources, run(make_instances, sources, workers, str(output)), strict=True
+            sources, common.run(make_instances, sources, workers, str(output)), strict=True
         )
         for annotation in found
     ]
     classes = ade20k_classes()
-    save_json(
+    common.save_json(
         output,
         {
             "images": list_images(folder / "images" / SPLITS[split], sources),
@@ -139,14 +119,14 @@ def prepare_instance(folder: Path, split: str, workers: int, overwrite: bool) ->
 def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) -> None:
     """Makes ade20k_panoptic_SPLIT/ of a split, with its .json."""
     output = folder / f"ade20k_panoptic_{split}"
-    if is_done(output.with_suffix(".json"), overwrite):
+    if common.is_done(output.with_suffix(".json"), overwrite):
         return
     truth = folder / "annotations_instance" / SPLITS[split]
-    sources = find_files(truth, "*.png", "ADE20K's instance annotations")
+    sources = common.find_files(truth, "*.png", "ADE20K's instance annotations")
     semantic = folder / "annotations" / SPLITS[split]
     work = partial(make_panoptic, semantic=semantic, output=output, overwrite=overwrite)
-    segments = run(work, sources, workers, str(output))
-    save_json(
+    segments = common.run(work, sources, workers, str(output))
+    common.save_json(
         output.with_suffix(".json"),
         {
             "images": list_images(folder / "images" / SPLITS[split], sources),
@@ -165,17 +145,17 @@ def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) ->
 def prepare_semantic(folder: Path, split: str, workers: int, overwrite: bool) -> None:
     """Makes annotations_detectron2/ of a split."""
     truth = folder / "annotations" / SPLITS[split]
-    sources = find_files(truth, "*.png", "ADE20K's semantic annotations")
+    sources = common.find_files(truth, "*.png", "ADE20K's semantic annotations")
     output = folder / "annotations_detectron2" / SPLITS[split]
     work = partial(make_semantic, output=output, overwrite=overwrite)
-    made = sum(run(work, sources, workers, str(output)))
-    say(f"{output}: {made} maps made, {len(sources) - made} were there")
+    made = sum(common.run(work, sources, workers, str(output)))
+    common.say(f"{output}: {made} maps made, {len(sources) - made} were there")
 
 
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -186,7 +166,7 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=list(SPLITS))
     arguments = parser.parse_args(words)
-    folder = require(arguments.root / "ADEChallengeData2016", "ADE20K as it is downloaded")
+    folder = common.require(arguments.root / "ADEChallengeData2016", "ADE20K as it is downloaded")
     functions = {
         "semantic": prepare_semantic,
         "instance": prepare_instance,

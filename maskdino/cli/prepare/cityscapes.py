@@ -15,21 +15,7 @@ import numpy as np
 from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 
 from maskdino.cli.common import errors_in_one_line
-from maskdino.cli.prepare.common import (
-    VOID,
-    PreparationError,
-    describe_segments,
-    find_files,
-    image_size,
-    is_done,
-    make_parser,
-    read_pixels,
-    require,
-    run,
-    save_image,
-    save_json,
-    say,
-)
+from maskdino.cli.prepare import common
 from maskdino.data.reading import colors_of_ids, ids_of_colors
 
 SPLITS = ("train", "val")
@@ -42,12 +28,14 @@ def make_train_ids(source: Path, overwrite: bool) -> bool:
     path = source.with_name(source.name.replace("_labelIds", "_labelTrainIds"))
     if path.exists() and not overwrite:
         return False
-    table = np.full(256, VOID, np.uint8)
+    table = np.full(256, common.VOID, np.uint8)
     table[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
-    labels = read_pixels(source)
+    labels = common.read_pixels(source)
     if labels.dtype != np.uint8 or labels.ndim != 2:
-        raise PreparationError(f"{source} is no map of label ids: {labels.dtype} {labels.shape}")
-    save_image(path, table[labels])
+        raise common.PreparationError(
+            f"{source} is no map of label ids: {labels.dtype} {labels.shape}"
+        )
+    common.save_image(path, table[labels])
     return True
 
 
@@ -59,13 +47,13 @@ def make_panoptic(source: Path, output: Path, overwrite: bool) -> list[dict]:
     """
     path = output / panoptic_name(source)
     if path.exists() and not overwrite:
-        ids = ids_of_colors(read_pixels(path))
+        ids = ids_of_colors(common.read_pixels(path))
     else:
-        ids = read_pixels(source).astype(np.int64)
+        ids = common.read_pixels(source).astype(np.int64)
         labels = np.where(ids < 1000, ids, ids // 1000)
         ids = np.where(np.isin(labels, list(TRAIN_IDS)), ids, 0)
-        save_image(path, colors_of_ids(ids))
-    segments = describe_segments(ids, lambda i: i if i < 1000 else i // 1000)
+        common.save_image(path, colors_of_ids(ids))
+    segments = common.describe_segments(ids, lambda i: i if i < 1000 else i // 1000)
     for segment in segments:
         segment["iscrowd"] = int(segment["id"] < 1000 and segment["category_id"] in THINGS)
     return segments
@@ -84,17 +72,17 @@ def image_id(source: Path) -> str:
 def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) -> None:
     """Makes the panoptic maps of a split, with their .json."""
     output = folder / "gtFine" / f"cityscapes_panoptic_{split}"
-    if is_done(output.with_suffix(".json"), overwrite):
+    if common.is_done(output.with_suffix(".json"), overwrite):
         return
     pattern = "*/*_gtFine_instanceIds.png"
-    sources = find_files(folder / "gtFine" / split, pattern, "Cityscapes' fine annotations")
+    sources = common.find_files(folder / "gtFine" / split, pattern, "Cityscapes' fine annotations")
     work = partial(make_panoptic, output=output, overwrite=overwrite)
-    segments = run(work, sources, workers, str(output))
+    segments = common.run(work, sources, workers, str(output))
     images = []
     for source in sources:
         name = f"{image_id(source)}_leftImg8bit.png"
         path = folder / "leftImg8bit" / split / source.parent.name / name
-        height, width = image_size(require(path, f"the image of {source}"))
+        height, width = common.image_size(common.require(path, f"the image of {source}"))
         # Cityscapes' own files carry the annotation's name here, without its kind.
         file_name = f"{image_id(source)}_gtFine_leftImg8bit.png"
         images.append(
@@ -108,7 +96,7 @@ def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) ->
         {"id": c["id"], "name": c["name"], "color": list(c["color"]), "isthing": c["isthing"]}
         for c in CITYSCAPES_CATEGORIES
     ]
-    save_json(
+    common.save_json(
         output.with_suffix(".json"),
         {"images": images, "annotations": annotations, "categories": categories},
     )
@@ -117,19 +105,19 @@ def prepare_panoptic(folder: Path, split: str, workers: int, overwrite: bool) ->
 def prepare_train_ids(folder: Path, split: str, workers: int, overwrite: bool) -> None:
     """Makes the maps of training classes of a split."""
     pattern = "*/*_gtFine_labelIds.png"
-    sources = find_files(folder / "gtFine" / split, pattern, "Cityscapes' fine annotations")
+    sources = common.find_files(folder / "gtFine" / split, pattern, "Cityscapes' fine annotations")
     work = partial(make_train_ids, overwrite=overwrite)
-    made = sum(run(work, sources, workers, f"{split}: labelTrainIds"))
-    say(f"{split}: {made} maps labelTrainIds made, {len(sources) - made} were there")
+    made = sum(common.run(work, sources, workers, f"{split}: labelTrainIds"))
+    common.say(f"{split}: {made} maps labelTrainIds made, {len(sources) - made} were there")
 
 
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS)
     arguments = parser.parse_args(words)
-    folder = require(arguments.root / "cityscapes", "Cityscapes as it is downloaded")
+    folder = common.require(arguments.root / "cityscapes", "Cityscapes as it is downloaded")
     for split in arguments.splits:
         prepare_train_ids(folder, split, arguments.workers, arguments.overwrite)
         prepare_panoptic(folder, split, arguments.workers, arguments.overwrite)

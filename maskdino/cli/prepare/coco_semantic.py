@@ -16,16 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from maskdino.cli.common import errors_in_one_line
-from maskdino.cli.prepare.common import (
-    VOID,
-    PreparationError,
-    make_parser,
-    read_pixels,
-    require,
-    run,
-    save_image,
-    say,
-)
+from maskdino.cli.prepare import common
 from maskdino.data.folders import inside
 from maskdino.data.reading import ids_of_colors
 
@@ -38,32 +29,32 @@ def convert(
     if path.exists() and not overwrite:
         return False
     source = Path(inside(panoptic, annotation["file_name"], panoptic))
-    ids = ids_of_colors(read_pixels(source))
-    labels = np.full(ids.shape, VOID, np.uint8)
+    ids = ids_of_colors(common.read_pixels(source))
+    labels = np.full(ids.shape, common.VOID, np.uint8)
     for segment in annotation["segments_info"]:
         mask = ids == segment["id"]
         if not mask.any():
-            raise PreparationError(f"{source} has no pixel of its segment {segment['id']}")
+            raise common.PreparationError(f"{source} has no pixel of its segment {segment['id']}")
         labels[mask] = numbers[segment["category_id"]]
-    save_image(path, labels)
+    common.save_image(path, labels)
     return True
 
 
 def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwrite: bool) -> None:
     """Makes the maps of one split."""
-    content = json.loads(require(json_file, "panoptic annotations").read_text())
-    require(panoptic, "the PNG files of the panoptic annotations")
+    content = json.loads(common.require(json_file, "panoptic annotations").read_text())
+    common.require(panoptic, "the PNG files of the panoptic annotations")
     numbers = {category["id"]: i for i, category in enumerate(content["categories"])}
     work = partial(convert, numbers=numbers, panoptic=panoptic, output=output, overwrite=overwrite)
-    made = sum(run(work, content["annotations"], workers, str(output)))
+    made = sum(common.run(work, content["annotations"], workers, str(output)))
     kept = len(content["annotations"]) - made
-    say(f"{output}: {made} maps made, {kept} were there (--overwrite makes them anew)")
+    common.say(f"{output}: {made} maps made, {kept} were there (--overwrite makes them anew)")
 
 
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     parser.add_argument("--splits", nargs="+", default=["train", "val"], choices=["train", "val"])
     parser.add_argument("--json", type=Path, help="panoptic annotations of another dataset")
     parser.add_argument("--panoptic", type=Path, help="with --json: its folder of PNG files")

@@ -6,18 +6,22 @@ import argparse
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as mask_util
 from PIL import Image
 from tqdm import tqdm
 
 from maskdino.cli import common
 from maskdino.cli.common import CommandError
+from maskdino.data.folders import inside
 from maskdino.data.images import BROKEN
+from maskdino.data.reading import ids_of_colors
+from maskdino.ops.rle import encode_mask, to_json
 from maskdino.system.files import written_whole
 
 VOID = 255  # in maps of classes: no class
@@ -36,15 +40,10 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Makes a parser with the options that all preparations have."""
     parser = common.make_parser(description)
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    parser.add_argument(
-        "--root", type=Path, default=Path(root), help="folder of the datasets [%(default)s]"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes [%(default)s]"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="make files anew that are already there"
-    )
+    add = parser.add_argument
+    add("--root", type=Path, default=Path(root), help="folder of the datasets [%(default)s]")
+    add("--workers", type=int, default=os.cpu_count(), help="processes [%(default)s]")
+    add("--overwrite", action="store_true", help="make files anew that are already there")
     return parser
 
 
@@ -112,6 +111,24 @@ def read_pixels(path: Path) -> np.ndarray:
         raise PreparationError(f"cannot read {path}: {error}") from error
 
 
+def masks_of_segments(annotation: dict, folder: Path) -> Iterator[tuple[dict, np.ndarray]]:
+    """Each segment of a panoptic annotation with its mask (H, W) bool, which is not empty."""
+    source = Path(inside(folder, annotation["file_name"], folder))
+    ids = ids_of_colors(read_pixels(source))
+    for segment in annotation["segments_info"]:
+        mask = ids == segment["id"]
+        if not mask.any():
+            raise PreparationError(f"{source} has no pixel of its segment {segment['id']}")
+        yield segment, mask
+
+
+def geometry_of(mask: np.ndarray) -> dict:
+    """Area, box and run lengths of a mask (H, W), as COCO has them."""
+    rle = encode_mask(mask)
+    area, box = int(mask_util.area(rle)), mask_util.toBbox(rle).tolist()
+    return {"area": area, "bbox": box, "segmentation": to_json(rle)}
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) from the file's head."""
     with Image.open(path) as image:
@@ -120,10 +137,6 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def describe_segments(ids: np.ndarray, category_of_id: Callable[[int], int]) -> list[dict]:
     """Lists the segments of a map of ids, 0 left out, as "segments_info" does.
-
-    Args:
-        ids: (H, W) of any integer type.
-        category_of_id: category id of a segment id.
 
     Returns:
         "id", "category_id", "area", "bbox" (x, y, width, height) and "iscrowd" 0 of each.

@@ -13,70 +13,45 @@ import json
 from functools import partial
 from pathlib import Path
 
-import pycocotools.mask as mask_util
-
 from maskdino.cli.common import errors_in_one_line
-from maskdino.cli.prepare.common import (
-    PreparationError,
-    is_done,
-    make_parser,
-    read_pixels,
-    require,
-    run,
-    save_json,
-    say,
-)
-from maskdino.data.folders import inside
-from maskdino.data.reading import ids_of_colors
-from maskdino.ops.rle import encode_mask, to_json
+from maskdino.cli.prepare import common
 
 
 def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[dict]:
     """COCO annotations, without "id", of the things of one image."""
-    source = Path(inside(panoptic, annotation["file_name"], panoptic))
-    ids = ids_of_colors(read_pixels(source))
-    instances = []
-    for segment in annotation["segments_info"]:
-        if segment["category_id"] not in things:
-            continue
-        mask = ids == segment["id"]
-        if not mask.any():
-            raise PreparationError(f"{source} has no pixel of its segment {segment['id']}")
-        rle = encode_mask(mask)
-        instances.append(
-            {
-                "image_id": annotation["image_id"],
-                "category_id": segment["category_id"],
-                "iscrowd": segment.get("iscrowd", 0),
-                "area": int(mask.sum()),
-                "bbox": mask_util.toBbox(rle).tolist(),
-                "segmentation": to_json(rle),
-            }
-        )
-    return instances
+    return [
+        {
+            "image_id": annotation["image_id"],
+            "category_id": segment["category_id"],
+            "iscrowd": segment.get("iscrowd", 0),
+            **common.geometry_of(mask),
+        }
+        for segment, mask in common.masks_of_segments(annotation, panoptic)
+        if segment["category_id"] in things
+    ]
 
 
 def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwrite: bool) -> None:
     """Makes the instances of one annotation file."""
-    content = json.loads(require(json_file, "panoptic annotations").read_text())
-    require(panoptic, "the PNG files of the panoptic annotations")
-    if is_done(output, overwrite):
+    content = json.loads(common.require(json_file, "panoptic annotations").read_text())
+    common.require(panoptic, "the PNG files of the panoptic annotations")
+    if common.is_done(output, overwrite):
         return
     categories = [category for category in content["categories"] if category["isthing"]]
     things = frozenset(category["id"] for category in categories)
     work = partial(convert, panoptic=panoptic, things=things)
-    found = run(work, content["annotations"], workers, str(output))
+    found = common.run(work, content["annotations"], workers, str(output))
     flat = [instance for instances in found for instance in instances]
     annotations = [{"id": number, **instance} for number, instance in enumerate(flat, start=1)]
     result = {"images": content["images"], "categories": categories, "annotations": annotations}
-    save_json(output, result)
-    say(f"{output}: {len(annotations)} instances of {len(categories)} categories")
+    common.save_json(output, result)
+    common.say(f"{output}: {len(annotations)} instances of {len(categories)} categories")
 
 
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     parser.add_argument("--json", type=Path, required=True, help="panoptic annotations")
     parser.add_argument("--panoptic", type=Path, required=True, help="its folder of PNG files")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the instances")

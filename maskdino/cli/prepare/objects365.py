@@ -16,15 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from maskdino.cli.common import errors_in_one_line
-from maskdino.cli.prepare.common import (
-    PreparationError,
-    is_done,
-    make_parser,
-    require,
-    run,
-    save_json,
-    say,
-)
+from maskdino.cli.prepare import common
 
 SPLITS = ("train", "val")
 
@@ -41,25 +33,29 @@ def is_readable(image: dict, folder: Path) -> bool:
 
 def prepare(folder: Path, split: str, max_images: int | None, workers: int) -> dict:
     """Annotations of the readable images of a split."""
-    images_folder = require(folder / split, "the folder of the images")
+    images_folder = common.require(folder / split, "the folder of the images")
     source = folder / "annotations" / f"zhiyuan_objv2_{split}.json"
-    content = json.loads(require(source, "the downloaded annotations").read_text())
+    content = json.loads(common.require(source, "the downloaded annotations").read_text())
     paths = {path.name: path for path in images_folder.rglob("*.jpg")}
     found = []
     for image in content["images"]:
         path = paths.get(Path(image["file_name"]).name)
         if path is not None:
             found.append({**image, "file_name": path.relative_to(images_folder).as_posix()})
-    say(
+    common.say(
         f"{split}: {len(content['images']) - len(found)} of {len(content['images'])} images missing"
     )
     if max_images is not None and max_images < len(found):
         found = random.Random(0).sample(found, max_images)
-    readable = run(partial(is_readable, folder=images_folder), found, workers, f"{split}: reading")
+    readable = common.run(
+        partial(is_readable, folder=images_folder), found, workers, f"{split}: reading"
+    )
     images = [image for image, good in zip(found, readable, strict=True) if good]
-    say(f"{split}: {len(found) - len(images)} images cannot be read or have another size: left out")
+    common.say(
+        f"{split}: {len(found) - len(images)} images cannot be read or have another size: left out"
+    )
     if not images:
-        raise PreparationError(f"no image of {source} is in {images_folder}")
+        raise common.PreparationError(f"no image of {source} is in {images_folder}")
     ids = {image["id"] for image in images}
     annotations = [a for a in content["annotations"] if a["image_id"] in ids]
     return {**content, "images": images, "annotations": annotations}
@@ -68,13 +64,15 @@ def prepare(folder: Path, split: str, max_images: int | None, workers: int) -> d
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS)
     parser.add_argument("--max-images", type=int, help="take a random subset of each split")
     arguments = parser.parse_args(words)
-    folder = require(arguments.root / "objects365", "Objects365 v2")
+    folder = common.require(arguments.root / "objects365", "Objects365 v2")
     for split in arguments.splits:
         output = folder / "annotations" / f"objects365_{split}.json"
-        if not is_done(output, arguments.overwrite):
-            save_json(output, prepare(folder, split, arguments.max_images, arguments.workers))
-            say(f"{output} written")
+        if not common.is_done(output, arguments.overwrite):
+            common.save_json(
+                output, prepare(folder, split, arguments.max_images, arguments.workers)
+            )
+            common.say(f"{output} written")

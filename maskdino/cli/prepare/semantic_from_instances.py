@@ -14,14 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from maskdino.cli.common import errors_in_one_line
-from maskdino.cli.prepare.common import (
-    VOID,
-    make_parser,
-    require,
-    run,
-    save_image,
-    say,
-)
+from maskdino.cli.prepare import common
 from maskdino.data.datasets import own_datasets_root
 from maskdino.data.folders import inside
 from maskdino.ops.rle import decode_segmentation
@@ -43,14 +36,14 @@ def convert(
     for annotation in crowds_first_then_large:
         crowd = annotation.get("iscrowd", 0)
         mask = decode_segmentation(annotation["segmentation"], size)
-        labels[mask] = VOID if crowd else numbers[annotation["category_id"]]
-    save_image(path, labels)
+        labels[mask] = common.VOID if crowd else numbers[annotation["category_id"]]
+    common.save_image(path, labels)
     return True
 
 
 def prepare(json_file: Path, output: Path, workers: int, overwrite: bool) -> None:
     """Makes the maps of one annotation file."""
-    content = json.loads(require(json_file, "COCO annotations").read_text())
+    content = json.loads(common.require(json_file, "COCO annotations").read_text())
     ids = sorted(category["id"] for category in content["categories"])
     by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
@@ -58,14 +51,14 @@ def prepare(json_file: Path, output: Path, workers: int, overwrite: bool) -> Non
     items = [(image, by_image[image["id"]]) for image in content["images"]]
     numbers = {category: i for i, category in enumerate(ids, start=1)}
     work = partial(convert, numbers=numbers, output=output, overwrite=overwrite)
-    made = sum(run(work, items, workers, str(output)))
-    say(f"{output}: {made} maps made, {len(items) - made} were there")
+    made = sum(common.run(work, items, workers, str(output)))
+    common.say(f"{output}: {made} maps made, {len(items) - made} were there")
 
 
 @errors_in_one_line()
 def main(words: list[str] | None = None) -> None:
     """Runs the command; `words` stands in for its line."""
-    parser = make_parser(__doc__)
+    parser = common.make_parser(__doc__)
     parser.add_argument("--json", type=Path, help="annotations of another dataset")
     parser.add_argument("--output", type=Path, help="with --json: folder of the maps")
     arguments = parser.parse_args(words)
