@@ -32,50 +32,45 @@ TOLERANCE = 1e-4  # of float32, between two forms of the operator
 
 @dataclass(frozen=True)
 class Package:
-    """A package that the project uses.
-
-    Attributes:
-        module: what is imported.
-        mend: the command that installs it.
-        use: what it is for; empty: every command needs it.
-    """
+    """A package that is used: what is imported, how it is installed, and, but for all, what for."""
 
     module: str
-    mend: str
     use: str = ""
+    command: str = ""
+
+    @property
+    def mend(self) -> str:
+        """The command that installs it."""
+        return self.command or f"pip install {self.module}"
 
 
 NEEDED = (
-    Package("detectron2", "maskdino doctor --install-detectron2"),
-    Package("torch", "pip install torch torchvision"),
-    Package("torchvision", "pip install torch torchvision"),
-    Package("numpy", "pip install numpy"),
-    Package("cv2", "pip install opencv-python-headless"),
-    Package("PIL", "pip install pillow"),
-    Package("pycocotools", "pip install pycocotools"),
-    Package("scipy", "pip install scipy"),
-    Package("timm", "pip install timm"),
-    *(
-        Package(name, f"pip install {name}")
-        for name in ("fvcore", "iopath", "jinja2", "matplotlib", "tensorboard", "tqdm")
-    ),
-    Package("yaml", "pip install pyyaml"),
+    Package("detectron2", command="maskdino doctor --install-detectron2"),
+    Package("torch", command="pip install torch torchvision"),
+    Package("torchvision", command="pip install torch torchvision"),
+    Package("cv2", command="pip install opencv-python-headless"),
+    Package("PIL", command="pip install pillow"),
+    Package("yaml", command="pip install pyyaml"),
+    *map(Package, ("numpy", "pycocotools", "scipy", "timm", "fvcore", "iopath", "jinja2")),
+    *map(Package, ("matplotlib", "tensorboard", "tqdm")),
 )
+_PANOPTICAPI = "pip install --no-deps panopticapi-lite==0.1.0"
 OPTIONAL = (
-    Package("faster_coco_eval", "pip install faster-coco-eval", "evaluation in less time"),
-    Package(
-        "panopticapi",
-        "pip install --no-deps panopticapi-lite==0.1.0",
-        "evaluation of panoptic maps",
+    Package("faster_coco_eval", "evaluation in less time", "pip install faster-coco-eval"),
+    Package("panopticapi", "evaluation of panoptic maps", _PANOPTICAPI),
+    Package("cityscapesscripts", "evaluation on Cityscapes"),
+    *(
+        Package(module, use, f"pip install 'maskdino[{extra}]'")
+        for module, use, extra in (
+            ("av", "videos", "video"),
+            ("onnx", "export", "export"),
+            ("onnxscript", "export", "export"),
+            ("onnxruntime", "prediction with exported models", "export"),
+            ("openvino", "prediction with exported models", "openvino"),
+            ("wandb", "logs in W&B", "wandb"),
+            ("mlflow", "logs in MLflow", "mlflow"),
+        )
     ),
-    Package("cityscapesscripts", "pip install cityscapesscripts", "evaluation on Cityscapes"),
-    Package("av", "pip install 'maskdino[video]'", "videos"),
-    Package("onnx", "pip install 'maskdino[export]'", "export"),
-    Package("onnxscript", "pip install 'maskdino[export]'", "export"),
-    Package("onnxruntime", "pip install 'maskdino[export]'", "prediction with exported models"),
-    Package("openvino", "pip install 'maskdino[openvino]'", "prediction with exported models"),
-    Package("wandb", "pip install 'maskdino[wandb]'", "logs in W&B"),
-    Package("mlflow", "pip install 'maskdino[mlflow]'", "logs in MLflow"),
 )
 SHOWN = ("torch", "torchvision", "detectron2", "numpy", "cv2", "timm", "pycocotools")
 
@@ -161,11 +156,7 @@ def devices() -> list[torch.device]:
 
 
 def check_operator(device: torch.device) -> str:
-    """Compares the form of deformable attention that a device uses with the plain one.
-
-    Raises:
-        ArithmeticError: they differ.
-    """
+    """Compares the form of deformable attention that a device uses with the plain one."""
     import torch
 
     from maskdino.ops.ms_deform_attn import (
@@ -190,11 +181,7 @@ def check_operator(device: torch.device) -> str:
 
 
 def check_model(device: torch.device) -> str:
-    """Lets a small model with random weights look at an empty image.
-
-    Raises:
-        ArithmeticError: its scores are no numbers.
-    """
+    """Lets a small model with random weights look at an empty image."""
     import torch
 
     from maskdino import api, model_zoo
@@ -232,11 +219,7 @@ def examine() -> Findings:
 
 
 def install_detectron2() -> None:
-    """Builds detectron2 0.6 and installs it, where there is none.
-
-    Raises:
-        CommandError: it cannot be built.
-    """
+    """Builds detectron2 0.6 and installs it, where there is none."""
     from maskdino.cli import install_detectron2 as recipe
 
     try:

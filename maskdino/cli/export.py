@@ -76,11 +76,7 @@ FORMATS = ("onnx", "torch", "tensorrt")
 def check(
     model: MaskDINO, options: ExportOptions, program: Program, batches: list[list[Tensor]]
 ) -> None:
-    """Prints the largest differences between a program and the model over batches of images.
-
-    Raises:
-        ExportError: they are too large.
-    """
+    """Prints the largest differences between program and model; ExportError if too large."""
     exact = replace(options, precision="float32")
     network = ExportableNetwork(model, exact, traceable=False)
     worst: dict[str, Difference] = {}
@@ -129,15 +125,7 @@ def _check_objects(agreement: Agreement) -> None:
 def image_batches(
     paths: Sequence[str], model: MaskDINO, options: ExportOptions, sizes: tuple[int, int], form: str
 ) -> list[list[Tensor]]:
-    """Arguments of the program for each image, and for a batch of two different ones.
-
-    Args:
-        paths: of images.
-        model: says how canvases are padded.
-        options: of the program.
-        sizes: INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
-        form: INPUT.FORMAT.
-    """
+    """Arguments of the program for each image, and for a batch of two different ones."""
     images = []
     for path in paths:
         image = load_image(path)
@@ -158,15 +146,9 @@ def _arguments(images: list[Tensor], model: MaskDINO, options: ExportOptions) ->
 
 
 def check_graph(content: bytes, options: ExportOptions, layers: int) -> None:
-    """Checks how a graph samples: not by GridSample, and only with "plugin" by nodes of the plugin.
+    """Checks how the graph of an ONNX file samples: as its options say, or an ExportError.
 
-    Args:
-        content: of the ONNX file.
-        options: its own; with "grid-sample" nothing is asked of the graph.
-        layers: of deformable attention.
-
-    Raises:
-        ExportError: something is wrong.
+    Without "grid-sample", not by GridSample; with "plugin", by a node of it for each of the layers.
     """
     if options.sampling == "grid-sample":
         return
@@ -221,11 +203,7 @@ def attention_layers(model: MaskDINO) -> int:
 
 
 def check_packages(args: argparse.Namespace) -> None:
-    """Asks for what the export needs before it is traced, which may take minutes.
-
-    Raises:
-        ExportError: a package is not installed.
-    """
+    """Asks for what the export needs (ExportError) before it is traced, which may take minutes."""
     needed = [] if args.format == "torch" else ["onnx", "onnxscript"]
     if needed and args.sampling != "plugin":
         needed.append("onnxruntime")  # compares the program with the model
@@ -238,11 +216,7 @@ def check_packages(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Exports, checks and writes.
-
-    Raises:
-        ExportError: the program differs from the model, or a package is missing.
-    """
+    """Exports, checks and writes."""
     check_packages(args)
     cfg = read_config(args.config_file, None, args.opts, whole=True)
     cfg.MODEL.DEVICE = str(pick_device(args.device, cfg.MODEL.DEVICE))
@@ -275,25 +249,24 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; `words` stands in for it in tests."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--images", required=True, nargs="+", metavar="FILE", help="for the check")
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="path or name")
+    add("--output", required=True, type=Path, metavar="FILE")
+    add("--images", required=True, nargs="+", metavar="FILE", help="for the check")
     add_import_option(parser)
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="tensorrt: the plugin's")
-    parser.add_argument(
+    add("--format", choices=FORMATS, default="onnx", help="tensorrt: the plugin's")
+    add(
         "--sampling",
         choices=SAMPLINGS,
         help="how attention reads the maps (grid-sample; with --format tensorrt: plugin)",
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="(float32)")
-    parser.add_argument("--outputs", choices=OUTPUTS, default="predictions")
-    parser.add_argument("--mask-size", choices=MASK_SIZES, default="full")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--opset", type=int, default=18, help="version of ONNX's operators (18)")
-    parser.add_argument("--device", help="on which the model is traced; default: the config's")
-    parser.add_argument(
-        "--opts", nargs=argparse.REMAINDER, default=[], help="keys and values, at the end"
-    )
+    add("--precision", choices=PRECISIONS, default="float32", help="(float32)")
+    add("--outputs", choices=OUTPUTS, default="predictions")
+    add("--mask-size", choices=MASK_SIZES, default="full")
+    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
+    add("--opset", type=int, default=18, help="version of ONNX's operators (18)")
+    add("--device", help="on which the model is traced; default: the config's")
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values, at the end")
     args = parser.parse_args(words)
     args.sampling = args.sampling or ("plugin" if args.format == "tensorrt" else "grid-sample")
     plugin = args.sampling == "plugin"

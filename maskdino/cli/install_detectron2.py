@@ -128,13 +128,9 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Change:
-    """One kind of replacement in the sources.
+    """One kind of replacement in the sources, as ``re.sub`` makes it in all files of a glob.
 
-    Attributes:
-        reason: why the original no longer works.
-        files: glob below the source root; all matching files are searched.
-        pattern: regular expression; it must match at least once over all files.
-        replacement: what stands there afterwards, as ``re.sub`` takes it.
+    The pattern must match at least once over all of them.
     """
 
     reason: str
@@ -192,16 +188,7 @@ CHANGES = (
 def run(
     command: Sequence[str | Path], *, step: str, environment: dict[str, str] | None = None
 ) -> None:
-    """Run a command, and show what it printed only if it fails.
-
-    Args:
-        command: program and arguments.
-        step: what is being done, for the message.
-        environment: variables to add to the present ones.
-
-    Raises:
-        BuildError: the command failed; holds the last lines of its output.
-    """
+    """Run a command; BuildError with the last lines that it printed if it fails."""
     result = subprocess.run(
         [str(part) for part in command],
         env={**os.environ, **(environment or {})},
@@ -268,8 +255,8 @@ def unpack(archive: Path, folder: Path) -> Path:
     return roots[0]
 
 
-def apply_changes(root: Path, changes: tuple[Change, ...] = CHANGES) -> list[str]:
-    """Apply ``changes`` to the sources under ``root``.
+def apply_changes(root: Path) -> list[str]:
+    """Apply ``CHANGES`` to the sources under ``root``.
 
     Returns:
         One line per change: how often and in how many files it was made, and why.
@@ -278,7 +265,7 @@ def apply_changes(root: Path, changes: tuple[Change, ...] = CHANGES) -> list[str
         BuildError: a change matches nothing, that is, the sources are not the expected ones.
     """
     report = []
-    for change in changes:
+    for change in CHANGES:
         places = files = 0
         for path in sorted(root.glob(change.files)):
             text, count = re.subn(
@@ -350,10 +337,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sdist", type=Path, help="use this copy of the archive, fetch nothing")
-    parser.add_argument("--wheel-dir", type=Path, help="keep the wheel in this folder")
-    parser.add_argument("--no-install", action="store_true", help="only build; needs --wheel-dir")
-    parser.add_argument("--check", action="store_true", help="only tell whether all is there")
+    add = parser.add_argument
+    add("--sdist", type=Path, help="use this copy of the archive, fetch nothing")
+    add("--wheel-dir", type=Path, help="keep the wheel in this folder")
+    add("--no-install", action="store_true", help="only build; needs --wheel-dir")
+    add("--check", action="store_true", help="only tell whether all is there")
     options = parser.parse_args(arguments)
     if options.no_install and options.wheel_dir is None:
         parser.error("--no-install without --wheel-dir would leave nothing")

@@ -28,28 +28,23 @@ from maskdino.system.devices import settle_device
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; `words` stands in for it in tests."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
-    parser.add_argument("--dataset", metavar="NAME", help="default: all of DATASETS.TEST")
-    parser.add_argument(
-        "--output", type=Path, metavar="HTML", help="default: report.html in OUTPUT_DIR"
-    )
-    parser.add_argument("--confidence-threshold", type=float, default=0.5, metavar="T")
-    parser.add_argument("--num-images", type=int, default=3, metavar="N", help="drawn of each kind")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="path or name")
+    add("--dataset", metavar="NAME", help="default: all of DATASETS.TEST")
+    add("--output", type=Path, metavar="HTML", help="default: report.html in OUTPUT_DIR")
+    add("--confidence-threshold", type=float, default=0.5, metavar="T")
+    add("--num-images", type=int, default=3, metavar="N", help="drawn of each kind")
+    add(
         "--weights",
         metavar="FILE",
         help="checkpoint or 'released': computes the loss of each image",
     )
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values")
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values")
     return parser.parse_args(words)
 
 
 def find_paths(args: argparse.Namespace, cfg: CfgNode) -> dict[str, Path]:
-    """The file of each dataset's report.
-
-    Raises:
-        ValueError: one file is asked for, and there are several datasets, or none.
-    """
+    """The file of each dataset's report."""
     datasets = [args.dataset] if args.dataset else list(cfg.DATASETS.TEST)
     if not datasets:
         raise ValueError("DATASETS.TEST is empty: name a dataset with --dataset")

@@ -41,39 +41,27 @@ logger = logging.getLogger("maskdino.train_net")
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line; ``words`` stands in for it in tests."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="begin anew in a folder that holds a run"
-    )
-    parser.add_argument("--eval-only", action="store_true", help="do not train")
-    parser.add_argument(
-        "--report", action="store_true", help="leave an HTML page of the last evaluation"
-    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="path or name")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    add("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
+    add("--eval-only", action="store_true", help="do not train")
+    add("--report", action="store_true", help="leave an HTML page of the last evaluation")
     for option, default, about in (
         ("--num-gpus", 1, "GPUs of this machine to use"),
         ("--num-processes", 1, "processes on a machine without GPU"),
         ("--num-machines", 1, "each starts this command"),
         ("--machine-rank", 0, "number of this machine, from 0"),
     ):
-        parser.add_argument(option, type=int, default=default, metavar="N", help=about)
-    parser.add_argument(
-        "--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of the first machine"
-    )
+        add(option, type=int, default=default, metavar="N", help=about)
+    add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of the first machine")
     add_import_option(parser)
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="values that override the file"
-    )
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="values that override the file")
     return parser.parse_args(words)
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
-    """Reads the configuration, and checks the weights and what the device must do.
-
-    Raises:
-        OSError, KeyError, ValueError: see `maskdino.model_zoo.read_config`; or something asked for
-            is missing.
-    """
+    """Reads the configuration, and checks the weights and what the device must do."""
     cfg = model_zoo.read_config(
         args.config_file, overrides=args.opts, whole=args.eval_only, resume=args.resume
     )

@@ -10,6 +10,7 @@ What follows from the data and this machine is printed, and is in OUT/config.yam
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -56,12 +57,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="stop after N evaluations in a row without a better result",
     )
-    parser.add_argument("--num-gpus", type=_positive, default=1, metavar="N")
-    parser.add_argument("--num-pictures", type=int, default=8, metavar="N")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    add = parser.add_argument
+    add("--num-gpus", type=_positive, default=1, metavar="N")
+    add("--num-pictures", type=int, default=8, metavar="N")
+    add("--output", type=Path, required=True, metavar="DIR")
+    add("--resume", action="store_true", help="go on with the run in --output")
     add_import_option(parser)
-    parser.add_argument(
+    add(
         "opts",
         nargs=argparse.REMAINDER,
         metavar="KEY VALUE",
@@ -83,12 +85,7 @@ def _positive(text: str) -> int:
 
 
 def prepare(args: argparse.Namespace) -> Run:
-    """Plans a new run, or finds the one that goes on.
-
-    Raises:
-        ValueError: the arguments do not go together, or there is no such device; else see
-            `maskdino.custom.plan_run`.
-    """
+    """Plans a new run, or finds the one that goes on."""
     run = Run(args.output)
     if args.resume and run.is_planned():
         configured_device(load_config(str(run.config)).MODEL.DEVICE, args.num_gpus)
@@ -101,28 +98,9 @@ def prepare(args: argparse.Namespace) -> Run:
     if not torch.cuda.is_available() and args.num_gpus > 1:
         raise ValueError(f"--num-gpus {args.num_gpus}, but there is no GPU")
     configured_device(load_config(None, args.opts).MODEL.DEVICE, args.num_gpus)
-    run, text = plan_run(
-        Request(
-            data=args.data,
-            train_json=args.train_json,
-            train_images=args.train_images,
-            val_json=args.val_json,
-            val_images=args.val_images,
-            task=args.task,
-            classes=args.classes,
-            skip_invalid=args.skip_invalid,
-            output=args.output,
-            config=args.config_file,
-            weights=args.weights,
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            minutes=args.minutes,
-            boxes_only=args.boxes_only,
-            processes=args.num_gpus,
-            overrides=args.opts,
-        )
-    )
+    same = {x.name for x in fields(Request)} & vars(args).keys()
+    other = {"config": args.config_file, "processes": args.num_gpus, "overrides": args.opts}
+    run, text = plan_run(Request(**{name: getattr(args, name) for name in same}, **other))
     print(text, flush=True)
     return run
 
