@@ -18,10 +18,12 @@ from maskdino.data import register_coco_folder
 from maskdino.data.reading import DataError
 from maskdino.engine.evaluating import evaluate_model
 from maskdino.evaluation.slices import SlicedModel
+from maskdino.inference.parts import Window
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.inference.sliced import check_slices
 from maskdino.model import MaskDINO
-from tests.evaluation.mosaic import write_mosaic
+from maskdino.ops.rle import encode_mask, to_json
+from tests.evaluation.mosaic import clipped, write_mosaic
 from tests.helpers import tiny_cfg
 from tests.inference.test_sliced import Oracle
 
@@ -34,6 +36,17 @@ def mosaic(tmp_path: Path) -> Iterator[tuple[str, int]]:
     yield "mosaic_of_nuclei", number
     DatasetCatalog.remove("mosaic_of_nuclei")
     MetadataCatalog.remove("mosaic_of_nuclei")
+
+
+def test_what_reaches_over_the_border_of_an_image_is_cut_off() -> None:
+    """As in the image alone; most of the mask lies in the second one."""
+    mask = np.zeros((40, 60), bool)
+    mask[5:15, 20:45] = True
+    record = {"bbox": [20, 5, 25, 10], "segmentation": to_json(encode_mask(mask))}
+    found = clipped(record, [Window(0, 0, 30, 28), Window(0, 32, 12, 60)])
+    mask[:, :32] = mask[12:] = False
+    assert found == {"bbox": [32, 5, 13, 7], "segmentation": to_json(encode_mask(mask))}
+    assert clipped(record, [Window(20, 0, 40, 60)]) == record
 
 
 def configuration(dataset: str, folder: Path, size: int = 256) -> CfgNode:
