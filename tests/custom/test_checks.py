@@ -12,7 +12,7 @@ from PIL import Image
 from maskdino.custom.annotations import read_annotations, summarize, write_annotations
 from maskdino.custom.checks import check, check_pair, drop, file_problem
 from maskdino.data import DataError
-from maskdino.data.annotation_checks import describe
+from maskdino.data.annotation_checks import Finding, describe
 from tests.custom.drawn import Drawn, write_drawn
 
 
@@ -208,6 +208,15 @@ def test_findings_name_file_and_annotation(drawn: Drawn) -> None:
     lines = describe([finding for finding in check(data) if finding.fatal])
     expected = "  annotation 0 of image 0 (scene_0.png): [1, 2, 0, 4]"
     assert lines == ["box of zero or negative size", expected]
+
+
+def test_findings_of_a_kind_are_counted_and_shown_in_part() -> None:
+    findings = [Finding("no box", f"annotation {number}") for number in range(3)]
+    lines = ["no box (3)", "  annotation 0", "  annotation 1", "  annotation 2"]
+    assert (
+        describe(findings) == describe(findings, most=None) == describe(findings, most=3) == lines
+    )
+    assert describe(findings, most=1) == [*lines[:2], "  ... and 2 more"]
 
 
 def test_pairs(tmp_path: Path) -> None:
