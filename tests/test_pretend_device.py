@@ -24,6 +24,7 @@ from maskdino.evaluation.semantic import SemanticEvaluator
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from maskdino.ops import _library
+from maskdino.postprocess import Frame, instances, postprocess
 from maskdino.structures import PackedMasks, Predictions, Targets
 from tests.helpers import NUM_CLASSES, drawn_batch, tiny_cfg
 from tests.losses.drawn import FixedPoints
@@ -71,24 +72,25 @@ TO_HOST = {
     ("pinned to the host", "losses/assignment.py:__init__"): 1,
     ("pinned to the host", "engine/train_step.py:__init__"): 1,
 }
-# Inference and post-processing of one image: how many objects there are, and then which.
+# Inference and post-processing of one image: all that is found, or its number; of panoptic
+# segmentation before that how many queries take part.
 POSTPROCESSING = (COPY, "postprocess/results.py:postprocess")
 INFERENCE = {
-    "instance": {POSTPROCESSING: 2},
+    "instance": {POSTPROCESSING: 1},
     "panoptic": {POSTPROCESSING: 2},
     "semantic": {},
     "detection": {POSTPROCESSING: 1},
-    "bitmask": {POSTPROCESSING: 2},
+    "bitmask": {POSTPROCESSING: 1},
 }
-# The predictor brings the maps of segments and classes to the host as well.
-PREDICTOR = {
-    "instance": {POSTPROCESSING: 2},
-    "panoptic": {POSTPROCESSING: 3},
-    "semantic": {POSTPROCESSING: 1},
-    "detection": {POSTPROCESSING: 2},
-    "bitmask": {POSTPROCESSING: 2},
+# Where run lengths are asked for: whoever looks at objects waits for their copy, and nobody else.
+LATE = {
+    "instance": {("event", "postprocess/instances.py:_fields"): 1},
+    "panoptic": {POSTPROCESSING: 2, ("event", "postprocess/instances.py:_fields"): 1},
+    "detection": {("event", "postprocess/instances.py:_fields"): 1},
 }
-# Evaluators, for one image.
+# The predictor brings the map of classes to the host as well.
+PREDICTOR = INFERENCE | {"semantic": {POSTPROCESSING: 1}}
+# Evaluators, for one image, where results are not on the host.
 EVALUATION = {
     "instances": {(COPY, "evaluation/coco.py:instances_to_records"): 1},
     "panoptic_seg": {(COPY, "evaluation/panoptic.py:process"): 1},
@@ -97,12 +99,12 @@ EVALUATION = {
 # Launches of training on two images, and of inference of one: the most that were counted, and a few
 # percent.
 LAUNCHES = {
-    "instance": (900, 365),
-    "panoptic": (900, 500),
-    "semantic": (790, 270),
-    "detection": (640, 300),
-    "bitmask": (830, 365),
-    "stable matching": (1010, 455),
+    "instance": (900, 330),
+    "panoptic": (900, 400),
+    "semantic": (790, 255),
+    "detection": (640, 265),
+    "bitmask": (830, 330),
+    "stable matching": (1010, 330),
 }
 
 
@@ -133,10 +135,11 @@ def device() -> Iterator[PretendDevice]:
 
 
 def on_device(
-    device: PretendDevice, task: str, precision: str = "float32"
+    device: PretendDevice, task: str, precision: str = "float32", **overrides: object
 ) -> tuple[CfgNode, MaskDINO]:
     """A narrow model, not training, whose last two classes are stuff."""
-    cfg = tiny_cfg(**TRAINED[task], TEST__PRECISION=precision, TEST__CUDA_GRAPHS=False)
+    overrides |= TRAINED[task] | {"TEST__PRECISION": precision, "TEST__CUDA_GRAPHS": False}
+    cfg = tiny_cfg(**overrides)
     model = MaskDINO(cfg).eval()
     # Some objects, not all: scores like those of a trained model.
     torch.nn.init.normal_(model.heads.class_head.weight, std=0.5)
@@ -160,6 +163,18 @@ def train(device: PretendDevice, model: MaskDINO, objects: tuple[int, int]) -> d
 
 def copies(device: PretendDevice, end: str) -> dict[tuple[str, str], int]:
     return {key: number for key, number in device.copies.items() if key[0].endswith(end)}
+
+
+def infer(device: PretendDevice, model: MaskDINO, least: float = 0.1) -> tuple[dict, dict]:
+    """An image and its results, of scores from `least`; the device has recorded nothing else."""
+    thresholds = {"score_threshold": least, "panoptic_score_threshold": least}
+    thresholds["panoptic_overlap_threshold"] = 0.02
+    model.inference = replace(model.inference, **thresholds)
+    image = drawn_batch(SIZES[1:], (0,))[0] | {"height": OUTPUT[0], "width": OUTPUT[1]}
+    model([image])  # prepares the network
+    device.clear()
+    (result,) = model([image])
+    return image, result
 
 
 def check_waits(
@@ -244,14 +259,7 @@ def test_inference_and_evaluation(
     device: PretendDevice, dataset: str, task: str, precision: str, found: bool
 ) -> None:
     _, model = on_device(device, task, precision)
-    least = 0.1 if found else 1.1
-    thresholds = {"score_threshold": least, "panoptic_score_threshold": least}
-    thresholds["panoptic_overlap_threshold"] = 0.02
-    model.inference = replace(model.inference, **thresholds)
-    image = drawn_batch(SIZES[1:], (0,))[0] | {"height": OUTPUT[0], "width": OUTPUT[1]}
-    model([image])  # prepares the network
-    device.clear()
-    (result,) = model([image])
+    image, result = infer(device, model, 0.1 if found else 1.1)
     # Where nothing is found, there may be less to wait for.
     check_waits(device, INFERENCE[task], all_of_them=found)
     check_launches(device, LAUNCHES[task][1])
@@ -261,6 +269,64 @@ def test_inference_and_evaluation(
         device.clear()
         evaluate(dataset, image | {"image_id": 1}, result, key)
         check_waits(device, EVALUATION[key], all_of_them=found)
+
+
+@pytest.mark.parametrize("task", LATE)
+def test_an_evaluator_of_run_lengths_waits_for_nothing_more(
+    device: PretendDevice, dataset: str, task: str
+) -> None:
+    _, model = on_device(device, task)
+    model.inference = replace(model.inference, run_lengths=True, semantic_on=False)
+    image, result = infer(device, model)
+    assert not any(cause == "event" for cause, _ in device.waits)
+    assert len(result["instances"]) > 0
+    for key in result:
+        evaluate(dataset, image | {"image_id": 1}, result, key)
+    check_waits(device, LATE[task], all_of_them=True)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("tasks", [("instance",), ("panoptic",)])
+@pytest.mark.parametrize("compact", [True, False])
+def test_results_are_those_of_the_cpu(
+    device: PretendDevice,
+    tasks: tuple[str],
+    compact: bool,
+    counted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where an image is so large that objects are counted before their masks are made."""
+    _, model = on_device(device, "panoptic")
+    model.inference = replace(model.inference, score_threshold=0.2, panoptic_score_threshold=0.2)
+    image = drawn_batch(SIZES[1:], (0,))[0]
+    with torch.no_grad():
+        predictions, pixels = model.predict(model.preprocess([image]).tensor)
+    if counted:
+        monkeypatch.setattr(instances, "UNCOUNTED_PIXELS", 0)
+    found = []
+    for place in (lambda x: x, lambda x: x.numbers):
+        frame = Frame((64, 96), SIZES[1], OUTPUT)
+        made = postprocess(
+            predictions.of_image(0).map(place),
+            place(pixels[0]),
+            frame,
+            model.inference,
+            place(model.is_thing),
+            tasks=tasks,
+            compact=compact,
+        )
+        found.append(made[tasks[0]])
+    if tasks == ("panoptic",):
+        (ids, segments), (expected, expected_segments) = found
+        assert segments == expected_segments and len(segments) > 0
+        assert torch.equal(getattr(ids, "numbers", ids), expected)
+        return
+    fields, expected = (x.get_fields() for x in found)
+    assert fields.keys() == expected.keys() and len(found[0]) == len(found[1]) > 0
+    assert fields.pop("pred_rles", None) == expected.pop("pred_rles", None)
+    for name in fields:
+        some, others = (getattr(x[name], "tensor", x[name]) for x in (fields, expected))
+        assert torch.equal(getattr(some, "numbers", some), others), name
 
 
 @pytest.mark.parametrize("least", [0.1, 1.0])

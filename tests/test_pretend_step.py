@@ -1,8 +1,9 @@
-"""A whole training step on the pretend device: launches, waits, and that gradients are right."""
+"""Whole models on the pretend device: launches and waits of steps and images; gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from maskdino.ops import _library
 from tests.helpers import CHANNELS, NARROW, NODE, drawn_batch, tiny_cfg
 from tests.pretend_backward import backward
 from tests.pretend_device import OnDevice, PretendDevice, missing_api
-from tests.test_pretend_device import SIZES, TRAINING, entered
+from tests.test_pretend_device import SIZES, TRAINING, entered, infer, on_device
 
 pytestmark = [
     pytest.mark.skipif(bool(missing_api()), reason=missing_api()),
@@ -34,6 +35,7 @@ LAYERS = {
 OBJECTS = (5, 3)
 OUTPUTS_AT_ONCE = 4  # whose costs that model's 300 queries and 12,544 points leave room for
 FORWARD, STEP = 1440, 3360  # launches: forward pass with losses, and the whole step
+INFERENCE = {"instance": (605, 1), "panoptic": (660, 2)}  # launches and waits from image to results
 
 
 @pytest.fixture
@@ -78,6 +80,18 @@ def test_launches_and_waits_of_a_step(
     assert device.waits == TRAINING
     assert forward[-1] <= FORWARD
     assert device.launches.total() <= STEP, device.launches.most_common(12)
+
+
+@pytest.mark.skipif(not _library.is_loaded(), reason="PyTorch's form of the operator needs more")
+@pytest.mark.parametrize("task", INFERENCE)
+def test_launches_and_waits_of_an_image(device: PretendDevice, task: str) -> None:
+    layers = {"ENCODER__NUM_LAYERS": 6, "DECODER__NUM_LAYERS": 9}
+    _, model = on_device(device, task, "bfloat16", **layers)
+    model.inference = replace(model.inference, semantic_on=False)
+    infer(device, model)
+    launches, waits = INFERENCE[task]
+    assert device.launches.total() <= launches, device.launches.most_common(12)
+    assert device.waits.total() == waits
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, (0, 0)], ids=str)

@@ -7,6 +7,7 @@ queries among them, C channels; output OH, OW pixels.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +18,13 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from maskdino.ops.host import OnItsWay, Steps, pack_masks, true_first
+from maskdino.ops.points import joined
 from maskdino.ops.rle import encode_mask, encode_packed
 from maskdino.postprocess.frame import Frame, maps_at_once, mask_parts, output_boxes, output_masks
 from maskdino.postprocess.options import InferenceOptions
 from maskdino.structures import Predictions
 
+UNCOUNTED_PIXELS = 1 << 26  # of masks that a GPU makes before it is known which are kept
 MASK_BYTES_AT_ONCE = 1 << 27  # packed masks of one image that exist on the device at one time
 
 
@@ -32,9 +35,10 @@ class Pairs:
     scores: Tensor  # (R,)
     queries: Tensor  # (R,) int64
     labels: Tensor  # (R,) int64
-    different: Tensor  # (U,) int64 the queries, each once, in ascending order
-    which: Tensor  # (R,) int64 index into `different`
-    counts: tuple[int, ...]  # U numbers of pairs, on the host
+    kept: Tensor  # (R,) bool
+    different: Tensor  # (U,) int64 the queries of which masks are made
+    which: Tensor | None  # (R,) int64 index into `different`; None: each pair has a mask of its own
+    counts: tuple[int, ...]  # U numbers of pairs, on the host, where there is `which`
 
 
 class LateInstances(Instances):
@@ -87,9 +91,18 @@ def top_pairs(
     return scores, queries, labels, kept
 
 
-def _best_pairs(class_logits: Tensor, options: InferenceOptions, is_thing: Tensor) -> Steps[Pairs]:
-    """The pairs that are kept. Asks the host once, for the numbers."""
+def _best_pairs(
+    class_logits: Tensor, frame: Frame, options: InferenceOptions, is_thing: Tensor
+) -> Steps[Pairs]:
+    """The best pairs; those that are kept, where the host asks for their numbers.
+
+    While a GPU waits for the host it can make many masks that nobody needs, if they are small.
+    """
     scores, queries, labels, kept = top_pairs(class_logits, options, is_thing)
+    pixels = len(scores) * math.prod(frame.output)
+    uncounted = scores.device.type != "cpu" and 0 < pixels <= UNCOUNTED_PIXELS
+    if uncounted or torch.jit.is_tracing():  # no number of one image may shape a traced program
+        return Pairs(scores, queries, labels, kept, queries, None, ())
     counts = queries.new_zeros(class_logits.shape[0]).scatter_add_(0, queries, kept.long())
     (on_host,) = yield (counts,)
     numbers = tuple(count for count in on_host.tolist() if count)
@@ -99,6 +112,7 @@ def _best_pairs(class_logits: Tensor, options: InferenceOptions, is_thing: Tenso
         scores[first],
         queries[first],
         labels[first],
+        kept[first],
         true_first(used)[: len(numbers)],
         (used.cumsum(0) - 1)[queries[first]],
         numbers,
@@ -115,9 +129,7 @@ def instance_steps(
     features: bool,
 ) -> Steps[Instances]:
     """Detection and instance segmentation; see `postprocess`."""
-    if torch.jit.is_tracing():
-        return _traced(predictions, pixel_embedding, frame, options, is_thing)
-    pairs = yield from _best_pairs(predictions.class_logits, options, is_thing)
+    pairs = yield from _best_pairs(predictions.class_logits, frame, options, is_thing)
     fields = {
         "pred_boxes": output_boxes(predictions.boxes[pairs.queries], frame),
         "scores": pairs.scores,
@@ -127,7 +139,7 @@ def instance_steps(
         if predictions.content is None:
             raise ValueError("this network, as exported ones, gives no features of objects")
         fields["features"] = predictions.content[pairs.queries].float()
-    masks, encoded, quality = None, None, list[Tensor]()
+    encoded, quality, kept = None, list[Tensor](), pairs.kept
     if predictions.mask_embeddings is not None:
         embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
         wanted = quality if options.mask_scoring else None
@@ -135,45 +147,24 @@ def instance_steps(
         if compact:
             encoded = yield from _encoded(parts, frame)
         else:
-            masks = _written(parts, pairs, frame)
-    if options.mask_scoring and quality:
-        fields["scores"] = pairs.scores * torch.cat(quality)[pairs.which]
+            fields["pred_masks"] = _written(parts, pairs, frame)
+    if quality:
+        means = joined(quality)
+        fields["scores"] = pairs.scores * (means if pairs.which is None else means[pairs.which])
+        kept = kept & (fields["scores"] >= options.score_threshold)
     if compact:
-        kept = fields["scores"] >= options.score_threshold
         later = options.run_lengths and kept.is_cuda
-        return (yield from _on_host(fields, kept, pairs.which, encoded, frame, later=later))
-    if options.mask_scoring and masks is not None:
-        kept = fields["scores"] >= options.score_threshold
+        return (yield from _on_host(fields, kept, pairs, encoded, frame, later=later))
+    if torch.jit.is_tracing():
+        return _as_instances({name: value[kept] for name, value in fields.items()}, frame)
+    if quality or pairs.which is None:
         (number,) = yield (kept.sum(),)
-        if number < len(kept):
-            index = true_first(kept)[: int(number)]
-            fields = {name: value[index] for name, value in fields.items()}
-            masks = _moved_up(masks, index)
-    return _as_instances(fields | ({} if masks is None else {"pred_masks": masks}), frame)
-
-
-def _traced(
-    predictions: Predictions,
-    pixel_embedding: Tensor | None,
-    frame: Frame,
-    options: InferenceOptions,
-    is_thing: Tensor,
-) -> Instances:
-    """`instance_steps` for torch.jit.trace: no number of one image may shape the program.
-
-    So masks are made of every pair, also of those that share a query or are left out.
-    """
-    scores, queries, labels, kept = top_pairs(predictions.class_logits, options, is_thing)
-    fields = {"pred_boxes": output_boxes(predictions.boxes[queries], frame), "pred_classes": labels}
-    if predictions.mask_embeddings is not None:
-        embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
-        quality: list[Tensor] = []
-        parts = _foregrounds(embeddings[queries], pixel_embedding, frame, quality)
-        fields["pred_masks"] = torch.cat(list(parts))
-        scores = scores * torch.cat(quality) if options.mask_scoring else scores
-        kept = kept & (scores >= options.score_threshold)
-    fields["scores"] = scores
-    return _as_instances({name: value[kept] for name, value in fields.items()}, frame)
+        index = true_first(kept)[: int(number)]
+        masks = fields.pop("pred_masks", None)
+        fields = {name: value[index] for name, value in fields.items()}
+        if masks is not None:
+            fields["pred_masks"] = _moved_up(masks, index)
+    return _as_instances(fields, frame)
 
 
 def _as_instances(fields: dict, frame: Frame) -> Instances:
@@ -215,6 +206,8 @@ def _written(parts: Iterator[Tensor], pairs: Pairs, frame: Frame) -> Tensor:
 
     Each mask is written where it belongs: a large image has no room for another copy of all.
     """
+    if pairs.which is None:
+        return joined(list(parts))
     shape = (len(pairs.scores), *frame.output)
     masks = torch.empty(shape, dtype=torch.bool, device=pairs.scores.device)
     rows, begin, end = pairs.which.argsort(stable=True), 0, 0
@@ -249,15 +242,15 @@ def _unpacked(packed: Iterable[Tensor], frame: Frame) -> list[dict]:
 def _on_host(
     fields: dict[str, Tensor],
     kept: Tensor,
-    which: Tensor,
+    pairs: Pairs,
     encoded: tuple[list[dict], list[Tensor]] | None,
     frame: Frame,
     *,
     later: bool,
 ) -> Steps[Instances]:
-    """The objects that are kept, on the host, perhaps later; `which` (R,) of the masks each has."""
+    """The objects that are kept, on the host, perhaps later."""
     before, last = ([], []) if encoded is None else encoded
-    names, with_masks = tuple(fields), encoded is not None
+    names, with_masks, counted = tuple(fields), encoded is not None, pairs.which is not None
 
     def made(found: list[Tensor]) -> dict[str, Any]:
         # Holds nothing of the GPU's, whose memory is free as soon as the copies are on their way.
@@ -266,10 +259,18 @@ def _on_host(
         result: dict[str, Any] = dict(zip(names, (value[index] for value in values), strict=True))
         result["pred_boxes"] = Boxes(result["pred_boxes"])
         if with_masks:
-            rles = before + _unpacked(masks, frame)
-            result["pred_rles"] = [dict(rles[row]) for row in which[index].tolist()]
+            if not counted:  # masks of one query are equal
+                _, first, query = np.unique(which, return_index=True, return_inverse=True)
+                which = torch.from_numpy(first[query])
+            rows = which[index].tolist()
+            rles = dict(enumerate(before))
+            if there := sorted({row for row in rows if row >= len(before)}):
+                packed = joined(masks)[[row - len(before) for row in there]]
+                rles |= zip(there, _unpacked([packed], frame), strict=True)
+            result["pred_rles"] = [dict(rles[row]) for row in rows]
         return result
 
+    which = pairs.queries if pairs.which is None else pairs.which
     asked = (*fields.values(), kept, which, *last)
     if later:
         return LateInstances(frame.output, OnItsWay(asked), made)
@@ -278,6 +279,8 @@ def _on_host(
 
 def _moved_up(masks: Tensor, index: Tensor) -> Tensor:
     """`masks[index]` for ascending (r,) int64 indices, in the memory of `masks`."""
+    if len(index) == len(masks):
+        return masks
     at_once = maps_at_once(masks[0].numel())
     for begin in range(0, len(index), at_once):
         some = index[begin : begin + at_once]

@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 class InferenceOptions:
     """MODEL.MASK_DINO.TEST, and the class scores that follow from the loss.
 
-    `run_lengths` asks for objects on the host with `pred_rles` in place of `pred_masks`.
+    `run_lengths` asks for objects on the host with `pred_rles` in place of `pred_masks`, and for
+    segment ids there.
     """
 
     instance_on: bool

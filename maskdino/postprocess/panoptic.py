@@ -58,27 +58,27 @@ def panoptic_steps(
     options: InferenceOptions,
     is_thing: Tensor,
     compact: bool,
+    on_host: bool,
 ) -> Steps[tuple[Tensor, list[dict]]]:
     """A pixel goes to the query of largest score times mask probability; see `postprocess`."""
     embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
     takes_part, scores, labels = segment_candidates(predictions.class_logits, options)
     made = coarse_frame(frame, VALUES_PER_PIXEL) if compact else frame
     (number,) = yield (takes_part.sum(),)
-    ids = torch.zeros(made.output, dtype=torch.int32, device=scores.device)
-    segments: list[dict] = []
-    if number:
-        chosen = true_first(takes_part)[: int(number)]
-        scores, labels = scores[chosen].float(), labels[chosen]
-        winner, inside, own = _winners(scores, embeddings[chosen], pixel_embedding, made)
-        won, left = _pixels_won(winner, inside, len(chosen))
-        table = torch.stack([own, won, left, labels, is_thing[labels].long()])
-        table, scores = yield table, scores
-        numbers, segments = _segments(table, scores, options)
-        number_of = to_device(numbers, torch.int32, winner.device)
-        ids = torch.where(inside, number_of[winner], 0).to(torch.int32)
-    if compact:
-        (ids,) = yield (full_size(ids, frame),)
-    return ids, segments
+    device = torch.device("cpu") if on_host else scores.device
+    if not number:
+        return torch.zeros(frame.output, dtype=torch.int32, device=device), []
+    chosen = true_first(takes_part)[: int(number)]
+    scores, labels = scores[chosen].float(), labels[chosen]
+    winner, inside, own = _winners(scores, embeddings[chosen], pixel_embedding, made)
+    won, left = _pixels_won(winner, inside, len(chosen))
+    table = torch.stack([own, won, left, labels, is_thing[labels].long()])
+    rows = torch.where(inside, winner + 1, 0).to(torch.int32)  # of the table, or 0
+    table, scores, *copy = yield table, scores, *([rows] if on_host else [])
+    numbers, segments = _segments(table, scores, options)
+    rows, number_of = copy[0] if on_host else rows, to_device([0, *numbers], torch.int32, device)
+    ids = number_of.index_select(0, rows.flatten()).view(rows.shape)
+    return full_size(ids, frame), segments
 
 
 def _winners(

@@ -59,12 +59,11 @@ def postprocess(
         ValueError: the network gives no features, or no masks where the task needs them.
     """
     arguments = (predictions, pixel_embedding, frame, options)
+    on_host = compact or options.run_lengths
     makers = {
         "semantic": lambda: semantic_steps(*arguments, compact and not class_maps),
-        "panoptic": lambda: panoptic_steps(*arguments, is_thing, compact),
-        "instance": lambda: instance_steps(
-            *arguments, is_thing, compact or options.run_lengths, features
-        ),
+        "panoptic": lambda: panoptic_steps(*arguments, is_thing, compact, on_host),
+        "instance": lambda: instance_steps(*arguments, is_thing, on_host, features),
     }
     wanted = [task for task in makers if task in (options.tasks if tasks is None else tasks)]
     clock.begin("results")
