@@ -69,6 +69,7 @@ class Stream:
         """
         self._av = require_pyav()
         self._address, self.name = address, shown_address(address)
+        self._is_rtsp = address.lower().startswith("rtsp")
         self.reopened = self.passed = 0
         self._container = self._connect()
         stream = self._container.streams.video[0]
@@ -116,14 +117,17 @@ class Stream:
     def _frames(self, last: float) -> Iterator[tuple[VideoFrame, float]]:
         """Whole frames of this connection, with their own times: those after `last`, or in time."""
         stream = self._container.streams.video[0]
-        start = float((stream.start_time or 0) * (stream.time_base or 0))
+        unit = float(stream.time_base or 0)  # not of the frame: what is flushed has none
+        start = (stream.start_time or 0) * unit
+        if self._is_rtsp:  # times are the recording's own, and the first image comes without one
+            start = 0.0
         if self._length is not None and last > 0:
             with suppress(self._av.error.FFmpegError):  # then it begins anew
                 self._container.seek(int((last + start) * MICROSECONDS))
         first: float | None = None
         connected = time.monotonic()
         for frame in self._decoded(stream):
-            seconds = max(last, 0.0) if frame.time is None else frame.time - start
+            seconds = max(last, 0.0) if frame.pts is None else frame.pts * unit - start
             if frame.is_corrupt:
                 continue
             if self._length is not None:
@@ -131,7 +135,7 @@ class Stream:
                     yield frame, seconds
                 continue
             first = seconds if first is None else first
-            if time.monotonic() - connected > seconds - first + LATENESS and frame.time is not None:
+            if time.monotonic() - connected > seconds - first + LATENESS and frame.pts is not None:
                 self.passed += 1
             else:
                 yield frame, seconds
@@ -167,7 +171,7 @@ class Stream:
         )
 
     def _connect(self) -> InputContainer:
-        options = {"rtsp_transport": "tcp"} if self._address.lower().startswith("rtsp") else {}
+        options = {"rtsp_transport": "tcp"} if self._is_rtsp else {}
         try:
             container = self._av.open(self._address, options=options, timeout=PATIENCE)
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
