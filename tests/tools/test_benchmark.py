@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +13,25 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from tests.conftest import load_module
 
-def test_operators_agree_and_every_column_is_filled(repository: Path) -> None:
+
+def test_operators_agree_and_every_column_of_a_page_is_filled(
+    repository: Path, tmp_path: Path
+) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory on a CPU is read from Linux's /proc")
-    command = [sys.executable, "tools/benchmark.py", "op", "--threads", "1"]
-    command += ["--height", "256", "--width", "256", "--repeats", "1"]
+    page = tmp_path / "page.md"
+    words = "op --threads 1 --height 256 --width 256 --repeats 1"
+    mark = f"<!-- python tools/benchmark.py {words} -->"
+    page.write_text(f"Before.\n{mark}\n| old |\n<!-- end -->\nBehind.\n")
+    command = [sys.executable, "tools/benchmark.py", "page", str(page)]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    written = page.read_text()
+    assert written.startswith(f"Before.\n{mark}\n- date: ")
+    assert written.endswith("|\n<!-- end -->\nBehind.\n") and "| old |" not in written
+    lines = [line for line in written.splitlines() if line.startswith("|")]
     headings, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert {"PyTorch (grid_sample)", "PyTorch, all samples at once"} <= {row[0] for row in rows}
     for row in rows:
@@ -29,6 +40,18 @@ def test_operators_agree_and_every_column_is_filled(repository: Path) -> None:
         for cell in row[2:]:
             number, unit, gain = cell.split()
             assert float(number) > 0 and unit in ("ms", "MiB") and gain.endswith("x)"), row
+
+
+def test_pages_hold_commands_that_there_are(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(repository / "tools")
+    tool = load_module(repository / "tools" / "benchmark.py")
+    pages = [*repository.glob("*.md"), *repository.glob("docs/*.md"), *repository.glob("csrc/*.md")]
+    found = [words for page in pages for _, words in tool.MEASURED.findall(page.read_text())]
+    assert found
+    for words in found:
+        tool.build_parser().parse_args(shlex.split(words))
 
 
 TINY = ("--config-file", "configs/coco/instance/maskdino_tiny.yaml")
