@@ -101,8 +101,8 @@ EVALUATION = {
 LAUNCHES = {
     "instance": (900, 330),
     "panoptic": (900, 400),
-    "semantic": (790, 270),
-    "detection": (640, 300),
+    "semantic": (790, 255),
+    "detection": (640, 265),
     "bitmask": (830, 330),
     "stable matching": (1010, 330),
 }
