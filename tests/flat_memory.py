@@ -25,6 +25,7 @@ from torch import Tensor
 from maskdino.data import register_coco_folder
 from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.model import MaskDINO
 from tests.helpers import drawn_batch, tiny_cfg, tiny_model
 from tests.memory import one_thread, resident_mib
 
@@ -120,7 +121,7 @@ def evaluation(samples: Samples, folder: Path) -> None:
         def build_test_loader(cls, *_: object) -> list[list[dict]]:
             return _Inputs(samples, batches)
 
-    Trainer.test(cfg, tiny_model())
+    Trainer.test(cfg, MaskDINO(cfg))
     DatasetCatalog.remove("flat")
     MetadataCatalog.remove("flat")
 
