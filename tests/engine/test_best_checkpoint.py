@@ -115,6 +115,7 @@ def test_early_stop_and_resuming_a_stopped_run(tmp_path: Path) -> None:
     assert not (tmp_path / "model_0000007.pth").exists()
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.slow
 def test_two_processes_stop_together(tmp_path: Path) -> None:
     launch(train_in_process, config(tmp_path, patience=2), SCORES, processes=2)

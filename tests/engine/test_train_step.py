@@ -196,6 +196,7 @@ def overflow_on_the_second(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(result))
 
 
+@pytest.mark.usefixtures("forked")
 def test_all_processes_leave_the_step_out(tmp_path: Path) -> None:
     launch(overflow_on_the_second, tmp_path, processes=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
