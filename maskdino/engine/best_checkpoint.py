@@ -44,13 +44,9 @@ class Evaluation:
     iteration: int
     results: dict[str, Any]
 
-    def values(self) -> dict[str, float]:
-        """Gives all values by their whole names, such as "segm/AP"."""
-        return flatten(self.results)
-
     def value(self, metric: str) -> float | None:
-        """Gives a finite value; None where it could not be measured."""
-        value = self.values().get(metric)
+        """The finite value of a metric such as "segm/AP"; None: it could not be measured."""
+        value = flatten(self.results).get(metric)
         return value if value is not None and math.isfinite(value) else None
 
 
@@ -94,10 +90,8 @@ class History:
 
     def since_best(self) -> int:
         """Counts evaluations after the best one; none as long as nothing was found (AP 0)."""
-        best = self.best
-        if best is None or self.score(best) == -math.inf:
-            return 0
-        if self.score(best) <= 0 and not self.lower_is_better:
+        best, least = self.best, -math.inf if self.lower_is_better else 0.0
+        if best is None or self.score(best) <= least:
             return 0
         return sum(entry.iteration > best.iteration for entry in self.evaluations)
 
