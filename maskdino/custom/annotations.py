@@ -86,6 +86,8 @@ class Summary:
     many_objects: int  # in an image; in 19 of 20 there are at most so many
     task: str = "instance"  # "instance", "panoptic" or "semantic"
     stuff: tuple[str, ...] = ()  # names of the classes that are no things, of panoptic data
+    # Median root of the objects' areas, as a share of the longer side of their images; 0: unknown.
+    object_side: float = 0.0
 
     @property
     def objects(self) -> int:
@@ -113,16 +115,22 @@ def summarize(data: Annotations) -> Summary:
     by_category = Counter(a["category_id"] for a in objects)
     by_image = Counter(a["image_id"] for a in objects)
     sorted_numbers = sorted(by_image[image["id"]] for image in data.images)
-    sides = [max(int(image["width"]), int(image["height"])) for image in data.images]
+    longer = {image["id"]: max(int(image["width"]), int(image["height"])) for image in data.images}
+    sides = [
+        math.sqrt(a["bbox"][2] * a["bbox"][3]) / longer[a["image_id"]]
+        for a in objects
+        if data.task == "instance" and "bbox" in a
+    ]
     return Summary(
         images=len(data.images),
         counts={str(c["name"]): by_category[c["id"]] for c in ordered_categories(data)},
         has_masks=data.maps is not None or any(a.get("segmentation") for a in objects),
-        longest_side=round(median(sides)),
+        longest_side=round(median(longer.values())),
         most_objects=sorted_numbers[-1],
         many_objects=sorted_numbers[math.ceil(0.95 * len(sorted_numbers)) - 1],
         task=data.task,
         stuff=tuple(str(c["name"]) for c in ordered_categories(data) if not c.get("isthing", True)),
+        object_side=median(sides) if sides else 0.0,
     )
 
 

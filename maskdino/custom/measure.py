@@ -23,6 +23,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
 
+from maskdino.engine.evaluating import as_evaluated
 from maskdino.engine.hooks import peak_memory_mb
 from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.structures import PackedMasks
@@ -113,11 +114,11 @@ def _pace(cfg: CfgNode, register: Callable[[], None], images: int) -> Pace:
         trainer = _Trial(cfg)
         trainer.train()
     loader = MaskDINOTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
-    trainer.model.eval()
+    model = as_evaluated(cfg, trainer.model.eval())
     times, evaluated = [], 0
     with torch.inference_mode():
         for batch in islice(loader, 1 + EVALUATED):
-            trainer.model(batch)  # results are on the host: nothing is left to wait for
+            model(batch)  # results are on the host: nothing is left to wait for
             times.append(time.perf_counter())
             evaluated += len(batch)
     spread = len(times) > 1

@@ -20,6 +20,9 @@ TRAIN_NAME, VALIDATION_NAME = "custom_train", "custom_val"
 MEMORY_SHARE = 0.8  # of the free memory: images differ in their number of objects
 MIN_SIZE, MAX_SIZE_GPU, MAX_SIZE_CPU = 256, 1024, 512  # pixels of the longest side
 SIZE_STEP = 32
+SMALL_OBJECT, ENLARGED_OBJECT = 14, 20  # pixels that the network sees of half of the objects
+MOST_ZOOM = 4  # 25 slices of an image
+LEAST_SLICE = 48  # pixels that TEST.SLICES.SIZE may have
 VIEWS = 24_000  # images seen in a training, where the number of epochs leaves the choice
 EPOCHS = (12, 300)  # least and most
 CPU_MINUTES = 60  # a training without a GPU is planned to take about this long
@@ -99,6 +102,22 @@ def apply_data(cfg: CfgNode, summary: Summary, machine: Machine, request: Reques
     most = MAX_SIZE_GPU if machine.device == "cuda" else MAX_SIZE_CPU
     size = request.image_size or min(max(summary.longest_side, MIN_SIZE), most)
     _set_size(cfg, _round_up(size, SIZE_STEP))
+    if not request.image_size:
+        _enlarge_small_objects(cfg, summary)
+
+
+def _enlarge_small_objects(cfg: CfgNode, summary: Summary) -> None:
+    """Small objects are learned from enlarged parts of images, and predicted in such slices.
+
+    A step costs what it costs with whole images.
+    """
+    side = summary.object_side * cfg.INPUT.LSJ.SIZE[0]
+    if not 0 < side < SMALL_OBJECT:
+        return
+    zoom = min(ENLARGED_OBJECT / side, MOST_ZOOM)
+    cfg.INPUT.LSJ.MIN_SCALE *= zoom
+    cfg.INPUT.LSJ.MAX_SCALE *= zoom
+    cfg.TEST.SLICES.SIZE = max(LEAST_SLICE, round(summary.longest_side / zoom))
 
 
 def mixed_objects(cfg: CfgNode, number: int) -> int:

@@ -65,6 +65,7 @@ def plan_text(
         ("images", images),
         ("machine", room),
         ("image size", f"{size} pixels (median of the data: {data.train.longest_side})"),
+        *_enlarged(cfg, data.train),
         ("queries", f"{queries} ({_fullness(data.train)})"),
         ("batch", batch),
         ("learning rate", f"{solver.BASE_LR:g}, {_decay(cfg)}"),
@@ -73,6 +74,21 @@ def plan_text(
         ("starts from", _start(cfg)),
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
+
+
+def _enlarged(cfg: CfgNode, summary: Summary) -> list[tuple[str, str]]:
+    """What is done for small objects, if it is."""
+    slices, size = cfg.TEST.SLICES.SIZE, cfg.INPUT.LSJ.SIZE[0]
+    if not slices or not summary.object_side:
+        return []
+    side, zoom = summary.object_side * size, summary.longest_side / slices
+    return [
+        (
+            "small objects",
+            f"half have less than {side:.0f} of these pixels: parts of images are enlarged "
+            f"{zoom:.1f} times to train on, and slices of {slices} pixels to predict",
+        )
+    ]
 
 
 def _start(cfg: CfgNode) -> str:

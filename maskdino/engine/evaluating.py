@@ -37,6 +37,11 @@ def build_model(cfg: CfgNode) -> nn.Module:
     return model
 
 
+def as_evaluated(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """What is given the images of `build_test_data`: the model, or one that slices them."""
+    return SlicedModel(cfg, model) if cfg.TEST.SLICES.SIZE else model
+
+
 def evaluate_model(
     cfg: CfgNode,
     model: nn.Module,
@@ -52,8 +57,7 @@ def evaluate_model(
         evaluators = [evaluators]
     if evaluators is not None and len(evaluators) != len(names):
         raise ValueError(f"{len(evaluators)} evaluators for {len(names)} datasets {names}")
-    if cfg.TEST.SLICES.SIZE:
-        model = SlicedModel(cfg, model)
+    model = as_evaluated(cfg, model)
     results: dict[str, Any] = {}
     for index, name in enumerate(names):
         loader = build_loader(cfg, name)

@@ -78,6 +78,37 @@ def test_image_size(side: int, machine: Machine, wanted: int | None, expected: i
     assert cfg.INPUT.MAX_SIZE_TEST == cfg.INPUT.MIN_SIZE_TEST == expected
 
 
+@pytest.mark.parametrize(
+    ("share", "zoom"), [(0.0, 1.0), (15 / 512, 1.0), (10 / 512, 2.0), (1 / 512, 4.0)]
+)
+def test_small_objects_are_enlarged(share: float, zoom: float) -> None:
+    """To 20 pixels, and at most four times; slices are enlarged as the images of training."""
+    data = summary(longest_side=2000, object_side=share)
+    whole = planned(data, CPU, asked(image_size=512))[0]
+    cfg = planned(data, CPU)[0]
+    assert cfg.INPUT.LSJ.SIZE == whole.INPUT.LSJ.SIZE == [512, 512]
+    assert zoom * whole.INPUT.LSJ.MIN_SCALE == pytest.approx(cfg.INPUT.LSJ.MIN_SCALE)
+    assert zoom * whole.INPUT.LSJ.MAX_SCALE == pytest.approx(cfg.INPUT.LSJ.MAX_SCALE)
+    assert cfg.INPUT.MIN_SIZE_TEST == 512
+    assert (0, 2000 / zoom if zoom > 1 else 0) == (whole.TEST.SLICES.SIZE, cfg.TEST.SLICES.SIZE)
+
+
+def test_size_of_objects_is_a_share_of_their_images() -> None:
+    data = Annotations(
+        json_file=Path(),
+        image_root=Path(),
+        images=[{"id": 1, "width": 100, "height": 50}, {"id": 2, "width": 10, "height": 20}],
+        annotations=[
+            {"image_id": 1, "category_id": 1, "bbox": [0, 0, 4, 9]},  # 0.06 of 100
+            {"image_id": 2, "category_id": 1, "bbox": [0, 0, 2, 2]},  # 0.1 of 20
+            {"image_id": 2, "category_id": 1, "bbox": [0, 0, 9, 9]},
+            {"image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50], "iscrowd": 1},
+        ],
+        categories=[{"id": 1, "name": "a"}],
+    )
+    assert summarize(data).object_side == pytest.approx(0.1)
+
+
 def test_crowded_images_get_more_queries_and_detections() -> None:
     few, many = (planned(summary(most_objects=n, many_objects=n))[0] for n in (7, 420))
     assert few.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES == 300
