@@ -31,6 +31,16 @@ TORCH_LIBRARY(maskdino, m) {
   // Bilinear samples of masks (N, H, (W + 7) / 8) with eight pixels in a byte: for each row of
   // points (M or 1, P, 2) the mask that index (M,) names.
   m.def("sample_packed_masks(Tensor bits, int width, Tensor index, Tensor points) -> Tensor");
+  // Steps of inference, without gradient. LayerNorm of x + update (..., C), in the update's type
+  // too if asked for, and in that type with a position added, whose shape ends that of x.
+  m.def(
+      "add_norm(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps, bool rounded, "
+      "Tensor? position) -> (Tensor, Tensor, Tensor)");
+  // The sigmoid (..., 4) of deltas + anchor_logits; these logits, no further from 0 than `most`;
+  // and the sine embedding (..., 4 C) of y, x, w, h by rates and phases (C,).
+  m.def(
+      "refine_boxes(Tensor deltas, Tensor anchor_logits, Tensor rates, Tensor phases, float most, "
+      "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
   // Which kernels run on the CPU: "AVX-512", "AVX2" or "plain".
   m.def("cpu_instruction_set() -> str");
   // Empty where no CUDA part was built or nobody knows.

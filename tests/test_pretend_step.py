@@ -15,6 +15,7 @@ from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
 from maskdino.losses import matcher
 from maskdino.model import MaskDINO
+from maskdino.modeling import layers
 from maskdino.ops import _library
 from tests.helpers import CHANNELS, NARROW, NODE, drawn_batch, tiny_cfg
 from tests.pretend_backward import backward
@@ -35,7 +36,7 @@ LAYERS = {
 OBJECTS = (5, 3)
 OUTPUTS_AT_ONCE = 4  # whose costs that model's 300 queries and 12,544 points leave room for
 FORWARD, STEP = 1440, 3360  # launches: forward pass with losses, and the whole step
-INFERENCE = {"instance": (605, 1), "panoptic": (660, 2)}  # launches and waits from image to results
+INFERENCE = {"instance": (500, 1), "panoptic": (555, 2)}  # launches and waits from image to results
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_launches_and_waits_of_a_step(
     assert device.launches.total() <= STEP, device.launches.most_common(12)
 
 
-@pytest.mark.skipif(not _library.is_loaded(), reason="PyTorch's form of the operator needs more")
+@pytest.mark.skipif(not _library.has("refine_boxes"), reason="PyTorch's operators need more")
 @pytest.mark.parametrize("task", INFERENCE)
 def test_launches_and_waits_of_an_image(device: PretendDevice, task: str) -> None:
     layers = {"ENCODER__NUM_LAYERS": 6, "DECODER__NUM_LAYERS": 9}
@@ -92,6 +93,28 @@ def test_launches_and_waits_of_an_image(device: PretendDevice, task: str) -> Non
     launches, waits = INFERENCE[task]
     assert device.launches.total() <= launches, device.launches.most_common(12)
     assert device.waits.total() == waits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_predictions_are_those_of_the_steps_one_by_one(
+    device: PretendDevice, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms and boxes of inference, which the compiled library makes in one launch each."""
+    if not (_library.has("add_norm") and _library.has("refine_boxes")):
+        pytest.skip("the compiled library is not built, or it was built before these operators")
+    _, model = on_device(device, "instance", precision)
+    images = model.preprocess(drawn_batch(SIZES, (0, 0))).tensor
+    found = model.predict_precisely(images)[0]
+    device.clear()
+    model.predict_precisely(images)
+    fused = device.launches.total()
+    monkeypatch.setattr(layers, "has_compiled", lambda *_: False)
+    device.clear()
+    expected = model.predict_precisely(images)[0]
+    assert device.launches.total() >= fused + 10
+    for name in ("class_logits", "boxes", "mask_embeddings", "content"):
+        assert torch.equal(getattr(found, name).numbers, getattr(expected, name).numbers), name
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, (0, 0)], ids=str)

@@ -20,7 +20,7 @@ from maskdino.modeling.attention import (
     attention_bias,
     recomputed,
 )
-from maskdino.modeling.layers import MLP, box_sine_embedding, rounded
+from maskdino.modeling.layers import MLP, add_norm, box_sine_embedding, refine_boxes
 from maskdino.ops.boxes import bounded_logits
 from maskdino.structures import Memory, Queries
 
@@ -64,13 +64,13 @@ class DecoderLayer(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """Content and position (B, Q, C), anchors (B, Q, 4) in [0, 1] to content (B, Q, C)."""
-        content = self.self_norm(content + self.self_attn(content, position, mask))
-        queries = rounded(torch.add, content, position, to=self.cross_attn.dtype)
+        seen = self.self_attn(content, position, mask)
+        content, queries = add_norm(self.self_norm, content, seen, position, read=True)
         args = queries, memory.tokens, memory.spatial_shapes, anchors
         again = self.recompute_attention and self.training
         read = recomputed(self.cross_attn, *args) if again else self.cross_attn(*args)
-        content = self.cross_norm(content + read)
-        return self.ffn_norm(content + self.ffn(content))
+        content, read = add_norm(self.cross_norm, content, read, read=True)
+        return add_norm(self.ffn_norm, content, self.ffn(read), read=False)[0]
 
 
 class Decoder(nn.Module):
@@ -160,15 +160,16 @@ class Decoder(nn.Module):
             # Else each layer would convert it; here no gradients are summed.
             read_as = cast(DecoderLayer, layers[0]).cross_attn.dtype
             memory = replace(memory, tokens=memory.tokens.to(read_as))
+        embedding = self.channels_per_coordinate, self.position_head.dtype
+        sines: Tensor | None = None  # of the anchors, where they are there already
         for number, layer in enumerate(layers, start=1):
-            sines = box_sine_embedding(
-                anchors, self.channels_per_coordinate, self.position_head.dtype
-            )
+            if sines is None:
+                sines = box_sine_embedding(anchors, *embedding)
             content = layer(content, self.position_head(sines), anchors, memory, mask)
             if last_alone:
                 refined = heads.norm(content) if number == len(layers) else content
-                box_logits = heads.box_logits(refined, anchor_logits)
-                anchors, anchor_logits = box_logits.sigmoid(), bounded_logits(box_logits)
+                deltas = heads.box_deltas(refined)
+                anchors, anchor_logits, sines = refine_boxes(deltas, anchor_logits, *embedding)
                 states = [DecoderState(refined, anchors)]
                 continue
             normed = heads.norm(content)
@@ -179,4 +180,5 @@ class Decoder(nn.Module):
             states.append(DecoderState(normed, boxes))
             entered_logits = bounded_logits(box_logits[1])
             anchors, anchor_logits = entered.detach(), entered_logits.detach()
+            sines = None
         return states

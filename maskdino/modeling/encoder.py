@@ -18,7 +18,7 @@ from maskdino.modeling.attention import (
     MultiScaleDeformableAttention,
     recomputed,
 )
-from maskdino.modeling.layers import map_sine_embedding, rounded
+from maskdino.modeling.layers import add_norm, map_sine_embedding, rounded
 from maskdino.structures import Memory, SpatialShapes
 
 NORM_GROUPS = 32  # of the group norms after projections
@@ -46,9 +46,11 @@ class EncoderLayer(nn.Module):
         """Tokens (B, S, C) and their position (S, C) to tokens (B, S, C)."""
         args = tokens, position, spatial_shapes
         again = self.recompute_attention and self.training
-        tokens = tokens + (recomputed(self._attend, *args) if again else self._attend(*args))
-        again = self.recompute_feedforward and self.training
-        return self.norm2(recomputed(self._feed, tokens) if again else self._feed(tokens))
+        seen = recomputed(self._attend, *args) if again else self._attend(*args)
+        if self.recompute_feedforward and self.training:
+            return self.norm2(recomputed(self._feed, tokens + seen))
+        tokens, read = add_norm(self.norm1, tokens, seen, read=True)
+        return add_norm(self.norm2, tokens, self.ffn(read), read=False)[0]
 
     def _attend(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
         queries = rounded(torch.add, tokens, position, to=self.self_attn.dtype)

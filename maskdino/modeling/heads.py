@@ -81,7 +81,11 @@ class PredictionHeads(nn.Module):
 
     def box_logits(self, content: Tensor, anchor_logits: Tensor) -> Tensor:
         """Content (..., C) and logits of the anchors (..., 4) it refines to logits of boxes."""
-        return _unrounded(self.box_head, content).float() + anchor_logits
+        return self.box_deltas(content) + anchor_logits
+
+    def box_deltas(self, content: Tensor) -> Tensor:
+        """Content (..., C) to what is added to the logits of its anchors (..., 4), float32."""
+        return _unrounded(self.box_head, content).float()
 
 
 def _unrounded(head: nn.Module, content: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskdino.ops.boxes import LARGEST_LOGIT, bounded_logits
 from maskdino.ops.constants import constant_of_shape, is_traced
+from maskdino.ops.ms_deform_attn import has_compiled
 from maskdino.structures import SpatialShapes
 
 TEMPERATURE = 10000.0  # of the sine embeddings
@@ -39,6 +41,45 @@ def linear_relu(layer: nn.Module, x: Tensor) -> Tensor:
     rows = x.to(layer.weight.dtype).flatten(0, -2)
     hidden = torch._addmm_activation(layer.bias, rows, layer.weight.t())
     return hidden.unflatten(0, x.shape[:-1])
+
+
+def fused(operator: str, *tensors: Tensor) -> bool:
+    """Whether the compiled library does a step of inference on a GPU in one launch."""
+    return (
+        all(x.is_cuda and x.dtype == torch.float32 for x in tensors)
+        and not (torch.is_grad_enabled() or is_traced())
+        and has_compiled(operator, tensors[0].device)
+    )
+
+
+def add_norm(
+    norm: nn.LayerNorm, x: Tensor, update: Tensor, position: Tensor | None = None, *, read: bool
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of a sum, and what the next product reads of it.
+
+    Args:
+        norm: without hooks where it is fused, as are prepared networks.
+        x: (..., C).
+        update: (..., C), in the type in which products are computed.
+        position: (..., C) or the last of these dimensions.
+        read: whether a product comes next.
+
+    Returns:
+        `norm(x + update)`; and this, with the position added if there is one: perhaps rounded to
+        the type of `update`.
+    """
+    if not fused("add_norm", x, norm.weight) or norm._forward_hooks or norm._forward_pre_hooks:
+        normed = norm(x + update)
+        if position is None:
+            return normed, normed
+        return normed, rounded(torch.add, normed, position, to=update.dtype)
+    half = read and position is None and update.dtype != x.dtype
+    if position is not None and position.dtype != x.dtype:
+        position = position.to(update.dtype)
+    normed, in_half, placed = torch.ops.maskdino.add_norm(
+        x, update, norm.weight, norm.bias, norm.eps, half, position
+    )
+    return normed, placed if position is not None else in_half if half else normed
 
 
 def is_converted(weight: Tensor) -> bool:
@@ -105,6 +146,30 @@ def box_sine_embedding(
     x, y, width, height = boxes_cxcywh.float().unbind(-1)
     in_order = torch.stack([y, x, width, height], dim=-1)
     return sine_embedding(in_order, channels, dtype).flatten(-2)
+
+
+def refine_boxes(
+    deltas: Tensor, anchor_logits: Tensor, channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a decoder layer leaves for the next one, where nothing is learned.
+
+    Args:
+        deltas: (..., 4), to be added to the logits.
+        anchor_logits: (..., 4), of the anchors that the layer read.
+        channels: of the embedding of one coordinate.
+        dtype: of the embedding.
+
+    Returns:
+        Boxes (..., 4); their logits, bounded; and `box_sine_embedding` of the boxes.
+    """
+    if fused("refine_boxes", deltas, anchor_logits):
+        rates, phases = _rates_and_phases(channels, deltas.device)
+        return torch.ops.maskdino.refine_boxes(
+            deltas, anchor_logits, rates, phases, LARGEST_LOGIT, dtype
+        )
+    logits = deltas + anchor_logits
+    boxes = logits.sigmoid()
+    return boxes, bounded_logits(logits), box_sine_embedding(boxes, channels, dtype)
 
 
 @constant_of_shape

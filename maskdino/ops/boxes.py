@@ -9,6 +9,8 @@ from maskdino.ops.constants import constant_of_shape
 
 # Added to areas that divide, as in the released models; boxes are parts of the canvas.
 AREA_EPS = 1e-6
+LOGIT_EPS = 1e-5  # the least of x and of 1 - x of which logits are taken
+LARGEST_LOGIT = -math.log(LOGIT_EPS)
 EMPTY_MASK_COORDINATE = 1e8  # upper left corner that "mask2box" gives an empty mask
 
 
@@ -61,15 +63,15 @@ def _area(low: Tensor, high: Tensor) -> Tensor:
     return width * height
 
 
-def inverse_sigmoid(probabilities: Tensor, eps: float = 1e-5) -> Tensor:
+def inverse_sigmoid(probabilities: Tensor, eps: float = LOGIT_EPS) -> Tensor:
     """Logits of values, clamped to [0, 1] first; both x and 1 - x count as at least `eps`."""
     # 1.0: of a whole number the ONNX exporter would make a tensor, which it then cannot clamp with.
     return torch.log(probabilities.clamp(eps, 1.0) / (1 - probabilities).clamp(eps, 1.0))
 
 
-def bounded_logits(logits: Tensor, eps: float = 1e-5) -> Tensor:
+def bounded_logits(logits: Tensor) -> Tensor:
     """`inverse_sigmoid(logits.sigmoid())`, without the rounding of values close to 1."""
-    return logits.clamp(math.log(eps), -math.log(eps))
+    return logits.clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
 
 
 def masks_to_boxes(masks: Tensor, inclusive: bool) -> Tensor:

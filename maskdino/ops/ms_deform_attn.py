@@ -254,6 +254,12 @@ def choose_backend(device_type: str, backend: str, index: int | None = None) -> 
     return choice
 
 
+def has_compiled(operator: str, device: torch.device) -> bool:
+    """Tell whether the library has an operator, and is chosen for attention on a device."""
+    chosen = choose_backend(device.type, "auto", device.index)
+    return chosen == "compiled" and _library.has(operator)
+
+
 def explain_backend(device_type: str, backend: str, index: int | None = None) -> tuple[str, str]:
     """Tell which form runs, and why it is not a faster one (empty where it is the fastest).
 

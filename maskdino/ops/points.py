@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskdino.ops import _library
-from maskdino.ops.ms_deform_attn import choose_backend
+from maskdino.ops.ms_deform_attn import has_compiled
 from maskdino.structures import PackedMasks
 
 MAP_ELEMENTS_AT_ONCE = 1 << 24  # mask logits that exist at one time (64 MiB of float32)
@@ -57,7 +56,7 @@ def sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Te
     Returns:
         (M, P) in [0, 1], in the points' dtype.
     """
-    if points.dtype == torch.float32 and _is_compiled(points.device):
+    if points.dtype == torch.float32 and has_compiled("sample_packed_masks", points.device):
         return torch.ops.maskdino.sample_packed_masks(masks.bits, masks.size[1], index, points)
     at_once = max(1, LABELS_AT_ONCE // max(1, points.shape[1]))
     indices = index.split(at_once)
@@ -67,13 +66,6 @@ def sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Te
             _sample_packed_masks(masks, part, of_part)
             for part, of_part in zip(indices, places, strict=True)
         ]
-    )
-
-
-def _is_compiled(device: torch.device) -> bool:
-    """Whether the compiled operator samples masks, by the same choice as for attention."""
-    return choose_backend(device.type, "auto", device.index) == "compiled" and _library.has(
-        "sample_packed_masks"
     )
 
 

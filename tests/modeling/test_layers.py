@@ -7,6 +7,7 @@ import torch
 
 from maskdino.modeling.layers import (
     MLP,
+    add_norm,
     box_sine_embedding,
     linear_relu,
     map_sine_embedding,
@@ -63,6 +64,22 @@ def test_sums_are_rounded_once(learned: bool) -> None:
     assert torch.equal(found, (first + second).bfloat16()) and found.requires_grad == learned
     assert found.stride() == first.stride()
     assert rounded(torch.sin, first, to=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_add_norm(learned: bool) -> None:
+    """Of a sum; what is read next has the position, in the type of the update."""
+    norm, x, position = torch.nn.LayerNorm(6), torch.randn(2, 3, 6), torch.randn(3, 6)
+    torch.nn.init.normal_(norm.weight)
+    for dtype in (torch.float32, torch.bfloat16):
+        update = torch.randn(2, 3, 6).to(dtype)
+        expected = norm(x + update)
+        with torch.set_grad_enabled(learned):
+            normed, read = add_norm(norm, x, update, read=True)
+            assert read is normed and torch.equal(normed, expected)
+            normed, read = add_norm(norm, x, update, position, read=True)
+        assert torch.equal(normed, expected) and normed.requires_grad == learned
+        assert torch.equal(read, (expected + position).to(dtype))
 
 
 class OnGpu(torch.Tensor):

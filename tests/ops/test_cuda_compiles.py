@@ -14,7 +14,7 @@ ARCHITECTURES = ("arch=compute_75,code=sm_75", "arch=compute_90,code=sm_90")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["forward.cu", "backward.cu", "packed_masks.cu"])
+@pytest.mark.parametrize("source", ["forward.cu", "backward.cu", "inference.cu", "packed_masks.cu"])
 def test_kernels_compile(source: str, repository: Path, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:

@@ -31,6 +31,8 @@ inline char* shared_memory() { return reinterpret_cast<char*>(levels); }
 
 #include "cuda/backward.cu"
 #include "cuda/forward.cu"
+#include "cuda/inference.cu"
+#include "cuda/inference_cuda.cpp"
 #include "cuda/ms_deform_attn_cuda.cpp"
 #include "cuda/packed_masks.cu"
 #include "cuda/packed_masks_cuda.cpp"

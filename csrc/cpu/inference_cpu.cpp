@@ -1,0 +1,45 @@
+// Steps of inference on a CPU, where nothing is gained by one call: PyTorch's operators, as in
+// maskdino/modeling/layers.py.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace maskdino {
+namespace cpu {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> add_norm(
+    const at::Tensor& x, const at::Tensor& update, const at::Tensor& weight, const at::Tensor& bias,
+    double eps, bool with_rounded, const std::optional<at::Tensor>& position) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor normed = at::layer_norm(x + update, {x.size(-1)}, weight, bias, eps);
+  const at::Tensor none = at::empty({0}, update.options());
+  // Never the same memory twice.
+  return {normed, with_rounded ? normed.to(update.scalar_type(), false, true) : none,
+          position.has_value() ? (normed + *position).to(update.scalar_type()) : none};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> refine_boxes(const at::Tensor& deltas,
+                                                            const at::Tensor& anchor_logits,
+                                                            const at::Tensor& rates,
+                                                            const at::Tensor& phases, double most,
+                                                            at::ScalarType dtype) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor logits = deltas + anchor_logits, boxes = logits.sigmoid();
+  const auto parts = boxes.unbind(-1);
+  const at::Tensor in_order = at::stack({parts[1], parts[0], parts[2], parts[3]}, -1);
+  const at::Tensor sines = at::addcmul(phases, in_order.unsqueeze(-1), rates).sin();
+  return {boxes, logits.clamp(-most, most), sines.flatten(-2).to(dtype)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(maskdino, CPU, m) {
+  m.impl("add_norm", &add_norm);
+  m.impl("refine_boxes", &refine_boxes);
+}
+
+}  // namespace cpu
+}  // namespace maskdino
