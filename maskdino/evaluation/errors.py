@@ -101,21 +101,23 @@ class Analysis:
 def analyze(
     ground_truth: dict, records: list[dict], task: str, *, threshold: float, detections: int
 ) -> Analysis:
-    """Analyzes predictions; see `average_precision`.
+    """Analyzes predictions; see `average_precision` for all but the threshold.
 
-    From the threshold on scores count in the confusion matrix and for doubts; errors and groups
-    count all, as AP does.
+    That is the score from which predictions count in the confusion matrix and for doubts; errors
+    and groups count all, as AP does.
 
     Raises:
         ImportError: hotcoco is not installed.
     """
     if hotcoco is None:
         raise ImportError('hotcoco is missing: pip install "maskdino[analysis]"')
-    ground_truth, predictions, _ = numbered(ground_truth, records, task)
-    annotations = hotcoco.COCO(ground_truth)
+    content, predictions, _ = numbered(ground_truth, records, task)
+    annotations = hotcoco.COCO(content)
     evaluation = hotcoco.COCOeval(annotations, annotations.loadRes(predictions), task)
     evaluation.params.maxDets = [detections]
     evaluation.evaluate()
+    pairs = zip(content["images"], ground_truth["images"], strict=True)
+    names = {image["id"]: str(known.get("file_name", "")) for image, known in pairs}
     errors = evaluation.tide_errors(pos_thr=MATCHED, bg_thr=NEAR)
     confusion = evaluation.confusion_matrix(
         iou_thr=MATCHED, max_det=detections, min_score=threshold
@@ -125,8 +127,8 @@ def analyze(
         costs={name: 100 * errors["delta_ap"][key] for key, name in ERRORS.items()},
         classes=confusion["cat_names"],
         confusion=confusion["matrix"].astype(np.int64),
-        groups=_groups(evaluation, ground_truth),
-        doubts=_doubts(evaluation, threshold),
+        groups=_groups(evaluation, content),
+        doubts=_doubts(evaluation, threshold, names),
     )
 
 
@@ -150,12 +152,12 @@ def _groups(evaluation: Any, ground_truth: dict) -> dict[str, dict[str, float]]:
     }
 
 
-def _doubts(evaluation: Any, threshold: float) -> list[Doubt]:
+def _doubts(evaluation: Any, threshold: float, names: dict[int, str]) -> list[Doubt]:
     found = evaluation.image_diagnostics(iou_thr=MATCHED, score_thr=threshold)["label_errors"]
-    images, predictions = evaluation.cocoGt.imgs, evaluation.cocoDt.anns
+    predictions = evaluation.cocoDt.anns
     return [
         Doubt(
-            images[entry["image_id"]]["file_name"],
+            names[entry["image_id"]],
             predictions[entry["dt_id"]]["bbox"],
             entry["dt_category"],
             entry["gt_category"],
