@@ -104,10 +104,10 @@ def clipped(record: dict, places: list[Window]) -> dict:
     return {**record, "bbox": box, "segmentation": to_json(rle)}
 
 
-def configuration(config: str, weights: str, dataset: str, folder: Path) -> CfgNode:
+def configuration(args: argparse.Namespace, dataset: str, folder: Path) -> CfgNode:
     """Of a trained model, which is evaluated on a CPU."""
-    options = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(folder)]
-    cfg = load_config(config, [*options, "DATALOADER.NUM_WORKERS", "0"])
+    options = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", args.weights, "OUTPUT_DIR", str(folder)]
+    cfg = load_config(args.config_file, [*options, "DATALOADER.NUM_WORKERS", "0", *args.opts])
     cfg.DATASETS.TEST = (dataset,)
     return cfg
 
@@ -119,16 +119,17 @@ def main() -> None:
     parser.add_argument("--config-file", default="configs/nuclei/instance/maskdino_tiny.yaml")
     parser.add_argument("--overlap", type=float, nargs="+", default=[0.25])
     parser.add_argument("--gap", type=int, nargs="+", default=[0], help="between images")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cfg = configuration(args.config_file, args.weights, "nuclei_val", folder)
+        cfg = configuration(args, "nuclei_val", folder)
         show("single images", evaluate_weights(cfg, resume=False))
         for gap, overlap in product(args.gap, args.overlap):
             dataset = f"mosaic_{gap}_{overlap}"
             write_mosaic(folder, colors=False, gap=gap)
             register_coco_folder(dataset, str(folder / "mosaic.json"), name)
-            cfg = configuration(args.config_file, args.weights, dataset, folder)
+            cfg = configuration(args, dataset, folder)
             cfg.TEST.SLICES.SIZE = cfg.TEST.SLICES.SIZE or 256
             cfg.TEST.SLICES.OVERLAP = overlap
             show(f"gap {gap}, overlap {overlap}", evaluate_weights(cfg, resume=False))
@@ -137,7 +138,9 @@ def main() -> None:
             file = folder / "inference" / dataset / INSTANCES_FILE
             records = [clipped(x, places) for x in json.loads(file.read_text())]
             found = {
-                task: dict(zip(METRICS, average_precision(truth, records, task, **ALL)[0]))  # noqa: B905
+                task: dict(
+                    zip(METRICS, average_precision(truth, records, task, **ALL)[0], strict=True)
+                )
                 for task in ("bbox", "segm")
             }
             show("the same, up to the borders of images", found)
