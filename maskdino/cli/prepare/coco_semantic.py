@@ -31,10 +31,7 @@ def convert(
     source = Path(inside(panoptic, annotation["file_name"], panoptic))
     ids = ids_of_colors(common.read_pixels(source))
     labels = np.full(ids.shape, common.VOID, np.uint8)
-    for segment in annotation["segments_info"]:
-        mask = ids == segment["id"]
-        if not mask.any():
-            raise common.PreparationError(f"{source} has no pixel of its segment {segment['id']}")
+    for segment, mask in common.masks_of_segments(annotation["segments_info"], ids, source):
         labels[mask] = numbers[segment["category_id"]]
     common.save_image(path, labels)
     return True

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ from tqdm import tqdm
 
 from maskdino.cli import common
 from maskdino.cli.common import CommandError
-from maskdino.data.folders import inside
 from maskdino.data.images import BROKEN
-from maskdino.data.reading import ids_of_colors
 from maskdino.ops.rle import encode_mask, to_json
 from maskdino.system.files import written_whole
 
@@ -111,11 +109,11 @@ def read_pixels(path: Path) -> np.ndarray:
         raise PreparationError(f"cannot read {path}: {error}") from error
 
 
-def masks_of_segments(annotation: dict, folder: Path) -> Iterator[tuple[dict, np.ndarray]]:
-    """Each segment of a panoptic annotation with its mask (H, W) bool, which is not empty."""
-    source = Path(inside(folder, annotation["file_name"], folder))
-    ids = ids_of_colors(read_pixels(source))
-    for segment in annotation["segments_info"]:
+def masks_of_segments(
+    segments: Iterable[dict], ids: np.ndarray, source: Path
+) -> Iterator[tuple[dict, np.ndarray]]:
+    """Each segment with its mask (H, W) bool in the ids (H, W) of its file, which is not empty."""
+    for segment in segments:
         mask = ids == segment["id"]
         if not mask.any():
             raise PreparationError(f"{source} has no pixel of its segment {segment['id']}")

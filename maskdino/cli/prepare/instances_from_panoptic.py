@@ -15,10 +15,15 @@ from pathlib import Path
 
 from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare import common
+from maskdino.data.folders import inside
+from maskdino.data.reading import ids_of_colors
 
 
 def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[dict]:
     """COCO annotations, without "id", of the things of one image."""
+    source = Path(inside(panoptic, annotation["file_name"], panoptic))
+    ids = ids_of_colors(common.read_pixels(source))
+    segments = [x for x in annotation["segments_info"] if x["category_id"] in things]
     return [
         {
             "image_id": annotation["image_id"],
@@ -26,8 +31,7 @@ def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[di
             "iscrowd": segment.get("iscrowd", 0),
             **common.geometry_of(mask),
         }
-        for segment, mask in common.masks_of_segments(annotation, panoptic)
-        if segment["category_id"] in things
+        for segment, mask in common.masks_of_segments(segments, ids, source)
     ]
 
 
