@@ -19,7 +19,7 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True)
 class Allowed:
-    """What a value may be, with a text for messages."""
+    """What a value may be: a text for messages, and whether a value is allowed."""
 
     text: str
     holds: Callable[[Any], bool]

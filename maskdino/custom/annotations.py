@@ -86,7 +86,8 @@ class Summary:
     many_objects: int  # in an image; in 19 of 20 there are at most so many
     task: str = "instance"  # "instance", "panoptic" or "semantic"
     stuff: tuple[str, ...] = ()  # names of the classes that are no things, of panoptic data
-    # Median root of the objects' areas, as a share of the longer side of their images; 0: unknown.
+    # Median root of the areas of the objects' boxes, as a share of the longer side of their images;
+    # 0: unknown.
     object_side: float = 0.0
 
     @property

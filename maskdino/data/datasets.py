@@ -95,9 +95,19 @@ def register_panoptic_folder(
 ) -> None:
     """Registers a dataset in COCO's panoptic format; classes are numbered as in `categories`.
 
-    Those are {"id", "name", "isthing"[, "color"]}. COCO instances of the things, with the same
-    category ids, are for AP; a folder of PNG files of classes (255 is ignored) is for mIoU. All
-    else is as of `register_coco_folder`.
+    All that is not said here is as of `register_coco_folder`.
+
+    Args:
+        name: under which cfg.DATASETS finds it.
+        panoptic_json: annotations.
+        image_root: folder of the images.
+        panoptic_root: folder of the PNG files of segment ids.
+        categories: {"id", "name", "isthing"[, "color"]} of each class.
+        instances_json: COCO instances of the things, with the same category ids, for AP.
+        sem_seg_root: folder of PNG files of classes (255 is ignored), for mIoU.
+        evaluator_type: what evaluates it.
+        root_variable: see there.
+        any_path: file names in the annotations may lead out of the folders.
     """
     metadata = {
         "panoptic_json": str(panoptic_json),
@@ -164,9 +174,17 @@ def register_semantic_folder(
 ) -> None:
     """Registers images with semantic maps: PNG files of the same names; 255 is ignored.
 
-    A pixel is the position of its class in `classes`. Without a `json_file` the images are all of
-    the folder; else its "images", each with "file_name" and "sem_seg_file_name" in the folders.
-    All else is as of `register_coco_folder`.
+    All that is not said here is as of `register_coco_folder`.
+
+    Args:
+        name: under which cfg.DATASETS finds it.
+        sem_seg_root: folder of the maps; a pixel is the position of its class in `classes`.
+        image_root: folder of the images.
+        classes: names.
+        image_ext: how the names of the images end.
+        json_file: its "images" are those of the dataset, each with "file_name" and
+            "sem_seg_file_name" in these folders; None: all images of the folder.
+        root_variable: see there.
     """
     paths = {"sem_seg_root": str(sem_seg_root), "image_root": str(image_root)}
     if json_file is None:

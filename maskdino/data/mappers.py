@@ -48,12 +48,19 @@ class PinnableInstances(Instances):
 
 
 class Mapper:
-    """What the mappers share: reads and augments the image, and puts the result together."""
+    """What the mappers share: reads and augments the image, and puts the result together.
+
+    They are called with detectron2's dict of an image, with "file_name", which stays as it is, and
+    give it with "image" and, in training, "instances". A `DataError` names a file that is wrong.
+    """
 
     def __init__(
         self, *, augmentations: Sequence[T.Augmentation], image_format: str, num_classes: int
     ) -> None:
-        """Takes what all mappers need; classes that the class head has not are an error."""
+        """Takes augmentations, in their order, INPUT.FORMAT, and the number of the class head.
+
+        A class that it has not is an error.
+        """
         self.augmentations = T.AugmentationList(
             [Always(item) if isinstance(item, T.Transform) else item for item in augmentations]
         )

@@ -159,7 +159,8 @@ def finish(scene: Scene, example: dict, min_visible: float) -> dict:
 class MixingMapper:
     """A mapper that mixes what another mapper, one of `maskdino.data.mappers`, makes of records.
 
-    Other images are drawn as often as they are trained on (N factors).
+    Those are the dataset dicts of the training; other images are drawn as often as they are trained
+    on, by `repeat_factors` (N,).
 
     Raises:
         ValueError: `mapper` cannot make the tiles of a mosaic.

@@ -61,7 +61,8 @@ def read_map(file_name: str, image_format: str | None) -> np.ndarray:
     """Reads an image whose values are labels, which no transparency or profile may change.
 
     Returns:
-        (H, W, 3) uint8 RGB, or without a format the values as they are in the file.
+        (H, W, 3) uint8 as the format, "RGB", says. None: the values as they are in the file, (H, W)
+        of its integer type where it has one channel.
 
     Raises:
         DataError: the file is missing, truncated, or no image.
@@ -137,6 +138,8 @@ def colors_of_ids(ids: np.ndarray) -> np.ndarray:
 
 def segment_indices(segment_colors: np.ndarray, segment_ids: list[int]) -> np.ndarray:
     """Looks up the segments of a map in COCO's panoptic format, (H, W, 3) uint8, by N ids.
+
+    The id of a segment is red + 256 green + 65536 blue, in [0, 2**24).
 
     Returns:
         (H, W) uint16: index + 1 of each pixel's segment; 0 where it belongs to none of them.

@@ -164,7 +164,7 @@ def masks_as_read(model: nn.Module, evaluator: DatasetEvaluator) -> Iterator[Non
 
 
 def check_evaluators(cfg: CfgNode) -> None:
-    """Checks that there is something to evaluate each dataset of DATASETS.TEST with, or raises."""
+    """Raises a ValueError unless there is something to evaluate each of DATASETS.TEST with."""
     for name in cfg.DATASETS.TEST:
         _builders(cfg, name)
         EVALUATOR_REGISTRY.check(_own_evaluators(cfg, name))

@@ -224,9 +224,10 @@ def average_precision(
     fast: bool,
     detections: int = COCO_DETECTIONS,
 ) -> tuple[list[float], np.ndarray, list[int]]:
-    """Compares predictions, at least one, with the content of COCO's annotation file.
+    """Compares predictions with the content of COCO's annotation file.
 
-    The task is "bbox" or "segm"; for the other arguments see `COCOInstanceEvaluator`.
+    Those are records, at least one, with ``bbox`` or ``segmentation``, whichever the task, "bbox"
+    or "segm", needs. For the other arguments see `COCOInstanceEvaluator`.
 
     Returns:
         The values of `METRICS` in percent (NaN where nothing could be measured), the precisions

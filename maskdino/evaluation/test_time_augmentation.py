@@ -32,7 +32,10 @@ class AugmentedSemanticModel(nn.Module):
         flip: bool,
         image_format: str,
     ) -> None:
-        """Takes what the versions are made by, as TEST.AUG has it; the model predicts `sem_seg`."""
+        """Takes what the versions are made by, as TEST.AUG has it; the model predicts `sem_seg`.
+
+        Sizes are pixels: shortest edges, at least one (ValueError), and the limit of the longest.
+        """
         super().__init__()
         if not min_sizes:
             raise ValueError("TEST.AUG.MIN_SIZES is empty; it must name at least one size")
@@ -68,6 +71,9 @@ class AugmentedSemanticModel(nn.Module):
 
         Returns:
             One dict for each image, with `sem_seg` (K, H, W) float32.
+
+        Raises:
+            DataError: a file cannot be read.
         """
         return [{"sem_seg": self._mean_scores(inputs)} for inputs in batched_inputs]
 

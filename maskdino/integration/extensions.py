@@ -35,7 +35,10 @@ class ExtensionError(ImportError):
 
 
 class ExtensionRegistry(Registry):
-    """A registry of fvcore that tells what it holds, and takes what is defined a second time."""
+    """A registry of fvcore that tells what it holds, and takes what is defined a second time.
+
+    The key is that of the configuration that asks for its names.
+    """
 
     def __init__(self, name: str, key: str) -> None:
         super().__init__(name)
@@ -44,7 +47,9 @@ class ExtensionRegistry(Registry):
     def register(self, obj: Any = None, *, name: str | None = None) -> Any:
         """Registers a function or class; also as a decorator, ``@REGISTRY.register()``.
 
-        What is defined once more, as in a cell of a notebook, takes the place of what it was.
+        What is defined once more, as in a cell of a notebook, takes the place of what it was; an
+        AssertionError where something else has the name, which is that of the object if none is
+        given.
         """
         if obj is None:
             return lambda item: self.register(item, name=name)

@@ -23,9 +23,14 @@ def load_pretrained(
     revision: str | None = None,
     opts: Sequence[str] = (),
 ) -> tuple[MaskDINO, CfgNode]:
-    """Builds a model that `find_pretrained` finds, in evaluation mode; `opts` override keys.
+    """Builds a model of a folder of `save_pretrained`, in evaluation mode.
 
-    Without a device, it is on the configuration's, or the CPU where there is no GPU.
+    Args:
+        source: the folder; or a file of weights with its configuration; or "user/name" of a model
+            of the Hugging Face Hub.
+        device: None: the configuration's, or the CPU where there is no GPU.
+        revision: of the hub's.
+        opts: keys and values in turn that override the configuration's.
 
     Returns:
         The model, and its configuration with the file of weights as MODEL.WEIGHTS.

@@ -41,9 +41,9 @@ def _configs_folder() -> Path:
 
 
 def list_configs(trained: bool = False, lazy: bool = False) -> list[str]:
-    """Names of shipped configurations, sorted: all, or those with released weights.
+    """Names of shipped configurations, sorted: all, or those with released weights (`trained`).
 
-    Either YAML files, which our commands read, or those of detectron2's LazyConfig.
+    Either YAML files, which our commands read, or those of detectron2's LazyConfig (`lazy`).
     """
     folder = _configs_folder()
     found = folder.glob(f"{LAZY}*.py") if lazy else folder.rglob("*.yaml")
@@ -176,7 +176,9 @@ def get_checkpoint_url(name: str) -> str:
 
 
 def download(name: str) -> str:
-    """Downloads released weights, see `find_released`, unless they are in iopath's cache.
+    """Downloads released weights, unless they are in iopath's cache; the path of the local file.
+
+    The name is as for `find_released`.
 
     Raises:
         KeyError: if no weights were released under this name.
@@ -205,10 +207,17 @@ def _check_sha256(model: ReleasedModel, path: str) -> None:
 
 
 def get(name: str, trained: bool = False, device: str | None = None) -> nn.Module:
-    """Builds a model of the zoo, in training mode, and loads its weights; see `get_config_file`.
+    """Builds a model of the zoo, in training mode, and loads its weights.
 
-    They are the released ones, or those that start a training (ImageNet's, as a rule). Without a
-    device it is put on the GPU if there is one. Errors are those of `get_config` and `download`.
+    Args:
+        name: as for `get_config_file`.
+        trained: load the released weights; otherwise those that start a training (ImageNet's, as a
+            rule).
+        device: where the model is put; None: the GPU if there is one.
+
+    Raises:
+        FileNotFoundError, KeyError, ConnectionError, ValueError: as `get_config` and `download`
+            say.
     """
     cfg = read_config(get_config_file(name), RELEASED_WEIGHTS if trained else None)
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -60,9 +60,12 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Tells which file, of a folder, could not be written, and what to do (WriteError).
+    """Tells which file could not be written, and what to do, where the system says only why.
 
-    The system says only why: no room, or no permission.
+    The path is that of the file, or of the folder that all files written inside are in.
+
+    Raises:
+        WriteError: there is no room, or no permission.
     """
     try:
         yield

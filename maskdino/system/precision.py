@@ -71,6 +71,9 @@ def network_precision(name: str, device: torch.device) -> Iterator[None]:
 
     "float32" and "tf32" set PyTorch's switches for TensorFloat-32 in matrix products and
     convolutions of CUDA, which are the process's, and set them back at the end.
+
+    Raises:
+        ValueError: the device does not compute in it.
     """
     precision = inference_precision(name, device)
     _log_once(f"Inference computes in {precision} on {device} ({KEY} is {name}).")
