@@ -81,23 +81,38 @@ def test_the_package_of_the_other_side_is_refused(tmp_path: Path) -> None:
         _check_origin(package, tmp_path / "other")
 
 
-def test_the_released_operator_is_called_as_it_asks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def operator_speed(folder: Path, released: str, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What the step says beside a released module of this text."""
     from benchmarks.operator import RELEASED
     from gpu_checks import operators
     from gpu_checks.common import LINES, Run
 
-    (tmp_path / f"{RELEASED}.py").write_text(STAND_IN)
+    (folder / f"{RELEASED}.py").write_text(released)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     try:
-        operators.speed(Run("operator_speed", tmp_path, "cpu", True, tmp_path))
+        operators.speed(Run("operator_speed", folder, "cpu", True, folder))
     finally:
         sys.modules.pop(RELEASED, None)
-    lines = [json.loads(line) for line in (tmp_path / LINES).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+
+
+def test_the_released_operator_is_called_as_it_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = operator_speed(tmp_path, STAND_IN, monkeypatch)
     released = [line for line in lines if line["contender"] == "released"]
     cases = [("tokens", 1), ("tokens", 2), (300, 1), (300, 2)]
     assert [(line["queries"], line["batch"]) for line in released] == cases
     assert not any("FAILED" in line for line in lines)
     assert all(len(line["errors"]) == 4 for line in released)
     assert all(error < 1e-5 for line in lines for error in line["errors"])
+
+
+def test_a_released_operator_that_cannot_be_imported_costs_no_times_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = operator_speed(tmp_path, "raise ImportError('undefined symbol')", monkeypatch)
+    failed = [line["FAILED"] for line in lines if "FAILED" in line]
+    assert failed == ["ImportError: undefined symbol"] * 4
+    ours = [line["errors"] for line in lines if line["contender"] == "PyTorch (grid_sample)"]
+    assert len(ours) == 4 and all(error < 1e-5 for errors in ours for error in errors)
