@@ -79,10 +79,11 @@ def test_image_size(side: int, machine: Machine, wanted: int | None, expected: i
 
 
 @pytest.mark.parametrize(
-    ("share", "zoom"), [(0.0, 1.0), (15 / 512, 1.0), (10 / 512, 2.0), (1 / 512, 4.0)]
+    ("share", "zoom"),
+    [(0.0, 1.0), (20 / 512, 1.0), (19 / 512, 25 / 19), (10 / 512, 2.5), (1 / 512, 4.0)],
 )
 def test_small_objects_are_enlarged(share: float, zoom: float) -> None:
-    """To 20 pixels, and at most four times; slices are enlarged as the images of training."""
+    """From less than 20 pixels to 25, four times at most; slices as the images of training."""
     data = summary(longest_side=2000, object_side=share)
     whole = planned(data, CPU, asked(image_size=512))[0]
     cfg = planned(data, CPU)[0]
