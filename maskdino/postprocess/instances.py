@@ -99,9 +99,12 @@ def _best_pairs(
     While a GPU waits for the host it can make many masks that nobody needs, if they are small.
     """
     scores, queries, labels, kept = top_pairs(class_logits, options, is_thing)
-    pixels = len(scores) * math.prod(frame.output)
-    uncounted = scores.device.type != "cpu" and 0 < pixels <= UNCOUNTED_PIXELS
-    if uncounted or torch.jit.is_tracing():  # no number of one image may shape a traced program
+    # No number of one image may shape a traced program.
+    uncounted = torch.jit.is_tracing() or (
+        scores.device.type != "cpu"
+        and 0 < len(scores) * math.prod(frame.output) <= UNCOUNTED_PIXELS
+    )
+    if uncounted:
         return Pairs(scores, queries, labels, kept, queries, None, ())
     counts = queries.new_zeros(class_logits.shape[0]).scatter_add_(0, queries, kept.long())
     (on_host,) = yield (counts,)
@@ -163,7 +166,9 @@ def instance_steps(
         masks = fields.pop("pred_masks", None)
         fields = {name: value[index] for name, value in fields.items()}
         if masks is not None:
-            fields["pred_masks"] = _moved_up(masks, index)
+            # A view of small masks would keep those in memory that are left out.
+            copied = pairs.which is None and len(index) < len(masks)
+            fields["pred_masks"] = masks[index] if copied else _moved_up(masks, index)
     return _as_instances(fields, frame)
 
 
