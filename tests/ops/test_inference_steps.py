@@ -32,9 +32,10 @@ def check_add_norm(operators: object, device: str = "cpu") -> None:
     ):
         x, update = torch.randn(shape) * 3 + 100, torch.randn(shape).to(dtype)
         weight, bias = torch.randn(2, shape[-1])
-        place = (shape, shape[1:], None)[number % 3]
+        turn = number // len(TYPES) + number % len(TYPES)  # so that each type meets each kind
+        place = (shape, shape[1:], None)[turn % 3]
         position = (
-            None if place is None else torch.randn(place).to((dtype, torch.float32)[number % 2])
+            None if place is None else torch.randn(place).to((dtype, torch.float32)[turn % 2])
         )
         args = x, update, weight, bias, 1e-5, number % 4 < 2, position
         on_device = (a.to(device) if isinstance(a, Tensor) else a for a in args)
