@@ -65,7 +65,7 @@ def plan_text(
         ("images", images),
         ("machine", room),
         ("image size", f"{size} pixels (median of the data: {data.train.longest_side})"),
-        *_enlarged(cfg, data.train),
+        *_slices(cfg, data.train),
         ("queries", f"{queries} ({_fullness(data.train)})"),
         ("batch", batch),
         ("learning rate", f"{solver.BASE_LR:g}, {_decay(cfg)}"),
@@ -76,19 +76,13 @@ def plan_text(
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
-def _enlarged(cfg: CfgNode, summary: Summary) -> list[tuple[str, str]]:
-    """What is done for small objects, if it is."""
-    slices, size = cfg.TEST.SLICES.SIZE, cfg.INPUT.LSJ.SIZE[0]
-    if not slices or not summary.object_side:
+def _slices(cfg: CfgNode, summary: Summary) -> list[tuple[str, str]]:
+    """How large objects are in slices, if images are predicted so."""
+    slices, side = cfg.TEST.SLICES.SIZE, summary.object_side * cfg.INPUT.LSJ.SIZE[0]
+    if not slices:
         return []
-    side, zoom = summary.object_side * size, summary.longest_side / slices
-    return [
-        (
-            "small objects",
-            f"half have less than {side:.0f} of these pixels: parts of images are enlarged "
-            f"{zoom:.1f} times to train on, and slices of {slices} pixels to predict",
-        )
-    ]
+    text = f"{slices} pixels; objects are {summary.longest_side / slices:.1f} times as large in them"
+    return [("slices", text + (f" (half have less than {side:.0f} pixels)" if side else ""))]
 
 
 def _start(cfg: CfgNode) -> str:
