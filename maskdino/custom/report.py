@@ -81,8 +81,9 @@ def _slices(cfg: CfgNode, summary: Summary) -> list[tuple[str, str]]:
     slices, side = cfg.TEST.SLICES.SIZE, summary.object_side * cfg.INPUT.LSJ.SIZE[0]
     if not slices:
         return []
-    text = f"{slices} pixels; objects are {summary.longest_side / slices:.1f} times as large in them"
-    return [("slices", text + (f" (half have less than {side:.0f} pixels)" if side else ""))]
+    zoom = f"{summary.longest_side / slices:.1f}"
+    small = f" (else half have less than {side:.0f} pixels)" if side else ""
+    return [("slices", f"{slices} pixels, in which objects are {zoom} times as large{small}")]
 
 
 def _start(cfg: CfgNode) -> str:
