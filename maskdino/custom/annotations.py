@@ -116,17 +116,19 @@ def summarize(data: Annotations) -> Summary:
     by_category = Counter(a["category_id"] for a in objects)
     by_image = Counter(a["image_id"] for a in objects)
     sorted_numbers = sorted(by_image[image["id"]] for image in data.images)
-    longer = {image["id"]: max(int(image["width"]), int(image["height"])) for image in data.images}
-    sides = [
-        math.sqrt(a["bbox"][2] * a["bbox"][3]) / longer[a["image_id"]]
-        for a in objects
-        if data.task == "instance" and "bbox" in a
-    ]
+    sizes = {image["id"]: (int(image["height"]), int(image["width"])) for image in data.images}
+    sides = []
+    for annotation in objects if data.task == "instance" else ():
+        size, box = sizes[annotation["image_id"]], annotation.get("bbox")
+        if not box and (segmentation := annotation.get("segmentation")):
+            box = box_and_area(segmentation, size)[0]
+        if box:
+            sides.append(math.sqrt(box[2] * box[3]) / max(size))
     return Summary(
         images=len(data.images),
         counts={str(c["name"]): by_category[c["id"]] for c in ordered_categories(data)},
         has_masks=data.maps is not None or any(a.get("segmentation") for a in objects),
-        longest_side=round(median(longer.values())),
+        longest_side=round(median(map(max, sizes.values()))),
         most_objects=sorted_numbers[-1],
         many_objects=sorted_numbers[math.ceil(0.95 * len(sorted_numbers)) - 1],
         task=data.task,
