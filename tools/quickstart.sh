@@ -40,7 +40,7 @@ if [ -f "$output/model_final.pth" ] && last_evaluation >/dev/null 2>&1; then
   say "$output/model_final.pth is trained already; to start over: rm -r $output"
 else
   [ ! -f "$output/last_checkpoint" ] || say "going on from $(cat "$output/last_checkpoint")"
-  say "training $config, on two CPU cores up to 15 minutes"
+  say "training $config, on two CPU cores about a quarter of an hour"
   started=$SECONDS
   "$python" tools/train_net.py --config-file "$config" --resume OUTPUT_DIR "$output"
   say "training and evaluation took $(((SECONDS - started + 59) / 60)) minutes"
