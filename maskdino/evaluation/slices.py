@@ -31,13 +31,11 @@ class SlicedModel(nn.Module):
         self.train(model.training)  # the predictor's is that of evaluation
         network: Any = getattr(model, "module", model)
         self.model, self.inference = model, network.inference
-        slices = cfg.TEST.SLICES
-        self._size, self._overlap = slices.SIZE, slices.OVERLAP
         self._predictor = MaskDINOPredictor.from_model(
             network,
             cfg,
             confidence_threshold=self.inference.score_threshold,
-            batch_size=slices.BATCH_SIZE,
+            batch_size=cfg.TEST.SLICES.BATCH_SIZE,
         )
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
@@ -60,7 +58,7 @@ class SlicedModel(nn.Module):
                 f"annotations say {said}"
             )
         progress = comm.is_main_process()
-        result = self._predictor.sliced(image, self._size, self._overlap, progress=progress)
+        result = self._predictor.sliced(image, progress=progress)
         return _Output(result, len(self._predictor.is_thing), self.inference.run_lengths)
 
 
