@@ -34,8 +34,10 @@ def flatten(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     for name, value in results.items():
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{name}/")
-        elif not hasattr(value, "__float__"):
-            raise ValueError(f"the metric {prefix}{name} is {value!r}, which is no number")
-        else:
-            flat[prefix + name] = float(value)
+            continue
+        try:  # texts have none, and arrays one that refuses several numbers
+            flat[prefix + name] = value.__float__()
+        except (AttributeError, TypeError, RuntimeError):
+            message = f"the metric {prefix}{name} is {value!r}, which is no number"
+            raise ValueError(message) from None
     return flat

@@ -43,3 +43,5 @@ def test_nested_results_get_whole_names() -> None:
     assert flat["val/segm/AP"] == 2.0
     with pytest.raises(ValueError, match="the metric segm/AP is '2.0', which is no number"):
         flatten({"segm": {"AP": "2.0"}})
+    with pytest.raises(ValueError, match="the metric AP is array.*, which is no number"):
+        flatten({"AP": np.zeros(3)})
