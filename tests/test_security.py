@@ -40,6 +40,7 @@ from maskdino.custom.formats.yolo import read_yaml
 from maskdino.custom.request import Request
 from maskdino.data import DataError, register_coco_folder, register_panoptic_folder
 from maskdino.data.checks import check_datasets
+from maskdino.data.folders import WITHIN
 from maskdino.data.images import ImageError, load_image
 from maskdino.data.reading import read_json, read_map
 from maskdino.evaluation.files import PANOPTIC_FILE
@@ -318,6 +319,9 @@ def test_images_of_own_coco_data_stay_in_their_folder(
         found = [finding for finding in check(data) if finding.image == 1]
         assert found and found[0].fatal
         assert "leads out of" in found[0].kind or "missing" in found[0].kind
+        assert "any_path" not in found[0].detail  # of datasets that are registered
+        if "leads out of" in found[0].kind:
+            assert found[0].detail.endswith("them all, with --data or --train-images")
 
 
 def test_own_coco_data_may_lie_in_two_folders(folder: Path, tmp_path: Path) -> None:
@@ -365,13 +369,13 @@ def test_preparations_write_and_read_in_their_folders(
     content["annotations"] = [{"image_id": 1, "file_name": outside, "segments_info": []}]
     path, before = tmp_path / "panoptic.json", sorted(tmp_path.rglob("*.png"))
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="leads out of"):
+    with pytest.raises(DataError, match=f"leads out of .*: {WITHIN}$"):
         coco_semantic.prepare(path, folder, folder, 1, True)
     output = tmp_path / "instances.json"
-    with pytest.raises(DataError, match="leads out of"):
+    with pytest.raises(DataError, match=f"leads out of .*: {WITHIN}$"):
         instances_from_panoptic.prepare(path, folder, output, 1, True)
     path.write_text(json.dumps(coco_content(outside)))
-    with pytest.raises(DataError, match="leads out of"):
+    with pytest.raises(DataError, match=f"leads out of .*: {WITHIN}$"):
         semantic_from_instances.prepare(path, folder, 1, True)
     assert sorted(tmp_path.rglob("*.png")) == before
     assert {Image.open(file).getpixel((0, 0)) for file in before} == {(255, 0, 0)}
@@ -390,7 +394,7 @@ def test_a_preparation_reads_in_one_folder_and_writes_in_another(
     content["annotations"] = [{"image_id": 1, "file_name": name, "segments_info": []}]
     path = tmp_path / "panoptic.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="leads out of"):
+    with pytest.raises(DataError, match=f"leads out of .*: {WITHIN}$"):
         coco_semantic.prepare(path, tmp_path / "maps", tmp_path / "output", 1, True)
 
 
@@ -399,7 +403,7 @@ def test_a_report_reads_in_its_folder(file_name: str, tmp_path: Path) -> None:
     """An evaluation leaves a list of its label maps; it may come from elsewhere."""
     images = object.__new__(SemanticImages)
     images.folder, images._found = tmp_path, {"a.jpg": file_name.format(outside=tmp_path)}
-    with pytest.raises(DataError, match="leads out of"):
+    with pytest.raises(DataError, match=f"leads out of .*: {WITHIN}$"):
         images._file({"file_name": "a.jpg"})
 
 
@@ -413,7 +417,7 @@ def test_a_report_reads_segments_in_its_folder(file_name: str, tmp_path: Path) -
     images.metadata = SimpleNamespace(panoptic_json=str(truth))
     found = [{"image_id": 1, "file_name": file_name.format(outside=tmp_path)}]
     (tmp_path / PANOPTIC_FILE).write_text(json.dumps({"annotations": found}))
-    with pytest.raises(DataError, match="leads out of"):
+    with pytest.raises(DataError, match=f"leads out of .*: {WITHIN}$"):
         images.read()
 
 

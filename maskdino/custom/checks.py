@@ -20,7 +20,7 @@ from maskdino.data.annotation_checks import (
     is_id,
     where,
 )
-from maskdino.data.folders import check_names
+from maskdino.data.folders import WITHIN, check_names
 from maskdino.data.images import BROKEN, decode, orientation
 from maskdino.ops.rle import encode_segmentation
 
@@ -28,6 +28,7 @@ TINY = 4  # pixels of the shorter side
 RARE = 10  # objects of a class
 IMBALANCE = 20  # objects of the most common class for each one of the rarest
 OVERLAP = 0.5  # least intersection over union of a box and its mask's box
+IN_A_FOLDER = f"{WITHIN}, or give one that holds them all, with --data or --train-images"
 
 
 def check(data: Annotations, *, need_all_masks: bool = False) -> list[Finding]:
@@ -39,7 +40,7 @@ def check(data: Annotations, *, need_all_masks: bool = False) -> list[Finding]:
             cannot be measured), or only worth a warning.
     """
     findings = [*check_categories(data.categories), *check_images(data.images)]
-    findings += check_names(data.images, str(data.image_root))
+    findings += check_names(data.images, str(data.image_root), IN_A_FOLDER)
     if any(finding.image is None for finding in findings):
         return findings  # without usable lists, all that follows would be noise
     bad = {finding.image for finding in findings}

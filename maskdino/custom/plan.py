@@ -102,17 +102,16 @@ def apply_data(cfg: CfgNode, summary: Summary, machine: Machine, request: Reques
     most = MAX_SIZE_GPU if machine.device == "cuda" else MAX_SIZE_CPU
     size = request.image_size or min(max(summary.longest_side, MIN_SIZE), most)
     _set_size(cfg, _round_up(size, SIZE_STEP))
-    if not request.image_size:
-        _enlarge_small_objects(cfg, summary)
 
 
-def _enlarge_small_objects(cfg: CfgNode, summary: Summary) -> None:
+def enlarge_small_objects(cfg: CfgNode, summary: Summary, request: Request) -> None:
     """Small objects are learned from enlarged parts of images, and predicted in such slices.
 
-    A step costs what it costs with whole images.
+    In place, and after `fit_memory`: what is small follows from the size that fits. A step costs
+    what it costs with whole images.
     """
     side = summary.object_side * cfg.INPUT.LSJ.SIZE[0]
-    if not 0 < side < SMALL_OBJECT:
+    if request.image_size or not 0 < side < SMALL_OBJECT:
         return
     zoom = min(ENLARGED_OBJECT / side, MOST_ZOOM)
     cfg.INPUT.LSJ.MIN_SCALE *= zoom

@@ -114,6 +114,7 @@ def plan_run(request: Request) -> tuple[Run, str]:
     plan.apply_data(cfg, data.train, machine, request)
     known = request.epochs and request.batch_size
     memory = None if known else plan.fit_memory(cfg, data.train, machine, request)
+    plan.enlarge_small_objects(cfg, data.train, request)
     plan.apply_batch(cfg, data.train, machine, request, memory)
     pace = None if known else fit_pace(cfg, machine, request, data.validation.images)
     epochs = plan.apply_schedule(cfg, data.train, machine, request, pace)

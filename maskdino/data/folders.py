@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from maskdino.data.annotation_checks import Finding
 from maskdino.data.reading import DataError
 
-HOW_TO_ALLOW = (
-    "name files of the folder alone, or, if you trust where the annotations came from, register "
-    "the dataset with any_path=True"
+WITHIN = "name files of the folder alone"
+HOW_TO_ALLOW = (  # of a dataset that is registered with a choice
+    f"{WITHIN}, or, if you trust where the annotations came from, register the dataset with "
+    "any_path=True"
 )
 
 
@@ -26,27 +27,33 @@ def leaves(folder: str, name: str) -> bool:
     return not path.startswith(root.rstrip(os.sep) + os.sep)
 
 
-def inside(folder: str | os.PathLike, name: str, source: object, *, any_path: bool = False) -> str:
+def inside(
+    folder: str | os.PathLike, name: str, source: object, *, any_path: bool | None = None
+) -> str:
     """The path of a file that annotations, of this source, name in a folder; see `leaves`.
+
+    `any_path` is what their dataset was registered with; None: there is no such choice.
 
     Raises:
         DataError: the name leads out of the folder, and no other path is allowed.
     """
     folder = os.fspath(folder)
     if not any_path and leaves(folder, name):
-        raise DataError(
-            f"{source}: the file name {name[:200]!r} leads out of {folder}: {HOW_TO_ALLOW}"
-        )
+        advice = WITHIN if any_path is None else HOW_TO_ALLOW
+        raise DataError(f"{source}: the file name {name[:200]!r} leads out of {folder}: {advice}")
     return os.path.join(folder, name)
 
 
-def check_names(images: list[dict], folder: str) -> Iterator[Finding]:
-    """Checks that the files of images are in their folder; what is no name is left to others."""
+def check_names(images: list[dict], folder: str, advice: str = HOW_TO_ALLOW) -> Iterator[Finding]:
+    """Checks that the files of images are in their folder; what is no name is left to others.
+
+    The advice says what to do about names that lead out of it.
+    """
     for index, image in enumerate(images):
         name = image.get("file_name")
         if isinstance(name, str) and leaves(folder, name):
             yield Finding(
                 "file name leads out of the image folder",
-                f"image {image.get('id')!r}: {name[:200]!a} is not in {folder}: {HOW_TO_ALLOW}",
+                f"image {image.get('id')!r}: {name[:200]!a} is not in {folder}: {advice}",
                 image=index,
             )

@@ -69,7 +69,12 @@ def _problems(
 
 
 def annotation_problem(
-    annotation: dict, root: str, known: Container, *, measured: bool = False
+    annotation: dict,
+    root: str,
+    known: Container,
+    *,
+    measured: bool = False,
+    advice: str = HOW_TO_ALLOW,
 ) -> tuple[str, str] | None:
     """What is wrong with the annotation of an image, but for its map: kind and details.
 
@@ -78,13 +83,14 @@ def annotation_problem(
         root: folder of the map; "": any will do.
         known: ids of categories.
         measured: see `check_panoptic`.
+        advice: what to do about a map out of its folder.
     """
     name, segments = annotation.get("file_name"), annotation.get("segments_info")
     if not isinstance(name, str) or not name:
         return "annotation without a PNG file", f"file_name {ascii(name)[:100]}"
     if leaves(root, name):
         kind = "PNG file out of its folder"
-        return kind, f"the file name {name[:200]!a} leads out of {root}: {HOW_TO_ALLOW}"
+        return kind, f"the file name {name[:200]!a} leads out of {root}: {advice}"
     if not isinstance(segments, list) or not all(isinstance(x, dict) for x in segments):
         return "segments_info is no list of segments", f"{name}: {ascii(segments)[:80]}"
     seen: set[int] = set()

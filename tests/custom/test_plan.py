@@ -47,6 +47,7 @@ def planned(
     cfg = load_config(CONFIG)
     request = request or asked()
     plan.apply_data(cfg, data, machine, request)
+    plan.enlarge_small_objects(cfg, data, request)
     plan.apply_batch(cfg, data, machine, request, memory)
     return cfg, plan.apply_schedule(cfg, data, machine, request, pace)
 

@@ -6,11 +6,16 @@ import logging
 from pathlib import Path
 
 import pytest
+from detectron2.config import CfgNode
 
-from maskdino.custom import Machine, Request, run
-from maskdino.custom.measure import Pace
+from maskdino.config import load_config
+from maskdino.custom import Machine, Request, plan, plan_run, run
+from maskdino.custom.annotations import summarize
+from maskdino.custom.measure import Memory, Pace
+from maskdino.custom.prepare import prepared_files
 from maskdino.custom.run import OFFLINE_CONFIG, fit_pace, read_default, read_start
 from maskdino.data import DataError
+from tests.custom.drawn import write_drawn
 from tests.helpers import tiny_cfg
 
 GPU, CPU = Machine("cuda", 40000.0, 1), Machine("cpu", 8000.0, 2)
@@ -68,3 +73,27 @@ def test_batches_shrink_until_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     cfg.SOLVER.IMS_PER_BATCH = 8
     with pytest.raises(DataError, match="a batch of 8 images"):
         fit_pace(cfg, CPU, asked(batch_size=8), 9)
+
+
+def test_objects_are_enlarged_as_the_size_that_fits_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images that memory makes smaller show smaller objects."""
+    drawn = write_drawn(tmp_path / "drawn")  # of 64 pixels
+
+    def measured(cfg: CfgNode, objects: int) -> Memory | None:  # noqa: ARG001
+        return Memory(0.0, 1.0) if cfg.INPUT.LSJ.SIZE[0] < 64 else None
+
+    monkeypatch.setattr(plan, "MIN_SIZE", 32)
+    monkeypatch.setattr(plan, "MOST_ZOOM", 9)
+    monkeypatch.setattr(plan, "measure_memory", measured)
+    monkeypatch.setattr(plan, "find_machine", lambda _: CPU)
+    monkeypatch.setattr(run, "measure_pace", lambda *_: Pace(1.0, 0.0))
+    request = Request(train_json=drawn.json_file, train_images=drawn.images, output=tmp_path / "o")
+    planned, text = plan_run(request)
+    cfg = load_config(str(planned.config))
+    assert cfg.INPUT.LSJ.SIZE == [32, 32]
+    side = 32 * summarize(prepared_files(request.output)["custom_train"].read()).object_side
+    whole = read_default(CPU, request)
+    assert pytest.approx(25 / side) == cfg.INPUT.LSJ.MIN_SCALE / whole.INPUT.LSJ.MIN_SCALE
+    assert f"else half have less than {side:.0f} pixels" in text

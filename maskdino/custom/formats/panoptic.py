@@ -16,6 +16,7 @@ from maskdino.custom.formats.files import Tree
 from maskdino.custom.maps import MAP, Maps, Problem, in_threads, segments_of
 from maskdino.data import DataError
 from maskdino.data.annotation_checks import format_problem, is_id
+from maskdino.data.folders import WITHIN
 from maskdino.data.panoptic_checks import annotation_problem
 from maskdino.data.reading import read_json
 
@@ -103,7 +104,7 @@ def _read_image(
         return Problem("image without segments: annotate it, or remove it", "no annotation")
     if len(entries) > 1:
         return Problem("image with several annotations: remove all but one", str(len(entries)))
-    wrong = annotation_problem(entries[0], str(root), categories)
+    wrong = annotation_problem(entries[0], str(root), categories, advice=WITHIN)
     if wrong:
         return Problem(*wrong)
     name, segments = entries[0]["file_name"], entries[0]["segments_info"]
