@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,10 @@ print(peak_memory_mb(torch.device("cpu")))
 """
 
 
-def test_every_module_imports_without_what_only_posix_has(repository: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", IMPORT_ALL]
+def test_every_module_imports_without_what_only_posix_has(
+    repository: Path, warm_python: str
+) -> None:
+    command = [warm_python, "-W", "ignore", "-c", IMPORT_ALL]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) == 0.0
@@ -74,10 +75,12 @@ print(torch.ops.maskdino.cpu_instruction_set())
 
 @pytest.mark.skipif(not compiled_op_available("cpu"), reason="the operator is not built")
 @pytest.mark.parametrize("newest", ["plain", "avx2", "avx512"])
-def test_operator_on_processors_without_newer_instructions(repository: Path, newest: str) -> None:
+def test_operator_on_processors_without_newer_instructions(
+    repository: Path, newest: str, warm_python: str
+) -> None:
     """Where a processor has less than is allowed, it takes what it has."""
     environment = {**os.environ, "MASKDINO_CPU_CAPABILITY": newest}
-    command = [sys.executable, "-W", "ignore", "-c", ON_OLD_PROCESSORS]
+    command = [warm_python, "-W", "ignore", "-c", ON_OLD_PROCESSORS]
     done = subprocess.run(
         command, cwd=repository, env=environment, capture_output=True, text=True, check=False
     )

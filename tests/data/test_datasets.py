@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,11 +106,11 @@ for name in ("coco_2017_train_panoptic", "coco_2017_train_panoptic_with_sem_seg"
 
 @pytest.mark.parametrize("place", ["panoptic_train2017", "annotations/panoptic_train2017"])
 def test_panoptic_maps_of_coco_are_found_in_either_place(
-    coco: Path, place: str, monkeypatch: pytest.MonkeyPatch
+    coco: Path, place: str, monkeypatch: pytest.MonkeyPatch, warm_python: str
 ) -> None:
     (coco / "panoptic_train2017").rename(coco / place)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(coco.parent))
-    command = [sys.executable, "-c", SHOW]
+    command = [warm_python, "-c", SHOW]
     output = subprocess.check_output(command, text=True)
     folder, record, *others = output.splitlines()
     assert Path(folder) == coco / place

@@ -63,10 +63,10 @@ def test_a_folder_in_use_is_refused_and_a_dead_owner_followed(
     assert not caplog.text
 
 
-def test_a_lock_is_held_while_its_text_is_read(tmp_path: Path) -> None:
+def test_a_lock_is_held_while_its_text_is_read(tmp_path: Path, warm_python: str) -> None:
     """Closing a second handle of a file frees the locks of its process."""
     with locked(tmp_path):
-        command = [sys.executable, "-c", HOLD, str(tmp_path)]
+        command = [warm_python, "-c", HOLD, str(tmp_path)]
         result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert "in use by another run" in result.stderr
 

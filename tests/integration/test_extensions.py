@@ -117,7 +117,9 @@ def test_file_with_the_name_of_another_module(tmp_path: Path) -> None:
         import_extension(tmp_path / "json.py")
 
 
-def test_started_processes_import_it_too(tmp_path: Path, repository: Path) -> None:
+def test_started_processes_import_it_too(
+    tmp_path: Path, repository: Path, warm_python: str
+) -> None:
     """Spawned ones cannot unpickle what it defines otherwise."""
     (tmp_path / "my_functions.py").write_text(
         f"import os\n{OWN_KEYS}\n"
@@ -138,19 +140,19 @@ def test_started_processes_import_it_too(tmp_path: Path, repository: Path) -> No
     )
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+        [warm_python, str(script)], env=environment, capture_output=True, text=True, check=False
     )
     assert "result 7" in done.stdout, done.stderr
 
 
 def test_environment_names_modules_where_there_is_no_option(
-    tmp_path: Path, repository: Path
+    tmp_path: Path, repository: Path, warm_python: str
 ) -> None:
     (tmp_path / "my_keys.py").write_text(OWN_KEYS)
     code = "import maskdino.config; print(maskdino.config.load_config().MODEL.MINE)"
     environment = {**os.environ, "PYTHONPATH": str(repository), "MASKDINO_IMPORT": "my_keys"}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [warm_python, "-c", code],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,11 +74,11 @@ assert len(classes) == 133, classes
 """
 
 
-def run(code: str, folder: Path, repository: Path, **environment: str) -> list[str]:
+def run(code: str, folder: Path, repository: Path, python: str, **environment: str) -> list[str]:
     """Runs code beside the neighbour; returns what it logged about names that were taken."""
     (folder / "neighbour.py").write_text(NEIGHBOUR)
     paths = os.pathsep.join((str(folder), str(repository)))
-    command = [sys.executable, "-W", "ignore", "-c", code]
+    command = [python, "-W", "ignore", "-c", code]
     done = subprocess.run(
         command,
         cwd=repository,
@@ -93,8 +92,8 @@ def run(code: str, folder: Path, repository: Path, **environment: str) -> list[s
 
 
 @pytest.mark.parametrize("order", ["neighbour, maskdino", "maskdino, neighbour"])
-def test_both_orders(order: str, tmp_path: Path, repository: Path) -> None:
-    (line,) = run(f"import {order}\n{CHECK}", tmp_path, repository)
+def test_both_orders(order: str, tmp_path: Path, repository: Path, warm_python: str) -> None:
+    (line,) = run(f"import {order}\n{CHECK}", tmp_path, repository, warm_python)
     for name in (
         "D2SwinTransformer",
         "ade20k_panoptic_val",
@@ -104,8 +103,11 @@ def test_both_orders(order: str, tmp_path: Path, repository: Path) -> None:
     assert line.count("(of ") == 7 and "maskdino.register_all(replace=True)" in line
 
 
-def test_fork_that_came_first_keeps_its_model(tmp_path: Path, repository: Path) -> None:
-    lines = run(f"import neighbour, maskdino\n{CHECK}", tmp_path, repository, FORK="1")
+def test_fork_that_came_first_keeps_its_model(
+    tmp_path: Path, repository: Path, warm_python: str
+) -> None:
+    code = f"import neighbour, maskdino\n{CHECK}"
+    lines = run(code, tmp_path, repository, warm_python, FORK="1")
     assert len(lines) == 2 and "MaskDINO (of neighbour)" in lines[0]
 
 

@@ -106,12 +106,12 @@ def test_importing_without_detectron2_says_what_to_do() -> None:
     assert "maskdino doctor --install-detectron2" in program.NO_DETECTRON2
 
 
-def test_names_of_the_package_are_those_of_its_modules() -> None:
+def test_names_of_the_package_are_those_of_its_modules(warm_python: str) -> None:
     code = (
         "import json, maskdino\n"
         "print(json.dumps([maskdino.__all__, [hasattr(maskdino, n) for n in maskdino.__all__]]))"
     )
-    command = [sys.executable, "-W", "ignore", "-c", code]
+    command = [warm_python, "-W", "ignore", "-c", code]
     names, there = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert {"MaskDINO", "MaskDINOPredictor", "model_zoo", "register_all"} <= set(names)
     assert all(there)
