@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -243,7 +243,9 @@ class MaskDINOTrainer(TrainerBase):
             number = self._signals.number or signal.SIGINT
             raise Interrupted("interrupted; go on with --resume", number) from None
         finally:
-            self._batches = iter(())  # ends the loading processes
+            if isinstance(self._batches, Generator):
+                self._batches.close()  # ends the loading processes, which a traceback keeps alive
+            self._batches = iter(())
         if not self._results or not comm.is_main_process():
             return None
         if self.cfg.TEST.EXPECTED_RESULTS:
