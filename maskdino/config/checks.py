@@ -88,6 +88,7 @@ RULES: dict[str, Allowed] = {
     f"{_MODEL}LOSS.IMPORTANCE_RATIO": SHARE,
     f"{_MODEL}TEST.DECODER_LAYER": at_least(-1),
     f"{_MODEL}TEST.SCORE_THRESHOLD": SHARE,
+    f"{_MODEL}TEST.MASK_LIMIT": Allowed("0, or at least 1", lambda value: value == 0 or value >= 1),
     f"{_MODEL}TEST.PANOPTIC_SCORE_THRESHOLD": SHARE,
     f"{_MODEL}TEST.PANOPTIC_OVERLAP_THRESHOLD": SHARE,
     f"{_MODEL}TEST.TEMPERATURE": ABOVE_0,

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskdino.ops.boxes import cxcywh_to_xyxy
+from maskdino.ops.boxes import cxcywh_to_xyxy, pixels_inside
 from maskdino.ops.points import mask_logits
 from maskdino.postprocess import InferenceOptions
-from maskdino.postprocess.frame import mask_parts
+from maskdino.postprocess.frame import mask_limits, mask_parts
 from maskdino.postprocess.instances import mean_probability, top_pairs
 from maskdino.postprocess.panoptic import is_segment, leading_queries, segment_candidates
 from maskdino.structures import Predictions
@@ -79,7 +79,8 @@ def instances(
     chosen = predictions.map(lambda x: x.gather(1, queries[..., None].expand(-1, -1, x.shape[2])))
     found = {"boxes": cxcywh_to_xyxy(chosen.boxes.float()) * _pixels_per_canvas(canvas, scores)}
     if predictions.mask_embeddings is not None:
-        maps = mask_maps(chosen, pixel_embedding, mask_size)
+        limits = mask_limits(chosen.boxes, options.mask_limit)
+        maps = mask_maps(chosen, pixel_embedding, mask_size, limits)
         found["masks"] = (maps > 0) & inside[:, None]
         if options.mask_scoring:
             scores = scores * mean_probability(maps.sigmoid(), found["masks"])
@@ -116,7 +117,8 @@ def panoptic(
         segment. Segments of one stuff class are merged into the first.
     """
     takes_part, scores, labels = segment_candidates(predictions.class_logits, options)
-    probs = mask_maps(predictions, pixel_embedding, mask_size).sigmoid()
+    limits = mask_limits(predictions.boxes, options.mask_limit, is_thing[labels])
+    probs = mask_maps(predictions, pixel_embedding, mask_size, limits).sigmoid()
     foreground = (probs >= 0.5) & inside[:, None]
     weights = torch.where(takes_part, scores, -1.0)
     winner = (probs * weights[..., None, None]).argmax(1)  # (B, H, W)
@@ -136,12 +138,20 @@ def panoptic(
     }
 
 
-def mask_maps(predictions: Predictions, pixel_embedding: Tensor | None, mask_size: Size) -> Tensor:
-    """Mask logits (B, N, H, W) float32 at a size."""
+def mask_maps(
+    predictions: Predictions,
+    pixel_embedding: Tensor | None,
+    mask_size: Size,
+    limits: Tensor | None = None,
+) -> Tensor:
+    """Mask logits (B, N, H, W) float32 at a size; -inf beyond limits (B, N, 4), if any."""
     maps = mask_logits(*mask_parts(predictions, pixel_embedding)).float()
-    if tuple(maps.shape[2:]) == mask_size:
+    if tuple(maps.shape[2:]) != mask_size:
+        maps = F.interpolate(maps, size=mask_size, mode="bilinear", align_corners=False)
+    if limits is None:
         return maps
-    return F.interpolate(maps, size=mask_size, mode="bilinear", align_corners=False)
+    boxes = cxcywh_to_xyxy(limits) * _pixels_per_canvas(mask_size, limits)
+    return maps.masked_fill(~pixels_inside(boxes, mask_size), -torch.inf)
 
 
 def inside_image(image_sizes: Tensor, canvas: Size, mask_size: Size) -> Tensor:

@@ -27,6 +27,15 @@ def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
+def pixels_inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whose centers lie in a box: (..., 4) xyxy in pixels to (..., height, width) bool."""
+    low, high = boxes.unsqueeze(-1).chunk(2, dim=-2)  # (..., 2, 1)
+    rows, columns = (torch.arange(length, device=boxes.device) + 0.5 for length in size)
+    in_x = (low[..., 0, :] <= columns) & (columns <= high[..., 0, :])
+    in_y = (low[..., 1, :] <= rows) & (rows <= high[..., 1, :])
+    return in_y.unsqueeze(-1) & in_x.unsqueeze(-2)
+
+
 def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """Generalized IoU of corner boxes, element by element.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskdino.ops.boxes import cxcywh_to_xyxy
+from maskdino.ops.boxes import cxcywh_to_xyxy, pixels_inside
 from maskdino.structures import Predictions
 
 ELEMENTS_AT_ONCE = 1 << 25  # resized mask probabilities that exist at one time (128 MiB of float32)
@@ -47,10 +47,19 @@ def maps_at_once(area: int) -> int:
     return max(1, ELEMENTS_AT_ONCE // max(1, area))
 
 
-def output_masks(embeddings: Tensor, pixel_embedding: Tensor, frame: Frame) -> Iterator[Tensor]:
+def output_masks(
+    embeddings: Tensor, pixel_embedding: Tensor, frame: Frame, limits: Tensor | None = None
+) -> Iterator[Tensor]:
     """Mask logits of queries in the output frame, a few queries at a time: (r, OH, OW).
 
     They are float32, and not rounded to the type of the embeddings on the way.
+
+    Args:
+        embeddings: (R, C).
+        pixel_embedding: (C, H/4, W/4).
+        frame: the sizes.
+        limits: (R, 4) cx, cy, w, h of the canvas, outside of which a mask's logits are -inf
+            (`mask_limits`); None: masks reach as far as they do.
     """
     at_once = maps_at_once(max(math.prod(frame.canvas), math.prod(frame.output)))
     embeddings, features = embeddings.float(), pixel_embedding.flatten(1).float()
@@ -58,7 +67,35 @@ def output_masks(embeddings: Tensor, pixel_embedding: Tensor, frame: Frame) -> I
         with torch.autocast(features.device.type, enabled=False):
             maps = torch.mm(embeddings[begin : begin + at_once], features)
         maps = maps.unflatten(1, pixel_embedding.shape[1:])
-        yield resize_to_output(resize_to_canvas(maps, frame), frame)
+        logits = resize_to_output(resize_to_canvas(maps, frame), frame)
+        if limits is not None:
+            boxes = output_boxes(limits[begin : begin + at_once], frame)
+            logits = logits.masked_fill_(~pixels_inside(boxes, frame.output), -math.inf)
+        yield logits
+
+
+def mask_limits(boxes: Tensor, factor: float, things: Tensor | None = None) -> Tensor | None:
+    """Where masks end at the latest: at the predicted boxes, enlarged by a factor.
+
+    A model that has seen little knows where objects are long before its masks tell one object from
+    the next: mask embeddings must learn positions, boxes know them. Inside of its box a mask of
+    "some object" is the object's mask.
+
+    Args:
+        boxes: (..., 4) cx, cy, w, h.
+        factor: TEST.MASK_LIMIT; 0: masks have no limit.
+        things: (...) bool, which queries are things: stuff has no limit. None: all are.
+
+    Returns:
+        (..., 4), or None without a limit.
+    """
+    if not factor:
+        return None
+    center, size = boxes.float().split(2, dim=-1)
+    size = size * factor
+    if things is not None:
+        size = torch.where(things[..., None], size, 4.0)  # from any place, this reaches everywhere
+    return torch.cat([center, size], dim=-1)
 
 
 def output_boxes(boxes: Tensor, frame: Frame) -> Tensor:

@@ -20,7 +20,14 @@ from torch import Tensor
 from maskdino.ops.host import OnItsWay, Steps, pack_masks, true_first
 from maskdino.ops.points import joined
 from maskdino.ops.rle import encode_mask, encode_packed
-from maskdino.postprocess.frame import Frame, maps_at_once, mask_parts, output_boxes, output_masks
+from maskdino.postprocess.frame import (
+    Frame,
+    maps_at_once,
+    mask_limits,
+    mask_parts,
+    output_boxes,
+    output_masks,
+)
 from maskdino.postprocess.options import InferenceOptions
 from maskdino.structures import Predictions
 
@@ -145,8 +152,9 @@ def instance_steps(
     encoded, quality, kept = None, list[Tensor](), pairs.kept
     if predictions.mask_embeddings is not None:
         embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
-        wanted = quality if options.mask_scoring else None
-        parts = _foregrounds(embeddings[pairs.different], pixel_embedding, frame, wanted)
+        limits = mask_limits(predictions.boxes[pairs.different], options.mask_limit)
+        logits = output_masks(embeddings[pairs.different], pixel_embedding, frame, limits)
+        parts = _foregrounds(logits, quality if options.mask_scoring else None)
         if compact:
             encoded = yield from _encoded(parts, frame)
         else:
@@ -193,11 +201,9 @@ def _areas(masks: Tensor) -> Tensor:
     return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
 
 
-def _foregrounds(
-    embeddings: Tensor, pixel_embedding: Tensor, frame: Frame, quality: list[Tensor] | None
-) -> Iterator[Tensor]:
+def _foregrounds(mask_logits: Iterator[Tensor], quality: list[Tensor] | None) -> Iterator[Tensor]:
     """Masks (r, OH, OW) bool, a few at a time; `quality` gets the mean probability over each."""
-    for logits in output_masks(embeddings, pixel_embedding, frame):
+    for logits in mask_logits:
         foreground = logits > 0
         if quality is not None:
             # Nothing as large as the probabilities is made once more.

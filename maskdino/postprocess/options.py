@@ -34,6 +34,7 @@ class InferenceOptions:
     precision: str
     cuda_graphs: bool
     run_lengths: bool = False
+    mask_limit: float = 0.0
 
     @staticmethod
     def from_config(cfg: CfgNode) -> InferenceOptions:
@@ -57,6 +58,7 @@ class InferenceOptions:
             max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
             score_threshold=_score_threshold(cfg),
             mask_scoring=node.MASK_SCORING,
+            mask_limit=node.MASK_LIMIT,
             panoptic_score_threshold=node.PANOPTIC_SCORE_THRESHOLD,
             panoptic_overlap_threshold=node.PANOPTIC_OVERLAP_THRESHOLD,
             temperature=node.TEMPERATURE,

@@ -5,11 +5,20 @@ Shape key: Q queries, K classes, U queries that take part, C channels; output OH
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from maskdino.ops.host import Steps, to_device, true_first
-from maskdino.postprocess.frame import Frame, coarse_frame, full_size, mask_parts, output_masks
+from maskdino.postprocess.frame import (
+    Frame,
+    coarse_frame,
+    full_size,
+    mask_limits,
+    mask_parts,
+    output_masks,
+)
 from maskdino.postprocess.options import InferenceOptions
 from maskdino.structures import Predictions
 
@@ -70,7 +79,9 @@ def panoptic_steps(
         return torch.zeros(frame.output, dtype=torch.int32, device=device), []
     chosen = true_first(takes_part)[: int(number)]
     scores, labels = scores[chosen].float(), labels[chosen]
-    winner, inside, own = _winners(scores, embeddings[chosen], pixel_embedding, made)
+    limits = mask_limits(predictions.boxes[chosen], options.mask_limit, is_thing[labels])
+    masks = output_masks(embeddings[chosen], pixel_embedding, made, limits)
+    winner, inside, own = _winners(scores, masks, made.output)
     won, left = _pixels_won(winner, inside, len(chosen))
     table = torch.stack([own, won, left, labels, is_thing[labels].long()])
     rows = torch.where(inside, winner + 1, 0).to(torch.int32)  # of the table, or 0
@@ -82,19 +93,19 @@ def panoptic_steps(
 
 
 def _winners(
-    scores: Tensor, embeddings: Tensor, pixel_embedding: Tensor, frame: Frame
+    scores: Tensor, mask_logits: Iterator[Tensor], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """To which query each pixel goes.
+    """To which query each pixel of a map goes.
 
     Returns:
         The query (OH, OW) int64 with the largest score times probability; whether the pixel lies in
         that query's mask (OH, OW) bool; and of each query its mask's area (U,) int64.
     """
-    best = torch.full(frame.output, -1.0, device=scores.device)
-    winner = torch.zeros(frame.output, dtype=torch.int64, device=scores.device)
-    inside = torch.zeros(frame.output, dtype=torch.bool, device=scores.device)
+    best = torch.full(size, -1.0, device=scores.device)
+    winner = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    inside = torch.zeros(size, dtype=torch.bool, device=scores.device)
     own_area, begin = [], 0
-    for logits in output_masks(embeddings, pixel_embedding, frame):
+    for logits in mask_logits:
         probs = logits.sigmoid_()
         own_area.append((probs >= 0.5).sum((1, 2)))
         weighted, index = (probs * scores[begin : begin + len(probs), None, None]).max(0)

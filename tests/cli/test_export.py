@@ -113,8 +113,9 @@ def two_images() -> list[Tensor]:
     return [torch.rand(3, 64, 96) * 255, torch.rand(3, 50, 70) * 255]
 
 
-def test_instances_are_those_of_the_model() -> None:
-    found, expected, _ = program_and_model(two_images(), "instance")
+@pytest.mark.parametrize("limit", [0.0, 1.2])
+def test_instances_are_those_of_the_model(limit: float) -> None:
+    found, expected, _ = program_and_model(two_images(), "instance", TEST__MASK_LIMIT=limit)
     for i, result in enumerate(expected):
         objects = result["instances"]
         height, width = objects.image_size
@@ -142,7 +143,10 @@ def test_semantic_maps_are_those_of_the_model() -> None:
         torch.testing.assert_close(maps[:, :height, :width], result["sem_seg"])
 
 
-def test_panoptic_segments_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [0.0, 1.2])
+def test_panoptic_segments_are_those_of_the_model(
+    limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     things = Metadata(thing_dataset_id_to_contiguous_id={0: 0, 3: 3})
     monkeypatch.setattr(Categories, "from_config", lambda _: Categories.from_metadata(things, 5))
     found, expected, _ = program_and_model(
@@ -150,6 +154,7 @@ def test_panoptic_segments_are_those_of_the_model(monkeypatch: pytest.MonkeyPatc
         "panoptic",
         TEST__PANOPTIC_SCORE_THRESHOLD=0.02,
         TEST__PANOPTIC_OVERLAP_THRESHOLD=0.1,
+        TEST__MASK_LIMIT=limit,
     )
     assert sum(len(result["panoptic_seg"][1]) for result in expected) > 2
     for i, result in enumerate(expected):

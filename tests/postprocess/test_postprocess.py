@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from dataclasses import replace
@@ -66,6 +67,18 @@ def plain_masks(embeddings: Tensor, pixels: Tensor, frame: Frame, *, output: boo
     return maps[0]
 
 
+def within_boxes(masks: Tensor, boxes: Tensor, factor: float, frame: Frame) -> Tensor:
+    """Mask logits that are none outside of the boxes, enlarged about their centers."""
+    result = torch.full_like(masks, -torch.inf)
+    for mask, limited, box in zip(masks, result, output_boxes(boxes, frame).tolist(), strict=True):
+        center = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        reach = (box[2] - box[0]) * factor / 2, (box[3] - box[1]) * factor / 2
+        for y, x in itertools.product(*map(range, frame.output)):
+            if abs(x + 0.5 - center[0]) <= reach[0] and abs(y + 0.5 - center[1]) <= reach[1]:
+                limited[y, x] = mask[y, x]
+    return result
+
+
 @pytest.fixture(params=[1, 1 << 25], ids=["one at a time", "all at once"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes masks one by one, or all together."""
@@ -89,13 +102,18 @@ def test_masks_are_not_rounded_to_the_type_of_the_network() -> None:
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("mask_scoring", [True, False])
+@pytest.mark.parametrize("mask_limit", [0, 1.3])
 @pytest.mark.parametrize("frame", FRAMES)
-def test_instances_are_those_of_the_plain_way(frame: Frame, mask_scoring: bool) -> None:
+def test_instances_are_those_of_the_plain_way(
+    frame: Frame, mask_limit: float, mask_scoring: bool
+) -> None:
     embeddings, pixels = drawn(frame)
     scores, boxes = torch.rand(QUERIES, CLASSES), torch.rand(QUERIES, 4)
     is_thing, threshold = torch.tensor([True, False, True, True]), 0.2
     pairs = [(scores[q, k].item(), q, k) for q in range(QUERIES) for k in range(CLASSES)]
     masks = plain_masks(embeddings, pixels, frame)
+    if mask_limit:
+        masks = within_boxes(masks, boxes, mask_limit, frame)
     expected = []
     for score, q, k in sorted(pairs, reverse=True)[:20]:
         foreground = masks[q] > 0
@@ -104,7 +122,12 @@ def test_instances_are_those_of_the_plain_way(frame: Frame, mask_scoring: bool) 
         if is_thing[k] and final >= threshold:
             expected.append((final, q, k, foreground))
     predictions = Predictions(scores.logit(), boxes, embeddings)
-    asked = options(score_threshold=threshold, mask_scoring=mask_scoring, panoptic_on=True)
+    asked = options(
+        score_threshold=threshold,
+        mask_scoring=mask_scoring,
+        mask_limit=mask_limit,
+        panoptic_on=True,
+    )
     make = partial(postprocess, predictions, pixels, frame, asked, is_thing, tasks=["instance"])
     found = make()["instance"]
     assert found.image_size == frame.output and len(found) == len(expected)
@@ -240,13 +263,14 @@ def merged(
     pixels: Tensor,
     frame: Frame,
     is_thing: Tensor = THINGS,
-    threshold: float = 0.0,
+    boxes: Tensor | None = None,
+    **changes: float,
 ) -> tuple[Tensor, list[dict]]:
     """Panoptic results of queries whose scores and classes are given; compact ones are equal."""
-    predictions = Predictions(logits_of(scores, labels), torch.rand(len(scores), 4), embeddings)
-    asked = options(
-        cross_entropy=True, panoptic_score_threshold=threshold, panoptic_overlap_threshold=0.8
-    )
+    boxes = torch.rand(len(scores), 4) if boxes is None else boxes
+    predictions = Predictions(logits_of(scores, labels), boxes, embeddings)
+    known = {"panoptic_score_threshold": 0.0, "panoptic_overlap_threshold": 0.8}
+    asked = options(cross_entropy=True, **(known | changes))
     make = partial(postprocess, predictions, pixels, frame, asked, is_thing, tasks=["panoptic"])
     ids, segments = make()["panoptic"]
     again, same = make(compact=True)["panoptic"]
@@ -256,15 +280,24 @@ def merged(
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mask_limit", [0, 1.3])
 @pytest.mark.parametrize("frame", FRAMES[1:3])
-def test_panoptic_merge(frame: Frame, seed: int) -> None:
+def test_panoptic_merge(frame: Frame, mask_limit: float, seed: int) -> None:
     torch.manual_seed(seed)
     embeddings, pixels = drawn(frame)
     # A few queries far above the others: what they win is most of their masks.
     scores, labels = torch.rand(QUERIES) ** 4, torch.randint(0, CLASSES, (QUERIES,))
     keep, is_thing = scores > 0.01, torch.tensor([True, False, False, True])
-    found, segments = merged(scores, labels, embeddings, pixels, frame, is_thing, threshold=0.01)
-    probs = plain_masks(embeddings, pixels, frame).sigmoid()
+    boxes = torch.rand(QUERIES, 4)
+    limits = {"panoptic_score_threshold": 0.01, "mask_limit": mask_limit}
+    found, segments = merged(
+        scores, labels, embeddings, pixels, frame, is_thing, boxes=boxes, **limits
+    )
+    masks = plain_masks(embeddings, pixels, frame)
+    if mask_limit:  # of things alone
+        limited = within_boxes(masks, boxes, mask_limit, frame)
+        masks = torch.where(is_thing[labels][:, None, None], limited, masks)
+    probs = masks.sigmoid()
     ids, expected = slow_panoptic(keep, scores, labels, probs, is_thing)
     assert found.dtype == torch.int32 and found.shape == frame.output
     assert (found != ids).float().mean() < 0.01  # rounding at the borders
@@ -372,7 +405,9 @@ def test_queries_at_the_score_threshold_take_no_part() -> None:
 def test_panoptic_of_no_queries() -> None:
     embeddings, pixels = drawn(FRAMES[1])
     scores, labels = torch.rand(QUERIES), torch.zeros(QUERIES, dtype=torch.int64)
-    ids, segments = merged(scores, labels, embeddings, pixels, FRAMES[1], threshold=1.0)
+    ids, segments = merged(
+        scores, labels, embeddings, pixels, FRAMES[1], panoptic_score_threshold=1.0
+    )
     assert segments == [] and ids.shape == (41, 83) and not ids.any()
 
 
