@@ -155,14 +155,16 @@ def test_task(load: Callable[[str], ModuleType]) -> None:
 
 
 @pytest.mark.slow
-def test_project_from_the_command_line(data: Path, tmp_path: Path, repository: Path) -> None:
+def test_project_from_the_command_line(
+    data: Path, tmp_path: Path, repository: Path, warm_python: str
+) -> None:
     """Trains, resumes, evaluates and draws, in processes of their own."""
     environment = {**os.environ, "MY_DATA": str(data), "PYTHONPATH": str(repository)}
     environment.pop(extensions.VARIABLE, None)
     out = tmp_path / "out"
 
     def run(command: str, *words: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "maskdino", *command.split(), *map(str, words)]
+        line = [warm_python, "-m", "maskdino", *command.split(), *map(str, words)]
         return subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
 
     project = ("--import", EXAMPLES / "my_project.py")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+from collections.abc import Iterator
 from functools import partial
+from multiprocessing import spawn
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -262,6 +265,16 @@ def test_steps_are_timed_once_they_are_at_pace(
     assert watch.step() == pytest.approx(pace)
 
 
+@pytest.fixture
+def _warm(warm_python: str) -> Iterator[None]:
+    """Processes that are spawned begin with PyTorch imported."""
+    before = spawn.get_executable()
+    multiprocessing.set_executable(warm_python)
+    yield
+    multiprocessing.set_executable(before)
+
+
+@pytest.mark.usefixtures("_warm")
 @pytest.mark.slow
 def test_measured_cost_is_plausible(tmp_path: Path) -> None:
     cfg = tiny_cfg(NUM_CLASSES=2)

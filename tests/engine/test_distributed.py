@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -85,11 +84,13 @@ def assert_trained_alike(found: Path, expected: Path) -> None:
         torch.testing.assert_close(ours[name], value, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_train_as_one(alone: Path, tmp_path: Path) -> None:
     launch(train_at_fixed_points, config(tmp_path), processes=2)
     assert_trained_alike(tmp_path, alone)
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_processes_train_masks_alone(tmp_path: Path) -> None:
     """Several processes wait for the gradient of every trainable parameter."""
     denoising = {"MODEL.MASK_DINO.DENOISING.MODE": "boxes_and_masks"}
@@ -100,7 +101,9 @@ def test_two_processes_train_masks_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_machines_train_as_one(alone: Path, tmp_path: Path, repository: Path) -> None:
+def test_two_machines_train_as_one(
+    alone: Path, tmp_path: Path, repository: Path, warm_python: str
+) -> None:
     """Two launchers that know each other by address alone, as on two machines."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -119,7 +122,7 @@ def test_two_machines_train_as_one(alone: Path, tmp_path: Path, repository: Path
     file.write_text(script)
     machines = [
         subprocess.Popen(
-            [sys.executable, str(file), str(tmp_path), str(rank)],
+            [warm_python, str(file), str(tmp_path), str(rank)],
             cwd=repository,
             env={**os.environ, "PYTHONPATH": str(repository)},
         )

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -155,10 +154,12 @@ except Interrupted as error:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
-def test_a_signal_to_all_processes_of_a_job(tmp_path: Path, repository: Path) -> None:
+def test_a_signal_to_all_processes_of_a_job(
+    tmp_path: Path, repository: Path, warm_python: str
+) -> None:
     """Those that load images are needed until the step is made."""
     ended = subprocess.run(
-        [sys.executable, "-c", GROUP, str(tmp_path)],
+        [warm_python, "-c", GROUP, str(tmp_path)],
         cwd=repository,
         start_new_session=True,
         capture_output=True,

@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +83,7 @@ def test_processes_end_together(labels: Path, capsys: pytest.CaptureFixture) -> 
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.slow
 def test_bugs_in_processes_keep_their_traceback(labels: Path) -> None:
     with pytest.raises(ChildFailedError, match=r"Traceback(.|\n)*(a bug|closed by peer)"):
@@ -120,7 +120,7 @@ def test_group_is_left_after_success_alone(torchrun: list[bool], fails: bool) ->
 
 @pytest.mark.slow
 def test_torchrun_ends_although_one_process_waits(
-    labels: Path, tmp_path: Path, repository: Path
+    labels: Path, tmp_path: Path, repository: Path, warm_python: str
 ) -> None:
     script = tmp_path / "run.py"
     script.write_text(
@@ -129,7 +129,7 @@ def test_torchrun_ends_although_one_process_waits(
         "from tests.engine.test_launch import Labels, load_on_the_second\n"
         f"launch(load_on_the_second, Labels(Path({str(labels)!r})), processes=1)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ended = subprocess.run(
         [*command, str(script)],
         cwd=repository,

@@ -215,6 +215,7 @@ def accumulate(folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(trained.model.module.weight.tolist()))
 
 
+@pytest.mark.usefixtures("forked")
 def test_processes_and_micro_batches_are_averaged_together(tmp_path: Path) -> None:
     launch(accumulate, tmp_path, processes=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,13 +51,15 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_killed_and_resumed_run_ends_the_same(whole_run: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_run_ends_the_same(
+    whole_run: Path, tmp_path: Path, warm_python: str
+) -> None:
     script = (
         "from pathlib import Path; from tests.engine.stand_in import tiny_config, train\n"
         f"train(tiny_config(Path({str(tmp_path)!r}), *{EMA!r}), kill_after=4)"
     )
     root = Path(__file__).resolve().parents[2]
-    killed = subprocess.run([sys.executable, "-c", script], cwd=root, check=False)
+    killed = subprocess.run([warm_python, "-c", script], cwd=root, check=False)
     assert killed.returncode == -9
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
     # Loading processes and evaluations in between must not matter.
@@ -242,8 +243,13 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_two_processes_train_as_one(
-    single_process_run: Path, tmp_path: Path, accumulation_steps: int
+    single_process_run: Path,
+    tmp_path: Path,
+    accumulation_steps: int,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if accumulation_steps > 1:  # once they start as users' do
+        request.getfixturevalue("forked")
     cfg = tiny_config(tmp_path, *PLAIN, *EMA, "SOLVER.ACCUMULATION_STEPS", accumulation_steps)
     launch(train_in_process, cfg, processes=2)
     assert_equal_runs(tmp_path, single_process_run)
@@ -251,7 +257,7 @@ def test_two_processes_train_as_one(
 
 @pytest.mark.slow
 def test_torchrun_trains_as_one_process(
-    single_process_run: Path, tmp_path: Path, repository: Path
+    single_process_run: Path, tmp_path: Path, repository: Path, warm_python: str
 ) -> None:
     script = tmp_path / "run.py"
     script.write_text(
@@ -261,7 +267,7 @@ def test_torchrun_trains_as_one_process(
         f"cfg = tiny_config(Path({str(tmp_path)!r}), *{PLAIN + EMA!r})\n"
         "launch(train_in_process, cfg, processes=1)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     subprocess.run([*command, str(script)], check=True, cwd=repository, env=environment)
     assert_equal_runs(tmp_path, single_process_run)

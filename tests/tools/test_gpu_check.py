@@ -13,10 +13,12 @@ import pytest
 from tests.conftest import load_module
 
 
-def command(repository: Path, *words: object) -> subprocess.CompletedProcess[str]:
+def command(
+    repository: Path, *words: object, python: str = sys.executable
+) -> subprocess.CompletedProcess[str]:
     script = repository / "tools" / "gpu_check.py"
     return subprocess.run(
-        [sys.executable, str(script), *map(str, words)],
+        [python, str(script), *map(str, words)],
         capture_output=True,
         text=True,
         check=False,
@@ -29,8 +31,11 @@ def lines_of(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_dry_run_reports_every_step_and_is_read(repository: Path, tmp_path: Path) -> None:
-    done = command(repository, "--out", tmp_path, "--device", "cpu", "--dry", "--limit", 500)
+def test_dry_run_reports_every_step_and_is_read(
+    repository: Path, tmp_path: Path, warm_python: str
+) -> None:
+    words = ("--out", tmp_path, "--device", "cpu", "--dry", "--limit", 500)
+    done = command(repository, *words, python=warm_python)
     assert done.returncode == 0, done.stderr
     lines = lines_of(tmp_path)
     assert not [line for line in lines if "FAILED" in line], lines
