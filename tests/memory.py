@@ -69,11 +69,14 @@ def _status(name: str) -> float:
     return next(int(words[1]) for words in lines if words[0] == f"{name}:") / 1024
 
 
-def in_child(module: str, *words: str) -> dict[str, Any]:
-    """Runs a module of the tests in a process of its own; it prints one line of JSON at the end."""
+def in_child(module: str, *words: str, python: str = sys.executable) -> dict[str, Any]:
+    """Runs a module of the tests in a process of its own; it prints one line of JSON at the end.
+
+    `python` may be that of the fixture `warm_python` where the process is not measured as a whole.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, *words],
+        [python, "-W", "ignore", "-m", module, *words],
         cwd=ROOT,
         env=environment,
         capture_output=True,

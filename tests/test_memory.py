@@ -11,9 +11,9 @@ pytestmark = needs_linux
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["predictions", "training", "evaluation"])
-def test_nothing_is_kept(what: str) -> None:
+def test_nothing_is_kept(what: str, warm_python: str) -> None:
     """A hundred steps leave no tensor; pages of memory would tell little of so few."""
-    middle, end = in_child("tests.flat_memory", what, "100")["alive"]
+    middle, end = in_child("tests.flat_memory", what, "100", python=warm_python)["alive"]
     assert middle == end
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +19,7 @@ def mutate() -> ModuleType:
 
 
 @pytest.mark.slow
-def test_what_is_noticed_and_what_is_not_are_told_apart(tmp_path: Path) -> None:
+def test_what_is_noticed_and_what_is_not_are_told_apart(tmp_path: Path, warm_python: str) -> None:
     package = REPOSITORY / "maskdino" / "ops" / "rle.py"
     before = package.read_text()
     mutations = [
@@ -32,7 +31,7 @@ def test_what_is_noticed_and_what_is_not_are_told_apart(tmp_path: Path) -> None:
     table = tmp_path / "table.yaml"
     group = {"tests": ["tests/ops/test_rle.py"], "mutations": mutations}
     table.write_text(yaml.safe_dump({"maskdino/ops/rle.py": group}))
-    command = [sys.executable, REPOSITORY / "tools" / "mutate.py", "--table", table]
+    command = [warm_python, REPOSITORY / "tools" / "mutate.py", "--table", table]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()
     verdicts = [line.split()[0] for line in lines[:4]]
