@@ -87,7 +87,10 @@ RULES = (
         + ("system",),
     ),
     Rule("model_zoo", ("checkpoint", "config", "model", "system")),
-    Rule("visualization", ("categories", "data", "ops.rle", "ops.runs", "structures")),
+    Rule(
+        "visualization",
+        ("categories", "data", "ops.masks", "ops.rle", "ops.runs", "structures", "system"),
+    ),
     Rule(
         "inference",
         (

@@ -291,7 +291,7 @@ def overlaps(predicted: ImageResult, truth: ImageResult, task: str) -> np.ndarra
     results = (predicted, truth)
     shapes: list[Any]
     if task == "panoptic":
-        shapes = [[region.rle for region in result.regions(task)] for result in results]
+        shapes = [result.segment_rles() for result in results]
     elif predicted.rles is not None and truth.rles is not None:
         shapes = [list(result.rles or ()) for result in results]
     else:

@@ -19,6 +19,7 @@ from maskdino.inference.predictor import MaskDINOPredictor, TorchNetwork
 from maskdino.model import MaskDINO
 from maskdino.modeling.attention import MultiScaleDeformableAttention
 from maskdino.modeling.decoder import DecoderState
+from maskdino.ops.masks import RunMask
 from maskdino.ops.ms_deform_attn import locations_and_weights
 from maskdino.ops.rle import encode_mask
 from maskdino.postprocess import Frame
@@ -56,7 +57,7 @@ class LayerView:
         """Blue points, the larger the more they weigh; red mask, green box."""
         regions = [Region(GREEN, box=tuple(self.box.tolist()))]
         if self.rle is not None:
-            regions.append(Region(RED, rle=self.rle))
+            regions.append(Region(RED, mask=RunMask.of(self.rle)))
         drawn = Image.fromarray(draw_regions(image, regions, scale=scale, show_boxes=True))
         drawing = ImageDraw.Draw(drawn)
         unit = max(1.5, line_width(image) * scale / 2)

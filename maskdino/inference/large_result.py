@@ -6,7 +6,6 @@ Shape key: H, W pixels of the image; f the whole factor by which it is scaled do
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from maskdino.inference.tiles import TiledImage
-from maskdino.ops.runs import crop_mask, encode_at, release
+from maskdino.ops.masks import RunMask
+from maskdino.ops.runs import encode_at, release
 from maskdino.visualization.results import ImageResult
 
 LONGEST_DRAWN = 6000  # pixels of the longer edge of a drawing
@@ -64,6 +64,8 @@ class LargeResult(ImageResult):
             name: None if (whole := getattr(self, name)) is None else _taken(whole, rows, columns)
             for name in ("panoptic_ids", "label_map")
         }
+        if self.class_scores is not None:
+            parts["class_scores"] = self.class_scores[:, rows[:, None], columns]
         if self.boxes is not None:
             parts["boxes"] = self.boxes / np.float32(factor)
         if self.rles is not None:
@@ -97,16 +99,20 @@ def _read_smaller(image: TiledImage, factor: int, size: tuple[int, int]) -> np.n
     return small
 
 
-def _smaller(rle: dict, factor: int, size: Sequence[int]) -> dict:
+def _smaller(rle: dict, factor: int, size: tuple[int, int]) -> dict:
     """A mask at 1/f of its size, with a pixel at least."""
-    mask, (top, left) = crop_mask(rle)
-    small_size = size[0], size[1]
-    if factor == 1 or not mask.size:
-        return rle if factor == 1 else encode_at(mask, (0, 0), small_size)
-    # The first small row and column that it touches, and how many pixels lie before it in these.
-    (first, above), (begin, before) = divmod(top, factor), divmod(left, factor)
-    below, behind = -(above + mask.shape[0]) % factor, -(before + mask.shape[1]) % factor
-    padded = np.pad(mask, ((above, below), (before, behind)))
-    share = np.asarray(Image.fromarray(padded.view(np.uint8) * 255).reduce(factor))
-    small = share >= min(128, share.max())
-    return encode_at(small, (first, begin), small_size)
+    if factor == 1:
+        return rle
+    mask = RunMask.of(rle)
+    # The small pixels that it touches, and how much of them lies beyond its bounding box.
+    top, left = mask.top // factor, mask.left // factor
+    bottom, right = -(-mask.bottom // factor), -(-mask.right // factor)
+    beyond = mask.top - top * factor, bottom * factor - mask.bottom
+    share = np.zeros((bottom - top, right - left), np.uint8)
+    for begin, end in mask.strips(left * factor, factor):
+        first, last = begin // factor, -(-end // factor)
+        beside = begin - first * factor, last * factor - end
+        padded = np.pad(mask.columns(begin, end), (beyond, beside))
+        small = Image.fromarray(padded.view(np.uint8) * 255).reduce(factor)
+        share[:, first - left : last - left] = np.asarray(small)
+    return encode_at(share >= min(128, share.max(initial=0)), (top, left), size)

@@ -22,11 +22,10 @@ from maskdino.inference.joining import Joiner
 from maskdino.inference.large_result import LargeResult
 from maskdino.inference.parts import EDGE, Slice, slices_of
 from maskdino.inference.tiles import TiledImage
+from maskdino.ops.masks import RunMask
 from maskdino.ops.rle import encode_mask
-from maskdino.ops.runs import crop_mask
 from maskdino.visualization.results import ImageResult
 
-THINGS_AT_ONCE = 1000  # that are painted before their pages are let go
 MOST_OVERLAP = 0.9
 PATIENCE = 3  # seconds that pass before an image has a bar of its own
 
@@ -209,10 +208,10 @@ class _Panoptic:
         ]
         objects = self.things.objects()
         for number, thing in enumerate(reversed(objects), start=len(segments) + 1):
-            mask, (top, left) = crop_mask(thing.rle)  # the best is drawn last, and whole
-            window = painted.array[top : top + mask.shape[0], left : left + mask.shape[1]]
-            window[mask] = number
-            if number % THINGS_AT_ONCE == 0:
+            mask = RunMask.of(thing.rle)  # the best is drawn last, and whole
+            for left, right in mask.strips():
+                window = painted.array[mask.top : mask.bottom, left:right]
+                window[mask.columns(left, right)] = number
                 painted.let_go()
             segments.append(
                 {"id": number, "category_id": thing.label, "isthing": True, "score": thing.score}

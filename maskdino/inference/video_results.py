@@ -76,24 +76,25 @@ def follow(
     """
     panoptic = result.boxes is None
     regions = result.regions("panoptic" if panoptic else "instance")
+    rles: Sequence[dict] | None = result.rles
     if panoptic:
         segments = result.segments or ()
         label_of = [int(segment["category_id"]) for segment in segments]
         score_of = [segment.get("score") for segment in segments]
-        boxes = boxes_around([region.rle for region in regions if region.rle is not None])
+        rles = result.segment_rles()
+        boxes = boxes_around(rles)
         followed = [i for i, label in enumerate(label_of) if result.categories.is_thing[label]]
     else:
         assert result.boxes is not None and result.class_ids is not None
         label_of = result.class_ids.tolist()
         score_of = [None] * len(label_of) if result.scores is None else result.scores.tolist()
         boxes, followed = result.boxes, list(range(len(label_of)))
-    masks = [rle for i in followed if (rle := regions[i].rle) is not None]
     scores = [score_of[i] for i in followed]
     numbers = tracker.update(
         boxes[followed],
         np.array([label_of[i] for i in followed], np.int64),
         None if None in scores else np.array(scores, np.float64),
-        rles=masks if len(masks) == len(followed) else None,
+        rles=None if rles is None else [rles[i] for i in followed],
         image=result.image,
         size=result.size,
         seconds=seconds,
@@ -102,7 +103,8 @@ def follow(
     for i, number in zip(followed, numbers, strict=True):
         if number:
             box = tuple(float(x) for x in boxes[i])
-            seen.append(Seen(number, label_of[i], score_of[i], box, regions[i].rle))  # type: ignore[arg-type]
+            rle = None if rles is None else rles[i]
+            seen.append(Seen(number, label_of[i], score_of[i], box, rle))  # type: ignore[arg-type]
             label = f"#{number} {regions[i].label}" if named else regions[i].label
             drawn[i] = replace(regions[i], color=color_of(number), label=label)
     return seen, [drawn[i] for i in sorted(drawn)]

@@ -14,9 +14,8 @@ from functools import lru_cache
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as mask_utils
 
-from maskdino.ops.runs import crop_mask
+from maskdino.ops.masks import Mask
 
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -27,6 +26,7 @@ GOLDEN_RATIO = 0.618033988749895
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # share of red, green and blue
 MIN_LUMINANCE = 0.4
 PIXELS_OF_A_PLACE = 1 << 20  # of a mask, at which the place of its label is found
+ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,13 @@ class Region:
         color: of fill, contour, box and label.
         label: text, "" for none.
         box: x0, y0, x1, y1 in pixels, or None.
-        rle: mask in COCO's compressed form, or None.
-        fill: whether the mask is filled, or only outlined.
+        mask: or None.
     """
 
     color: Color
     label: str = ""
     box: tuple[float, float, float, float] | None = None
-    rle: dict | None = None
-    fill: bool = True
+    mask: Mask | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -84,12 +82,12 @@ def draw_regions(
     canvas = enlarge(image, scale)
     width = line_width(canvas)
     for region in sorted(regions, key=_area, reverse=True):
-        if region.rle is not None:
-            _draw_mask(canvas, region, region.rle, scale, width)
+        if region.mask is not None:
+            _draw_mask(canvas, region.mask, region.color, scale, width)
     labelled = len(regions) <= max_labels
     drawing = ImageDraw.Draw(drawn := Image.fromarray(canvas))
     for region in regions:
-        explained = (labelled and region.label) or region.rle is None
+        explained = (labelled and region.label) or region.mask is None
         if region.box is not None and (explained if show_boxes is None else show_boxes):
             box = [scale * value for value in region.box]
             drawing.rectangle(_ordered(box), outline=region.color, width=width)
@@ -98,13 +96,17 @@ def draw_regions(
         for region in regions:
             if region.label:
                 _draw_label(drawing, region, scale, font)
-    return np.array(drawn)
+    for top in range(0, len(canvas), ROWS_AT_ONCE):  # of a large image, one copy less
+        rows = canvas[top : top + ROWS_AT_ONCE]
+        rows[:] = np.asarray(drawn.crop((0, top, rows.shape[1], top + len(rows))))
+    return canvas
 
 
 def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
     """A copy, uint8, with every pixel repeated `scale` times in both directions."""
     size = (scale * image.shape[1], scale * image.shape[0])
-    return cv2.resize(image.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    pixels = np.ascontiguousarray(image, np.uint8)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_NEAREST)
 
 
 def line_width(image: np.ndarray) -> int:
@@ -118,8 +120,8 @@ def font_size(image: np.ndarray) -> int:
 
 
 def _area(region: Region) -> float:
-    if region.rle is not None:
-        return float(mask_utils.area(region.rle))
+    if region.mask is not None:
+        return region.mask.area
     x0, y0, x1, y1 = region.box or (0, 0, 0, 0)
     return (x1 - x0) * (y1 - y0)
 
@@ -130,21 +132,21 @@ def _ordered(box: Sequence[float]) -> list[float]:
     return [x0, y0, max(x0, x1), max(y0, y1)]
 
 
-def _draw_mask(canvas: np.ndarray, region: Region, rle: dict, scale: int, width: int) -> None:
-    """Fills and outlines in place; touches the mask's surroundings only."""
-    mask, (top, left) = crop_mask(rle)
-    if mask.size == 0:
-        return
-    mask = enlarge(mask, scale).astype(bool)
-    rows = slice(top * scale, top * scale + mask.shape[0])
-    columns = slice(left * scale, left * scale + mask.shape[1])
-    window = canvas[rows, columns]
-    if region.fill:
-        values = np.arange(256)[:, None] * (1 - FILL_OPACITY)
-        blended = (values + np.multiply(region.color, FILL_OPACITY)).round().astype(np.uint8)
+def _draw_mask(canvas: np.ndarray, mask: Mask, color: Color, scale: int, width: int) -> None:
+    """Fills and outlines in place, strip by strip."""
+    values = np.arange(256)[:, None] * (1 - FILL_OPACITY)
+    blended = (values + np.multiply(color, FILL_OPACITY)).round().astype(np.uint8)[:, None]
+    margin = -(-width // scale)  # columns beside a strip that tell its outline
+    for left, right in mask.strips():
+        begin, end = max(left - margin, mask.left), min(right + margin, mask.right)
+        part = enlarge(mask.columns(begin, end), scale).astype(bool)
+        inside = slice(scale * (left - begin), scale * (right - begin))
+        filled, outlined = part[:, inside], contour(part, width)[:, inside]
+        rows = slice(scale * mask.top, scale * mask.bottom)
+        window = canvas[rows, scale * left : scale * right]
         # By table, and cv2 for chosen pixels: many times faster than NumPy's arithmetic on them.
-        cv2.copyTo(cv2.LUT(window, blended[:, None]), mask.view(np.uint8), window)
-    window[contour(mask, width)] = region.color
+        cv2.copyTo(cv2.LUT(window, blended), filled.view(np.uint8), window)
+        window[outlined] = color
 
 
 def contour(mask: np.ndarray, width: int = 1) -> np.ndarray:
@@ -175,19 +177,24 @@ def _draw_label(drawing: ImageDraw.ImageDraw, region: Region, scale: int, font: 
 def _label_place(region: Region, width: float, height: float, scale: int) -> tuple[float, float]:
     if region.box is not None:
         return scale * region.box[0], scale * region.box[1] - height
-    if region.rle is None:
+    mask = region.mask
+    if mask is None or not mask.area:
         return 0, 0
-    mask, (top, left) = crop_mask(region.rle)
-    step = max(1, math.isqrt(mask.size // PIXELS_OF_A_PLACE))
-    rows, columns = (step * index for index in np.nonzero(mask[::step, ::step]))
-    if len(rows) == 0:
-        rows, columns = np.nonzero(mask)
-    if len(rows) == 0:
-        return 0, 0
+    pixels = (mask.bottom - mask.top) * (mask.right - mask.left)
+    rows, columns = _some_pixels(mask, max(1, math.isqrt(pixels // PIXELS_OF_A_PLACE)))
+    if len(rows) == 0:  # none of them is of the mask
+        rows, columns = _some_pixels(mask, 1)
     distance = (rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2
     nearest = distance.argmin()
-    x, y = scale * (left + columns[nearest]), scale * (top + rows[nearest])
+    x, y = scale * (mask.left + columns[nearest]), scale * (mask.top + rows[nearest])
     return float(x - width / 2), float(y - height / 2)
+
+
+def _some_pixels(mask: Mask, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of a mask's pixels in its bounding box, of each `step`th row and column."""
+    parts = [mask.columns(*strip)[::step, ::step] for strip in mask.strips(unit=step)]
+    rows, columns = np.nonzero(np.concatenate(parts, 1))
+    return step * rows, step * columns
 
 
 def beside(panels: Sequence[tuple[str, np.ndarray]], *, gap: int = 8) -> np.ndarray:

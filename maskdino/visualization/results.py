@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 
 from maskdino.categories import Categories
+from maskdino.ops.masks import MapMask, RunMask, masks_of_map
 from maskdino.ops.rle import to_json
-from maskdino.ops.runs import encode_at, encode_map
+from maskdino.ops.runs import encode_map, rle_of
+from maskdino.system.files import written_whole
 from maskdino.visualization.drawing import MAX_LABELS, Region, color_of, draw_regions
 from maskdino.visualization.images import ImageSource, load_image
 
@@ -148,12 +150,10 @@ class ImageResult:
 
     def to_dict(self) -> dict:
         """All of the result as plain values that JSON can hold."""
-        return {
-            "image": self.name,
-            "height": self.size[0],
-            "width": self.size[1],
-            **{task: list(self._coco_entries(task)) for task in self.tasks},
-        }
+        return self._head() | {task: list(self._coco_entries(task)) for task in self.tasks}
+
+    def _head(self) -> dict:
+        return {"image": self.name, "height": self.size[0], "width": self.size[1]}
 
     def draw(
         self,
@@ -197,25 +197,42 @@ class ImageResult:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() == ".json":
-            path.write_text(json.dumps(self.to_dict()))
+            with written_whole(path, sync=False) as temporary, temporary.open("w") as file:
+                file.writelines(self._json())
         else:
             Image.fromarray(self.draw(**drawing)).save(path, quality=95)  # of JPEG
         return path
 
+    def _json(self) -> Iterator[str]:
+        """`to_dict` as text, in parts: that of large maps is long."""
+        yield json.dumps(self._head())[:-1]
+        for task in self.tasks:
+            yield f', "{task}": ['
+            for i, entry in enumerate(self._coco_entries(task)):
+                yield (", " if i else "") + json.dumps(entry)
+            yield "]"
+        yield "}"
+
     def regions(self, task: str, colors: Sequence[int] | None = None) -> list[Region]:
         """What `draw` draws."""
-        if task not in self.tasks:
-            raise ValueError(f"the result of {self.name} holds {self.tasks}, not {task!r}")
+        self._check(task)
         if task == "instance":
             return [self._object_region(i, colors) for i in range(len(self))]
+        labels = self._map(task)
+        masks = masks_of_map(labels)
         regions = []
-        for number, (label, rle, score) in enumerate(self._map_regions(task)):
+        for i, (number, label, score) in enumerate(self._numbers(task, masks)):
             thing = task == "panoptic" and self.categories.is_thing[label]
             # Far from the colors of other classes, and of other objects.
-            own_color = number if colors is None else colors[number]
+            own_color = i if colors is None else colors[i]
             color = color_of(len(self.categories) + own_color if thing else label)
-            regions.append(Region(color, _label(self.categories.names[label], score), rle=rle))
+            mask = masks.get(number) or MapMask(0, 0, 0, 0, 0, labels, number)
+            regions.append(Region(color, _label(self.categories.names[label], score), mask=mask))
         return regions
+
+    def segment_rles(self) -> list[dict]:
+        """The mask of each panoptic segment, in COCO's compressed form."""
+        return [rle for *_, rle in self._map_rles("panoptic")]
 
     def _object_region(self, i: int, colors: Sequence[int] | None) -> Region:
         label = int(self._known("class_ids")[i])
@@ -224,26 +241,33 @@ class ImageResult:
         color = color_of(own_color if colors is None else colors[i])
         name = self.categories.names[label] if len(self.categories) > 1 else ""
         score = None if self.scores is None else float(self.scores[i])
-        rle = None if self.rles is None else self.rles[i]
-        box = tuple(self._known("boxes")[i].tolist()) if thing or rle is None else None
-        return Region(color, _label(name, score), box, rle)
+        mask = None if self.rles is None else RunMask.of(self.rles[i])
+        box = tuple(self._known("boxes")[i].tolist()) if thing or mask is None else None
+        return Region(color, _label(name, score), box, mask)
 
-    def _map_regions(self, task: str) -> Iterator[tuple[int, dict, float | None]]:
-        """Class number, mask and score of each panoptic segment, or each class of the label map."""
+    def _map(self, task: str) -> np.ndarray:
+        return self._known("panoptic_ids" if task == "panoptic" else "label_map")
+
+    def _numbers(self, task: str, seen: Iterable[int]) -> list[tuple[int, int, float | None]]:
+        """Number in the map, class and score of each segment, or of each class that is `seen`."""
         if task == "panoptic":
-            rles = encode_map(self._known("panoptic_ids"))
-            nowhere = encode_at(np.zeros((0, 0), bool), (0, 0), self.size)
-            for segment in self._known("segments"):
-                rle = rles.get(segment["id"], nowhere)
-                yield segment["category_id"], rle, segment.get("score")
-            return
-        for label, rle in encode_map(self._known("label_map")).items():
-            if label < len(self.categories):  # else ignored
-                yield label, rle, None
+            segments = self._known("segments")
+            return [(s["id"], s["category_id"], s.get("score")) for s in segments]
+        return [(n, n, None) for n in seen if n < len(self.categories)]  # others are ignored
 
-    def _coco_entries(self, task: str) -> Iterator[dict]:
+    def _map_rles(self, task: str) -> Iterator[tuple[int, float | None, dict]]:
+        """Class number, score and mask of each panoptic segment, or each class of the label map."""
+        rles = encode_map(self._map(task))
+        nowhere = rle_of(np.zeros((0, 2), np.int64), self.size)
+        for number, label, score in self._numbers(task, rles):
+            yield label, score, rles.get(number, nowhere)
+
+    def _check(self, task: str) -> None:
         if task not in self.tasks:
             raise ValueError(f"the result of {self.name} holds {self.tasks}, not {task!r}")
+
+    def _coco_entries(self, task: str) -> Iterator[dict]:
+        self._check(task)
         if task == "instance":
             boxes = self._known("boxes").tolist()
             for i, (label, (x0, y0, x1, y1)) in enumerate(
@@ -256,7 +280,7 @@ class ImageResult:
                     entry["segmentation"] = to_json(self.rles[i])
                 yield entry
             return
-        for label, rle, score in self._map_regions(task):
+        for label, score, rle in self._map_rles(task):
             entry = self._coco_entry(label, [float(value) for value in mask_utils.toBbox(rle)])
             entry |= {} if score is None else {"score": float(score)}
             yield entry | {"area": int(mask_utils.area(rle)), "segmentation": to_json(rle)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -34,7 +35,8 @@ def test_a_large_image_is_never_whole_in_memory(
     monkeypatch.setattr(class_maps, "IN_MEMORY", 1 << 16)
     monkeypatch.setattr(large_result, "LONGEST_DRAWN", SIDE // 8)
     monkeypatch.setattr(large_result, "PIXELS_AT_ONCE", 1 << 18)
-    monkeypatch.setattr("maskdino.ops.runs.PIXELS_AT_ONCE", 1 << 16)
+    for name in ("runs.COLUMNS_AT_ONCE", "runs.PIXELS_AT_ONCE", "masks.VALUES_AT_ONCE"):
+        monkeypatch.setattr(f"maskdino.ops.{name}", 1 << 16)
     image = TiledImage(tmp_path / "large.tif")
     predict = partial(seen, (task,))
     tracemalloc.start()
@@ -54,6 +56,30 @@ def test_a_large_image_is_never_whole_in_memory(
         np.testing.assert_array_equal(result.label_map, whole.label_map)
     else:
         assert len(found) >= 0.95 * len(whole)
+
+
+@pytest.mark.parametrize("task", ["panoptic", "semantic"])
+def test_maps_of_noise_are_drawn_and_saved_in_little_memory(task: str, tmp_path: Path) -> None:
+    """A million pixels that differ from their neighbors; image and drawing have 3 MB each."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, (1000, 1000), np.uint8)
+    parts: dict = {"label_map": labels}
+    if task == "panoptic":
+        segments = [{"id": i, "category_id": i, "isthing": i == 0} for i in range(4)]
+        parts = {"panoptic_ids": labels.astype(np.int32), "segments": tuple(segments)}
+    image = rng.integers(0, 256, (1000, 1000, 3), np.uint8)
+    result = ImageResult("noise", (1000, 1000), CATEGORIES, source=image, **parts)
+    peaks = {}
+    for suffix in ("bmp", "json"):
+        tracemalloc.start()
+        result.save(tmp_path / f"noise.{suffix}", **({} if suffix == "json" else {"max_labels": 0}))
+        _, peaks[suffix] = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peaks["bmp"] < 20e6  # with run lengths, 60 MB
+    assert peaks["json"] < 35e6
+    saved = json.loads((tmp_path / "noise.json").read_text())
+    assert saved == result.to_dict()
+    assert sum(entry["area"] for entry in saved[task]) == 1000**2
 
 
 def test_a_scaled_down_result_is_that_of_the_scaled_down_image(tmp_path: Path) -> None:

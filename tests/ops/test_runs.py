@@ -37,6 +37,18 @@ def test_crops_and_runs_are_those_of_the_decoded_mask(number: int) -> None:
         assert cropped.size == 0
 
 
+def test_texts_are_those_of_pycocotools() -> None:
+    """Counts of one to six digits, which rise and fall."""
+    rng = np.random.default_rng(0)
+    for last in (1, 15, 16, 17, 500, 1 << 9, 1 << 14, 1 << 19, 1 << 24):
+        for number in (1, 2, 3, 4, 5, 60):
+            counts = rng.integers(1, last + 1, number)
+            edges = np.cumsum(counts)[: number // 2 * 2]
+            size = int(counts.sum()), 1
+            expected = mask_utils.frPyObjects({"size": size, "counts": counts}, *size)
+            assert rle_of(edges.reshape(-1, 2), size) == expected
+
+
 def test_masks_within_an_image() -> None:
     rng = np.random.default_rng(0)
     for top, left, height, width in ((0, 0, 20, 30), (3, 5, 9, 8), (0, 7, 20, 4), (19, 29, 1, 1)):
@@ -60,8 +72,10 @@ def test_maps_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, (30, 50)).astype(np.int32).repeat(3, 0).repeat(2, 1)
     labels[:, 20:40] = 7
-    for at_once in (1, 500, 1 << 20):
+    for at_once, rows in ((7, 1), (500, 7), (1 << 20, 256)):
+        monkeypatch.setattr("maskdino.ops.runs.COLUMNS_AT_ONCE", 3 * at_once)
         monkeypatch.setattr("maskdino.ops.runs.PIXELS_AT_ONCE", at_once)
+        monkeypatch.setattr("maskdino.ops.runs.ROWS_AT_ONCE", rows)
         found = encode_map(labels)
         assert found == {n: encode_mask(labels == n) for n in (0, 1, 2, 3, 7)}
 

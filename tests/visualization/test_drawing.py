@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from maskdino.ops import masks
+from maskdino.ops.masks import RunMask, masks_of_map
 from maskdino.ops.rle import encode_mask
+from maskdino.visualization import drawing
 from maskdino.visualization.drawing import (
     FILL_OPACITY,
     Region,
     below,
     beside,
+    color_of,
     contour,
     draw_regions,
     enlarge,
@@ -49,13 +53,45 @@ def test_masks_are_filled_and_outlined() -> None:
     image, mask = noise(20, 24, 3), np.zeros((20, 24), bool)
     mask[4:12, 6:20] = True
     color = (200, 30, 90)
-    drawn = draw_regions(image, [Region(color, rle=encode_mask(mask))])
+    drawn = draw_regions(image, [Region(color, mask=RunMask.of(encode_mask(mask)))])
     border = contour(mask)
     expected = image.astype(float)
     expected[mask] = expected[mask] * (1 - FILL_OPACITY) + np.multiply(color, FILL_OPACITY)
     expected[border] = color
     np.testing.assert_allclose(drawn, expected, atol=0.51)
     assert (drawn[~mask] == image[~mask]).all()
+
+
+def scene() -> tuple[np.ndarray, np.ndarray]:
+    """An image, and a map (90, 130) of blobs over bands of ground, with pixels of nothing."""
+    rows, columns = np.mgrid[:90, :130]
+    labels = (1 + rows // 25).astype(np.int32)
+    labels[np.sin(columns / 9) + np.cos(rows / 7) > 1.2] = 9
+    for number in range(10, 30):
+        y, x = 4 * number % 83, 29 * number % 120
+        labels[np.hypot(rows - y, 0.6 * (columns - x)) < 3 + number % 9] = number
+    labels[noise(90, 130) < 4] = 30  # single pixels
+    labels[:, 60:64] = 0
+    return noise(90, 130, 3), labels
+
+
+@pytest.mark.parametrize(("scale", "at_once"), [(1, 1), (1, 700), (3, 1), (3, 500), (2, 1 << 20)])
+def test_maps_are_drawn_as_their_masks_are(
+    scale: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In strips of any width, with outlines of several pixels, labels and boxes."""
+    image, labels = scene()
+    monkeypatch.setattr(drawing, "line_width", lambda _: 3)
+    numbers = [n for n in np.unique(labels).tolist() if n]
+    boxes = {n: (n, 5.0, n + 20.0, 30.5) for n in numbers[::4]}
+    common = {n: (color_of(n), f"number {n}" if n % 3 else "", boxes.get(n)) for n in numbers}
+    encoded = [Region(*common[n], RunMask.of(encode_mask(labels == n))) for n in numbers]
+    expected = draw_regions(image, encoded, scale=scale)
+    monkeypatch.setattr(masks, "PIXELS_AT_ONCE", at_once)
+    found = masks_of_map(labels)
+    drawn = draw_regions(image, [Region(*common[n], found[n]) for n in numbers], scale=scale)
+    np.testing.assert_array_equal(drawn, expected)
+    assert (drawn != enlarge(image, scale)).any(2).mean() > 0.5
 
 
 def test_images_below_and_beside_each_other() -> None:

@@ -91,7 +91,7 @@ def test_segments_in_the_form_of_coco(result: ImageResult) -> None:
 
 
 def test_boxes_of_segments(result: ImageResult) -> None:
-    boxes = boxes_around([region.rle for region in result.regions("panoptic")])
+    boxes = boxes_around(result.segment_rles())
     assert boxes.tolist() == [[3, 2, 10, 5], [0, 6, 5, 12], [9, 6, 16, 12]]
 
 
