@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
+from scipy import ndimage
 from tqdm import tqdm
 
 from maskdino.cli import common
@@ -140,22 +141,15 @@ def describe_segments(ids: np.ndarray, category_of_id: Callable[[int], int]) -> 
         "id", "category_id", "area", "bbox" (x, y, width, height) and "iscrowd" 0 of each.
     """
     numbers, inverse, areas = np.unique(ids, return_inverse=True, return_counts=True)
-    inverse = inverse.reshape(ids.shape)
-    height, width = ids.shape
-    rows, columns = np.indices(ids.shape)
-    low = np.full((len(numbers), 2), max(height, width))
-    high = np.zeros((len(numbers), 2), int)
-    for axis, positions in enumerate((columns, rows)):
-        np.minimum.at(low[:, axis], inverse, positions)
-        np.maximum.at(high[:, axis], inverse, positions + 1)
+    places = ndimage.find_objects(inverse.reshape(ids.shape) + 1)
     return [
         {
             "id": int(number),
             "category_id": int(category_of_id(int(number))),
             "area": int(area),
-            "bbox": [*start.tolist(), *(end - start).tolist()],
+            "bbox": [x.start, y.start, x.stop - x.start, y.stop - y.start],
             "iscrowd": 0,
         }
-        for number, area, start, end in zip(numbers, areas, low, high, strict=True)
+        for number, area, (y, x) in zip(numbers, areas, places, strict=True)
         if number
     ]
