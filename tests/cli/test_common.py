@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -78,7 +77,7 @@ def test_interruption_is_one_line_and_its_status(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal as Ctrl-C does")
-def test_interrupted_preparation_leaves_no_traceback(tmp_path: Path) -> None:
+def test_interrupted_preparation_leaves_no_traceback(tmp_path: Path, warm_python: str) -> None:
     code = (
         "import os, time\n"
         "from maskdino.cli.common import errors_in_one_line\n"
@@ -92,7 +91,7 @@ def test_interrupted_preparation_leaves_no_traceback(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(code)
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(script)],
+        [warm_python, "-W", "ignore", str(script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

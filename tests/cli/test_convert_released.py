@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,10 +60,12 @@ WANDB: True
 
 
 @pytest.fixture(scope="module")
-def released(parity: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def released(
+    parity: Path, tmp_path_factory: pytest.TempPathFactory, warm_python: str
+) -> tuple[Path, Path]:
     """The files of the worked case `instance`."""
     weights = tmp_path_factory.mktemp("released") / "released.pth"
-    command = [sys.executable, parity / "make_weights.py"]
+    command = [warm_python, parity / "make_weights.py"]
     subprocess.run([*command, parity / "instance_parameters.tsv", weights], check=True)
     return parity / "instance_config.yaml", weights
 

@@ -6,7 +6,6 @@ import importlib
 import json
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from tests.conftest import load_module
 
 
 def test_operators_agree_and_every_column_of_a_page_is_filled(
-    repository: Path, tmp_path: Path
+    repository: Path, tmp_path: Path, warm_python: str
 ) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory on a CPU is read from Linux's /proc")
@@ -25,7 +24,7 @@ def test_operators_agree_and_every_column_of_a_page_is_filled(
     words = "op --threads 1 --height 256 --width 256 --repeats 1"
     mark = f"<!-- python tools/benchmark.py {words} -->"
     page.write_text(f"Before.\n{mark}\n| old |\n<!-- end -->\nBehind.\n")
-    command = [sys.executable, "tools/benchmark.py", "page", str(page)]
+    command = [warm_python, "tools/benchmark.py", "page", str(page)]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     written = page.read_text()
@@ -65,11 +64,11 @@ FAMILIES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(repository: Path, tmp_path: Path, family: str) -> None:
+def test_families(repository: Path, tmp_path: Path, family: str, warm_python: str) -> None:
     if family == "train" and not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory on a CPU is read from Linux's /proc")
     record = tmp_path / "record.json"
-    command = [sys.executable, "tools/benchmark.py", family, "--threads", "1", *FAMILIES[family]]
+    command = [warm_python, "tools/benchmark.py", family, "--threads", "1", *FAMILIES[family]]
     command += ["--json", str(record)]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
@@ -81,7 +80,7 @@ def test_families(repository: Path, tmp_path: Path, family: str) -> None:
     if family == "train":
         assert all(float(row["largest difference of a gradient"]) < 1e-4 for row in rows)
         kept = [float(row["kept for backward"].split()[0]) for row in rows]
-        assert kept[0] > kept[1] > kept[2] and kept[0] > kept[3]
+        assert kept[0] > kept[1] > kept[2]
     elif family == "infer":
         of_networks = [
             row["largest relative difference"] for row in rows if "network" in row["stage"]
@@ -98,8 +97,8 @@ def test_families(repository: Path, tmp_path: Path, family: str) -> None:
         assert 1000 < int(step["operations"].replace(",", "")) < 3500
 
 
-def test_a_peer_that_is_not_there(repository: Path) -> None:
-    command = [sys.executable, "tools/benchmark.py", "data", "--peer", "nowhere:mapper"]
+def test_a_peer_that_is_not_there(repository: Path, warm_python: str) -> None:
+    command = [warm_python, "tools/benchmark.py", "data", "--peer", "nowhere:mapper"]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "--peer nowhere:mapper: No module named 'nowhere'" in result.stderr
