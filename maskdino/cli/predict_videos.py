@@ -88,6 +88,13 @@ def draw_frames(
     beside = json_beside(writer.path)
     file = IdentityFile(beside, frames.name, predictor.categories) if wanted.track else None
     size = (0, 0)
+    if predictor.options.slices is not None:  # options of the command name none for videos
+        edge = predictor.options.slices[0]
+        print(
+            f"{frames.name}: frames are predicted in slices of {edge} pixels, as TEST.SLICES of "
+            "the configuration says; --slice 0 predicts them whole",
+            file=sys.stderr,
+        )
 
     def work(
         batch: list[tuple[int, tuple[np.ndarray, float]]],

@@ -24,6 +24,7 @@ from maskdino.system.errors import WriteError
 IN_MEMORY = 1 << 28  # bytes of a map that is not worth a file
 NEGLIGIBLE = 0.01  # share of the best score in a window; classes that are below everywhere drop out
 ROWS_AT_ONCE = 256
+MOST_SCORES = 1 << 31  # bytes of the scores of all classes of all pixels
 
 
 class LargeMap:
@@ -130,7 +131,7 @@ class WeightedMap:
                 self._write(window, labels[inside])
                 continue
             sums = self.sums.setdefault(window, {})
-            weight = np.minimum(own.depth(window), 1 << 15).astype(np.float32) + 1
+            weight = _weight(own, window)
             for label, plane in _planes(labels[inside], scores, inside):
                 sums[label] = sums.get(label, 0) + weight * plane
             if not self._left[window]:
@@ -139,6 +140,51 @@ class WeightedMap:
 
     def _write(self, window: Window, labels: np.ndarray) -> None:
         self.map.array[window.inside(Window(0, 0, *self.size))] = labels
+
+
+class MeanScores:
+    """Scores of all classes of each pixel: means over slices, weighted as in `WeightedMap`."""
+
+    def __init__(self, size: tuple[int, int], slices: Sequence[Slice], number: int) -> None:
+        """Takes the memory.
+
+        Args:
+            size: (H, W).
+            slices: of which scores come.
+            number: K.
+
+        Raises:
+            ValueError: it would be too much.
+        """
+        needed = 4 * number * math.prod(size)
+        if needed > MOST_SCORES:
+            raise ValueError(
+                f"the scores of {number} classes of {size[1]} x {size[0]} pixels need "
+                f"{needed / 1e9:.1f} GB, more than {MOST_SCORES / 1e9:.1f}; without class_scores, "
+                "only the best class of each pixel is kept"
+            )
+        self.slices = slices
+        self._sums = np.zeros((number, *size), np.float32)
+        self._weights = np.zeros(size, np.float32)
+
+    def add(self, place: int, scores: np.ndarray) -> None:
+        """Takes scores (K, h, w) of slice number `place`."""
+        own = self.slices[place]
+        rows, columns = own.inside(Window(0, 0, *self._weights.shape))
+        weight = _weight(own, own)
+        self._weights[rows, columns] += weight
+        for plane, part in zip(self._sums, scores, strict=True):
+            plane[rows, columns] += weight * part
+
+    def mean(self) -> np.ndarray:
+        """(K, H, W) float16; ends the sums."""
+        self._sums /= self._weights
+        return self._sums.astype(np.float16)
+
+
+def _weight(own: Slice, window: Window) -> np.ndarray:
+    """(h, w) float32: how much a slice counts in a window inside it."""
+    return np.minimum(own.depth(window), 1 << 15).astype(np.float32) + 1
 
 
 def _intervals(spans: set[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -319,7 +319,8 @@ class MaskDINOPredictor:
 
         Raises:
             ImageError: it is no image; names it.
-            ValueError: the size or overlap is out of range.
+            ValueError: the size or overlap is out of range, or scores of all classes were asked for
+                that need more than 2 GB.
         """
         tiled = image if isinstance(image, TiledImage) else TiledImage(image, channel_order)
         is_file = isinstance(tiled.source, str | os.PathLike)
@@ -331,6 +332,7 @@ class MaskDINOPredictor:
             overlap=usual[1] if overlap is None else overlap,
             name=str(tiled.source) if is_file else "image 0",
             progress=progress,
+            class_scores=self.options.class_scores,
         )
 
     @torch.inference_mode()

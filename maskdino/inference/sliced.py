@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from tqdm import tqdm
 
-from maskdino.inference.class_maps import OwnedMap, WeightedMap
+from maskdino.inference.class_maps import MeanScores, OwnedMap, WeightedMap
 from maskdino.inference.joining import Joiner
 from maskdino.inference.large_result import LargeResult
 from maskdino.inference.parts import EDGE, Slice, slices_of
@@ -57,6 +57,7 @@ def predict_sliced(
     overlap: float,
     name: str,
     progress: bool,
+    class_scores: bool = False,
 ) -> LargeResult:
     """Predicts an image in slices.
 
@@ -67,16 +68,18 @@ def predict_sliced(
         overlap: least share of a slice that the next one sees again.
         name: of the image.
         progress: show a bar, if it takes longer than some seconds.
+        class_scores: keep the scores of all classes of each pixel, not of the best alone.
 
     Raises:
-        ValueError: `size` or `overlap` is out of range.
+        ValueError: `size` or `overlap` is out of range, or class scores need too much memory.
     """
     check_slices(size, overlap)
     slices = slices_of(image.size, size, overlap)
     crops = (image.part(slice(s.top, s.bottom), slice(s.left, s.right)) for s in slices)
     if len(slices) == 1:
         _say_that_it_fits(size)
-        return _large(next(predict(crops)), image, name)
+        result = next(predict(crops))
+        return _large(result if class_scores else replace(result, class_scores=None), image, name)
     collectors: dict[str, _Objects | _Panoptic | _Classes] = {}
     first: ImageResult | None = None
     bar = tqdm(
@@ -91,7 +94,7 @@ def predict_sliced(
         first = first or replace(result, source=None, class_scores=None)
         for task in result.tasks:
             if task not in collectors:
-                collectors[task] = COLLECTORS[task](image.size, slices)
+                collectors[task] = _collector(task, image.size, slices, class_scores)
             collectors[task].add(place, result)
     assert first is not None
     parts: dict = {}
@@ -102,7 +105,7 @@ def predict_sliced(
 
 def _large(result: ImageResult, image: TiledImage, name: str) -> LargeResult:
     known = {x.name: getattr(result, x.name) for x in fields(ImageResult)}
-    known |= {"name": name, "size": image.size, "source": image.source, "class_scores": None}
+    known |= {"name": name, "size": image.size, "source": image.source}
     return LargeResult(**known, tiled=image)
 
 
@@ -156,21 +159,28 @@ def _mask_of_box(box: np.ndarray, size: tuple[int, int]) -> dict:
 class _Classes:
     """The label map of the task "semantic"."""
 
-    def __init__(self, size: tuple[int, int], slices: Sequence[Slice]) -> None:
-        self.size, self.slices = size, slices
+    def __init__(self, size: tuple[int, int], slices: Sequence[Slice], class_scores: bool) -> None:
+        self.size, self.slices, self.class_scores = size, slices, class_scores
         self.map: WeightedMap | None = None
+        self.scores: MeanScores | None = None
 
     def add(self, place: int, result: ImageResult) -> None:
         """Takes what slice number `place` shows."""
         assert result.label_map is not None
         if self.map is None:
             self.map = WeightedMap(self.size, self.slices, result.label_map.dtype)
+            if self.class_scores and result.class_scores is not None:
+                number = len(result.class_scores)
+                self.scores = MeanScores(self.size, self.slices, number)
+        if self.scores is not None and result.class_scores is not None:
+            self.scores.add(place, result.class_scores)
         self.map.add(place, result.label_map, result.class_scores)
 
     def fields(self, first: ImageResult) -> dict:  # noqa: ARG002
         """Of the result."""
         assert self.map is not None
-        return {"label_map": self.map.map.array}
+        scores = None if self.scores is None else self.scores.mean()
+        return {"label_map": self.map.map.array, "class_scores": scores}
 
 
 class _Panoptic:
@@ -223,8 +233,9 @@ class _Panoptic:
         }
 
 
-COLLECTORS: dict[str, type[_Objects] | type[_Panoptic] | type[_Classes]] = {
-    "instance": _Objects,
-    "panoptic": _Panoptic,
-    "semantic": _Classes,
-}
+def _collector(
+    task: str, size: tuple[int, int], slices: Sequence[Slice], class_scores: bool
+) -> _Objects | _Panoptic | _Classes:
+    if task == "semantic":
+        return _Classes(size, slices, class_scores)
+    return (_Objects if task == "instance" else _Panoptic)(size, slices)

@@ -134,10 +134,9 @@ class Oracle:
     """Stands in for a predictor: finds shapes by their colors."""
 
     categories = CATEGORIES
-    options = SimpleNamespace(batch_size=2)
 
-    def __init__(self, *, panoptic: bool = False) -> None:
-        self._panoptic = panoptic
+    def __init__(self, *, panoptic: bool = False, slices: tuple[int, float] | None = None) -> None:
+        self._panoptic, self.options = panoptic, SimpleNamespace(batch_size=2, slices=slices)
 
     def stream(self, images: Iterable[np.ndarray]) -> Iterator[ImageResult]:
         for image in images:

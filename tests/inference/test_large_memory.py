@@ -100,9 +100,10 @@ def test_a_scaled_down_result_is_that_of_the_scaled_down_image(tmp_path: Path) -
     assert result.scaled_down(515).size == (515, 515)
 
 
-def test_classes_are_the_largest_sums_of_weighted_scores() -> None:
+def test_classes_are_the_largest_sums_of_weighted_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two slices disagree, and what is second best to both is best where both count alike."""
-    answers = iter(([0.5, 0.4, 0.1, 0], [0.1, 0.4, 0.5, 0]))
+    first_and_second = [0.5, 0.4, 0.1, 0], [0.1, 0.4, 0.5, 0]
+    answers = iter(first_and_second)
 
     def predict(images: Iterable[np.ndarray]) -> Iterator[ImageResult]:
         for image in images:
@@ -111,12 +112,28 @@ def test_classes_are_the_largest_sums_of_weighted_scores() -> None:
             yield ImageResult("slice", image.shape[:2], CATEGORIES, **maps)
 
     image = TiledImage(np.zeros((100, 180, 3), np.uint8))
-    result = predict_sliced(predict, image, size=100, overlap=0.2, name="a", progress=False)
+    common = {"size": 100, "overlap": 0.2, "name": "a", "progress": False}
+    result = predict_sliced(predict, image, **common)
     assert result.class_scores is None
     labels = result.label_map[50].tolist()
     assert (result.label_map == labels).all()
     assert labels == sorted(labels) and labels[90] == 1
     assert 80 < labels.index(1) < 90 < labels.index(2) < 100
+    answers = iter(first_and_second)
+    scores = predict_sliced(predict, image, **common, class_scores=True).class_scores
+    assert scores.dtype == np.float16 and scores.shape == (4, 100, 180)
+    np.testing.assert_array_equal(scores.argmax(0), result.label_map)
+    left, right = (np.array(x, np.float16) for x in first_and_second)
+    np.testing.assert_array_equal(scores[:, 50, :80].T - left, 0)
+    np.testing.assert_array_equal(scores[:, 50, 100:].T - right, 0)
+    # Column 83 is the fourth of the second slice, and 16 away from the right edge of the first.
+    np.testing.assert_allclose(scores[:, 50, 83], (17 * left + 4 * right) / 21, atol=1e-3)
+    monkeypatch.setattr(class_maps, "MOST_SCORES", 4 * 4 * 100 * 180 - 1)
+    answers = iter(first_and_second)
+    with pytest.raises(
+        ValueError, match=r"^the scores of 4 classes of 180 x 100 pixels need 0\.0 "
+    ):
+        predict_sliced(predict, image, **common, class_scores=True)
 
 
 def test_no_room_for_a_map_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,6 +286,12 @@ def test_the_predictor_slices(tmp_path: Path) -> None:
     assert len(result) and len(result.features) == len(result.rles) == len(result)
     assert {tuple(rle["size"]) for rle in result.rles} == {(100, 150)}
     assert result.draw("instance").shape == (100, 150, 3)
+    assert result.class_scores is None
+    scoring = predictor.with_options(class_scores=True, tasks=("semantic",))
+    scored = scoring.sliced(path, size=64)
+    assert scored.class_scores.shape == (len(predictor.is_thing), 100, 150)
+    assert scored.scaled_down(75).class_scores.shape[1:] == scored.scaled_down(75).size == (50, 75)
+    assert scoring.sliced(path, size=150).class_scores.shape == scored.class_scores.shape
     whole, plain = predictor.sliced(image, size=150), predictor(image)
     np.testing.assert_array_equal(whole.boxes, plain.boxes)
     with pytest.raises(ImageError, match=r"missing\.png does not exist"):

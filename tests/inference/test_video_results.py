@@ -107,6 +107,17 @@ def test_colors_and_names_are_those_of_identities(clip: tuple[Path, Scene]) -> N
     assert len(set.union(*colors.values())) == 2
 
 
+def test_slices_of_frames_are_said(
+    clip: tuple[Path, Scene], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for slices in (None, (64, 0.2)):
+        wanted = WantedOfVideos(every=30)
+        assert draw_video(Oracle(slices=slices), clip[0], tmp_path / "out.mp4", wanted) == ""
+        said.append("clip.mp4: frames are predicted in slices of 64 pix" in capsys.readouterr().err)
+    assert said == [False, True]
+
+
 def test_what_breaks_off_is_kept(clip: tuple[Path, Scene], tmp_path: Path) -> None:
     """An error, or Ctrl-C, leaves files that can be read, with the frames so far."""
 
