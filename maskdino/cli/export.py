@@ -26,15 +26,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
 from torch import Tensor
+from tqdm import tqdm
 
 from maskdino.checkpoint.loading import load_trained
 from maskdino.cli.common import errors_in_one_line, make_parser
@@ -73,6 +76,15 @@ from maskdino.visualization.images import fitting_size, load_image, network_imag
 FORMATS = ("onnx", "torch", "tensorrt")
 
 
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Says what is being done, which may take minutes, and then how long it took."""
+    print(f"{name} ...", end=" ", flush=True)
+    start = time.perf_counter()
+    yield
+    print(f"{time.perf_counter() - start:.0f} s", flush=True)
+
+
 def check(
     model: MaskDINO, options: ExportOptions, program: Program, batches: list[list[Tensor]]
 ) -> None:
@@ -81,7 +93,7 @@ def check(
     network = ExportableNetwork(model, exact, traceable=False)
     worst: dict[str, Difference] = {}
     agreement = Agreement()
-    for arguments in batches:
+    for arguments in tqdm(batches, desc="program against model", unit="batch"):
         with torch.no_grad():
             expected = {k: v.cpu() for k, v in network(*arguments).items()}
         found = program(arguments)
@@ -185,14 +197,16 @@ def export(
     Returns:
         The traced program, and the content of the ONNX file, or None with the form "torch".
     """
-    traced = trace(ExportableNetwork(model, options))
+    with stage("tracing for {}".format("any size" if options.size is None else options.size)):
+        traced = trace(ExportableNetwork(model, options))
     if form == "torch":
         return traced, None
     metadata = ExportedMetadata(
         config, options.outputs, options.mask_size, size_unit(model), smallest_size(model)
     )
-    onnx_model = to_onnx(traced, options, opset=opset, metadata={METADATA_KEY: metadata.to_json()})
-    return traced, onnx_model.SerializeToString()
+    texts = {METADATA_KEY: metadata.to_json()}
+    with stage("translating to ONNX"):
+        return traced, to_onnx(traced, options, opset=opset, metadata=texts).SerializeToString()
 
 
 def attention_layers(model: MaskDINO) -> int:
@@ -239,7 +253,7 @@ def run(args: argparse.Namespace) -> None:
             partial.write_bytes(content)
             plugin = options.plugin
             program = program_of_trace(traced) if plugin else program_of_onnx(content, options)
-        print(f"{len(args.images)} images, program against model:")
+        print(f"{len(args.images)} images, and a batch of two, program against model:", flush=True)
         check(model, options, program, batches)
         if content is not None:
             check_graph(content, options, attention_layers(model))

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
+from torch.nn import functional
 
 from maskdino.export.gather import gather_attention
 from maskdino.export.half import store_in_half
@@ -122,6 +124,9 @@ class ExportableNetwork(nn.Module):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.operator: DeformableAttention = ms_deform_attn_fused
         if traceable:
+            for module in self.model.modules():
+                if type(module) is Conv2dSame:
+                    module.__class__ = _SameConv
             self.operator = {
                 "grid-sample": ms_deform_attn_fused_reference,
                 "gather": gather_attention,
@@ -152,6 +157,8 @@ class ExportableNetwork(nn.Module):
 
     def _computed(self, images: Tensor, image_sizes: Tensor | None) -> dict[str, Tensor]:
         model, options = self.model, self.options
+        if options.size is None and torch.compiler.is_compiling():
+            images = _in_units(images, size_unit(model))
         canvas = (images.shape[2], images.shape[3])
         predictions, pixel_embedding = model.predict((images - model.pixel_mean) / model.pixel_std)
         if options.outputs == "predictions":
@@ -175,6 +182,40 @@ class ExportableNetwork(nn.Module):
             model.inference,
             model.is_thing,
         )
+
+
+class _SameConv(Conv2dSame):
+    """timm's, of EfficientNets; divides whole numbers, whose results a tracer knows.
+
+    Of a fraction that is rounded up, and the larger of two paddings, it makes longer and longer
+    expressions: no backbone with these came to an end for any size.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, channels, ceil(H / stride), ceil(W / stride))."""
+        edges: list[int] = []
+        for side, kernel, stride, dilation in zip(
+            maps.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True
+        ):
+            cells = (side + stride - 1) // stride
+            missing = max((cells - 1) * stride + (kernel - 1) * dilation + 1 - side, 0)
+            edges = [missing // 2, missing - missing // 2, *edges]  # the last axis first
+        maps = functional.pad(maps, edges)
+        return functional.conv2d(
+            maps, self.weight, self.bias, self.stride, 0, self.dilation, self.groups
+        )
+
+
+def _in_units(images: Tensor, unit: int) -> Tensor:
+    """Images (B, 3, height, width) of whole units, as a tracer for any size sees them.
+
+    Told of multiples only, it writes every map's size as nested remainders and parts of the side
+    and simplifies them again at each layer, for minutes; of units, they are plain products.
+    """
+    for axis in (2, 3):
+        side = images.shape[axis] // unit * unit
+        images = images.index_select(axis, torch.arange(side, device=images.device))
+    return images
 
 
 def size_unit(model: MaskDINO) -> int:
