@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -34,6 +36,8 @@ WARM_UP = 2  # first steps, which allocate memory and wait for the first images
 STEPS = (6, 40)  # least and most that are timed
 SECONDS = 20.0  # after which no further step is timed
 EVALUATED = 4  # batches of the timed evaluation, after the first
+STATISTICS = Path("/proc/stat")  # of Linux
+FULL = 0.9  # share of all cores' time from which programs wait for one another
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Pace:
 
     step: float
     evaluation: float
+    others: float = 0.0  # cores that other programs took from it meanwhile
 
 
 def total_seconds(iterations: int, eval_period: int, step: float, evaluation: float) -> float:
@@ -101,7 +106,21 @@ def measure_pace(cfg: CfgNode, register: Callable[[], None], images: int) -> Pac
 
     None if there was not enough memory. The function that registers the datasets is pickled.
     """
-    return _in_own_process(_pace, cfg.clone(), register, images)
+    before = _processor_seconds()
+    pace = _in_own_process(_pace, cfg.clone(), register, images)
+    wall, busy, own = (y - x for x, y in zip(before, _processor_seconds(), strict=True))
+    if pace is None or busy < FULL * wall * (os.cpu_count() or 1):
+        return pace
+    return replace(pace, others=max(busy - own, 0.0) / wall)
+
+
+def _processor_seconds() -> tuple[float, float, float]:
+    """Time, busy seconds of all cores so far (0: not known), and this program's part of them."""
+    own = os.times()
+    lines = STATISTICS.read_text().splitlines() if STATISTICS.is_file() else []
+    user, nice, system, _, _, *interrupts = map(int, lines[0].split()[1:9]) if lines else [0] * 8
+    busy = (user + nice + system + sum(interrupts)) / (os.sysconf("SC_CLK_TCK") if lines else 1)
+    return time.perf_counter(), busy, sum(own[:4])
 
 
 def _pace(cfg: CfgNode, register: Callable[[], None], images: int) -> Pace:

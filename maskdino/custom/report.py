@@ -14,6 +14,7 @@ from maskdino.custom.prepare import PreparedData
 from maskdino.engine.best_checkpoint import Evaluation
 
 MOST_LISTED = 10  # classes
+BUSY = 0.2  # cores of other programs that are worth a word
 _OF_OBJECTS = {"AP": "AP", "AP50": None, "AP75": None}
 # Of each task of an evaluation what it is called, and the metrics, with those of single classes.
 METRICS: dict[str, tuple[str, dict[str, str | None]]] = {
@@ -48,7 +49,7 @@ def plan_text(
     kind = "the GPU" if machine.device == "cuda" else "the CPU"
     room = f"{machine.processes} x {kind}, {machine.memory_mb / 1024:.1f} GB free"
     batch = f"{solver.IMS_PER_BATCH} images"
-    schedule = f"{epochs} epochs, {solver.MAX_ITER} iterations"
+    schedule = f"{epochs} {'epochs' if epochs > 1 else 'epoch'}, {solver.MAX_ITER} iterations"
     if memory is not None:
         batch += f"; a step needs {memory.fixed_mb:.0f} MB and {memory.image_mb:.0f} MB per image"
     if pace is not None:
@@ -56,6 +57,8 @@ def plan_text(
         total = total_seconds(steps, period, pace.step, pace.evaluation)
         evaluations = _time(total - steps * pace.step)
         schedule += f", about {_time(total)}, of which {evaluations} in evaluations"
+        if pace.others > BUSY:
+            schedule += f"; less without other programs, which take {pace.others:.1f} cores now"
     task = data.train.task
     if task == "instance":
         task = "boxes and masks" if cfg.MODEL.MASK_DINO.MASK_ON else "boxes"

@@ -88,7 +88,7 @@ def test_objects_are_enlarged_as_the_size_that_fits_needs(
     monkeypatch.setattr(plan, "MOST_ZOOM", 9)
     monkeypatch.setattr(plan, "measure_memory", measured)
     monkeypatch.setattr(plan, "find_machine", lambda _: CPU)
-    monkeypatch.setattr(run, "measure_pace", lambda *_: Pace(1.0, 0.0))
+    monkeypatch.setattr(run, "measure_pace", lambda *_: Pace(1.0, 0.0, others=0.8))
     request = Request(train_json=drawn.json_file, train_images=drawn.images, output=tmp_path / "o")
     planned, text = plan_run(request)
     cfg = load_config(str(planned.config))
@@ -97,3 +97,4 @@ def test_objects_are_enlarged_as_the_size_that_fits_needs(
     whole = read_default(CPU, request)
     assert pytest.approx(25 / side) == cfg.INPUT.LSJ.MIN_SCALE / whole.INPUT.LSJ.MIN_SCALE
     assert f"else half have less than {side:.0f} pixels" in text
+    assert "evaluations; less without other programs, which take 0.8 cores now" in text

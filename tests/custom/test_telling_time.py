@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from maskdino.custom.measure import total_seconds
+from maskdino.config import load_config
+from maskdino.custom import measure
+from maskdino.custom.measure import Pace, measure_pace, total_seconds
 from maskdino.custom.training import Plan, TellTime
 
 
@@ -50,3 +52,35 @@ def test_the_estimate_is_corrected_after_the_first_epoch(
 
 def test_runs_of_earlier_versions_have_no_plan(tmp_path: Path) -> None:
     assert Plan.read(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("busy", "own", "others"),
+    [
+        (19.0, 11.0, 0.8),  # of two cores, in ten seconds
+        (20.0, 20.5, 0.0),  # clocks that tick apart
+        (17.0, 2.0, 0.0),  # there is room for all
+        (0.0, 2.0, 0.0),  # the system does not tell
+    ],
+)
+def test_programs_that_take_time_from_a_trial(
+    busy: float, own: float, others: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([(5.0, 100.0, 1.0), (15.0, 100.0 + busy, 1.0 + own)])
+    monkeypatch.setattr(measure, "_processor_seconds", lambda: next(seconds))
+    monkeypatch.setattr(measure, "_in_own_process", lambda *_: Pace(1.0, 2.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert measure_pace(load_config(None), print, 1) == Pace(1.0, 2.0, pytest.approx(others))
+
+
+def test_seconds_of_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = tmp_path / "stat"
+    statistics.write_text("cpu  100 200 300 9000 9000 10 20 30 50 60\ncpu0 1 2 3\n")
+    monkeypatch.setattr(measure, "STATISTICS", statistics)
+    monkeypatch.setattr("os.sysconf", lambda _: 100)
+    time, busy, own = measure._processor_seconds()
+    assert busy == 6.6  # neither idle nor waiting for a disk; guests are users too
+    assert own > 0
+    statistics.unlink()
+    later = measure._processor_seconds()
+    assert later[0] > time and later[1] == 0
