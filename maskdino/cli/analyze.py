@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.engine.trainer import MaskDINOTrainer
+from maskdino.integration.extensions import add_import_option
 from maskdino.model import MaskDINO
 from maskdino.model_zoo import find_config
 from maskdino.visualization.images import padded_size
@@ -63,21 +64,13 @@ class PartCounter:
     def __exit__(self, *error: object) -> None:
         self._flops.__exit__(*error)
         self.take()
-        sampled = sum(
-            count
-            for operator, count in self._flops.get_flop_counts().get("Global", {}).items()
-            if operator is torch.ops.aten.grid_sampler_2d
-        )
-        self.counts[SAMPLING] = sampled // 2
 
     def take(self, part: str | None = None) -> None:
         """Gives what was counted since the last call to ``part``, or to the running part."""
-        counts = self._flops.get_flop_counts().get("Global", {})
-        total = sum(
-            count for op, count in counts.items() if op is not torch.ops.aten.grid_sampler_2d
-        )
-        self.counts[part or self._running[-1]] += (total - self._seen) // 2
-        self._seen = total
+        counts = Counter(self._flops.get_flop_counts().get("Global", {}))
+        self.counts[SAMPLING] = counts.pop(torch.ops.aten.grid_sampler_2d, 0) // 2
+        self.counts[part or self._running[-1]] += (counts.total() - self._seen) // 2
+        self._seen = counts.total()
 
     def _enter(self, part: str) -> None:
         self.take()
@@ -157,6 +150,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path or name")
     parser.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--dataset", metavar="NAME", help="mean over the images of this dataset")
+    add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(words)
     cfg = load_config(str(find_config(args.config_file)), args.opts)

@@ -20,6 +20,7 @@ from maskdino.config import load_config
 from maskdino.engine.evaluating import build_model
 from maskdino.evaluation.image_losses import image_losses
 from maskdino.evaluation.report import report_paths, write_report
+from maskdino.integration.extensions import add_import_option
 from maskdino.model import MaskDINO
 from maskdino.model_zoo import find_config, read_config
 from maskdino.system.devices import settle_device
@@ -39,6 +40,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="checkpoint or 'released': computes the loss of each image",
     )
+    add_import_option(parser)
     add("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values")
     return parser.parse_args(words)
 

@@ -19,10 +19,14 @@ from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.cli.visualize import CONFIDENCE, draw_comparisons
 from maskdino.config import load_config
 from maskdino.custom import TASKS, Request, Run, plan_run, register_prepared, train_run
+from maskdino.custom.prepare import MODULE_NAME
 from maskdino.engine.launch import launch
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
 from maskdino.system.devices import configured_device
+
+# Options that a plan is made of, and nothing later.
+PLANNED = ("config_file", "weights", "boxes_only", "epochs", "minutes", "batch_size", "image_size")
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -90,9 +94,14 @@ def prepare(args: argparse.Namespace) -> Run:
     if args.resume and run.is_planned():
         configured_device(load_config(str(run.config)).MODEL.DEVICE, args.num_gpus)
         print(f"Going on with the run in {run.output}, as {run.config} says.")
+        options = [f"--{name.replace('_', '-')}" for name in PLANNED if getattr(args, name)]
+        if options or args.opts:
+            print(f"Not used, since the plan is made: {' '.join([*options, *args.opts])}")
         return run
     if run.is_planned():
         raise ValueError(f"{run.output} holds a run: go on with --resume, or choose another folder")
+    if args.resume and args.data is args.train_json is None:
+        raise ValueError(f"{run.output} holds no run to go on with: name the data, to begin one")
     if args.data is None and (args.train_json is None or args.train_images is None):
         raise ValueError("a new run needs --data, or --train-json and --train-images")
     if not torch.cuda.is_available() and args.num_gpus > 1:
@@ -124,6 +133,7 @@ def finish(run: Run, num_pictures: int) -> None:
         (run.report, "page about the last evaluation: curves, errors, best and worst images"),
         (run.output / "metrics.json", "losses and results over time"),
         (run.output / "data", "annotations as they were trained on, and what was found in them"),
+        (run.output / MODULE_NAME, "with --import, other commands know the data"),
     ):
         if path.exists():
             print(f"{path}: {what}")

@@ -18,7 +18,7 @@ from maskdino.custom.annotations import (
     write_annotations,
 )
 from maskdino.custom.checks import Finding, check, check_pair, drop
-from maskdino.custom.formats import read_own_data
+from maskdino.custom.formats import Part, read_own_data
 from maskdino.custom.formats.panoptic import with_flat_segments
 from maskdino.custom.maps import Maps
 from maskdino.custom.plan import TRAIN_NAME, VALIDATION_NAME
@@ -34,6 +34,15 @@ from maskdino.data.annotation_checks import describe
 from maskdino.data.reading import read_json
 
 DATA_FOLDER, INDEX_NAME, FINDINGS_NAME = "data", "datasets.json", "check.txt"
+MODULE_NAME = "own_data.py"
+_MODULE = '''"""Makes the data of this run known: maskdino evaluate --import FILE ..."""
+
+from pathlib import Path
+
+from maskdino.custom import register_prepared
+
+register_prepared(Path(__file__).parent)
+'''
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,8 @@ class PreparedData:
 def prepare_data(request: Request) -> PreparedData:
     """Reads, checks and, if need be, splits data, and writes what training reads.
 
-    ``<output>/data`` gets the annotations, their index, and all findings of the checks.
+    ``<output>/data`` gets the annotations, their index, and all findings of the checks;
+    ``<output>/own_data.py`` registers them wherever it is imported.
 
     Raises:
         DataError: the data cannot be used; the message lists all that is wrong.
@@ -59,14 +69,12 @@ def prepare_data(request: Request) -> PreparedData:
     own = read_own_data(request)
     notes = own.notes
     (output / DATA_FOLDER / FINDINGS_NAME).unlink(missing_ok=True)  # of an earlier attempt
-    findings = [*own.train.findings, *check(own.train.data)]
-    train = _checked(own.train.data, findings, skip, output, notes)
+    train = _checked(own.train.data, _findings(own.train), skip, output, notes)
     if own.validation is None:
         train, validation = split(train)
     else:
         validation = own.validation.data
-        findings = check(validation, need_all_masks=summarize(train).has_masks)
-        findings = [*own.validation.findings, *findings]
+        findings = _findings(own.validation, need_all_masks=summarize(train).has_masks)
         validation = _checked(validation, findings, skip, output, notes)
         validation = _checked(validation, check_pair(train, validation), False, output, notes)
     # Equal lists give equal class indices.
@@ -81,10 +89,18 @@ def prepare_data(request: Request) -> PreparedData:
             index[name] |= {"task": maps.task, "map_root": str(maps.root.resolve())}
         write_annotations(data, path)
     (output / DATA_FOLDER / INDEX_NAME).write_text(json.dumps(index, indent=1))
+    (output / MODULE_NAME).write_text(_MODULE)
     summaries = summarize(train), summarize(validation)
     if summaries[0].has_masks and not summaries[1].has_masks:
         notes.append("no mask in the validation data: only box AP can be measured")
     return PreparedData(*summaries, own.validation is None, notes)
+
+
+def _findings(part: Part, *, need_all_masks: bool = False) -> list[Finding]:
+    """What is wrong with the files, and with what they hold."""
+    if part.findings and part.data.task == "semantic" and not part.data.images:
+        return part.findings  # images are those whose files are in order: they are there
+    return [*part.findings, *check(part.data, need_all_masks=need_all_masks)]
 
 
 def _checked(

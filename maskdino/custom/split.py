@@ -48,7 +48,8 @@ def split(data: Annotations) -> tuple[Annotations, Annotations]:
         raise DataError(
             f"{data.json_file}: none of its {len(data.images)} images can be set aside without "
             f"taking the only one of a class{', or has masks of all objects' * has_masks}; give "
-            "--val-json and --val-images, or more images"
+            "more images, or some to validate on: in a folder 'val', or with --val-json and "
+            "--val-images"
         )
     rest = {image["id"] for image in data.images} - chosen
     return data.only(rest), data.only(chosen)

@@ -93,8 +93,11 @@ def _check_name(name: str) -> None:
     known = DatasetCatalog.list()
     if name not in known:
         close = difflib.get_close_matches(name, known)
-        hint = f"did you mean {' or '.join(close)}?" if close else "register it first"
-        raise DataError(f"dataset {name!r} of cfg.DATASETS is not registered; {hint}")
+        hint = f"did you mean {' or '.join(close)}? Otherwise " if close else ""
+        raise DataError(
+            f"dataset {name!r} of cfg.DATASETS is not registered; {hint}register it first, in a "
+            "module that --import names (a run of train-custom has own_data.py for that)"
+        )
 
 
 def _check_packages(cfg: CfgNode, name: str, metadata: Metadata) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 import shutil
 from pathlib import Path
 
@@ -67,8 +68,13 @@ def test_from_files_to_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     with pytest.raises(SystemExit, match="holds a run: go on with --resume"):
         train_custom.main(words(drawn, out))
-    train_custom.main(["--output", str(out), "--resume", "--num-pictures", "0"])
-    assert printed.splitlines()[-1] in capsys.readouterr().out
+    runpy.run_path(str(out / "own_data.py"))  # as --import does, for other commands
+    assert [len(DatasetCatalog.get(name)) for name in ("custom_train", "custom_val")] == [5, 1]
+    later = ["--output", out, "--resume", "--num-pictures", 0, "--epochs", 9, "SOLVER.MAX_ITER", 9]
+    train_custom.main([str(word) for word in later])
+    again = capsys.readouterr().out
+    assert printed.splitlines()[-1] in again
+    assert "Not used, since the plan is made: --epochs SOLVER.MAX_ITER 9\n" in again
 
 
 def test_boxes_only_and_validation_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,6 +254,8 @@ def test_arguments_that_do_not_go_together(tmp_path: Path) -> None:
         SystemExit, match="a new run needs --data, or --train-json and --train-images"
     ):
         train_custom.main(["--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^error: .* holds no run to go on with: name the data"):
+        train_custom.main(["--output", str(tmp_path), "--resume"])
     with pytest.raises(SystemExit):
         train_custom.parse_arguments(["--output", "o", "--val-json", "b.json"])
     with pytest.raises(SystemExit):

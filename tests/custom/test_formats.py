@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from maskdino.custom.annotations import read_annotations
+from maskdino.custom.checks import check
 from maskdino.custom.formats import OwnData, read_own_data
 from maskdino.custom.formats.shapes import ellipse, turned
 from maskdino.custom.prepare import prepare_data
@@ -187,6 +188,16 @@ def test_parent_class_of_roboflow_is_left_out(tmp_path: Path, drawn: Sample) -> 
     content["annotations"][0]["category_id"] = 0
     path.write_text(json.dumps(content))
     assert len(read(tmp_path / "data").train.data.categories) == 3
+
+
+def test_an_image_that_is_missing_is_named_where_the_others_are(
+    tmp_path: Path, drawn: Sample
+) -> None:
+    written.write_roboflow(drawn, tmp_path / "data")
+    lost = next((tmp_path / "data" / "train").glob("*.png"))
+    lost.unlink()
+    (wrong,) = [x for x in check(read(tmp_path / "data").train.data) if x.fatal]
+    assert wrong.detail.endswith(f"({lost}): no such file")
 
 
 def test_images_of_label_studio_and_of_other_machines(tmp_path: Path, drawn: Sample) -> None:

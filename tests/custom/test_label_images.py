@@ -293,7 +293,7 @@ def test_masks_of_0_and_255(tmp_path: Path) -> None:
     for i in range(5):
         save(root / "labels" / f"photo_{i}.png", np.where(label(i) == 1, 255, 0).astype(np.uint8))
     (root / "classes.txt").write_text("background\nnut")
-    with pytest.raises(DataError, match="0 or 255, and 255 is ignored: .*'255 nut'"):
+    with pytest.raises(DataError, match="0 or 255, and 255 is ignored: .*'255 nut' .--classes"):
         read(root)
     (root / "classes.txt").write_text("0 background\n255 nut")
     assert summarize(read(root).train.data).counts == {"background": 5, "nut": 5}
@@ -397,3 +397,15 @@ def test_nuclei_as_classes(tmp_path: Path) -> None:
     data = read(tmp_path / "data", classes="background,nucleus").train.data
     assert sum(x["area"] for x in data.annotations if x["category_id"] == 1) == total
     assert asked_classes("background,nucleus")[1].value == 1
+
+
+def test_where_all_is_wrong_nothing_else_is_said(tmp_path: Path) -> None:
+    write_semantic(tmp_path / "data")
+    (tmp_path / "data" / "classes.txt").write_text("background\napple")
+    with pytest.raises(DataError, match="photo_4.png holds 2") as caught:
+        prepare_data(Request(data=tmp_path / "data", output=tmp_path / "out"))
+    assert "there are no images" not in str(caught.value)
+    assert "--skip-invalid" in str(caught.value)
+    with pytest.raises(DataError, match="nothing is left"):
+        skipping = Request(data=tmp_path / "data", output=tmp_path / "out", skip_invalid=True)
+        prepare_data(skipping)

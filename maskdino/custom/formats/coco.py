@@ -76,6 +76,8 @@ def with_images(
     for image, name in zip(data.images, names, strict=True):
         path = tree.find_image(name, label, split) if PurePosixPath(name).name else None
         number += path is not None
+        if path is None and name and not leaves(str(best), name) and name == image["file_name"]:
+            path = best / name  # where the others are
         images.append(image if path is None else {**image, "file_name": tree.relative(path)})
     if not number and names:
         raise DataError(

@@ -132,7 +132,8 @@ def _check_ignored(parts: dict[str | None, Part], found: Sequence[Path], labels:
     if len(shown) == 1 and {v for path in found[:8] for v in values_of(path)} == {"0", "255"}:
         raise DataError(
             f"{labels.root}: all pixels of the label images are 0 or 255, and 255 is ignored: if "
-            "it is a class, write its value into classes.txt, as in '0 background' and '255 nut'"
+            "it is a class, write its value into classes.txt, as in '0 background' and '255 nut' "
+            "(--classes A,B names the values 0 and 1)"
         )
 
 
