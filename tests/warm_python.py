@@ -1,4 +1,4 @@
-"""A Python that has imported PyTorch before it begins: it starts in half a second instead of five.
+"""A Python that has imported PyTorch before it begins: it starts in a second instead of five.
 
 `warm_python` of conftest.py is a program that stands for `sys.executable`. It hands its words,
 environment, folder and open files to a server, which forks, and the copy goes on as
