@@ -41,6 +41,12 @@ TORCH_LIBRARY(maskdino, m) {
   m.def(
       "refine_boxes(Tensor deltas, Tensor anchor_logits, Tensor rates, Tensor phases, float most, "
       "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+  // Mask logits (R, h, w), resized to the canvas, cut to the image, and resized to the output;
+  // sizes are (height, width). Binary: where they are above 0, and if asked for, the mean
+  // probability (R,) there. A CPU alone has it.
+  m.def(
+      "resized_masks(Tensor maps, SymInt[] canvas, SymInt[] image, SymInt[] output, bool binary, "
+      "bool quality) -> (Tensor, Tensor)");
   // Which kernels run on the CPU: "AVX-512", "AVX2" or "plain".
   m.def("cpu_instruction_set() -> str");
   // Empty where no CUDA part was built or nobody knows.

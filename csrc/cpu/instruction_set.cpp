@@ -33,9 +33,9 @@ InstructionSet instruction_set() {
 
 }  // namespace
 
-template <typename T>
-Kernels<T> choose_kernels() {
-  Kernels<T> kernels;
+template <typename Kind>
+Kind choose_kernels() {
+  Kind kernels;
 #if defined(__x86_64__)
   if (instruction_set() == InstructionSet::avx512) {
     avx512::get_kernels(kernels);
@@ -50,8 +50,9 @@ Kernels<T> choose_kernels() {
   return kernels;
 }
 
-template Kernels<float> choose_kernels<float>();
-template Kernels<double> choose_kernels<double>();
+template Kernels<float> choose_kernels();
+template Kernels<double> choose_kernels();
+template MaskKernel choose_kernels();
 
 std::string instruction_set_name() {
   switch (instruction_set()) {

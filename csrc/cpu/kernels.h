@@ -95,10 +95,38 @@ struct Kernels {
   Kernel<T> backward;
 };
 
+// What the pixels of an axis of the output read of a map: three cells, from `first` on, which may
+// lie behind its end with weight 0.
+struct Axis {
+  const int32_t* first;  // (size)
+  const float* weight;   // (3, size)
+  int64_t size;
+};
+
+// Masks in the frame of the output. Of `logits` and `foreground`, one is there; `quality`, the mean
+// probability over the foreground, only with the latter.
+struct MaskTask {
+  const float* maps;  // (masks, map_lines, map_columns)
+  int64_t map_lines, map_columns;
+  Axis x, y;
+  float* logits;        // (masks, y.size, x.size)
+  uint8_t* foreground;  // likewise
+  float* quality;       // (masks), or null
+};
+
+// Memory for one thread that makes masks.
+inline int64_t scratch_numbers(const MaskTask& task) {
+  return task.map_columns + 2 + 4 * task.x.size;
+}
+
+// Makes one of the masks.
+using MaskKernel = void (*)(const MaskTask& task, int64_t number, float* numbers);
+
 #define MASKDINO_DECLARE_KERNELS(instruction_set) \
   namespace instruction_set {                     \
   void get_kernels(Kernels<float>& kernels);      \
   void get_kernels(Kernels<double>& kernels);     \
+  void get_kernels(MaskKernel& kernel);           \
   }
 MASKDINO_DECLARE_KERNELS(plain)
 MASKDINO_DECLARE_KERNELS(avx2)

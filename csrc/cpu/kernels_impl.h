@@ -333,7 +333,6 @@ void backward(const HeadTask<T>& task, int64_t begin, int64_t end, T* numbers,
 }
 
 #undef MASKDINO_OVER_CHANNELS
-#undef MASKDINO_INLINE
 
 }  // namespace
 
@@ -343,3 +342,7 @@ void get_kernels(Kernels<double>& kernels) { kernels = {forward<double>, backwar
 }  // namespace MASKDINO_INSTRUCTION_SET
 }  // namespace cpu
 }  // namespace maskdino
+
+#include "masks_impl.h"
+
+#undef MASKDINO_INLINE

@@ -164,7 +164,7 @@ at::Tensor run_forward(const Inputs& in) {
   at::Tensor output = at::empty({z.images, z.queries, z.heads * z.channels}, options);
   if (z.empty()) return output;
   const SampleTable<T> table(z, in.shapes);
-  const Kernel<T> kernel = choose_kernels<T>().forward;
+  const Kernel<T> kernel = choose_kernels<Kernels<T>>().forward;
   const int64_t pairs_per_round = std::min<int64_t>(z.images * z.heads, at::get_num_threads());
   const int64_t blocks = (z.queries + kQueriesPerBlock - 1) / kQueriesPerBlock;
   const int64_t stride = padded<T>(z.channels);
@@ -234,7 +234,7 @@ Gradients run_backward(const Inputs& in, const at::Tensor& grad_output, bool ref
     return grads;
   }
   const SampleTable<T> table(z, in.shapes);
-  const Kernel<T> kernel = choose_kernels<T>().backward;
+  const Kernel<T> kernel = choose_kernels<Kernels<T>>().backward;
   const int64_t threads = at::get_num_threads();
   const int64_t pairs_per_round = std::min<int64_t>(z.images * z.heads, threads);
   const int64_t parts = std::clamp<int64_t>(threads / pairs_per_round, 1, z.queries);

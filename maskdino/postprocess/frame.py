@@ -9,11 +9,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from maskdino.ops.boxes import cxcywh_to_xyxy, pixels_inside
+from maskdino.ops.constants import is_traced
+from maskdino.ops.ms_deform_attn import has_compiled
 from maskdino.structures import Predictions
 
 ELEMENTS_AT_ONCE = 1 << 25  # resized mask probabilities that exist at one time (128 MiB of float32)
@@ -61,17 +64,88 @@ def output_masks(
         limits: (R, 4) cx, cy, w, h of the canvas, outside of which a mask's logits are -inf
             (`mask_limits`); None: masks reach as far as they do.
     """
+    for maps, boxes in _maps(embeddings, pixel_embedding, frame, limits):
+        yield _output_logits(maps, boxes, frame)
+
+
+def output_foregrounds(
+    embeddings: Tensor,
+    pixel_embedding: Tensor,
+    frame: Frame,
+    limits: Tensor | None = None,
+    *,
+    quality: bool,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Where masks of queries are in the output frame, a few queries at a time.
+
+    Args:
+        embeddings: (R, C).
+        pixel_embedding: (C, H/4, W/4).
+        frame: the sizes.
+        limits: as for `output_masks`.
+        quality: whether the mean probability over each mask is asked for.
+
+    Returns:
+        (r, OH, OW) bool; and that mean (r,), or None.
+    """
+    for maps, boxes in _maps(embeddings, pixel_embedding, frame, limits):
+        if boxes is None and _in_one_pass(maps):
+            foreground, means = _in_output(maps, frame, True, quality)
+            yield foreground, means if quality else None
+            continue
+        logits = _output_logits(maps, boxes, frame)
+        foreground = logits > 0
+        if not quality:
+            yield foreground, None
+            continue
+        # Nothing as large as the probabilities is made once more.
+        total = logits.sigmoid_().mul_(foreground).sum((-2, -1))
+        yield foreground, total / (_areas(foreground) + 1e-6)
+
+
+def _maps(
+    embeddings: Tensor, pixel_embedding: Tensor, frame: Frame, limits: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Mask logits (r, H/4, W/4) of a few queries at a time, and the limits of these (r, 4)."""
     at_once = maps_at_once(max(math.prod(frame.canvas), math.prod(frame.output)))
     embeddings, features = embeddings.float(), pixel_embedding.flatten(1).float()
     for begin in range(0, len(embeddings), at_once):  # nothing at all where there are no queries
+        few = slice(begin, begin + at_once)
         with torch.autocast(features.device.type, enabled=False):
-            maps = torch.mm(embeddings[begin : begin + at_once], features)
-        maps = maps.unflatten(1, pixel_embedding.shape[1:])
+            maps = torch.mm(embeddings[few], features)
+        yield maps.unflatten(1, pixel_embedding.shape[1:]), None if limits is None else limits[few]
+
+
+def _output_logits(maps: Tensor, limits: Tensor | None, frame: Frame) -> Tensor:
+    if _in_one_pass(maps):
+        logits = _in_output(maps, frame, False, False)[0]
+    else:
         logits = resize_to_output(resize_to_canvas(maps, frame), frame)
-        if limits is not None:
-            boxes = output_boxes(limits[begin : begin + at_once], frame)
-            logits = logits.masked_fill_(~pixels_inside(boxes, frame.output), -math.inf)
-        yield logits
+    if limits is None:
+        return logits
+    boxes = output_boxes(limits, frame)
+    return logits.masked_fill_(~pixels_inside(boxes, frame.output), -math.inf)
+
+
+def _in_one_pass(maps: Tensor) -> bool:
+    """Whether the compiled library resizes these maps, without what lies between them."""
+    return (
+        maps.device.type == "cpu"
+        and not (is_traced() or maps.requires_grad)
+        and has_compiled("resized_masks", maps.device)
+    )
+
+
+def _in_output(maps: Tensor, frame: Frame, binary: bool, quality: bool) -> tuple[Tensor, Tensor]:
+    sizes = frame.canvas, frame.image, frame.output
+    return torch.ops.maskdino.resized_masks(maps, *sizes, binary, quality)
+
+
+def _areas(masks: Tensor) -> Tensor:
+    """Pixels (N,) of masks (N, OH, OW) bool."""
+    if masks.device.type != "cpu" or torch.jit.is_tracing():
+        return masks.sum((-2, -1))
+    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
 
 
 def mask_limits(boxes: Tensor, factor: float, things: Tensor | None = None) -> Tensor | None:

@@ -26,7 +26,7 @@ from maskdino.postprocess.frame import (
     mask_limits,
     mask_parts,
     output_boxes,
-    output_masks,
+    output_foregrounds,
 )
 from maskdino.postprocess.options import InferenceOptions
 from maskdino.structures import Predictions
@@ -153,8 +153,9 @@ def instance_steps(
     if predictions.mask_embeddings is not None:
         embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
         limits = mask_limits(predictions.boxes[pairs.different], options.mask_limit)
-        logits = output_masks(embeddings[pairs.different], pixel_embedding, frame, limits)
-        parts = _foregrounds(logits, quality if options.mask_scoring else None)
+        wanted = embeddings[pairs.different], pixel_embedding, frame, limits
+        found = output_foregrounds(*wanted, quality=options.mask_scoring)
+        parts = _foregrounds(found, quality)
         if compact:
             encoded = yield from _encoded(parts, frame)
         else:
@@ -194,21 +195,13 @@ def mean_probability(probs: Tensor, foreground: Tensor) -> Tensor:
     return (probs * foreground).sum((-2, -1)) / (foreground.sum((-2, -1)) + 1e-6)
 
 
-def _areas(masks: Tensor) -> Tensor:
-    """Pixels (N,) of masks (N, OH, OW) bool."""
-    if masks.device.type != "cpu" or torch.jit.is_tracing():
-        return masks.sum((-2, -1))
-    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
-
-
-def _foregrounds(mask_logits: Iterator[Tensor], quality: list[Tensor] | None) -> Iterator[Tensor]:
+def _foregrounds(
+    found: Iterator[tuple[Tensor, Tensor | None]], quality: list[Tensor]
+) -> Iterator[Tensor]:
     """Masks (r, OH, OW) bool, a few at a time; `quality` gets the mean probability over each."""
-    for logits in mask_logits:
-        foreground = logits > 0
-        if quality is not None:
-            # Nothing as large as the probabilities is made once more.
-            total = logits.sigmoid_().mul_(foreground).sum((-2, -1))
-            quality.append(total / (_areas(foreground) + 1e-6))
+    for foreground, means in found:
+        if means is not None:
+            quality.append(means)
         yield foreground
 
 
