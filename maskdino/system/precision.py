@@ -76,7 +76,9 @@ def network_precision(name: str, device: torch.device) -> Iterator[None]:
         ValueError: the device does not compute in it.
     """
     precision = inference_precision(name, device)
-    _log_once(f"Inference computes in {precision} on {device} ({KEY} is {name}).")
+    _log_once(
+        f"Inference computes in {precision} on {device} ({KEY} is {name}{_why(name, device)})."
+    )
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
     with contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):
@@ -105,6 +107,17 @@ def training_precision(dtype: torch.dtype | None, device: torch.device) -> str:
         f"{name} on {device}; where that is float32, TF32 is {products} in matrix products and "
         f"{convolutions} in convolutions; cuDNN's benchmark is {benchmark}"
     )
+
+
+def _why(name: str, device: torch.device) -> str:
+    """What else a CPU could compute in that is left to "auto"."""
+    if name != "auto" or device.type != "cpu":
+        return ""
+    reason = ", which stays exact on a CPU"
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if any(getattr(torch.cpu, has, bool)() for has in instructions):
+        reason += "; in bfloat16, which this one has, it would take about half the time"
+    return reason
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -170,15 +170,21 @@ def test_tensor_float_32_where_the_process_uses_the_newer_switches(gpu: str) -> 
         matmul.fp32_precision, convolution.fp32_precision = before
 
 
-def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_the_choice_is_logged_once(
+    has_bfloat16: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has_bfloat16, raising=False)
     precision_module._log_once.cache_clear()
     caplog.set_level(logging.INFO, logger="maskdino.system.precision")
-    for _ in range(3):
-        with network_precision("auto", CPU):
+    for name in ("auto", "auto", "float32"):
+        with network_precision(name, CPU):
             pass
-    assert [record.getMessage() for record in caplog.records] == [
-        "Inference computes in float32 on cpu (MODEL.MASK_DINO.TEST.PRECISION is auto)."
-    ]
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("Inference computes in float32 on cpu (MODEL.MASK_DINO.TEST.PRECISION")
+    assert ("bfloat16, which this one has" in first) == has_bfloat16
+    assert second.endswith("PRECISION is float32).")
 
 
 def test_training_says_in_which_types_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
