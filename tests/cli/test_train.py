@@ -137,12 +137,14 @@ def test_trains_resumes_and_evaluates(monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal as Ctrl-C does")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_interrupted_training_ends_in_one_line(
-    processes: int, repository: Path, tmp_path: Path
+    processes: int, repository: Path, tmp_path: Path, warm_python: str
 ) -> None:
+    python = warm_python if processes == 1 else sys.executable
     words = ["--config-file", "nuclei/instance/maskdino_tiny", "--num-processes", str(processes)]
+    words += ["SOLVER.IMS_PER_BATCH", "2", "INPUT.LSJ.SIZE", "[64, 64]"]
     words += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "maskdino", "train", *words],
+        [python, "-m", "maskdino", "train", *words],
         cwd=repository,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
