@@ -2,8 +2,9 @@
 
     python -m tests.inference.large_mosaic 20000 instance
 
-prints the memory that the process held before and at most, in MiB, as one line of JSON. In place of
-a network, bright spots are objects and levels of gray classes; with --weights it is a network.
+prints the memory that the process held before and at most, and the size of the JSON file, in MiB,
+as one line of JSON. In place of a network, bright spots are objects and levels of gray classes;
+with --weights it is a network.
 """
 
 from __future__ import annotations
@@ -121,10 +122,11 @@ def main() -> None:
         predicted = most_resident_mib()
         result.save(Path(name) / "drawn.png")
         drawn = most_resident_mib()
-        result.save(Path(name) / "result.json")
+        file = result.save(Path(name) / "result.json").stat().st_size / 2**20
         with Image.open(Path(name) / "drawn.png") as drawing:
             width = drawing.width
     found = {"before": before, "predicted": predicted, "drawn": drawn, "most": most_resident_mib()}
+    found["file"] = file
     found = {key: round(value) for key, value in found.items()}
     print(json.dumps({**found, "objects": len(result), "width": width}))  # noqa: T201
 

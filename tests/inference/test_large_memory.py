@@ -155,5 +155,6 @@ def test_memory_at_20000_pixels_squared(task: str) -> None:
     print(task, found)  # noqa: T201 - figures for the record, shown by -rP
     assert found["width"] == 5000
     assert found["predicted"] - found["before"] < 400
-    if task == "instance":  # the stand-in's maps have far more edges than those of a model
-        assert found["most"] - found["before"] < 600
+    assert found["drawn"] - found["before"] < 500
+    # The stand-in's maps have far more edges than those of a model.
+    assert found["most"] - found["before"] < 500 + 2 * found["file"]
