@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maskdino.modeling.layers import linear_relu, rounded
+from maskdino.modeling.layers import linear, linear_relu, product, rounded
+from maskdino.ops.constants import is_traced
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
 from maskdino.structures import SpatialShapes
 
 ALIGNED = 8  # elements from which rows of a mask begin
+ROWS_AT_ONCE = 1024  # whose hidden numbers a CPU keeps in its cache
 
 
 @dataclass(frozen=True)
@@ -179,11 +181,12 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             (B, Q, C).
         """
-        value = self.value_proj(tokens).unflatten(-1, (self.num_heads, -1))  # (B, S, M, C / M)
-        offsets_and_logits = F.linear(queries, *self.offsets_and_logits())
+        value = linear(self.value_proj, tokens)
+        value = value.unflatten(-1, (self.num_heads, -1))  # (B, S, M, C / M)
+        offsets_and_logits = product(queries, *self.offsets_and_logits())
         operator = _operators[-1]
         out = operator(value, spatial_shapes, offsets_and_logits, reference, self.num_points)
-        return self.output_proj(out)
+        return linear(self.output_proj, out)
 
 
 class FeedForward(nn.Module):
@@ -198,5 +201,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
-        hidden = linear_relu(self.linear1, x.flatten(0, -2))
-        return self.linear2(hidden).unflatten(0, x.shape[:-1])
+        rows = x.flatten(0, -2)
+        if x.device.type == "cpu" and not (torch.is_grad_enabled() or is_traced()):
+            # Hidden numbers of a few rows stay in the cache.
+            parts = [self._of_rows(part) for part in rows.split(ROWS_AT_ONCE)]
+            return torch.cat(parts).unflatten(0, x.shape[:-1])
+        return self._of_rows(rows).unflatten(0, x.shape[:-1])
+
+    def _of_rows(self, rows: Tensor) -> Tensor:
+        return linear(self.linear2, linear_relu(self.linear1, rows))

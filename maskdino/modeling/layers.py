@@ -1,8 +1,9 @@
 """Small building blocks: multi-layer perceptron and sine embeddings."""
 
+import functools
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from maskdino.ops.ms_deform_attn import has_compiled
 from maskdino.structures import SpatialShapes
 
 TEMPERATURE = 10000.0  # of the sine embeddings
+WORTH_ONEDNN = 1 << 24  # multiply-adds of a linear layer
+ONEDNN_TYPES = (torch.float32, torch.bfloat16)
 
 
 def rounded(
@@ -29,18 +32,61 @@ def rounded(
     return operation(first, *others, out=torch.empty_like(first, dtype=to))
 
 
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer, (..., in) to (..., out): see `product`."""
+    return product(x, layer.weight, layer.bias) if _unseen(layer) else layer(x)
+
+
 def linear_relu(layer: nn.Module, x: Tensor) -> Tensor:
     """ReLU of a linear layer, (..., in) to (..., out): on a GPU one launch in inference."""
-    # Gradients, tracers and hooks see the layer by itself.
-    seen = torch.is_grad_enabled() or is_traced()
-    seen = seen or bool(layer._forward_hooks or layer._forward_pre_hooks)
-    if type(layer) is not nn.Linear or seen or not x.is_cuda or is_converted(layer.weight):
-        # Of more than two dimensions the result is a view, and what changes a view in place is
-        # copied twice in the backward pass.
-        return F.relu(layer(x), inplace=x.dim() == 2)
+    if not _unseen(layer):
+        return _relu(layer(x), x)
+    if not x.is_cuda or is_converted(layer.weight):
+        return product(x, layer.weight, layer.bias, relu=True)
     rows = x.to(layer.weight.dtype).flatten(0, -2)
     hidden = torch._addmm_activation(layer.bias, rows, layer.weight.t())
     return hidden.unflatten(0, x.shape[:-1])
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> Tensor:
+    """What a linear layer computes, (..., in) to (..., out), perhaps with ReLU.
+
+    On a CPU where nothing is learned oneDNN computes large ones: PyTorch by itself writes the bias,
+    reads it again to add products, and reads these for ReLU.
+    """
+    if (
+        x.device.type == "cpu"
+        and x.shape[:-1].numel() * weight.numel() >= WORTH_ONEDNN
+        and weight.dtype in ONEDNN_TYPES
+        and not (torch.is_grad_enabled() or is_traced() or is_converted(weight))
+        and has_onednn()
+    ):
+        kind = "relu" if relu else "none"
+        x = x.to(weight.dtype)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, kind, [], "")
+    made = F.linear(x, weight, bias)
+    return _relu(made, x) if relu else made
+
+
+def _relu(made: Tensor, x: Tensor) -> Tensor:
+    # Of more than two dimensions the result is a view, and what changes a view in place is
+    # copied twice in the backward pass.
+    return F.relu(made, inplace=x.dim() == 2)
+
+
+def _unseen(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer need not be called: gradients, tracers and hooks see it by itself."""
+    return (
+        type(layer) is nn.Linear
+        and not (torch.is_grad_enabled() or is_traced())
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this PyTorch has linear layers of oneDNN for tensors as they are."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def fused(operator: str, *tensors: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from maskdino.modeling.layers import rounded
+from maskdino.modeling.layers import linear, rounded
 from maskdino.ops.boxes import inverse_sigmoid, masks_to_boxes, xyxy_to_cxcywh
 from maskdino.ops.constants import constant_of_shape
 from maskdino.ops.ms_deform_attn import cell_centers
@@ -131,7 +131,7 @@ class UnifiedQuerySelection(nn.Module):
 
     def _candidates(self, tokens: Tensor, valid: Tensor) -> Tensor:
         return self.output_norm(
-            self.output(rounded(torch.mul, tokens, valid, to=self.output.weight.dtype))
+            linear(self.output, rounded(torch.mul, tokens, valid, to=self.output.weight.dtype))
         )
 
     @torch.no_grad()

@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+from maskdino.modeling import attention, layers
 from maskdino.modeling.layers import (
     MLP,
     add_norm,
     box_sine_embedding,
+    has_onednn,
+    linear,
     linear_relu,
     map_sine_embedding,
     rounded,
@@ -104,6 +107,45 @@ def test_hooks_of_a_layer_whose_relu_is_within(
     found = linear_relu(layer, x)
     assert (len(seen), len(fused)) == (hooked, not hooked)
     torch.testing.assert_close(found, (x @ layer.weight.T + layer.bias).clamp(min=0))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not has_onednn(), reason="this PyTorch is built without oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_linear_layers_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are oneDNN's, but where somebody looks on or gradients are asked for."""
+    used = []
+    monkeypatch.setattr(layers, "has_onednn", lambda: used.append(0) or True)
+    monkeypatch.setattr(layers, "WORTH_ONEDNN", 2 * 3 * 5 * 7)
+    layer, x = torch.nn.Linear(5, 7).to(dtype), torch.randn(2, 5, 3).mT  # not dense
+    expected = torch.nn.functional.linear(x.to(dtype), layer.weight, layer.bias)
+    for found, wanted in (
+        (linear(layer, x), expected),
+        (linear_relu(layer, x), expected.relu()),
+        (linear(layer, x.to(dtype)[0, :0]), expected[0, :0]),
+    ):
+        assert found.dtype == dtype and found.shape == wanted.shape
+        torch.testing.assert_close(
+            found, wanted, atol=1e-2 if dtype.itemsize == 2 else 1e-6, rtol=0
+        )
+    assert len(used) == 2
+    with torch.enable_grad():
+        assert linear(layer, x.to(dtype)).requires_grad
+    layer.register_forward_hook(lambda *_: expected + 1)
+    assert torch.equal(linear(layer, x.to(dtype)), expected + 1)
+    assert len(used) == 2
+
+
+def test_rows_of_a_feedforward_network_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = attention.LayerSizes(
+        hidden_dim=4, num_heads=1, num_levels=1, num_points=1, feedforward_dim=6
+    )
+    network, x = attention.FeedForward(sizes), torch.randn(2, 5, 4)
+    expected = network(x)
+    monkeypatch.setattr(attention, "ROWS_AT_ONCE", 3)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), expected)
+        assert network(x[:, :0]).shape == (2, 0, 4)
 
 
 def test_mlp() -> None:
