@@ -20,6 +20,7 @@ from maskdino.export.plugin import PLUGIN, plugin_attention
 from maskdino.export.trace import (
     ExportableNetwork,
     ExportOptions,
+    trace,
     traces_any_size,
 )
 from maskdino.inference.predictor import MaskDINOPredictor, TorchNetwork
@@ -42,8 +43,8 @@ newer_torch = pytest.mark.skipif(
 
 def small_cfg(**overrides: object) -> CfgNode:
     """A model with few operators."""
-    layers = {"ENCODER__NUM_LEVELS": 3, "DECODER__NUM_LAYERS": 1}
-    cfg = tiny_cfg(**layers, **overrides)
+    levels = {"ENCODER__IN_FEATURES": ["res4", "res5"], "ENCODER__NUM_LEVELS": 2}
+    cfg = tiny_cfg(**levels, DECODER__NUM_LAYERS=1, **overrides)
     cfg.MODEL.BACKBONE.NAME = "build_strided_convolutions"
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT = 64, 96, "RGB"
     return cfg
@@ -290,23 +291,45 @@ def test_sampling_follows_the_format(words: list[str], sampling: str) -> None:
     assert export.parse_arguments([*needed, *words]).sampling == sampling
 
 
+@pytest.fixture(scope="module")
+def programs() -> dict[ExportOptions, torch.export.ExportedProgram]:
+    """What has been traced of the model."""
+    return {}
+
+
+@pytest.fixture
+def _traced_once(
+    programs: dict[ExportOptions, torch.export.ExportedProgram], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program for any size is traced for the first test that exports it."""
+
+    def traced(network: ExportableNetwork) -> torch.export.ExportedProgram:
+        if network.options not in programs:
+            programs[network.options] = trace(network)
+        return programs[network.options]
+
+    monkeypatch.setattr(export, "trace", traced)
+
+
 @newer_torch
 @pytest.mark.slow
+@pytest.mark.usefixtures("_traced_once")
 def test_torch_program_takes_any_size(folder: Path) -> None:
-    export.main(arguments(folder, "any.pt2", "--format", "torch"))
+    export.main(arguments(folder, "any.pt2", "--format", "torch", "--outputs", "instance"))
     program = torch.export.load(folder / "any.pt2").module()
-    model = small_model()
-    network = ExportableNetwork(model, ExportOptions())
+    network = ExportableNetwork(small_model(), ExportOptions("instance"))
     for shape in ((1, 3, 160, 96), (3, 3, 128, 224)):
         images = torch.rand(shape) * 255
+        sizes = torch.tensor([[shape[2] - i, shape[3] - 20 * i] for i in range(shape[0])])
         with torch.no_grad():
-            found, expected = program(images), network(images)
+            found, expected = program(images, sizes), network(images, sizes)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
 
 
 @newer_torch
 @pytest.mark.slow
+@pytest.mark.usefixtures("_traced_once")
 def test_onnx_with_postprocessing_takes_any_size(folder: Path) -> None:
     import onnxruntime
 
