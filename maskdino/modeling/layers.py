@@ -56,9 +56,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> T
     """
     if (
         x.device.type == "cpu"
-        and x.shape[:-1].numel() * weight.numel() >= WORTH_ONEDNN
-        and weight.dtype in ONEDNN_TYPES
         and not (torch.is_grad_enabled() or is_traced() or is_converted(weight))
+        and x.shape[:-1].numel() * weight.numel() >= WORTH_ONEDNN  # no number where it is traced
+        and weight.dtype in ONEDNN_TYPES
         and has_onednn()
     ):
         kind = "relu" if relu else "none"
