@@ -16,7 +16,6 @@ from maskdino.structures import SpatialShapes
 
 TEMPERATURE = 10000.0  # of the sine embeddings
 WORTH_ONEDNN = 1 << 24  # multiply-adds of a linear layer
-ONEDNN_TYPES = (torch.float32, torch.bfloat16)
 
 
 def rounded(
@@ -58,8 +57,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> T
         x.device.type == "cpu"
         and not (torch.is_grad_enabled() or is_traced() or is_converted(weight))
         and x.shape[:-1].numel() * weight.numel() >= WORTH_ONEDNN  # no number where it is traced
-        and weight.dtype in ONEDNN_TYPES
-        and has_onednn()
+        and has_onednn(weight.dtype)
     ):
         kind = "relu" if relu else "none"
         x = x.to(weight.dtype)
@@ -84,9 +82,14 @@ def _unseen(layer: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 @functools.cache
-def has_onednn() -> bool:
-    """Whether this PyTorch has linear layers of oneDNN for tensors as they are."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has linear layers of oneDNN in a type, for tensors as they are."""
+    operators = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:  # not on every processor; PyTorch's own layers are
+        return bool(operators._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 def fused(operator: str, *tensors: Tensor) -> bool:

@@ -110,12 +110,13 @@ def test_hooks_of_a_layer_whose_relu_is_within(
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not has_onednn(), reason="this PyTorch is built without oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_linear_layers_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Are oneDNN's, but where somebody looks on or gradients are asked for."""
+    if not has_onednn(dtype):
+        pytest.skip("oneDNN is not in this PyTorch, or has not the type on this processor")
     used = []
-    monkeypatch.setattr(layers, "has_onednn", lambda: used.append(0) or True)
+    monkeypatch.setattr(layers, "has_onednn", lambda _: used.append(0) or True)
     monkeypatch.setattr(layers, "WORTH_ONEDNN", 2 * 3 * 5 * 7)
     layer, x = torch.nn.Linear(5, 7).to(dtype), torch.randn(2, 5, 3).mT  # not dense
     expected = torch.nn.functional.linear(x.to(dtype), layer.weight, layer.bias)
@@ -134,6 +135,16 @@ def test_large_linear_layers_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.Mo
     layer.register_forward_hook(lambda *_: expected + 1)
     assert torch.equal(linear(layer, x.to(dtype)), expected + 1)
     assert len(used) == 2
+
+
+def test_processors_on_which_onednn_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it raises an error, and PyTorch's own layer does not."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    has_onednn.cache_clear()
+    try:
+        assert not has_onednn(torch.bfloat16) and not has_onednn(torch.float64)
+    finally:
+        has_onednn.cache_clear()
 
 
 def test_rows_of_a_feedforward_network_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
