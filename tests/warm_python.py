@@ -7,7 +7,7 @@ and what it finds in its environment, is as ever. Signals reach the copy and wha
 program ends as the copy ends.
 
 What is about the start of Python itself, or about imports of others, takes `sys.executable`. So
-does one test of each command that is a program.
+does one test of each program that users start.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 COMMAND = """
@@ -22,12 +23,12 @@ print(cfg.MODEL.DEVICE, cfg.MODEL.MASK_ON, cfg.INPUT.RANDOM_FLIP, cfg.is_frozen(
 """
 
 
-def test_command_runs_unchanged(repository: Path, tmp_path: Path, warm_python: str) -> None:
+def test_command_runs_unchanged(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "command.py").write_text(COMMAND)
     (tmp_path / "neighbor.py").write_text("NAME = 'beside it'\n")
     config = repository / "configs" / "nuclei" / "instance" / "maskdino_tiny.yaml"
     launcher = repository / "tools" / "detectron2_tool.py"
-    command = [warm_python, launcher, tmp_path / "command.py", config, "MODEL.DEVICE", "cpu"]
+    command = [sys.executable, launcher, tmp_path / "command.py", config, "MODEL.DEVICE", "cpu"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
