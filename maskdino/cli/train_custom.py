@@ -25,7 +25,7 @@ from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
 from maskdino.system.devices import configured_device
 
-# Options that a plan is made of, and nothing later.
+# Options of model and schedule that a plan is made of, and nothing later.
 PLANNED = ("config_file", "weights", "boxes_only", "epochs", "minutes", "batch_size", "image_size")
 
 
