@@ -143,7 +143,7 @@ def _in_windows(path: Path) -> Reader | None:
             if small or not _is_plain(image, PLAIN_MODES):
                 return None
     except BROKEN:  # Pillow does not know all that rasterio does
-        if is_png:
+        if is_png or not path.is_file():  # `load_image` says what is wrong
             return None
     import rasterio
 

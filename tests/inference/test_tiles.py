@@ -132,6 +132,8 @@ def test_rasterio_reads_windows_where_it_is_installed(
         return pixels[top:bottom, left:right].transpose(2, 0, 1)[[band - 1 for band in bands]]
 
     def opened(path: Path) -> SimpleNamespace:
+        if not path.is_file():
+            raise stand_in.errors.RasterioError("No such file or directory")
         if "broken" in path.name:
             raise stand_in.errors.RasterioError("not a supported file format")
         kinds = {"count": 4, "colorinterp": "rgbx", "dtypes": ("uint8",) * 4}
@@ -158,8 +160,13 @@ def test_rasterio_reads_windows_where_it_is_installed(
     image = TiledImage(tmp_path / "packed.tif")
     np.testing.assert_array_equal(image.part(ROWS, COLUMNS), pixels[ROWS, COLUMNS, :3])
     assert windows == [((3, 40), (5, 90))] and not image.whole
+    (tmp_path / "broken.tif").write_bytes(b"II")
     with pytest.raises(ImageError, match=r"cannot read image .*broken\.tif: not a supported file"):
         TiledImage(tmp_path / "broken.tif")
+    (tmp_path / "folder.tif").mkdir()
+    for name, reason in (("missing.tif", "does not exist"), ("folder.tif", "is a folder")):
+        with pytest.raises(ImageError, match=rf"{name} {reason}"):
+            TiledImage(tmp_path / name)
 
 
 @real_rasterio
