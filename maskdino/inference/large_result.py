@@ -45,7 +45,8 @@ class LargeResult(ImageResult):
         factor = self._factor(LONGEST_DRAWN)
         if factor > 1:
             logger.warning("%s is drawn at 1/%d of its size", self.name, factor)
-        return self.scaled_down(LONGEST_DRAWN).draw(task, **drawing)
+        # Scores are not drawn, and a copy of them may be large.
+        return replace(self, class_scores=None).scaled_down(LONGEST_DRAWN).draw(task, **drawing)
 
     def scaled_down(self, longest: int) -> ImageResult:
         """The result of the image as it is at 1/f of its size, both edges at most `longest` pixels.

@@ -15,6 +15,7 @@ from pycocotools import mask as mask_utils
 
 from maskdino.inference import class_maps, large_result
 from maskdino.inference.class_maps import LargeMap
+from maskdino.inference.large_result import LargeResult
 from maskdino.inference.sliced import predict_sliced
 from maskdino.inference.tiles import TiledImage
 from maskdino.ops.rle import encode_mask
@@ -134,6 +135,18 @@ def test_classes_are_the_largest_sums_of_weighted_scores(monkeypatch: pytest.Mon
         ValueError, match=r"^the scores of 4 classes of 180 x 100 pixels need 0\.0 "
     ):
         predict_sliced(predict, image, **common, class_scores=True)
+
+
+def test_a_drawing_takes_no_copy_of_scores() -> None:
+    scores = np.broadcast_to(np.float16(0), (1000, 100, 180))  # 36 MB, if they were copied
+    maps = {"label_map": np.zeros((100, 180), np.uint8), "class_scores": scores}
+    image = TiledImage(np.zeros((100, 180, 3), np.uint8))
+    result = LargeResult("a", image.size, CATEGORIES, **maps, tiled=image)
+    tracemalloc.start()
+    assert result.draw().shape == (100, 180, 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
 
 
 def test_no_room_for_a_map_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
