@@ -60,7 +60,7 @@ class _Text:
         self._before = np.zeros(2, np.int64)  # the last two counts
 
     def add(self, runs: np.ndarray) -> None:
-        """Takes runs (R, 2) that follow those before, at least one."""
+        """Takes runs (R, 2) that follow those before."""
         edges = np.concatenate([self._open, runs.ravel()])
         first = 1 - len(self._open)  # end of a run
         going_on = np.flatnonzero(edges[first:-1:2] == edges[first + 1 :: 2]) * 2 + first
