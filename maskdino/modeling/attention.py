@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maskdino.modeling.layers import linear, linear_relu, product, rounded
-from maskdino.ops.constants import is_traced
+from maskdino.modeling.layers import linear, linear_relu, product, rounded, unseen
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
 from maskdino.structures import SpatialShapes
 
@@ -202,7 +201,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) to (..., C)."""
         rows = x.flatten(0, -2)
-        if x.device.type == "cpu" and not (torch.is_grad_enabled() or is_traced()):
+        if x.device.type == "cpu" and unseen(self.linear1) and unseen(self.linear2):
             # Hidden numbers of a few rows stay in the cache.
             parts = [self._of_rows(part) for part in rows.split(ROWS_AT_ONCE)]
             return torch.cat(parts).unflatten(0, x.shape[:-1])

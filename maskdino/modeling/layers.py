@@ -33,12 +33,12 @@ def rounded(
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """A linear layer, (..., in) to (..., out): see `product`."""
-    return product(x, layer.weight, layer.bias) if _unseen(layer) else layer(x)
+    return product(x, layer.weight, layer.bias) if unseen(layer) else layer(x)
 
 
 def linear_relu(layer: nn.Module, x: Tensor) -> Tensor:
     """ReLU of a linear layer, (..., in) to (..., out): on a GPU one launch in inference."""
-    if not _unseen(layer):
+    if not unseen(layer):
         return _relu(layer(x), x)
     if not x.is_cuda or is_converted(layer.weight):
         return product(x, layer.weight, layer.bias, relu=True)
@@ -57,6 +57,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> T
         x.device.type == "cpu"
         and not (torch.is_grad_enabled() or is_traced() or is_converted(weight))
         and x.shape[:-1].numel() * weight.numel() >= WORTH_ONEDNN  # no number where it is traced
+        and type(weight) in (Tensor, nn.Parameter)  # others, as quantized ones, know `F.linear`
         and has_onednn(weight.dtype)
     ):
         kind = "relu" if relu else "none"
@@ -72,7 +73,7 @@ def _relu(made: Tensor, x: Tensor) -> Tensor:
     return F.relu(made, inplace=x.dim() == 2)
 
 
-def _unseen(layer: nn.Module) -> TypeGuard[nn.Linear]:
+def unseen(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer need not be called: gradients, tracers and hooks see it by itself."""
     return (
         type(layer) is nn.Linear

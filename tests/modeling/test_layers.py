@@ -109,6 +109,10 @@ def test_hooks_of_a_layer_whose_relu_is_within(
     torch.testing.assert_close(found, (x @ layer.weight.T + layer.bias).clamp(min=0))
 
 
+class Quantized(torch.Tensor):
+    """Weights of a type of their own."""
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_linear_layers_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +138,9 @@ def test_large_linear_layers_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.Mo
         assert linear(layer, x.to(dtype)).requires_grad
     layer.register_forward_hook(lambda *_: expected + 1)
     assert torch.equal(linear(layer, x.to(dtype)), expected + 1)
+    quantized = torch.nn.Linear(5, 7).to(dtype)
+    quantized.weight = torch.nn.Parameter(quantized.weight.detach().as_subclass(Quantized))
+    assert linear(quantized, x.to(dtype)).shape == (2, 3, 7)
     assert len(used) == 2
 
 
@@ -157,6 +164,10 @@ def test_rows_of_a_feedforward_network_are_independent(monkeypatch: pytest.Monke
     with torch.no_grad():
         torch.testing.assert_close(network(x), expected)
         assert network(x[:, :0]).shape == (2, 0, 4)
+        rows: list[int] = []
+        network.linear1.register_forward_hook(lambda *args: rows.append(len(args[2])))
+        torch.testing.assert_close(network(x), expected)
+    assert rows == [10]  # who looks on sees all of them
 
 
 def test_mlp() -> None:
