@@ -120,11 +120,15 @@ def test_no_output_needs_a_grid_sampler(outputs: str) -> None:
 
 
 def nuclei_model(task: str) -> MaskDINO:
-    """One layer of each kind of a task's model, random weights with spread scores."""
+    """One layer and level of each kind of a task's model, random weights with spread scores."""
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
     overrides += ["MODEL.BACKBONE.NAME", "build_strided_convolutions"]
     for part in ("ENCODER", "DECODER"):
         overrides += [f"MODEL.MASK_DINO.{part}.NUM_LAYERS", "1"]
+    # A program has a hundred operations for each level: the backbone's, and one made of it.
+    levels = {"IN_FEATURES": "['res3']", "NUM_LEVELS": "2"}
+    for key, value in levels.items():
+        overrides += [f"MODEL.MASK_DINO.ENCODER.{key}", value]
     cfg = load_config(f"configs/nuclei/{task}/maskdino_tiny.yaml", overrides)
     torch.manual_seed(0)
     model = MaskDINO(cfg).eval()
