@@ -13,6 +13,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from maskdino.backbones import build_backbone
+from maskdino.backbones.recompute import recompute_first_stages
 from maskdino.categories import Categories
 from maskdino.config import complete_config
 from maskdino.integration.registration import offer_to
@@ -30,6 +31,7 @@ from maskdino.modeling.half_weights import half_weights
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.prepared import Prepared
 from maskdino.modeling.query_selection import build_query_selection
+from maskdino.ops.recompute import set_recompute
 from maskdino.postprocess import Frame, InferenceOptions, postprocess
 from maskdino.structures import Memory, Outputs, Predictions, Targets, send
 from maskdino.system.precision import check_precision, network_precision
@@ -67,6 +69,7 @@ class MaskDINO(nn.Module):
         size_divisibility: int,
         pixel_mean: list[float],
         pixel_std: list[float],
+        recompute: str = "none",
     ) -> None:
         """Joins the parts; `from_config` makes them.
 
@@ -87,6 +90,8 @@ class MaskDINO(nn.Module):
             size_divisibility: batches are padded to a multiple of this, in pixels.
             pixel_mean: (channels,) subtracted from the pixels of images.
             pixel_std: (channels,) by which the difference is divided.
+            recompute: what the backward pass computes again instead of keeping it
+                (`maskdino.ops.recompute`).
         """
         super().__init__()
         self.backbone, self.encoder, self.pixel_embedding = backbone, encoder, pixel_embedding
@@ -101,6 +106,8 @@ class MaskDINO(nn.Module):
         self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
         self._graphs, self._prepared = CudaGraphs(), Prepared()
         self._freeze_heads_without_loss()
+        set_recompute(self, recompute)
+        recompute_first_stages(backbone, recompute)
 
     def _freeze_heads_without_loss(self) -> None:
         """Freezes heads whose losses all have weight 0; what they compute is still used.
@@ -146,6 +153,7 @@ class MaskDINO(nn.Module):
             "size_divisibility": node.SIZE_DIVISIBILITY,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "recompute": node.RECOMPUTE,
         }
 
     @property

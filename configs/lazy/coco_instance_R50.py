@@ -58,8 +58,6 @@ model = L(MaskDINO)(
         in_features=["res3", "res4", "res5"],
         num_layers=6,
         sizes=sizes,
-        activation_checkpoint=False,
-        recompute_feedforward=False,
     ),
     pixel_embedding=L(PixelEmbedding)(input_shape=shapes, in_feature="res2", hidden_dim=width),
     heads=L(PredictionHeads)(hidden_dim=width, num_classes=80, no_object=False, mask_on=True),

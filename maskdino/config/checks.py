@@ -86,6 +86,7 @@ RULES: dict[str, Allowed] = {
     f"{_MODEL}LOSS.NUM_POINTS": COUNT,
     f"{_MODEL}LOSS.OVERSAMPLE_RATIO": at_least(1),
     f"{_MODEL}LOSS.IMPORTANCE_RATIO": SHARE,
+    f"{_MODEL}RECOMPUTE": one_of("none", "cheap", "all"),
     f"{_MODEL}TEST.DECODER_LAYER": at_least(-1),
     f"{_MODEL}TEST.SCORE_THRESHOLD": SHARE,
     f"{_MODEL}TEST.MASK_LIMIT": Allowed("0, or at least 1", lambda value: value == 0 or value >= 1),

@@ -4,6 +4,13 @@ from detectron2.config import CfgNode
 
 from maskdino.integration.registration import register_postponed
 
+# Keys of 0.2.0, and the value of MODEL.MASK_DINO.RECOMPUTE where one was on.
+RECOMPUTE_BEFORE = {
+    "MODEL.MASK_DINO.ENCODER.ACTIVATION_CHECKPOINT": "all",
+    "MODEL.MASK_DINO.ENCODER.RECOMPUTE_FEEDFORWARD": "all",
+    "MODEL.MASK_DINO.RECOMPUTE_ATTENTION": "cheap",
+}
+
 
 def add_maskdino_config(cfg: CfgNode) -> None:
     """Adds Mask DINO's keys, with the paper's values, to a detectron2 configuration (in place).
@@ -37,9 +44,11 @@ def _add_model(cfg: CfgNode) -> None:
     # Whether there is a mask branch (section 3.4). False gives a pure detector (DINO with this
     # code).
     model.MASK_ON = True
-    # Recompute in the backward pass what deformable attention, of encoder and decoder, reads and
-    # gives: less memory, for little time.
-    model.RECOMPUTE_ATTENTION = False
+    # What a training step computes again in the backward pass instead of keeping it: "none";
+    # "cheap", what takes few products; or "all", feed-forward networks of the encoder too.
+    model.RECOMPUTE = "none"
+    for key in RECOMPUTE_BEFORE:
+        cfg.register_deprecated_key(key)
 
     # Multi-scale deformable encoder.
     encoder = model.ENCODER = CfgNode()
@@ -50,10 +59,6 @@ def _add_model(cfg: CfgNode) -> None:
     encoder.NUM_HEADS = 8
     encoder.NUM_POINTS = 4  # sampling points per head and level
     encoder.FEEDFORWARD_DIM = 2048
-    # Recompute each layer in the backward pass: less memory, more time.
-    encoder.ACTIVATION_CHECKPOINT = False
-    # Recompute the hidden numbers of feed-forward networks alone: less of it, for little time.
-    encoder.RECOMPUTE_FEEDFORWARD = False
 
     # Pixel embedding map (section 3.4, equation 1).
     pixel_embedding = model.PIXEL_EMBEDDING = CfgNode()

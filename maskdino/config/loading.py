@@ -4,6 +4,7 @@ Nothing in a file is executed.
 """
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,10 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from maskdino.config.defaults import add_maskdino_config
+from maskdino.config.defaults import RECOMPUTE_BEFORE, add_maskdino_config
 from maskdino.integration.extensions import extend_config, read_header
+
+logger = logging.getLogger(__name__)
 
 _CONVERT = (
     "`maskdino convert released --config FILE --output FOLDER` (tools/convert_released.py) "
@@ -45,9 +48,11 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     cfg = get_cfg()
     add_maskdino_config(cfg)
     extend_config(cfg)
-    known, whole = flatten(cfg), cfg.clone()
+    known, whole = flatten(cfg) | RECOMPUTE_BEFORE, cfg.clone()
+    given = dict(zip(overrides[::2], overrides[1::2], strict=False))
     if config_file:
         loaded = read_file(config_file)
+        given = flatten(loaded) | given
         names = [name for name in flatten(loaded) if not name.startswith(_OPEN_NODES)]
         _check_keys(names, known, f"in {config_file}", read_header(config_file) or _OWN_KEYS)
         try:
@@ -64,7 +69,17 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     _check_keys(names, known, "on the command line")
     _make_open_keys(cfg, overrides[::2])
     merge_overrides(cfg, overrides)
+    _heed_old_keys(cfg, given)
     return cfg
+
+
+def _heed_old_keys(cfg: CfgNode, given: Mapping[str, Any]) -> None:
+    """Sets MODEL.MASK_DINO.RECOMPUTE where keys that it replaces are on, and it is not given."""
+    for key, value in RECOMPUTE_BEFORE.items():
+        if str(given.get(key)) == "True" and "MODEL.MASK_DINO.RECOMPUTE" not in given:
+            logger.warning("%s is read as MODEL.MASK_DINO.RECOMPUTE %s", key, value)
+            cfg.MODEL.MASK_DINO.RECOMPUTE = value
+            return
 
 
 def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskdino.losses.functional import (
     focal_loss,
@@ -32,6 +32,7 @@ from maskdino.ops.points import (
     mask_logits_at_points,
     sample_packed_masks,
 )
+from maskdino.ops.recompute import Recomputing, recomputed
 from maskdino.structures import (
     DenoisedOutputs,
     Matches,
@@ -56,7 +57,7 @@ MASK_LOSSES: dict[str, PairLoss] = {  # logits (M, P) and labels in [0, 1] at po
 INITIAL, PROPOSAL, DENOISING = "_initial", "_proposal", "_denoising"  # parts of losses' names
 
 
-class Criterion(nn.Module):
+class Criterion(Recomputing):
     """Weighted losses of all outputs.
 
     The result names a loss `<term><output>`: terms are loss_class, loss_l1, loss_giou,
@@ -294,18 +295,27 @@ class Criterion(nn.Module):
         """Mask losses at points (`ops.points` makes the masks of an image a few at a time)."""
         embeddings, pixel_embedding = of_mask_branch(predictions.mask_embeddings, pixel_embedding)
         matched = embeddings[matches.output, matches.image, matches.query]  # (M, C), image by image
-        all_logits, all_labels = [], []
-        for of_image, pixels, target in zip(
-            matched.split(matches.pairs_per_image),
-            pixel_embedding,
-            matches.target.split(matches.pairs_per_image),
-            strict=True,
-        ):
-            logits, points = mask_logits_at_points(of_image, pixels, self.points.sample_uncertain)
-            all_logits.append(logits)
-            all_labels.append(sample_packed_masks(targets.masks, target, points))
+        sampled = [
+            mask_logits_at_points(of_image, pixels, self.points.sample_uncertain)
+            for of_image, pixels in zip(
+                matched.split(matches.pairs_per_image), pixel_embedding, strict=True
+            )
+        ]
+        again = self.recomputes("cheap", "all")
+        return recomputed(self._at_points, sampled, targets, matches, when=again)
+
+    def _at_points(
+        self, sampled: list[tuple[Tensor, Tensor]], targets: Targets, matches: Matches
+    ) -> dict[str, Tensor]:
+        """Mask losses of the logits and points of each image."""
+        of_images = matches.target.split(matches.pairs_per_image)
+        labels = [
+            sample_packed_masks(targets.masks, target, points)
+            for (_, points), target in zip(sampled, of_images, strict=True)
+        ]
+        logits = joined([of_image for of_image, _ in sampled])
         counts = targets.has_mask[matches.target]
-        return self._of_pairs(MASK_LOSSES, joined(all_logits), joined(all_labels), counts)
+        return self._of_pairs(MASK_LOSSES, logits, joined(labels), counts)
 
 
 def denoising_matches(denoised: DenoisedOutputs, targets: Targets) -> Matches:

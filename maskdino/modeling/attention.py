@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from maskdino.modeling.layers import linear, linear_relu, product, rounded, unseen
 from maskdino.ops.ms_deform_attn import ms_deform_attn_fused
@@ -37,14 +36,6 @@ class LayerSizes:
                 f"HIDDEN_DIM {self.hidden_dim} must be a multiple of the {self.num_heads} "
                 "attention heads"
             )
-
-
-def recomputed(function: Callable[..., Tensor], *args: object) -> Tensor:
-    """Calls a function without random numbers; the backward pass calls it again.
-
-    It keeps the arguments alone, and is called again as far as its last tensor that is needed.
-    """
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class SelfAttention(nn.Module):

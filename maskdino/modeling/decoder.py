@@ -18,10 +18,10 @@ from maskdino.modeling.attention import (
     MultiScaleDeformableAttention,
     SelfAttention,
     attention_bias,
-    recomputed,
 )
 from maskdino.modeling.layers import MLP, add_norm, box_sine_embedding, refine_boxes
 from maskdino.ops.boxes import bounded_logits
+from maskdino.ops.recompute import Recomputing, recomputed
 from maskdino.structures import Memory, Queries
 
 if TYPE_CHECKING:
@@ -42,12 +42,11 @@ class DecoderState:
     boxes: Tensor
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Recomputing):
     """Self-attention, deformable cross-attention, feed-forward; each with sum and LayerNorm."""
 
-    def __init__(self, sizes: LayerSizes, *, recompute_attention: bool = False) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.recompute_attention = recompute_attention
         self.self_attn = SelfAttention(sizes)
         self.self_norm = nn.LayerNorm(sizes.hidden_dim)
         self.cross_attn = MultiScaleDeformableAttention(sizes)
@@ -67,8 +66,7 @@ class DecoderLayer(nn.Module):
         seen = self.self_attn(content, position, mask)
         content, queries = add_norm(self.self_norm, content, seen, position, read=True)
         args = queries, memory.tokens, memory.spatial_shapes, anchors
-        again = self.recompute_attention and self.training
-        read = recomputed(self.cross_attn, *args) if again else self.cross_attn(*args)
+        read = recomputed(self.cross_attn, *args, when=self.recomputes("cheap", "all"))
         content, read = add_norm(self.cross_norm, content, read, read=True)
         return add_norm(self.ffn_norm, content, self.ffn(read), read=False)[0]
 
@@ -77,15 +75,12 @@ class Decoder(nn.Module):
     """Refines queries layer by layer."""
 
     @configurable
-    def __init__(
-        self, *, num_layers: int, sizes: LayerSizes, recompute_attention: bool = False
-    ) -> None:
+    def __init__(self, *, num_layers: int, sizes: LayerSizes) -> None:
         """Makes the layers.
 
         Args:
             num_layers: number of layers.
             sizes: of each layer; it looks at the `num_levels` finest levels of the memory.
-            recompute_attention: the backward pass makes each layer's values of the memory again.
         """
         super().__init__()
         hidden_dim, self.num_levels = sizes.hidden_dim, sizes.num_levels
@@ -93,9 +88,7 @@ class Decoder(nn.Module):
         self.position_head = MLP(
             input_dim=2 * hidden_dim, hidden_dim=hidden_dim, output_dim=hidden_dim, num_layers=2
         )
-        self.layers = nn.ModuleList(
-            DecoderLayer(sizes, recompute_attention=recompute_attention) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(sizes) for _ in range(num_layers))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -117,11 +110,7 @@ class Decoder(nn.Module):
             num_points=node.NUM_POINTS,
             feedforward_dim=node.FEEDFORWARD_DIM,
         )
-        return {
-            "num_layers": node.NUM_LAYERS,
-            "sizes": sizes,
-            "recompute_attention": cfg.MODEL.MASK_DINO.RECOMPUTE_ATTENTION,
-        }
+        return {"num_layers": node.NUM_LAYERS, "sizes": sizes}
 
     def forward(
         self,

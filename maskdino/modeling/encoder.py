@@ -10,33 +10,20 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from maskdino.modeling.attention import (
-    FeedForward,
-    LayerSizes,
-    MultiScaleDeformableAttention,
-    recomputed,
-)
+from maskdino.modeling.attention import FeedForward, LayerSizes, MultiScaleDeformableAttention
 from maskdino.modeling.layers import add_norm, map_sine_embedding, rounded
+from maskdino.ops.recompute import Recomputing, recomputed
 from maskdino.structures import Memory, SpatialShapes
 
 NORM_GROUPS = 32  # of the group norms after projections
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Recomputing):
     """Deformable self-attention and feed-forward network, each with residual sum and LayerNorm."""
 
-    def __init__(
-        self,
-        sizes: LayerSizes,
-        *,
-        recompute_attention: bool = False,
-        recompute_feedforward: bool = False,
-    ) -> None:
+    def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
-        self.recompute_attention = recompute_attention
-        self.recompute_feedforward = recompute_feedforward
         self.self_attn = MultiScaleDeformableAttention(sizes)
         self.norm1 = nn.LayerNorm(sizes.hidden_dim)
         self.ffn = FeedForward(sizes)
@@ -45,20 +32,23 @@ class EncoderLayer(nn.Module):
     def forward(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
         """Tokens (B, S, C) and their position (S, C) to tokens (B, S, C)."""
         args = tokens, position, spatial_shapes
-        again = self.recompute_attention and self.training
-        seen = recomputed(self._attend, *args) if again else self._attend(*args)
-        if self.recompute_feedforward and self.training:
-            return self.norm2(recomputed(self._feed, tokens + seen))
-        tokens, read = add_norm(self.norm1, tokens, seen, read=True)
-        return add_norm(self.norm2, tokens, self.ffn(read), read=False)[0]
+        tokens, update = recomputed(self._update, *args, when=self.recomputes("all"))
+        return add_norm(self.norm2, tokens, update, read=False)[0]
 
-    def _attend(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
+    def _update(
+        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens after attention, and what the feed-forward network adds to them."""
+        args = tokens, position, spatial_shapes
+        tokens, read = recomputed(self._attend, *args, when=self.recomputes("cheap"))
+        return tokens, self.ffn(read)
+
+    def _attend(
+        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes
+    ) -> tuple[Tensor, Tensor]:
         queries = rounded(torch.add, tokens, position, to=self.self_attn.dtype)
-        return self.self_attn(queries, tokens, spatial_shapes, None)
-
-    def _feed(self, tokens: Tensor) -> Tensor:
-        tokens = self.norm1(tokens)
-        return tokens + self.ffn(tokens)
+        seen = self.self_attn(queries, tokens, spatial_shapes, None)
+        return add_norm(self.norm1, tokens, seen, read=True)
 
 
 class MultiScaleDeformableEncoder(nn.Module):
@@ -72,9 +62,6 @@ class MultiScaleDeformableEncoder(nn.Module):
         in_features: list[str],
         num_layers: int,
         sizes: LayerSizes,
-        activation_checkpoint: bool,
-        recompute_feedforward: bool,
-        recompute_attention: bool = False,
     ) -> None:
         """Makes projections and layers.
 
@@ -83,11 +70,6 @@ class MultiScaleDeformableEncoder(nn.Module):
             in_features: those that enter, finest first.
             num_layers: number of layers.
             sizes: of each layer; levels beyond `in_features` are made by convolutions of stride 2.
-            activation_checkpoint: recompute each layer in the backward pass: less memory, more
-                time.
-            recompute_feedforward: recompute the hidden numbers of feed-forward networks alone: a
-                good part of this memory for little time.
-            recompute_attention: recompute what deformable attention reads and gives, likewise.
 
         Raises:
             KeyError: if the backbone lacks one of `in_features`.
@@ -97,7 +79,6 @@ class MultiScaleDeformableEncoder(nn.Module):
         hidden_dim, num_levels = sizes.hidden_dim, sizes.num_levels
         _check_levels(in_features, num_levels, input_shape)
         self.in_features = list(in_features)
-        self.activation_checkpoint = activation_checkpoint
         channels = [input_shape[name].channels for name in in_features]
         projections = [nn.Conv2d(width, hidden_dim, 1) for width in channels]
         width = channels[-1]
@@ -113,14 +94,7 @@ class MultiScaleDeformableEncoder(nn.Module):
         )
         self.num_heads = sizes.num_heads
         self.level_embed = nn.Parameter(torch.randn(num_levels, hidden_dim))
-        self.layers = nn.ModuleList(
-            EncoderLayer(
-                sizes,
-                recompute_attention=recompute_attention,
-                recompute_feedforward=recompute_feedforward,
-            )
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(EncoderLayer(sizes) for _ in range(num_layers))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -137,9 +111,6 @@ class MultiScaleDeformableEncoder(nn.Module):
                 num_points=node.NUM_POINTS,
                 feedforward_dim=node.FEEDFORWARD_DIM,
             ),
-            "activation_checkpoint": node.ACTIVATION_CHECKPOINT,
-            "recompute_feedforward": node.RECOMPUTE_FEEDFORWARD,
-            "recompute_attention": cfg.MODEL.MASK_DINO.RECOMPUTE_ATTENTION,
         }
 
     def forward(self, features: dict[str, Tensor]) -> Memory:
@@ -154,10 +125,7 @@ class MultiScaleDeformableEncoder(nn.Module):
         cells = map_sine_embedding(spatial_shapes, tokens.shape[2], tokens.device)
         position = cells + torch.cat(of_level)
         for layer in self.layers:
-            if self.activation_checkpoint and self.training:
-                tokens = checkpoint(layer, tokens, position, spatial_shapes, use_reentrant=False)
-            else:
-                tokens = layer(tokens, position, spatial_shapes)
+            tokens = layer(tokens, position, spatial_shapes)
         return Memory(tokens, spatial_shapes)
 
     def _levels(self, features: dict[str, Tensor]) -> list[Tensor]:
@@ -173,7 +141,7 @@ class MultiScaleDeformableEncoder(nn.Module):
         return levels
 
 
-class PixelEmbedding(nn.Module):
+class PixelEmbedding(Recomputing):
     """The pixel embedding map of the segmentation branch (section 3.4, equation 1).
 
     The backbone's finest feature, projected (T), plus the resized finest map of the encoder (F),
@@ -222,13 +190,20 @@ class PixelEmbedding(nn.Module):
 
     def forward(self, features: dict[str, Tensor], memory: Memory) -> Tensor:
         """Backbone features and memory to (B, C, H, W), at 1/4 of the canvas as `in_feature` is."""
-        lateral = self.lateral_norm(self.lateral(features[self.in_feature]))
+        again = self.recomputes("cheap", "all")
+        fused = recomputed(self._fuse, features[self.in_feature], memory, when=again)
+        return recomputed(self._embed, fused, when=again)
+
+    def _fuse(self, feature: Tensor, memory: Memory) -> Tensor:
+        lateral = self.lateral_norm(self.lateral(feature))
         height, width = memory.spatial_shapes[0]
         finest = memory.tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
         finest = F.interpolate(finest, size=lateral.shape[2:], mode="bilinear", align_corners=False)
         both = rounded(torch.add, lateral, finest, to=self.output.weight.dtype)
-        fused = F.relu(self.output_norm(self.output(both)))
-        return self.mask_features(fused)
+        return self.output(both)
+
+    def _embed(self, fused: Tensor) -> Tensor:
+        return self.mask_features(F.relu(self.output_norm(fused)))
 
 
 def _check_levels(

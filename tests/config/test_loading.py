@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
+import pytest
 from detectron2.config import CfgNode
 
 from maskdino.config import load_config
@@ -14,3 +18,33 @@ def test_keys_that_a_configuration_lacks_have_their_usual_values() -> None:
     completed = complete_config(CfgNode({"MODEL": {"DEVICE": "cpu"}}))
     assert completed.MODEL.DEVICE == "cpu"
     assert completed.MODEL.MASK_DINO == whole.MODEL.MASK_DINO
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("ENCODER: {ACTIVATION_CHECKPOINT: False, RECOMPUTE_FEEDFORWARD: False}", "none"),
+        ("ENCODER: {ACTIVATION_CHECKPOINT: True}", "all"),
+        ("RECOMPUTE_ATTENTION: True", "cheap"),
+        ("RECOMPUTE_ATTENTION: True, ENCODER: {RECOMPUTE_FEEDFORWARD: True}", "all"),
+        ("RECOMPUTE: cheap, ENCODER: {ACTIVATION_CHECKPOINT: True}", "cheap"),
+    ],
+)
+@pytest.mark.parametrize("version", ["VERSION: 2\n", ""])
+def test_keys_that_recompute_replaces(
+    given: str, expected: str, version: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each run and each published model has written them, on or off."""
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{version}MODEL: {{MASK_DINO: {{{given}}}}}\n")
+    with caplog.at_level(logging.WARNING, "maskdino"):
+        recompute = load_config(str(file)).MODEL.MASK_DINO.RECOMPUTE
+    assert recompute == expected
+    said = [record.getMessage() for record in caplog.records if "is read as" in record.message]
+    assert len(said) == (expected != "none" and "RECOMPUTE:" not in given)
+
+
+def test_old_keys_on_the_command_line() -> None:
+    old = "MODEL.MASK_DINO.ENCODER.ACTIVATION_CHECKPOINT"
+    assert load_config(None, [old, "True"]).MODEL.MASK_DINO.RECOMPUTE == "all"
+    assert load_config(None, [old, "False"]).MODEL.MASK_DINO.RECOMPUTE == "none"

@@ -70,7 +70,7 @@ def assert_equal(
 @pytest.mark.slow
 @pytest.mark.parametrize("residual", [False, True])
 def test_losses_and_gradients(residual: bool) -> None:
-    overrides = {"residual": residual, "ENCODER__ACTIVATION_CHECKPOINT": not residual}
+    overrides = {"residual": residual, "RECOMPUTE": "none" if residual else "all"}
     compiled = model(**overrides)
     assert compile_layers(compiled, EAGERLY)
     for objects in ((3, 2), (5, 1), (0, 0)):

@@ -82,7 +82,7 @@ def test_losses_and_gradients_equal_the_cpu(
 
 def test_layers_computed_twice_have_the_same_gradients(device: torch.device) -> None:
     model, batch = start_of_training("instance"), make_batch("instance")
-    twice = start_of_training("instance", ENCODER__ACTIVATION_CHECKPOINT=True)
+    twice = start_of_training("instance", RECOMPUTE="all")
     found = losses_and_gradients(twice.to(device), batch)
     assert_same_step(found, losses_and_gradients(model, batch))
 

@@ -139,27 +139,3 @@ def test_heads_start_at_the_prior_and_leave_anchors() -> None:
     assert (
         PredictionHeads(tiny_cfg(LOSS__CLASSIFICATION="cross_entropy")).class_head.out_features == 6
     )
-
-
-def test_recomputing_attention_changes_nothing_but_memory(
-    parts: tuple[Decoder, PredictionHeads, Queries, Memory],
-) -> None:
-    plain, heads, queries, memory = parts
-    saving = Decoder(tiny_cfg(DECODER__NUM_LAYERS=LAYERS, RECOMPUTE_ATTENTION=True))
-    saving.load_state_dict(plain.state_dict())
-    tokens = memory.tokens.requires_grad_()
-    kept: list[list[tuple[int, ...]]] = []
-    gradients = []
-    for decoder in (plain, saving):
-        kept.append([])
-
-        def keep(x: torch.Tensor) -> torch.Tensor:
-            kept[-1].append(tuple(x.shape))
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = decoder(queries, memory, heads)[-1].boxes.square().sum()
-        gradients.append(torch.autograd.grad(loss, [tokens, *decoder.parameters()]))
-    torch.testing.assert_close(gradients[0], gradients[1])
-    values = (2, 29, plain.layers[0].cross_attn.num_heads, CHANNELS // 8)
-    assert [shapes.count(values) for shapes in kept] == [LAYERS, 0]

@@ -47,32 +47,6 @@ def test_images_of_a_batch_do_not_mix() -> None:
         torch.testing.assert_close(both[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["ENCODER__ACTIVATION_CHECKPOINT", "ENCODER__RECOMPUTE_FEEDFORWARD", "RECOMPUTE_ATTENTION"],
-)
-def test_recomputing_changes_nothing_but_memory(key: str) -> None:
-    plain = MultiScaleDeformableEncoder(tiny_cfg(ENCODER__NUM_LAYERS=2), SHAPE)
-    cfg = tiny_cfg(ENCODER__NUM_LAYERS=2, **{key: True})
-    saving = MultiScaleDeformableEncoder(cfg, SHAPE)
-    saving.load_state_dict(plain.state_dict())
-    inputs = features(64, 64)
-    gradients, kept = [], []
-    for encoder in (plain, saving):
-        kept.append(0)
-
-        def keep(x: torch.Tensor) -> torch.Tensor:
-            kept[-1] += x.numel()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            loss = encoder(inputs).tokens.square().mean()
-        loss.backward()
-        gradients.append([p.grad for p in encoder.parameters()])
-    torch.testing.assert_close(gradients[0], gradients[1])
-    assert kept[1] < kept[0]
-
-
 def test_pixel_embedding_adds_the_resized_finest_level() -> None:
     cfg = tiny_cfg(ENCODER__NUM_LAYERS=0)
     encoder, branch = MultiScaleDeformableEncoder(cfg, SHAPE), PixelEmbedding(cfg, SHAPE)

@@ -18,7 +18,7 @@ SIZES = ((64, 64), (48, 80))
 def step(monkeypatch: pytest.MonkeyPatch, *, converted: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a step in bfloat16."""
     torch.manual_seed(1)
-    model = tiny_model(ENCODER__ACTIVATION_CHECKPOINT=True).train()
+    model = tiny_model(RECOMPUTE="all").train()
     model.backbone.stem.requires_grad_(False)
     own = dict(model.named_parameters())
     torch.manual_seed(2)

@@ -17,17 +17,11 @@ from benchmarks.report import Report, load_peer
 from benchmarks.timing import MEBIBYTE, median_milliseconds, peak_mebibytes
 from maskdino.engine.compiled import compile_layers
 from maskdino.model import MaskDINO
+from maskdino.ops.recompute import LEVELS
 
 NAME = "train"
 HELP = "a training step: batch, objects, precision, compiled layers, memory"
-NODE = "MODEL.MASK_DINO."
-FEEDFORWARD = [NODE + "ENCODER.RECOMPUTE_FEEDFORWARD", "True"]
-FORMS = {  # keys by the form's name
-    "as configured": [],
-    "feed-forward recomputed": FEEDFORWARD,
-    "attention too": [*FEEDFORWARD, NODE + "RECOMPUTE_ATTENTION", "True"],
-    "encoder layers recomputed": [NODE + "ENCODER.ACTIVATION_CHECKPOINT", "True"],
-}
+RECOMPUTE = "MODEL.MASK_DINO.RECOMPUTE"
 SEED = 7  # of the points and the noise that a step draws
 
 
@@ -70,10 +64,10 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _models(args: argparse.Namespace) -> dict[str, nn.Module]:
-    def drawn(*keys: str) -> MaskDINO:
-        return drawn_model(args.config_file, args.device, *keys)[1].train()
+    def drawn(level: str = "none") -> MaskDINO:
+        return drawn_model(args.config_file, args.device, RECOMPUTE, level)[1].train()
 
-    models: dict[str, nn.Module] = {name: drawn(*keys) for name, keys in FORMS.items()}
+    models: dict[str, nn.Module] = {f"RECOMPUTE {level}": drawn(level) for level in LEVELS}
     if args.compile and compile_layers(compiled := drawn()):
         models["compiled"] = compiled
     if args.peer:
