@@ -81,7 +81,7 @@ def test_families(repository: Path, tmp_path: Path, family: str, warm_python: st
     if family == "train":
         assert all(float(row["largest difference of a gradient"]) < 1e-4 for row in rows)
         kept = [float(row["kept for backward"].split()[0]) for row in rows]
-        assert kept[0] > kept[1] > kept[2] and kept[0] > kept[3]
+        assert kept[0] > kept[1] > kept[2]
     elif family == "infer":
         of_networks = [
             row["largest relative difference"] for row in rows if "network" in row["stage"]
