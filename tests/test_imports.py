@@ -140,6 +140,7 @@ RULES = (
     Rule(
         "export",
         (
+            "backbones.swin",
             "categories",
             "config",
             "inference",

@@ -95,3 +95,9 @@ def pad_before_shift(model: nn.Module) -> None:
     The counterparts add no state, so parameters and their names stay.
     """
     change_class(model, {SwinTransformerBlock: SwinBlock, SwinTransformerV2Block: SwinV2Block})
+
+
+def largest_window(model: nn.Module) -> int:
+    """The longest side, in cells, of the windows of all Swin blocks; 0: there are none."""
+    blocks = (module for module in model.modules() if isinstance(module, _PadsFirst))
+    return max((max(block.window_size) for block in blocks), default=0)

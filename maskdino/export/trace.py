@@ -21,6 +21,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskdino.backbones.swin import largest_window
 from maskdino.export.gather import gather_attention
 from maskdino.export.half import store_in_half
 from maskdino.export.plugin import plugin_attention, plugin_translation
@@ -224,12 +225,16 @@ def size_unit(model: MaskDINO) -> int:
 
 
 def smallest_size(model: MaskDINO) -> int:
-    """The least side, in pixels, of a program for any size: it has a token for each query."""
+    """The least side, in pixels, of a program for any size.
+
+    It has a token for each query. No level is a single cell, nor a single window of a Swin: the
+    tracer would take one for a constant, and the program then has no more than one.
+    """
     finest = model.backbone.output_shape()[model.encoder.in_features[0]].stride
     queries = getattr(model.query_selection, "num_queries", 1)
     unit = size_unit(model)
-    # Three units, so that no level is a single cell, which the tracer would take for a constant.
-    return unit * max(3, math.ceil(math.sqrt(queries) * finest / unit))
+    windows = largest_window(model) * COARSEST_STRIDE // unit + 1
+    return unit * max(3, windows, math.ceil(math.sqrt(queries) * finest / unit))
 
 
 def trace(network: ExportableNetwork) -> torch.export.ExportedProgram:

@@ -12,8 +12,16 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskdino.backbones.timm_backbone import TimmBackbone
 from maskdino.cli import export
-from maskdino.export.trace import ExportableNetwork, ExportOptions, trace, traces_any_size
+from maskdino.export.trace import (
+    ExportableNetwork,
+    ExportOptions,
+    smallest_size,
+    to_onnx,
+    trace,
+    traces_any_size,
+)
 from maskdino.structures import Predictions
 
 TOKENS: list[str] = []  # how many, as symbols while a program is traced
@@ -58,6 +66,49 @@ def test_sizes_of_maps_are_products_of_units() -> None:
         images = torch.rand(shape)
         expected, _ = model.predict(images)
         torch.testing.assert_close(program.module()(images)["boxes"], expected.boxes)
+
+
+class Windowed(Strided):
+    """The coarsest map alone, of a Swin with blocks there alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.swin = TimmBackbone(
+            name="swin_tiny_patch4_window7_224",
+            in_channels=3,
+            out_features=["res5"],
+            pretrained=False,
+            output_norm=False,
+            batch_norm="BN",
+            drop_path_rate=0.0,
+            activation_checkpoint=False,
+            freeze_at=0,
+            arguments={"embed_dim": 4, "depths": (0, 0, 0, 2), "num_heads": (1, 1, 1, 1)},
+        )
+
+    def predict(self, images: Tensor) -> tuple[Predictions, None]:
+        tokens = self.swin(images)["res5"].flatten(2).transpose(1, 2)
+        return Predictions(tokens, tokens.sigmoid(), None), None
+
+
+@pytest.mark.skipif(not traces_any_size(), reason="this PyTorch traces programs of one size alone")
+@torch.no_grad()
+def test_program_of_a_swin_has_any_number_of_windows() -> None:
+    """Traced where the coarsest map was one window, it had never more, and onnxruntime failed."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason=f"{package} is optional, see requirements.txt")
+    torch.manual_seed(0)
+    model, options = Windowed().eval(), ExportOptions()
+    assert smallest_size(model) == 256  # type: ignore[arg-type]
+    program = trace(ExportableNetwork(model, options))  # type: ignore[arg-type]
+    content = to_onnx(program, options, opset=18, metadata={}).SerializeToString()
+    module, engine = program.module(), export.program_of_onnx(content, options)
+    for shape in ((1, 3, 256, 256), (2, 3, 256, 480), (2, 3, 448, 320)):
+        images = torch.rand(shape)
+        expected = model.predict(images)[0].class_logits
+        for run in (lambda values: module(*values), engine):
+            found = run([images])["class_logits"]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_stages_and_images_are_told(
