@@ -79,10 +79,13 @@ def within_boxes(masks: Tensor, boxes: Tensor, factor: float, frame: Frame) -> T
     return result
 
 
-@pytest.fixture(params=[1, 1 << 25], ids=["one at a time", "all at once"])
+@pytest.fixture(params=["one at a time", "all at once", "without the compiled library"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes masks one by one, or all together."""
-    monkeypatch.setattr(frame_module, "ELEMENTS_AT_ONCE", request.param)
+    """Makes masks one by one, or all together; or as on other devices than a CPU."""
+    at_once = 1 if request.param == "one at a time" else 1 << 25
+    monkeypatch.setattr(frame_module, "ELEMENTS_AT_ONCE", at_once)
+    if request.param == "without the compiled library":
+        monkeypatch.setattr(frame_module, "has_compiled", lambda *_: False)
 
 
 def test_boxes_in_the_output_frame() -> None:
