@@ -10,7 +10,15 @@ from pathlib import Path, PurePosixPath
 
 from maskdino.custom.annotations import Annotations, read_annotations
 from maskdino.custom.formats.collect import Dataset, Part
-from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, split_of
+from maskdino.custom.formats.files import (
+    LABEL,
+    OTHER,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Tree,
+    split_of,
+)
 from maskdino.data import DataError
 from maskdino.data.folders import leaves
 
@@ -60,7 +68,8 @@ def with_images(
     # In the order of preference where as many are found: beside the file first.
     folders = [label.parent, label.parent.parent, tree.root]
     folders += sorted(
-        {path.parent for path in tree.images}, key=lambda f: tree.split(f / "x") != split
+        {path.parent for path in tree.images},
+        key=lambda f: (tree.split(f / "x") != split, tree.role(f / "x") in (LABEL, OTHER), f),
     )
     counts = {}
     for folder in folders:

@@ -27,6 +27,17 @@ _SPLITS = {
     "testing": TEST,
 }
 
+IMAGE, LABEL, OTHER = "image", "label", "other"
+_ROLES = {
+    LABEL: ("label", "labels", "mask", "masks", "annotation", "annotations", "segmentationclass")
+    + ("segmentationclasspng", "segmentation", "segmentations", "seg", "semantic", "semseg", "gt"),
+    IMAGE: ("image", "images", "img", "imgs", "jpegimages", "photos", "rgb", "input", "inputs"),
+    # Beside them, as VOC, CVAT and LabelMe write them.
+    OTHER: ("segmentationobject", "segmentationobjectpng", "segmentationobjectvisualization")
+    + ("segmentationclassvisualization", "visualization", "overlay", "overlays"),
+}
+_ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
+
 
 class Tree:
     """All files below a folder, but hidden ones.
@@ -72,6 +83,17 @@ class Tree:
         if not path.is_relative_to(self.root):
             return None
         return split_of(path.relative_to(self.root).parent)
+
+    def role(self, path: Path) -> str | None:
+        """What the folders between root and file say it is; the nearest to the file counts."""
+        if not path.is_relative_to(self.root):
+            return None
+        for part in reversed(path.parent.relative_to(self.root).parts):
+            words = re.split(r"[^a-z]+", part.lower())
+            roles = {_ROLE_OF[word] for word in words if word in _ROLE_OF}
+            if roles:
+                return next(role for role in (OTHER, LABEL, IMAGE) if role in roles)
+        return None
 
     def relative(self, path: Path) -> str:
         """The name of a file, below the root, as it is told to the user."""

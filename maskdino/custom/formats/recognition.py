@@ -23,7 +23,7 @@ SEMANTIC = (
 )
 # What data teach; formats that are not here have objects of their own.
 TASK_OF = {panoptic.KIND: "panoptic", semantic.KIND: "semantic"}
-COCO_NAMES = ("instances", "_annotations")  # how files of COCO's format begin
+COCO_NAMES = ("instances", "_annotations", "panoptic")  # how files of COCO's formats begin
 # Formats that are known but not read, and what to do instead.
 OTHERS = {
     "via": "VGG Image Annotator's format: export it as COCO",

@@ -18,23 +18,13 @@ from maskdino.custom.annotations import Annotations
 from maskdino.custom.checks import Finding
 from maskdino.custom.formats.class_names import HOW, asked_classes, find_classes
 from maskdino.custom.formats.collect import Dataset, Part, Unreadable
-from maskdino.custom.formats.files import TEST, TRAIN, Tree, image_size
+from maskdino.custom.formats.files import LABEL, OTHER, TEST, TRAIN, Tree, image_size
 from maskdino.custom.formats.voc import listed_splits
 from maskdino.custom.maps import IGNORED, MAP, Encoding, Maps, Problem, in_threads, values_of
 from maskdino.data import DataError
 
 KIND = "label images"
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")  # JPEG changes values
-IMAGE, LABEL, OTHER = "image", "label", "other"
-_ROLES = {
-    LABEL: ("label", "labels", "mask", "masks", "annotation", "annotations", "segmentationclass")
-    + ("segmentationclasspng", "segmentation", "segmentations", "seg", "semantic", "semseg", "gt"),
-    IMAGE: ("image", "images", "img", "imgs", "jpegimages", "photos", "rgb", "input", "inputs"),
-    # Beside them, as VOC, CVAT and LabelMe write them.
-    OTHER: ("segmentationobject", "segmentationobjectpng", "segmentationobjectvisualization")
-    + ("segmentationclassvisualization", "visualization", "overlay", "overlays"),
-}
-_ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
 _LABEL_NAME = re.compile(r"(.+)[_-](masks?|labels?|seg|segmentation|gt|L)")
 
 
@@ -45,19 +35,9 @@ def label_images(tree: Tree) -> list[Path]:
         path
         for path in tree.images
         if path.suffix.lower() in LABEL_SUFFIXES
-        and (role := _role(path, tree)) != OTHER
+        and (role := tree.role(path)) != OTHER
         and (role == LABEL or (path.stem != (plain := _plain(path.stem)) and plain in stems))
     ]
-
-
-def _role(path: Path, tree: Tree) -> str | None:
-    """What the folders between the root and a file say; the nearest to the file counts."""
-    for part in reversed(path.parent.relative_to(tree.root).parts):
-        words = re.split(r"[^a-z]+", part.lower())
-        roles = {_ROLE_OF[word] for word in words if word in _ROLE_OF}
-        if roles:
-            return next(role for role in (OTHER, LABEL, IMAGE) if role in roles)
-    return None
 
 
 def _plain(stem: str) -> str:
@@ -140,7 +120,7 @@ def _check_ignored(parts: dict[str | None, Part], found: Sequence[Path], labels:
 def _pairs(tree: Tree, labels: Tree, found: Sequence[Path]) -> tuple[list[_Pair], list[Unreadable]]:
     """Each image with its label, and labels without an image."""
     taken = set(found)
-    images = [p for p in tree.images if p not in taken and _role(p, tree) != OTHER]
+    images = [p for p in tree.images if p not in taken and tree.role(p) != OTHER]
     listed = listed_splits(labels, "Segmentation")
     if listed:  # the others of Pascal VOC have boxes alone
         images = [path for path in images if path.stem in listed]
