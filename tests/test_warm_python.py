@@ -61,8 +61,10 @@ def test_it_ends_as_its_copy(
     assert said in err and bool(said) == bool(err)
 
 
+# A shell's background jobs, and all that they start, ignore SIGINT: this does not.
 SLEEP = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.fork()
 os.write(1, b"%d\\n" % os.getpid())
 try:
