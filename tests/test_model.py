@@ -270,17 +270,6 @@ def test_training_after_inference_mode() -> None:
     train_once(model, batch)
 
 
-def test_images_enter_training_on_a_cpu_channels_last() -> None:
-    model, batch = tiny_model(), drawn_batch([SIZE, SIZE], [2, 0])
-    entered: list[bool] = []
-    model.backbone.register_forward_pre_hook(
-        lambda _, images: entered.append(images[0].is_contiguous(memory_format=torch.channels_last))
-    )
-    train_once(model, batch)
-    infer(model, batch)
-    assert entered == [True, False]
-
-
 def test_one_step_in_bfloat16() -> None:
     model = tiny_model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
