@@ -254,9 +254,6 @@ class MaskDINO(nn.Module):
         return Predictions(classes, boxes, masks, content), pixel_embedding
 
     def _encode(self, images: Tensor) -> tuple[Memory, Tensor | None]:
-        if torch.is_grad_enabled() and images.device.type == "cpu":
-            # Convolutions and their gradients come with fewer copies.
-            images = images.contiguous(memory_format=torch.channels_last)
         features = self.backbone(images)
         memory = self.encoder(features)
         return memory, None if self.pixel_embedding is None else self.pixel_embedding(
