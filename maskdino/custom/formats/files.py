@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -89,9 +89,7 @@ class Tree:
         if not path.is_relative_to(self.root):
             return None
         for part in reversed(path.parent.relative_to(self.root).parts):
-            words = re.split(r"[^a-z]+", part.lower())
-            roles = {_ROLE_OF[word] for word in words if word in _ROLE_OF}
-            if roles:
+            if roles := _named(part, _ROLE_OF):
                 return next(role for role in (OTHER, LABEL, IMAGE) if role in roles)
         return None
 
@@ -136,11 +134,15 @@ class Tree:
 def split_of(path: Path | PurePosixPath) -> str | None:
     """The split that a path names in one of its parts; the last one counts."""
     for part in reversed(path.parts):
-        words = re.split(r"[^a-z]+", part.lower())
-        named = {_SPLITS[word] for word in words if word in _SPLITS}
+        named = _named(part, _SPLITS)
         if len(named) == 1:
             return named.pop()
     return None
+
+
+def _named(part: str, meanings: Mapping[str, str]) -> set[str]:
+    """What the words of a folder's or a file's name mean."""
+    return {meanings[x] for x in re.split(r"[^a-z]+", part.lower()) if x in meanings}
 
 
 def image_size(path: Path) -> tuple[int, int]:
