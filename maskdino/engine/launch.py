@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +30,8 @@ from maskdino.system.signals import ENDING, INTERRUPTED
 
 TIMEOUT = timedelta(minutes=30)
 PATIENCE = 600  # seconds
+LONGEST = 4000  # characters of a traceback
+USER_ERROR, BUG = 0, -1  # what a process says it ended with, where it is no signal's number
 TORCHRUN = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}  # what it sets, among others
 
 
@@ -87,13 +90,16 @@ def _run_all(config: LaunchConfig, main: Callable[..., object], args: tuple) -> 
     except SignalException as error:
         number = int(error.sigval)
     # Which process ended first is chance: the others may fail when they lose it.
-    said = []
+    said: list[tuple[str, int]] = []
     while not messages.empty():
         said.append(messages.get())
-    if said and not said[0][1]:
+    if said and said[0][1] == USER_ERROR:
         raise UserError(said[0][0])
-    if said:  # a process that others told of their signal says SIGINT, the smallest
-        message, number = max(said, key=lambda words: words[1])
+    if said and said[0][1] == BUG:
+        sys.stderr.write(said[0][0])
+    signals = [words for words in said if words[1] not in (USER_ERROR, BUG)]
+    if signals:  # a process that others told of their signal says SIGINT, the smallest
+        message, number = max(signals, key=lambda words: words[1])
     if number:
         raise Interrupted(message, number)
     if failed is not None:
@@ -192,8 +198,14 @@ def _run_started(main: Callable[..., object], args: tuple, messages: SimpleQueue
         end.daemon = True
         end.start()
     except UserError as error:
-        messages.put((str(error), 0))
+        messages.put((str(error), USER_ERROR))
         sys.exit(1)
+    except Exception:
+        # Before this process is gone and the others fail for it, of which torch may report one. A
+        # pipe that nobody reads yet takes 64 KiB.
+        rank, trace = os.environ["RANK"], traceback.format_exc()[-LONGEST:]
+        messages.put((f"Process {rank} failed:\n{trace}", BUG))
+        raise
 
 
 def _join_others(main: Callable[..., object], args: tuple) -> None:
