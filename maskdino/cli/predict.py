@@ -32,6 +32,7 @@ from maskdino.inference.tiles import TiledImage
 from maskdino.inference.video import VideoError, require_pyav
 from maskdino.inference.video_results import WEAK, VideoLabels
 from maskdino.integration.extensions import add_import_option
+from maskdino.system.allocator import keep_large_blocks
 from maskdino.system.signals import INTERRUPTED
 from maskdino.visualization.images import ImageError
 from maskdino.visualization.results import ImageResult
@@ -124,6 +125,7 @@ def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
         predictor = MaskDINOPredictor.from_config(
             args.config_file, args.weights, opts=args.opts, **common
         )
+    keep_large_blocks(predictor.is_thing.device)
     able = predictor.options.tasks
     if args.coco or args.class_thresholds:
         if "instance" not in able:

@@ -29,6 +29,7 @@ from maskdino.engine.evaluating import as_evaluated
 from maskdino.engine.hooks import peak_memory_mb
 from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.structures import PackedMasks
+from maskdino.system.allocator import keep_large_blocks
 from maskdino.system.precision import mixed_precision_dtype
 
 T = TypeVar("T")
@@ -166,6 +167,7 @@ def _memory(cfg: CfgNode, objects: int) -> Memory:
     model = MaskDINOTrainer.build_model(cfg).train()
     optimizer = MaskDINOTrainer.build_optimizer(cfg, model)
     device = torch.device(cfg.MODEL.DEVICE)
+    keep_large_blocks(device)  # as trainers do, which peaks depend on
     dtype = mixed_precision_dtype(cfg.SOLVER.AMP.ENABLED, device)
     peaks = []
     for number in (1, 1, 2):  # the first one fills caches and makes the optimizer's state

@@ -8,6 +8,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from maskdino.system.allocator import keep_large_blocks
+
 logger = logging.getLogger(__name__)
 
 KEY = "MODEL.DEVICE"
@@ -60,7 +62,8 @@ def settle_device(cfg: CfgNode) -> CfgNode:
     """Settles where a process of a training or an evaluation computes.
 
     A GPU with a number becomes the current one, which whatever names no device uses: streams,
-    events, memory statistics, pinned memory.
+    events, memory statistics, pinned memory. On a CPU large blocks of memory are kept for the next
+    step.
 
     Returns:
         The configuration with the device as it is; the argument stays as it was.
@@ -69,6 +72,7 @@ def settle_device(cfg: CfgNode) -> CfgNode:
         ValueError: there is no such device here, or several processes would share it.
     """
     device = configured_device(cfg.MODEL.DEVICE)
+    keep_large_blocks(device)
     if _is_numbered_gpu(device):
         if comm.get_local_size() > 1:
             _check_not_shared(device, comm.get_local_size())

@@ -1,0 +1,34 @@
+"""Large blocks of memory on a CPU: kept by the process, rather than given back at each release."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+import torch
+
+# What users set who decide themselves how memory is allocated.
+DECISIONS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+NEVER = -1
+
+
+def keep_large_blocks(device: torch.device) -> bool:
+    """Lets glibc keep large blocks that are freed, where a process computes on the CPU.
+
+    By default each tensor of 32 MiB and more is a mapping of its own, and the system fills its pages
+    with zeros, one by one as they are first written, in every step again. Kept, they are those of
+    a tensor that is gone. The process then stays as large as it once was.
+
+    What the user decided by the environment is left alone.
+
+    Returns:
+        Whether this process now keeps its blocks.
+    """
+    decided = any(name.startswith(DECISIONS) for name in os.environ)
+    if device.type != "cpu" or decided or platform.libc_ver()[0] != "glibc":
+        return False
+    allocator = ctypes.CDLL(None)
+    return bool(allocator.mallopt(M_MMAP_MAX, 0) and allocator.mallopt(M_TRIM_THRESHOLD, NEVER))
