@@ -18,9 +18,9 @@ NEVER = -1
 def keep_large_blocks(device: torch.device) -> bool:
     """Lets glibc keep large blocks that are freed, where a process computes on the CPU.
 
-    By default each tensor of 32 MiB and more is a mapping of its own, and the system fills its pages
-    with zeros, one by one as they are first written, in every step again. Kept, they are those of
-    a tensor that is gone. The process then stays as large as it once was.
+    By default each tensor of 32 MiB and more is a mapping of its own, and the system fills its
+    pages with zeros, one by one as they are first written, in every step again. Kept, they are
+    those of a tensor that is gone. The process then stays as large as it once was.
 
     What the user decided by the environment is left alone.
 
