@@ -39,7 +39,7 @@ from maskdino.custom.formats.xml import read_xml
 from maskdino.custom.formats.yolo import read_yaml
 from maskdino.custom.request import Request
 from maskdino.data import DataError, register_coco_folder, register_panoptic_folder
-from maskdino.data.checks import check_datasets
+from maskdino.data.checks import check_datasets, check_known
 from maskdino.data.folders import WITHIN
 from maskdino.data.images import ImageError, load_image
 from maskdino.data.reading import read_json, read_map
@@ -358,6 +358,39 @@ def test_folders_that_yolos_settings_name_may_be_any(tmp_path: Path) -> None:
     data = read_own_data(Request(output=tmp_path, data=tmp_path / "data/data.yaml")).train.data
     assert data.path_of(data.images[0]) == images / "a.png"
     assert not any(finding.fatal for finding in check(data))
+
+
+@pytest.mark.parametrize("file_name", [*GOES_OUT, "good.png"])
+def test_a_record_beside_a_configuration_gives_own_data_alone(
+    file_name: str, folder: Path, tmp_path: Path
+) -> None:
+    """No other dataset changes, nothing beside it is imported, and its images stay in a folder."""
+    run = tmp_path / "run"
+    (run / "data").mkdir(parents=True)
+    (run / "config.yaml").write_text("VERSION: 2\n")
+    (run / "own_data.py").write_text(f"open({str(tmp_path / 'touched')!r}, 'w')")
+    image = {"id": 1, "file_name": file_name.format(outside=tmp_path), "height": 4, "width": 4}
+    classes = [{"id": 1, "name": "a"}]
+    content = {"images": [image], "annotations": [], "categories": classes}
+    (run / "data" / "a.json").write_text(json.dumps(content))
+    entry = {"json_file": "a.json", "image_root": str(folder), "categories": classes}
+    names = ("custom_train", "custom_val", "coco_2017_val", "mine")
+    (run / "data" / "datasets.json").write_text(json.dumps(dict.fromkeys(names, entry)))
+    before = MetadataCatalog.get("coco_2017_val").json_file
+    try:
+        load_config(str(run / "config.yaml"))
+        assert MetadataCatalog.get("coco_2017_val").json_file == before
+        assert "mine" not in DatasetCatalog.list()
+        assert not (tmp_path / "touched").exists()
+        if file_name in GOES_OUT:
+            with pytest.raises(DataError, match="leads out of the image folder"):
+                check_known("custom_val")
+        else:
+            check_known("custom_val")
+    finally:
+        for name in names[:2]:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
 
 
 @pytest.mark.parametrize("file_name", GOES_OUT)

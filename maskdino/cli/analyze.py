@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
+from maskdino.data.checks import check_known
 from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.integration.extensions import add_import_option
 from maskdino.model import MaskDINO
@@ -108,6 +109,7 @@ def _count_one(model: MaskDINO, height: int, width: int) -> dict[str, int]:
 
 def sizes_of_dataset(cfg: CfgNode, name: str) -> Counter[tuple[int, int]]:
     """Returns the sizes of a dataset's images as the evaluation resizes them."""
+    check_known(name, images=False)
     smallest, largest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     return Counter(
         ResizeShortestEdge.get_output_shape(image["height"], image["width"], smallest, largest)

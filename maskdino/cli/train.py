@@ -24,6 +24,7 @@ from detectron2.utils.file_io import PathManager
 
 from maskdino import model_zoo
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
+from maskdino.data.records import copy_record, register_beside
 from maskdino.engine.before_training import check_settings
 from maskdino.engine.evaluating import evaluate_weights
 from maskdino.engine.launch import launch
@@ -74,15 +75,21 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def set_up(cfg: CfgNode) -> CfgNode:
-    """Opens the logs, settles the device, and writes the whole configuration beside the logs."""
+def set_up(cfg: CfgNode, *, is_evaluation: bool = False) -> CfgNode:
+    """Opens the logs, settles the device, and writes the whole configuration beside the logs.
+
+    That of a training stays when the run is evaluated: `evaluation.yaml` is the evaluation's.
+    """
     PathManager.mkdirs(cfg.OUTPUT_DIR)
     open_logs(cfg.OUTPUT_DIR)
     cfg = settle_device(cfg)
     if comm.is_main_process():
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+        if is_evaluation and os.path.exists(path):
+            path = os.path.join(cfg.OUTPUT_DIR, "evaluation.yaml")
         with written_whole(path) as temporary:
             temporary.write_text(config_header() + cfg.dump())
+        copy_record([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], Path(cfg.OUTPUT_DIR))
         logger.info("Command: %s", " ".join(sys.argv))
         logger.info("The whole configuration is in %s", path)
         versions = (detectron2.__version__, torch.__version__, platform.python_version())
@@ -96,8 +103,9 @@ def set_up(cfg: CfgNode) -> CfgNode:
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Trains or evaluates, in one of possibly several processes."""
+    register_beside(model_zoo.find_config(args.config_file))  # several processes know nothing yet
     if args.eval_only:
-        cfg = set_up(cfg)
+        cfg = set_up(cfg, is_evaluation=True)
         evaluate_weights(cfg, resume=args.resume)
     else:
         with locked(cfg.OUTPUT_DIR) if comm.is_main_process() else nullcontext():

@@ -19,7 +19,6 @@ from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.cli.visualize import CONFIDENCE, draw_comparisons
 from maskdino.config import load_config
 from maskdino.custom import TASKS, Request, Run, plan_run, register_prepared, train_run
-from maskdino.custom.prepare import MODULE_NAME
 from maskdino.engine.launch import launch
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
@@ -133,7 +132,6 @@ def finish(run: Run, num_pictures: int) -> None:
         (run.report, "page about the last evaluation: curves, errors, best and worst images"),
         (run.output / "metrics.json", "losses and results over time"),
         (run.output / "data", "annotations as they were trained on, and what was found in them"),
-        (run.output / MODULE_NAME, "with --import, other commands know the data"),
     ):
         if path.exists():
             print(f"{path}: {what}")

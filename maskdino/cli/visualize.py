@@ -26,6 +26,7 @@ from maskdino.categories import Categories
 from maskdino.cli.common import errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.data import build_train_mapper
+from maskdino.data.checks import check_known
 from maskdino.data.mixing import build_mixing
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.predictor import MaskDINOPredictor
@@ -127,6 +128,7 @@ def comparison(truth: ImageResult, predicted: ImageResult, threshold: float) -> 
 def draw_predictions(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
     """Writes one figure for each image; returns the paths."""
     name = args.dataset or cfg.DATASETS.TEST[0]
+    check_known(name)
     predictor = MaskDINOPredictor.from_config(
         args.config_file,
         args.weights,
@@ -158,6 +160,7 @@ def draw_attention(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
     """Writes one figure for each image and query; returns the paths."""
     names, dataset = args.input, None if args.input else cfg.DATASETS.TEST[0]
     if dataset is not None:
+        check_known(dataset)
         records = spread(DatasetCatalog.get(dataset), args.num_images)
         names = [record["file_name"] for record in records]
     predictor = MaskDINOPredictor.from_config(
@@ -184,6 +187,8 @@ def draw_data(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
+    for name in cfg.DATASETS.TRAIN:
+        check_known(name)
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=False)
     categories = Categories.from_config(cfg)
     mapper = build_mixing(cfg, build_train_mapper(cfg), records, torch.ones(len(records)))

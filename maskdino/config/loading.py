@@ -15,6 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from maskdino.config.defaults import RECOMPUTE_BEFORE, add_maskdino_config
 from maskdino.integration.extensions import extend_config, read_header
+from maskdino.integration.registration import tell_configuration
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ _OWN_KEYS = " A module of your own that adds it, in add_config(cfg), is imported
 def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
     """Reads a configuration: detectron2's and our defaults, a YAML file, then single values.
 
-    Nothing in the file is executed.
+    Nothing in the file is executed. The data of a run, which are recorded beside its configuration
+    (`maskdino.data.records`), are registered.
 
     Args:
         config_file: path of a YAML file, which may name a `_BASE_`; None: the defaults alone.
@@ -70,6 +72,8 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     _make_open_keys(cfg, overrides[::2])
     merge_overrides(cfg, overrides)
     _heed_old_keys(cfg, given)
+    if config_file:
+        tell_configuration(config_file)
     return cfg
 
 

@@ -143,7 +143,7 @@ def ordered_categories(data: Annotations) -> list[dict]:
     return sorted(data.categories, key=lambda category: numbers[category["id"]])
 
 
-def write_annotations(data: Annotations, path: Path) -> None:
+def write_annotations(data: Annotations, path: Path) -> list[dict]:
     """Writes annotations that were found in order so that every reader agrees on them.
 
     Image and category ids stay if they are integers, and are numbered from 1 otherwise.
@@ -191,6 +191,7 @@ def write_annotations(data: Annotations, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = _with_segments(content) if data.task == "panoptic" else content
     path.write_text(json.dumps(content), encoding="utf-8")
+    return categories
 
 
 def _with_segments(content: dict[str, Any]) -> dict[str, Any]:

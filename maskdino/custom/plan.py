@@ -14,9 +14,9 @@ from maskdino.custom.annotations import Summary
 from maskdino.custom.measure import Memory, Pace, measure_memory
 from maskdino.custom.request import TASKS, Request
 from maskdino.data import DataError
+from maskdino.data.records import TRAIN_NAME, VALIDATION_NAME
 
 ASSUMED_FREE_MB = 4096  # where the system does not tell
-TRAIN_NAME, VALIDATION_NAME = "custom_train", "custom_val"
 MEMORY_SHARE = 0.8  # of the free memory: images differ in their number of objects
 MIN_SIZE, MAX_SIZE_GPU, MAX_SIZE_CPU = 256, 1024, 512  # pixels of the longest side
 SIZE_STEP = 32

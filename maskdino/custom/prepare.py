@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-
 from maskdino.custom.annotations import (
     Annotations,
     Summary,
-    ordered_categories,
     read_annotations,
     summarize,
     write_annotations,
@@ -21,28 +17,21 @@ from maskdino.custom.checks import Finding, check, check_pair, drop
 from maskdino.custom.formats import Part, read_own_data
 from maskdino.custom.formats.panoptic import with_flat_segments
 from maskdino.custom.maps import Maps
-from maskdino.custom.plan import TRAIN_NAME, VALIDATION_NAME
 from maskdino.custom.request import Request
 from maskdino.custom.split import split
-from maskdino.data import (
-    DataError,
-    register_coco_folder,
-    register_panoptic_folder,
-    register_semantic_folder,
-)
+from maskdino.data import DataError
 from maskdino.data.annotation_checks import describe
-from maskdino.data.reading import read_json
+from maskdino.data.records import (
+    RECORD,
+    TRAIN_NAME,
+    VALIDATION_NAME,
+    RecordedData,
+    read_record,
+    register_record,
+    write_record,
+)
 
-DATA_FOLDER, INDEX_NAME, FINDINGS_NAME = "data", "datasets.json", "check.txt"
-MODULE_NAME = "own_data.py"
-_MODULE = '''"""Makes the data of this run known: maskdino evaluate --import FILE ..."""
-
-from pathlib import Path
-
-from maskdino.custom import register_prepared
-
-register_prepared(Path(__file__).parent)
-'''
+DATA_FOLDER, FINDINGS_NAME = "data", "check.txt"
 
 
 @dataclass(frozen=True)
@@ -59,8 +48,8 @@ class PreparedData:
 def prepare_data(request: Request) -> PreparedData:
     """Reads, checks and, if need be, splits data, and writes what training reads.
 
-    ``<output>/data`` gets the annotations, their index, and all findings of the checks;
-    ``<output>/own_data.py`` registers them wherever it is imported.
+    ``<output>/data`` gets the annotations, all findings of the checks, and the record by which
+    every reader of the configuration knows the data (`maskdino.data.records`).
 
     Raises:
         DataError: the data cannot be used; the message lists all that is wrong.
@@ -79,17 +68,16 @@ def prepare_data(request: Request) -> PreparedData:
         validation = _checked(validation, check_pair(train, validation), False, output, notes)
     # Equal lists give equal class indices.
     validation = replace(validation, categories=train.categories)
-    index = {}
+    recorded = {}
     for name, data in ((TRAIN_NAME, train), (VALIDATION_NAME, validation)):
         path = output / DATA_FOLDER / f"{name}.json"
-        index[name] = {"json_file": path.name, "image_root": str(data.image_root.resolve())}
         if data.maps is not None:
             maps, images = data.maps.converted(data.images, path.with_suffix(""))
             data = replace(data, maps=maps, images=images)
-            index[name] |= {"task": maps.task, "map_root": str(maps.root.resolve())}
-        write_annotations(data, path)
-    (output / DATA_FOLDER / INDEX_NAME).write_text(json.dumps(index, indent=1))
-    (output / MODULE_NAME).write_text(_MODULE)
+        map_root = None if data.maps is None else data.maps.root
+        categories = write_annotations(data, path)
+        recorded[name] = RecordedData(path, data.image_root, data.task, map_root, categories)
+    write_record(output, recorded)
     summaries = summarize(train), summarize(validation)
     if summaries[0].has_masks and not summaries[1].has_masks:
         notes.append("no mask in the validation data: only box AP can be measured")
@@ -140,73 +128,25 @@ def _checked(
     return data
 
 
-@dataclass(frozen=True)
-class PreparedFiles:
-    """Where a dataset of a run is; the map root is the folder of label images, if there are any."""
-
-    json_file: Path
-    image_root: Path
-    task: str
-    map_root: Path | None
-
-    def read(self) -> Annotations:
-        """The annotations; DataError if the file is missing, or not as it was written."""
-        if self.task == "panoptic":
-            return with_flat_segments(self.json_file, self.image_root, self.maps)
-        return replace(
-            read_annotations(self.json_file, self.image_root),
-            maps=None if self.map_root is None else self.maps,
-        )
-
-    @property
-    def maps(self) -> Maps:
-        """The label images, of other tasks than "instance"."""
-        assert self.map_root is not None
-        return Maps(self.task, self.map_root)
-
-    def register(self, name: str) -> None:
-        """Registers the dataset with detectron2."""
-        categories = ordered_categories(self.read())  # as the classes are numbered
-        names = [x["name"] for x in categories]
-        files = self.json_file, self.image_root
-        if self.map_root is None:
-            register_coco_folder(name, *files, thing_classes=names)
-        elif self.task == "panoptic":
-            register_panoptic_folder(name, *files, self.map_root, categories)
-        else:
-            register_semantic_folder(
-                name, self.map_root, self.image_root, names, json_file=self.json_file
-            )
-
-
-def prepared_files(output: Path) -> dict[str, PreparedFiles]:
-    """The datasets of a run, by name; DataError if the folder holds no prepared data."""
-    folder = output / DATA_FOLDER
-    if not (folder / INDEX_NAME).is_file():
-        raise DataError(f"{folder} holds no data that were prepared for training")
-    index = read_json(str(folder / INDEX_NAME))
-    try:
-        files = {
-            name: PreparedFiles(
-                folder / entry["json_file"],
-                Path(entry["image_root"]),
-                entry.get("task", "instance"),  # which earlier versions do not say
-                Path(entry["map_root"]) if "map_root" in entry else None,
-            )
-            for name, entry in index.items()
-        }
-        return {name: files[name] for name in (TRAIN_NAME, VALIDATION_NAME)}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{folder / INDEX_NAME} does not name the data that were prepared: give another "
-            "--output, or begin anew"
-        ) from error
+def prepared_data(output: Path, name: str) -> Annotations:
+    """A dataset of a run, as it was written; DataError if the folder does not hold it."""
+    recorded = read_record(_record_of(output))[name]
+    files = recorded.json_file, recorded.image_root
+    if recorded.map_root is None:
+        return read_annotations(*files)
+    maps = Maps(recorded.task, recorded.map_root)
+    if recorded.task == "panoptic":
+        return with_flat_segments(*files, maps)
+    return replace(read_annotations(*files), maps=maps)
 
 
 def register_prepared(output: Path) -> None:
-    """Registers the data of a run with detectron2, in place of another run's."""
-    for name, files in prepared_files(output).items():
-        if name in DatasetCatalog.list():
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        files.register(name)
+    """Registers the data of a run with detectron2, in place of whatever has their names."""
+    register_record(_record_of(output), replace=True)
+
+
+def _record_of(output: Path) -> Path:
+    path = output.absolute() / RECORD
+    if not path.is_file():
+        raise DataError(f"{path.parent} holds no data that were prepared for training")
+    return path

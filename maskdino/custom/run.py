@@ -16,7 +16,7 @@ from maskdino.config.loading import merge_overrides
 from maskdino.custom import plan
 from maskdino.custom.annotations import summarize
 from maskdino.custom.measure import Pace, measure_pace
-from maskdino.custom.prepare import prepare_data, prepared_files, register_prepared
+from maskdino.custom.prepare import prepare_data, prepared_data, register_prepared
 from maskdino.custom.report import QUALITIES, plan_text, results_text
 from maskdino.custom.request import Request
 from maskdino.custom.training import CustomTrainer, Plan
@@ -69,7 +69,7 @@ class Run:
         best = self._history(load_config(str(self.config))).best
         if best is None:
             return "no evaluation yet"
-        summary = summarize(prepared_files(self.output)[plan.VALIDATION_NAME].read())
+        summary = summarize(prepared_data(self.output, plan.VALIDATION_NAME))
         title = f"{QUALITIES[summary.task]} on the validation images, in percent, best of all "
         title += f"evaluations (iteration {best.iteration + 1}):"
         return f"{title}\n{results_text(best, summary)}"

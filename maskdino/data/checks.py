@@ -29,6 +29,8 @@ from maskdino.data.folders import check_names
 from maskdino.data.numbering import renumber_things
 from maskdino.data.panoptic_checks import check_panoptic
 from maskdino.data.reading import DataError, read_json
+from maskdino.data.records import KEY as RECORD_KEY
+from maskdino.data.records import RECORD, TRAIN_NAME, VALIDATION_NAME
 from maskdino.integration.registration import register_postponed
 
 logger = logging.getLogger(__name__)
@@ -89,14 +91,42 @@ def check_datasets(cfg: CfgNode) -> None:
         )
 
 
+def check_known(name: str, *, images: bool = True) -> None:
+    """Checks a dataset that a command was given, and which `check_datasets` has not seen.
+
+    Args:
+        name: registered with detectron2.
+        images: whether its images will be read, too.
+
+    Raises:
+        DataError: there is no such dataset; a file or folder of it is missing; or the file name of
+            an image leads out of the folder.
+    """
+    register_postponed()
+    _check_name(name)
+    metadata = MetadataCatalog.get(name)
+    if images:
+        unused = {"json_file", "sem_seg_root"} if metadata.get("panoptic_json") else set()
+        _check_paths(name, metadata, unused)
+    if metadata.get("evaluator_type") == "coco" and not metadata.get("any_path", False):
+        content = read_json(metadata.json_file)
+        _judge([*check_names(content["images"], metadata.image_root)], metadata.json_file)
+
+
 def _check_name(name: str) -> None:
     known = DatasetCatalog.list()
     if name not in known:
         close = difflib.get_close_matches(name, known)
         hint = f"did you mean {' or '.join(close)}? Otherwise " if close else ""
+        if name in (TRAIN_NAME, VALIDATION_NAME):
+            raise DataError(
+                f"dataset {name!r} is that of a run of train-custom, and the file that records "
+                f"where its data are, {RECORD}, is not beside this configuration: give the "
+                "config.yaml in the folder of the run"
+            )
         raise DataError(
             f"dataset {name!r} of cfg.DATASETS is not registered; {hint}register it first, in a "
-            "module that --import names (a run of train-custom has own_data.py for that)"
+            "module that --import names"
         )
 
 
@@ -143,6 +173,12 @@ def _check_paths(name: str, metadata: Metadata, unused: set[str]) -> None:
         path = metadata.get(key)
         if key in unused or path is None or PathManager.exists(path):
             continue
+        record = metadata.get(RECORD_KEY)
+        if record is not None:
+            raise DataError(
+                f"dataset {name!r}: {path} does not exist. {record} says where the data of this "
+                "run are: mend the path there, or put them back"
+            )
         command = next((c for part, c in _PREPARATIONS.items() if part in path), None)
         made = f"; `maskdino prepare {command}` makes it from the downloaded files"
         raise DataError(

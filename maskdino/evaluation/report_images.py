@@ -22,6 +22,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
+from maskdino.data.checks import check_known
 from maskdino.data.folders import inside
 from maskdino.data.reading import read_label_map, read_map
 from maskdino.evaluation import files
@@ -259,6 +260,7 @@ def find_images(
     ]
     if not kinds:
         return []
+    check_known(dataset)
     records = DatasetCatalog.get(dataset)  # completes the metadata of some datasets
     metadata = MetadataCatalog.get(dataset)
     return [kind(metadata, records, folder, threshold) for kind in kinds]

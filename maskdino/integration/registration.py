@@ -31,6 +31,8 @@ class Offer:
 
 _offers: list[Offer] = []
 _waiting: list[Offer] = []
+_readers: list[Callable[[str], None]] = []
+_last_read: list[str] = []  # the path of a configuration, or nothing
 
 
 def offer(entry: Offer, *, postponed: bool = False) -> None:
@@ -64,6 +66,20 @@ def register_postponed() -> None:
     entries = list(_waiting)
     _waiting.clear()
     _register(entries)
+
+
+def when_configuration_is_read(act: Callable[[str], None]) -> None:
+    """Calls a function with the path of each configuration that is read, and of the last one."""
+    _readers.append(act)
+    for path in _last_read:
+        act(path)
+
+
+def tell_configuration(path: str) -> None:
+    """Tells those who wait for it that a configuration has been read from a file."""
+    _last_read[:] = [path]
+    for act in _readers:
+        act(path)
 
 
 def register_all(*, replace: bool = False) -> None:

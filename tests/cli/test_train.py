@@ -125,12 +125,31 @@ def test_trains_resumes_and_evaluates(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert results.read_text() == first
     assert not report.exists()
     results.unlink()
-    run("--eval-only", "--report", "MODEL.WEIGHTS", str(out / "model_final.pth"))
+    weights = ("MODEL.WEIGHTS", str(out / "model_final.pth"))
+    run("--eval-only", "--report", *weights, "TEST.DETECTIONS_PER_IMAGE", "99")
+    # What the training went by stays: it would be resumed with it.
+    assert load_config(str(out / "config.yaml")) == load_config(str(config))
+    assert load_config(str(out / "evaluation.yaml")).TEST.DETECTIONS_PER_IMAGE == 99
     assert results.read_text() == first
     assert report.read_text() == first_page
     assert "over 24 of 24 images" in first_page
     assert f"The report is {report}" in (out / "log.txt").read_text()
     assert "Command: train_net.py" in (out / "log.txt").read_text()
+
+
+def test_each_process_knows_the_data_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those that are started read no configuration: they are handed one."""
+    config = tmp_path / "config.yaml"
+    config.write_text(tiny_config(tmp_path).dump())
+    args = train.parse_arguments(["--config-file", str(config), "--eval-only"])
+    known = []
+    monkeypatch.setattr(train, "register_beside", known.append)
+    monkeypatch.setattr(train, "set_up", lambda cfg, **_: cfg)
+    monkeypatch.setattr(train, "evaluate_weights", lambda *_, **__: {})
+    train.run(args, tiny_config(tmp_path))
+    assert known == [config]
 
 
 @pytest.mark.slow

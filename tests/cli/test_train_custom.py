@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import runpy
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from maskdino.cli import train_custom
+from maskdino.cli import analyze, report, train, train_custom, visualize
 from maskdino.config import load_config
 from maskdino.data.reading import colors_of_ids
 from maskdino.engine.best_checkpoint import History
@@ -59,22 +59,84 @@ def test_from_files_to_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {category["id"] for category in content["categories"]} == {3, 70}
     assert min(annotation["id"] for annotation in content["annotations"]) == 1
 
+    check_other_commands(out, capsys)
     # Whoever loads the model elsewhere, where the data are unknown, still sees the names.
-    for name in ("custom_train", "custom_val"):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    predictor = MaskDINOPredictor.from_config(out / "config.yaml", out / "best" / "model_best.pth")
+    forget()
+    elsewhere = shutil.copy(out / "config.yaml", tmp_path)
+    predictor = MaskDINOPredictor.from_config(elsewhere, out / "best" / "model_best.pth")
     assert predictor.categories.names == ("car", "person")
 
     with pytest.raises(SystemExit, match="holds a run: go on with --resume"):
         train_custom.main(words(drawn, out))
-    runpy.run_path(str(out / "own_data.py"))  # as --import does, for other commands
-    assert [len(DatasetCatalog.get(name)) for name in ("custom_train", "custom_val")] == [5, 1]
     later = ["--output", out, "--resume", "--num-pictures", 0, "--epochs", 9, "SOLVER.MAX_ITER", 9]
     train_custom.main([str(word) for word in later])
     again = capsys.readouterr().out
     assert printed.splitlines()[-1] in again
     assert "Not used, since the plan is made: --epochs SOLVER.MAX_ITER 9\n" in again
+
+
+def forget() -> None:
+    """As in a process that has just begun."""
+    for name in ("custom_train", "custom_val"):
+        if name in DatasetCatalog.list():
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def check_other_commands(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever reads the configuration of a run knows its data."""
+    config, weights = str(out / "config.yaml"), str(out / "best" / "model_best.pth")
+    planned = Path(config).read_text()
+    again, drawn = out / "again", str(out / "drawn")
+    overrides = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR"]
+    folder = ["--output", drawn, "--num-images", "1"]
+    for command, of, more in (
+        (train, config, ["--eval-only", *overrides, str(again)]),
+        (report, str(again / "config.yaml"), []),  # the folder of an evaluation, which knows them
+        (train, config, ["--eval-only", *overrides, str(out), "TEST.DETECTIONS_PER_IMAGE", "3"]),
+        (analyze, config, ["--dataset", "custom_val"]),
+        (visualize, config, [*folder]),
+        (visualize, config, ["--weights", weights, *folder]),
+    ):
+        forget()
+        view = [] if command is not visualize else ["predictions" if weights in more else "data"]
+        command.main([*view, "--config-file", of, *more])
+    printed = capsys.readouterr().out
+    assert "Mean over the 1 images of custom_val" in printed
+    assert printed.count(f"1 figure in {drawn}") == 2
+    assert (again / "report.html").is_file()
+    # An evaluation in the folder of the run leaves the training's configuration alone.
+    assert Path(config).read_text() == planned
+    assert load_config(str(out / "evaluation.yaml")).TEST.DETECTIONS_PER_IMAGE == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        (analyze, ["--dataset", "custom_val"]),
+        (report, ["--dataset", "custom_val"]),
+        (visualize, ["data"]),
+        (visualize, ["predictions", "--dataset", "custom_val"]),
+        (visualize, ["attention"]),
+    ],
+)
+def test_commands_that_do_not_know_the_data_say_what_to_give(
+    tmp_path: Path, command: ModuleType, more: list[str]
+) -> None:
+    """As with the configuration of a run in another folder."""
+    forget()
+    names = {f"DATASETS.{x}": f"('custom_{x.lower()}',)" for x in ("TRAIN", "VAL")}
+    names["DATASETS.TEST"] = names.pop("DATASETS.VAL")
+    cfg = load_config(None, [word for item in names.items() for word in item])
+    cfg.OUTPUT_DIR = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    left = tmp_path / "inference" / "custom_val"
+    left.mkdir(parents=True)
+    (left.parent / "results.json").write_text('{"bbox": {"AP": 3.0}}')
+    (left / "coco_instances_results.json").write_text("[]")
+    output = ["--output", str(tmp_path / "drawn")] if command is visualize else []
+    with pytest.raises(SystemExit, match=r"^error: dataset 'custom_.*give the config\.yaml in"):
+        command.main([*more, "--config-file", str(tmp_path / "config.yaml"), *output])
 
 
 def test_boxes_only_and_validation_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,12 +214,14 @@ def test_other_tasks_from_folder_to_result(
     history = History.read(out / "best" / "history.json", metric)
     assert [entry.value(metric) is not None for entry in history.evaluations] == [True, True]
     train_custom.main(["--output", str(out), "--resume", "--num-pictures", "0"])
+    forget()
+    again = ["MODEL.WEIGHTS", str(out / "best" / "model_best.pth"), "OUTPUT_DIR", str(out / "a")]
+    train.main(["--config-file", str(out / "config.yaml"), "--eval-only", *again])
 
     # Whoever loads the model elsewhere, where the data are unknown, still knows the classes.
-    for name in ("custom_train", "custom_val"):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    predictor = MaskDINOPredictor.from_config(out / "config.yaml", out / "best" / "model_best.pth")
+    forget()
+    elsewhere = shutil.copy(out / "config.yaml", tmp_path)
+    predictor = MaskDINOPredictor.from_config(elsewhere, out / "best" / "model_best.pth")
     assert predictor.categories.names == STRIPES
     things = (False, False, True) if task == "panoptic" else (True, True, True)
     assert predictor.categories.is_thing == things == tuple(predictor.is_thing.tolist())

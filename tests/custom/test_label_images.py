@@ -18,10 +18,11 @@ from maskdino.custom.annotations import summarize
 from maskdino.custom.formats import OwnData, read_dataset, read_own_data
 from maskdino.custom.formats.class_names import asked_classes, read_classes
 from maskdino.custom.plan import Machine
-from maskdino.custom.prepare import prepare_data, prepared_files, register_prepared
+from maskdino.custom.prepare import prepare_data, register_prepared
 from maskdino.custom.request import Request
 from maskdino.data import DataError, check_datasets
 from maskdino.data.reading import read_label_map
+from maskdino.data.records import RECORD, read_record
 from maskdino.ops.rle import decode_segmentation
 from tests.custom.labeled import (
     NAMES,
@@ -69,7 +70,7 @@ def test_label_images_of_other_programs(
     cfg = load_config(None)
     plan.apply_data(cfg, data.train, Machine("cpu", 8000.0, 1), Request(data=root, output=out))
     check_datasets(cfg)  # as training does
-    for name, files in prepared_files(out).items():
+    for name, files in read_record(out / RECORD).items():
         assert (files.map_root == root.resolve()) == in_place
         assert MetadataCatalog.get(name).stuff_classes == list(NAMES)
         for record in DatasetCatalog.get(name):
@@ -105,7 +106,7 @@ def test_panoptic_data(tmp_path: Path) -> None:
     assert (data.train.task, data.train.stuff) == ("panoptic", ("background",))
     assert data.train.counts == {"apple": 4, "nut": 4, "background": 4}
     register_prepared(out)
-    records = [x for name in prepared_files(out) for x in DatasetCatalog.get(name)]
+    records = [x for name in read_record(out / RECORD) for x in DatasetCatalog.get(name)]
     assert len(records) == 5
     for record in records:
         assert Path(record["file_name"]).parent == root / "train"

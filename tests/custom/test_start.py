@@ -12,7 +12,7 @@ from maskdino.config import load_config
 from maskdino.custom import Machine, Request, plan, plan_run, run
 from maskdino.custom.annotations import summarize
 from maskdino.custom.measure import Memory, Pace
-from maskdino.custom.prepare import prepared_files
+from maskdino.custom.prepare import prepared_data
 from maskdino.custom.run import OFFLINE_CONFIG, fit_pace, read_default, read_start
 from maskdino.data import DataError
 from tests.custom.drawn import write_drawn
@@ -93,7 +93,7 @@ def test_objects_are_enlarged_as_the_size_that_fits_needs(
     planned, text = plan_run(request)
     cfg = load_config(str(planned.config))
     assert cfg.INPUT.LSJ.SIZE == [32, 32]
-    side = 32 * summarize(prepared_files(request.output)["custom_train"].read()).object_side
+    side = 32 * summarize(prepared_data(request.output, "custom_train")).object_side
     whole = read_default(CPU, request)
     assert pytest.approx(25 / side) == cfg.INPUT.LSJ.MIN_SCALE / whole.INPUT.LSJ.MIN_SCALE
     assert f"else half have less than {side:.0f} pixels" in text

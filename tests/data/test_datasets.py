@@ -379,7 +379,7 @@ def test_panoptic_annotations_without_image_or_category(coco: Path, name: str) -
 def test_names_packages_and_classes_are_checked(
     make_cfg: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match="'nuclei_trian' .*did you mean nuclei_train.*own_data.py"):
+    with pytest.raises(DataError, match="'nuclei_trian' .*did you mean nuclei_train.*--import"):
         check_datasets(make_cfg("DATASETS.TRAIN", ("nuclei_trian",)))
     with pytest.raises(DataError, match="has 1 classes.*NUM_CLASSES is 80"):
         check_datasets(
