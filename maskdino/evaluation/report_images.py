@@ -29,7 +29,7 @@ from maskdino.evaluation import files
 from maskdino.evaluation.coco import read_annotations
 from maskdino.evaluation.panoptic import panoptic_metrics
 from maskdino.evaluation.semantic import count_pixels, semantic_metrics
-from maskdino.visualization.drawing import beside
+from maskdino.visualization.drawing import beside, draw_regions
 from maskdino.visualization.ground_truth import ground_truth_of
 from maskdino.visualization.results import Categories, ImageResult
 
@@ -97,10 +97,10 @@ class EvaluatedImages(ABC):
         panels = []
         for kind, result, own in (("ground truth", truth, None), ("predicted", predicted, colors)):
             scale = max(1, round(MIN_PIXELS / max(result.size)))
-            image = Image.fromarray(result.draw(self.task, scale=scale, colors=own))
+            regions = result.regions(self.task, own)
+            image = Image.fromarray(draw_regions(result.image, regions, scale=scale))
             image.thumbnail((MAX_PIXELS, MAX_PIXELS))
-            number = len(result.regions(self.task))
-            panels.append((f"{kind}: {number} {NOUNS[self.task]}", np.array(image)))
+            panels.append((f"{kind}: {len(regions)} {NOUNS[self.task]}", np.array(image)))
         return beside(panels)
 
     def check_complete(self, predicted: Iterable, key: str) -> None:

@@ -23,7 +23,7 @@ from maskdino.ops.masks import RunMask
 from maskdino.ops.ms_deform_attn import locations_and_weights
 from maskdino.ops.rle import encode_mask
 from maskdino.postprocess import Frame
-from maskdino.postprocess.frame import output_boxes, output_masks
+from maskdino.postprocess.frame import mask_limits, output_boxes, output_masks
 from maskdino.structures import SpatialShapes
 from maskdino.visualization.drawing import Region, draw_regions, line_width
 from maskdino.visualization.images import ImageSource, load_image, network_image
@@ -169,7 +169,12 @@ def _views(
     boxes = output_boxes(state.boxes[0, index], frame).cpu().numpy()
     rles: list[dict | None] = [None] * len(index)
     if embeddings is not None and pixel_embedding is not None:
-        parts = output_masks(embeddings[0, index], pixel_embedding[0], frame)
+        # They end where those of the results end, of which semantic maps have no limit.
+        options = model.inference
+        things = model.is_thing[labels] if options.panoptic_on else None
+        factor = options.mask_limit if options.instance_on or options.panoptic_on else 0.0
+        limits = mask_limits(state.boxes[0, index], factor, things)
+        parts = output_masks(embeddings[0, index], pixel_embedding[0], frame, limits)
         rles = [encode_mask(mask) for part in parts for mask in (part > 0).cpu().numpy()]
     points = np.zeros((len(index), 0, 2), np.float32)
     weights = np.zeros((len(index), 0), np.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,9 +19,11 @@ from pycocotools import mask as mask_utils
 from maskdino.categories import Categories
 from maskdino.inference.labels import write_dataset
 from maskdino.inference.tracking import CERTAIN, Identity, Tracker
+from maskdino.ops.masks import Mask
 from maskdino.ops.rle import to_json
+from maskdino.ops.runs import encode_at
 from maskdino.visualization.drawing import Region, color_of, draw_regions
-from maskdino.visualization.results import ImageResult, boxes_around
+from maskdino.visualization.results import ImageResult
 
 WEAK = 0.4  # share of the threshold from which objects may continue a track
 
@@ -76,14 +78,15 @@ def follow(
     """
     panoptic = result.boxes is None
     regions = result.regions("panoptic" if panoptic else "instance")
-    rles: Sequence[dict] | None = result.rles
+    rles: Mapping[int, dict] | Sequence[dict] | None = result.rles
     if panoptic:
         segments = result.segments or ()
         label_of = [int(segment["category_id"]) for segment in segments]
         score_of = [segment.get("score") for segment in segments]
-        rles = result.segment_rles()
-        boxes = boxes_around(rles)
         followed = [i for i, label in enumerate(label_of) if result.categories.is_thing[label]]
+        masks = [region.mask for region in regions if region.mask is not None]  # all have one
+        boxes = np.array([(m.left, m.top, m.right, m.bottom) for m in masks], np.float64)
+        rles = {i: _rle_of(masks[i], result.size) for i in followed}
     else:
         assert result.boxes is not None and result.class_ids is not None
         label_of = result.class_ids.tolist()
@@ -108,6 +111,10 @@ def follow(
             label = f"#{number} {regions[i].label}" if named else regions[i].label
             drawn[i] = replace(regions[i], color=color_of(number), label=label)
     return seen, [drawn[i] for i in sorted(drawn)]
+
+
+def _rle_of(mask: Mask, size: tuple[int, int]) -> dict:
+    return encode_at(mask.columns(mask.left, mask.right), (mask.top, mask.left), size)
 
 
 def draw_followed(

@@ -297,12 +297,5 @@ class ImageResult:
         return value
 
 
-def boxes_around(rles: Sequence[dict]) -> np.ndarray:
-    """Boxes (N, 4) float64 x0, y0, x1, y1 of N masks in COCO's compressed form."""
-    boxes = np.array([mask_utils.toBbox(rle) for rle in rles]).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes
-
-
 def _label(name: str, score: float | None) -> str:
     return name if score is None else f"{name} {100 * score:.0f}".strip()

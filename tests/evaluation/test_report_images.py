@@ -30,6 +30,7 @@ from maskdino.evaluation.report_images import (
     overlaps,
 )
 from maskdino.evaluation.semantic import SemanticEvaluator
+from maskdino.visualization.drawing import Region
 from maskdino.visualization.ground_truth import ground_truth_of
 from maskdino.visualization.results import Categories, ImageResult
 from tests.data.synthetic import Scene, box_xywh, make_scenes, write_coco
@@ -217,18 +218,29 @@ def test_what_is_found_keeps_its_colour(
     found: dict[str, EvaluatedImages], task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list = []
-    draw = ImageResult.draw
+    make = ImageResult.regions
 
-    def spy(self: ImageResult, task: str, **options: object) -> np.ndarray:
-        used.append([region.color for region in self.regions(task, options["colors"])])
-        return draw(self, task, **options)
+    def spy(self: ImageResult, task: str, colors: list[int] | None) -> list[Region]:
+        regions = make(self, task, colors)
+        used.append([region.color for region in regions])
+        return regions
 
-    monkeypatch.setattr(ImageResult, "draw", spy)
+    monkeypatch.setattr(ImageResult, "regions", spy)
     perfect, worst = (found[task].records[SHIFTS.index(shift)] for shift in (0, 40))
     found[task].draw(perfect)
     assert sorted(used[0]) == sorted(used[1])
     found[task].draw(worst)
     assert sorted(used[2]) != sorted(used[3])
+
+
+def test_regions_of_a_drawing_are_made_once(
+    found: dict[str, EvaluatedImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = ImageResult.regions, []
+    monkeypatch.setattr(ImageResult, "regions", lambda *args: made.append(args) or make(*args))
+    for images in found.values():
+        images.draw(images.records[0])
+    assert len(made) == 2 * len(found)
 
 
 def test_overlaps_of_nothing(truths: list[tuple[dict, ImageResult]]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as mask_utils
 
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.predictor import MaskDINOPredictor
@@ -63,6 +66,40 @@ def test_the_last_layer_is_the_prediction(predictor: MaskDINOPredictor) -> None:
         assert len(views[0].points) == 0
         np.testing.assert_allclose(last.weights.sum(), 8, rtol=1e-4)  # 1 for each head
     assert followed[0][1][-1].score >= followed[1][1][-1].score
+
+
+@pytest.mark.parametrize(
+    ("tasks", "limited"),
+    [(("instance",), (True, True)), (("panoptic",), (True, False)), (("semantic",), (False,) * 2)],
+)
+def test_masks_end_where_those_of_results_do(
+    predictor: MaskDINOPredictor,
+    tasks: tuple[str, ...],
+    limited: tuple[bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the box of their layer, enlarged by TEST.MASK_LIMIT; stuff of panoptic maps has none."""
+    model = predictor.network.model
+    switches = {f"{task}_on": task in tasks for task in ("instance", "panoptic", "semantic")}
+    queries = range(12)
+    without = dict(follow_queries(predictor, IMAGE, queries))
+    options = replace(model.inference, mask_limit=0.5, **switches)
+    monkeypatch.setattr(model, "inference", options)
+    thing = torch.tensor([label % 2 == 0 for label in range(len(model.is_thing))])
+    monkeypatch.setitem(model._buffers, "is_thing", thing)
+    cut = 0
+    for query, views in follow_queries(predictor, IMAGE, queries):
+        for view, whole in zip(views, without[query], strict=True):
+            mask, before = (mask_utils.decode(x.rle).astype(bool) for x in (view, whole))
+            if limited[0 if thing[view.label] else 1]:
+                x0, y0, x1, y1 = view.box
+                center, half = np.array([x0 + x1, y0 + y1]) / 2, np.array([x1 - x0, y1 - y0]) / 4
+                x, y = np.meshgrid(np.arange(64) + 0.5, np.arange(64) + 0.5)
+                inside = np.stack([abs(x - center[0]) <= half[0], abs(y - center[1]) <= half[1]])
+                before &= inside.all(0)
+            np.testing.assert_array_equal(mask, before)
+            cut += mask.sum() < mask_utils.area(whole.rle)
+    assert (cut > 0) == any(limited)
 
 
 def test_drawing_shows_points_and_leaves_the_picture(predictor: MaskDINOPredictor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from maskdino.cli.predict_videos import WantedOfVideos, draw_frames, draw_video
 from maskdino.inference.tracking import Tracker
 from maskdino.inference.video import VideoReader, VideoWriter
 from maskdino.inference.video_results import VideoLabels, follow
+from maskdino.visualization import results
 from tests.inference.media import frames_of
 from tests.inference.moving import CATEGORIES, RATE, SIZE, Mover, Oracle, Scene, line
 
@@ -105,6 +107,29 @@ def test_colors_and_names_are_those_of_identities(clip: tuple[Path, Scene]) -> N
                 assert region.label == f"#{x.number} {CATEGORIES.names[x.label]} 90"
     assert [len(found) for found in colors.values()] == [1, 1]
     assert len(set.union(*colors.values())) == 2
+
+
+def test_segments_are_those_of_the_map_which_is_read_once(
+    clip: tuple[Path, Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(VideoReader(clip[0])) as reader:
+        image = next(iter(reader))[0]
+    (result,) = Oracle(panoptic=True).stream([image])
+    rles = result.segment_rles()
+    things = [i for i, x in enumerate(result.segments) if CATEGORIES.is_thing[x["category_id"]]]
+    calls = []
+
+    def counted(read: Callable) -> Callable:
+        return lambda labels: calls.append(read) or read(labels)
+
+    for read in (results.encode_map, results.masks_of_map):
+        monkeypatch.setattr(results, read.__name__, counted(read))
+    seen, _ = follow(result, Tracker(), 0.0, named=True)
+    assert len(calls) == 1
+    assert [x.rle for x in seen] == [rles[i] for i in things] and seen
+    for x in seen:
+        left, top, width, height = mask_utils.toBbox(x.rle).tolist()
+        assert x.box == (left, top, left + width, top + height)
 
 
 def test_slices_of_frames_are_said(

@@ -12,7 +12,7 @@ import pytest
 from maskdino.categories import Categories
 from maskdino.ops.rle import encode_mask
 from maskdino.visualization.drawing import color_of
-from maskdino.visualization.results import ImageResult, boxes_around
+from maskdino.visualization.results import ImageResult
 
 SIZE = (12, 16)
 CATEGORIES = Categories(("cat", "sky", "dog"), (True, False, True), (17, 40, 5))
@@ -88,11 +88,6 @@ def test_segments_in_the_form_of_coco(result: ImageResult) -> None:
         sky | {"area": 30},
         cat | {"area": 42, "score": 0.25},
     ]
-
-
-def test_boxes_of_segments(result: ImageResult) -> None:
-    boxes = boxes_around(result.segment_rles())
-    assert boxes.tolist() == [[3, 2, 10, 5], [0, 6, 5, 12], [9, 6, 16, 12]]
 
 
 def test_only_classes_that_there_are_become_regions(result: ImageResult) -> None:
