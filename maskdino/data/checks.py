@@ -108,9 +108,8 @@ def check_known(name: str, *, images: bool = True) -> None:
     if images:
         unused = {"json_file", "sem_seg_root"} if metadata.get("panoptic_json") else set()
         _check_paths(name, metadata, unused)
-    if metadata.get("evaluator_type") == "coco" and not metadata.get("any_path", False):
-        content = read_json(metadata.json_file)
-        _judge([*check_names(content["images"], metadata.image_root)], metadata.json_file)
+    if metadata.get("evaluator_type") == "coco":
+        _judge_names(read_json(metadata.json_file), metadata)
 
 
 def _check_name(name: str) -> None:
@@ -125,7 +124,7 @@ def _check_name(name: str) -> None:
                 "config.yaml in the folder of the run"
             )
         raise DataError(
-            f"dataset {name!r} of cfg.DATASETS is not registered; {hint}register it first, in a "
+            f"dataset {name!r} is not registered; {hint}register it first, in a "
             "module that --import names"
         )
 
@@ -217,13 +216,18 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_traine
         )
     if content is None:
         return True
-    if not metadata.get("any_path", False):
-        _judge([*check_names(content["images"], metadata.image_root)], metadata.json_file)
+    _judge_names(content, metadata)
     _check_coco(content, metadata.json_file, metadata.image_root)
     annotations = content.get("annotations", ())
     if is_trained and all(annotation.get("iscrowd") for annotation in annotations):
         raise DataError(f"{metadata.json_file} has no objects to train on")
     return any(annotation.get("segmentation") for annotation in annotations)
+
+
+def _judge_names(content: dict, metadata: Metadata) -> None:
+    """Raises where the file name of an image leads out of the folder, unless that is allowed."""
+    if not metadata.get("any_path", False):
+        _judge([*check_names(content["images"], metadata.image_root)], metadata.json_file)
 
 
 def _judge(findings: list[Finding], json_file: str) -> None:

@@ -52,7 +52,7 @@ def test_views_of_the_nuclei(config: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_errors_are_sentences(config: Path, tmp_path: Path) -> None:
     common = ["--config-file", str(config), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="there is no dataset 'nowhere'"):
+    with pytest.raises(SystemExit, match="dataset 'nowhere' is not registered; register it"):
         visualize.main(["predictions", *common, "--dataset", "nowhere"])
     with pytest.raises(SystemExit, match="no configuration"):
         visualize.main(["data", "--config-file", "none.yaml", "--output", str(tmp_path)])
