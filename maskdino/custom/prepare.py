@@ -86,8 +86,8 @@ def prepare_data(request: Request) -> PreparedData:
 
 def _findings(part: Part, *, need_all_masks: bool = False) -> list[Finding]:
     """What is wrong with the files, and with what they hold."""
-    if part.findings and part.data.task == "semantic" and not part.data.images:
-        return part.findings  # images are those whose files are in order: they are there
+    if not part.data.images and any(finding.fatal for finding in part.findings):
+        return part.findings  # there are images: all of them were left out
     return [*part.findings, *check(part.data, need_all_masks=need_all_masks)]
 
 

@@ -73,7 +73,8 @@ def _with_segments(data: Annotations, entries: Sequence[dict]) -> Part:
     findings: list[Unreadable] = []
     of_image: dict[Any, list[dict]] = defaultdict(list)
     known = {x["id"] for x in data.images if is_id(x.get("id"))}
-    for number, entry in enumerate(entries):
+    # Without any image, the checks say so, and nothing else.
+    for number, entry in enumerate(entries if data.images else ()):
         image = entry.get("image_id")
         if is_id(image) and image in known:
             of_image[image].append(entry)
