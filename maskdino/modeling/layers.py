@@ -82,9 +82,13 @@ def unseen(layer: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-@functools.cache
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch has linear layers of oneDNN in a type, for tensors as they are."""
+    """Whether PyTorch has linear layers of oneDNN in a type, for tensors as they are, and may."""
+    return bool(torch.backends.mkldnn.enabled) and _is_built_with_onednn(dtype)
+
+
+@functools.cache
+def _is_built_with_onednn(dtype: torch.dtype) -> bool:
     operators = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
         return False

@@ -147,11 +147,19 @@ def test_large_linear_layers_on_a_cpu(dtype: torch.dtype, monkeypatch: pytest.Mo
 def test_processors_on_which_onednn_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """There it raises an error, and PyTorch's own layer does not."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
-    has_onednn.cache_clear()
+    layers._is_built_with_onednn.cache_clear()
     try:
         assert not has_onednn(torch.bfloat16) and not has_onednn(torch.float64)
     finally:
-        has_onednn.cache_clear()
+        layers._is_built_with_onednn.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_onednn_that_is_switched_off_stays_off() -> None:
+    usual = has_onednn(torch.float32)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not has_onednn(torch.float32)
+    assert has_onednn(torch.float32) == usual
 
 
 def test_rows_of_a_feedforward_network_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
