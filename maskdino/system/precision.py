@@ -76,9 +76,7 @@ def network_precision(name: str, device: torch.device) -> Iterator[None]:
         ValueError: the device does not compute in it.
     """
     precision = inference_precision(name, device)
-    _log_once(
-        f"Inference computes in {precision} on {device} ({KEY} is {name}{_why(name, device)})."
-    )
+    _log_once(name, precision, device)
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
     with contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):
@@ -200,5 +198,7 @@ def _use_up_warnings() -> None:
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+def _log_once(name: str, precision: str, device: torch.device) -> None:
+    """Says in what inference computes; asks the processor only for what is said."""
+    why = _why(name, device)
+    logger.info("Inference computes in %s on %s (%s is %s%s).", precision, device, KEY, name, why)

@@ -174,8 +174,9 @@ def test_tensor_float_32_where_the_process_uses_the_newer_switches(gpu: str) -> 
 def test_the_choice_is_logged_once(
     has_bfloat16: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = []
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: has_bfloat16, raising=False)
+        monkeypatch.setattr(torch.cpu, name, lambda: asked.append(0) or has_bfloat16, raising=False)
     precision_module._log_once.cache_clear()
     caplog.set_level(logging.INFO, logger="maskdino.system.precision")
     for name in ("auto", "auto", "float32"):
@@ -188,6 +189,7 @@ def test_the_choice_is_logged_once(
         f"Inference computes in float32 on cpu (MODEL.MASK_DINO.TEST.PRECISION is {why})."
         for why in (f"auto, {reason}", "float32")
     ]
+    assert len(asked) == (1 if has_bfloat16 else 2)  # not with each image
 
 
 def test_training_says_in_which_types_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
