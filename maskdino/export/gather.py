@@ -58,15 +58,17 @@ def sample_by_gather(
         near = near_x & near_y
         left, top = x.floor(), y.floor()
         right_share, lower_share = x - left, y - top
+        rows, shares = [], []  # of the table, and of the samples; (B, Q, M, P) for each corner
         for column, share_x in ((left, 1 - right_share), (left + 1, right_share)):
             for row, share_y in ((top, 1 - lower_share), (top + 1, lower_share)):
                 known = near & (column >= 0) & (column < width) & (row >= 0) & (row < height)
                 cell = row.to(torch.int64) * width + column.to(torch.int64)
-                cells = functional.embedding(  # (B, Q, M, P, D)
-                    torch.where(known, first_rows + cell * heads, 0), table
-                )
-                share = share_x * share_y * weights[:, :, :, level]
-                output = output + (cells * share[..., None]).sum(dim=3)
+                rows.append(torch.where(known, first_rows + cell * heads, 0))
+                shares.append(share_x * share_y * weights[:, :, :, level])
+        # One product of all corners: onnxruntime takes half the time that a sum for each takes.
+        cells = functional.embedding(torch.cat(rows, dim=-1), table)  # (B, Q, M, 4P, D)
+        with torch.autocast(value.device.type, enabled=False):
+            output = output + (torch.cat(shares, dim=-1).unsqueeze(-2) @ cells).squeeze(-2)
         first_rows = first_rows + height * width * heads
     return output.flatten(2)
 

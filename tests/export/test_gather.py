@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -93,15 +94,27 @@ def test_fused_form_is_the_loop(dtype: torch.dtype, bound: float, size: int | No
 
 
 class Names(TorchDispatchMode):
-    """Notes the names of all operations."""
+    """Counts all operations by their names."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.names = Counter[str]()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(str(func))
+        self.names[str(func)] += 1
         return func(*args, **(kwargs or {}))
+
+
+def test_a_level_is_one_lookup_and_one_product_in_float32() -> None:
+    """As the sums are, also in a model that computes in float16."""
+    case = Case()
+    arguments = case.value(torch.float32), case.locations().float(), case.weights().float()
+    expected = sample_by_gather(arguments[0], case.shapes, *arguments[1:])
+    with Names() as operations, torch.autocast("cpu", torch.float16):
+        found = sample_by_gather(arguments[0], case.shapes, *arguments[1:])
+    assert torch.equal(found, expected)
+    assert operations.names["aten.embedding.default"] == len(case.shapes)
+    assert operations.names["aten.bmm.default"] == len(case.shapes)
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)
