@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -557,3 +558,32 @@ def test_written_data_read_as_before(tmp_path: Path, drawn: Sample) -> None:
     for name, entry in content.items():
         data = read_annotations(tmp_path / "out" / "data" / f"{name}.json", entry["image_root"])
         assert data.images and all(data.path_of(image).is_file() for image in data.images)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "right", "wrong", "is_told"),
+    [
+        ("all.json", "shots", "copies", False),
+        ("labels/all.json", "images/small", "images/large", False),
+        ("all.json", "images", "copies", True),
+        ("train.json", "train", "other", True),
+        ("one/labels/all.json", "one/photos", "a/photos", True),
+    ],
+)
+def test_folders_that_hold_the_same_names(
+    tmp_path: Path, annotations: str, right: str, wrong: str, is_told: bool
+) -> None:
+    """What they are called counts, then which is nearer; where neither tells, none is chosen."""
+    drawn, root = write_drawn(tmp_path / "drawn", 4), tmp_path / "data"
+    for folder in (right, wrong):
+        shutil.copytree(drawn.images, root / folder)
+    (root / annotations).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(drawn.json_file, root / annotations)
+    if is_told:
+        own = read(root)
+    else:
+        with pytest.raises(DataError, match=f"{wrong} and .*{right}: rename or .*--train-images"):
+            read(root)
+        named = {"train_json": root / annotations, "train_images": root / right}
+        own = read_own_data(Request(output=tmp_path / "out", **named))
+    assert own.train.data.image_root == root / right

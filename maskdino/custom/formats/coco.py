@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from maskdino.custom.annotations import Annotations, read_annotations
 from maskdino.custom.formats.collect import Dataset, Part
 from maskdino.custom.formats.files import (
+    IMAGE,
     LABEL,
     OTHER,
     TEST,
@@ -63,21 +64,9 @@ def with_images(
     Files that are label images, whatever their names, are not taken for images.
     """
     names = [str(image.get("file_name", "")) for image in data.images]
-    probed = names[:: max(len(names) // PROBED, 1)]
     label = data.json_file
-    # In the order of preference where as many are found: beside the file first.
-    folders = [label.parent, label.parent.parent, tree.root]
-    folders += sorted(
-        {path.parent for path in tree.images},
-        key=lambda f: (tree.split(f / "x") != split, tree.role(f / "x") in (LABEL, OTHER), f),
-    )
-    counts = {}
-    for folder in folders:
-        # Not Path.is_file, which fails for a name of thousands of letters.
-        there = [x for name in probed if os.path.isfile(x := folder / name)]
-        counts[folder] = sum(x not in labels for x in there)
-    best = max(counts, key=counts.__getitem__, default=tree.root)
-    if counts[best] == len(probed) and not any(leaves(str(best), name) for name in names):
+    best, is_of_all = _folder_of(names[:: max(len(names) // PROBED, 1)], label, tree, split, labels)
+    if is_of_all and not any(leaves(str(best), name) for name in names):
         return replace(data, image_root=best)
     # Paths of another machine, as Label Studio writes them, or images in several folders.
     images = []
@@ -94,6 +83,43 @@ def with_images(
             "put them there, or name their folder with --train-images"
         )
     return replace(data, image_root=tree.root, images=images)
+
+
+def _folder_of(
+    probed: Sequence[str], label: Path, tree: Tree, split: str | None, labels: Collection[Path]
+) -> tuple[Path, bool]:
+    """The folder that holds most of some images, and whether it holds all of them.
+
+    Of several, one beside the file of annotations counts first, then what the names of folders say,
+    and which is nearest to the file.
+
+    Raises:
+        DataError: two folders hold all of them, and nothing tells which one is meant.
+    """
+    beside = [label.parent, label.parent.parent, tree.root]
+    roles = {IMAGE: 0, None: 1, LABEL: 2, OTHER: 2}
+
+    def rank(folder: Path) -> tuple[bool, int, int]:
+        inside = folder / "x"
+        near = len(os.path.commonprefix([folder.parts, label.parts]))
+        return tree.split(inside) != split, roles[tree.role(inside)], -near
+
+    others = sorted({path.parent for path in tree.images} - {*beside})
+    counts = {}
+    for folder in (*beside, *sorted(others, key=rank)):
+        # Not Path.is_file, which fails for a name of thousands of letters.
+        there = [x for name in probed if os.path.isfile(x := folder / name)]
+        counts[folder] = sum(x not in labels for x in there)
+    best = max(counts, key=counts.__getitem__)
+    is_of_all = counts[best] == len(probed)
+    alike = [x for x in others if counts[x] == counts[best] and rank(x) == rank(best)]
+    if probed and is_of_all and best not in beside and len(alike) > 1:
+        raise DataError(
+            f"{label}: its images may be those in {' and '.join(map(str, alike[:2]))}: rename or "
+            "remove one of them, or name the right one with --train-images (--val-images), and the "
+            "annotations with --train-json (--val-json)"
+        )
+    return best, is_of_all
 
 
 def without_parent_class(parts: Sequence[Annotations]) -> tuple[list[Annotations], str | None]:
