@@ -81,7 +81,11 @@ def stage(name: str) -> Iterator[None]:
     """Says what is being done, which may take minutes, and then how long it took."""
     print(f"{name} ...", end=" ", flush=True)
     start = time.perf_counter()
-    yield
+    try:
+        yield
+    except Exception:
+        print(flush=True)  # what is wrong has a line of its own
+        raise
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -95,6 +95,15 @@ def padded(images: list[Tensor], model: MaskDINO) -> tuple[Tensor, Tensor]:
     return batch, torch.tensor([image.shape[1:] for image in images])
 
 
+def test_what_is_wrong_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no such size"), export.stage("tracing"):
+        raise ValueError("no such size")
+    assert capsys.readouterr().out == "tracing ... \n"
+    with export.stage("tracing"):
+        pass
+    assert capsys.readouterr().out == "tracing ... 0 s\n"
+
+
 @torch.no_grad()
 def program_and_model(
     images: list[Tensor], outputs: str, **overrides: object
