@@ -344,7 +344,7 @@ def read_annotations(path: str, metadata: Metadata) -> dict:
     ground_truth = read_json(path)
     if metadata.get("panoptic_json") and metadata.get("json_file"):
         renumber_things(ground_truth, metadata)
-    ground_truth.setdefault("info", {})
+    ground_truth.setdefault("info", {})  # which pycocotools 2.0.9 and 2.0.10 take for granted
     for image in ground_truth["images"]:
         image |= {side: int(image[side]) for side in ("height", "width") if side in image}
     sizes = {x["id"]: (x.get("height"), x.get("width")) for x in ground_truth["images"]}

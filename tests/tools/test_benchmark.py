@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -59,6 +60,7 @@ FAMILIES = {
     "train": (*TINY, "--size", "128", "--repeats", "1", "--batch", "1", "--objects", "3"),
     "infer": (*TINY, "--height", "96", "--width", "128", "--repeats", "1"),
     "data": ("--repeats", "1", "--peer", "maskdino.data:build_train_mapper"),
+    "model": (*TINY, "--height", "64", "--width", "96", "--repeats", "1", "--train"),
     "launches": (*TINY, "--size", "64", "--precision", "float32"),
 }
 
@@ -66,7 +68,7 @@ FAMILIES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(repository: Path, tmp_path: Path, family: str, warm_python: str) -> None:
-    if family == "train" and not Path("/proc/self/clear_refs").exists():
+    if family in ("train", "model") and not Path("/proc/self/clear_refs").exists():
         pytest.skip("peak memory on a CPU is read from Linux's /proc")
     record = tmp_path / "record.json"
     command = [warm_python, "tools/benchmark.py", family, "--threads", "1", *FAMILIES[family]]
@@ -87,6 +89,14 @@ def test_families(repository: Path, tmp_path: Path, family: str, warm_python: st
             row["largest relative difference"] for row in rows if "network" in row["stage"]
         ]
         assert all(float(x) < 1e-3 for text in of_networks for x in text.split(", "))
+    elif family == "model":
+        parts = ["encoder", "network", "image to results", "training step"]
+        assert [row["part"] for row in rows] == parts
+        assert all(float(cell.split()[0]) > 0 for row in rows for cell in [*row.values()][1:])
+        differences = found["about"].partition("operator: ")[2]
+        named = re.findall(r"(encoder|network): (\S+) compiled", differences)
+        assert [name for name, _ in named] == ["encoder", "network"]
+        assert all(float(difference) < 1e-5 for _, difference in named)
     elif family == "data":
         cells = (row["objects, difference of masks"] for row in rows)
         polygons, runs, pasted, mosaic, peer = cells
