@@ -16,7 +16,13 @@ import pytest
 from fvcore.common.registry import Registry
 
 from maskdino.integration import registration
-from maskdino.integration.registration import offer_to, register_all, register_postponed
+from maskdino.integration.registration import (
+    offer_to,
+    register_all,
+    register_postponed,
+    tell_configuration,
+    when_configuration_is_read,
+)
 
 NEIGHBOUR = """
 import os
@@ -142,3 +148,15 @@ def test_postponed_names_wait_and_give_way(
     assert registry.get("taken") is print
     register_all(replace=True)
     assert dict(registry) == {"now": now, "later": later, "taken": taken}
+
+
+def test_who_comes_late_hears_of_the_configuration_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command may read its configuration before it needs the datasets."""
+    monkeypatch.setattr(registration, "_readers", [])
+    monkeypatch.setattr(registration, "_last_read", [])
+    early, late = [], []
+    when_configuration_is_read(early.append)
+    tell_configuration("a.yaml")
+    tell_configuration("b.yaml")
+    when_configuration_is_read(late.append)
+    assert (early, late) == (["a.yaml", "b.yaml"], ["b.yaml"])
