@@ -99,8 +99,8 @@ def check_known(name: str, *, images: bool = True) -> None:
         images: whether its images will be read, too.
 
     Raises:
-        DataError: there is no such dataset; a file or folder of it is missing; or the file name of
-            an image leads out of the folder.
+        DataError: there is no such dataset; a file or folder of it is missing; or, of a dataset
+            that a record gave, the file name of an image leads out of the folder.
     """
     register_postponed()
     _check_name(name)
@@ -108,7 +108,7 @@ def check_known(name: str, *, images: bool = True) -> None:
     if images:
         unused = {"json_file", "sem_seg_root"} if metadata.get("panoptic_json") else set()
         _check_paths(name, metadata, unused)
-    if metadata.get("evaluator_type") == "coco":
+    if metadata.get("evaluator_type") == "coco" and metadata.get(RECORD_KEY) is not None:
         _judge_names(read_json(metadata.json_file), metadata)
 
 
@@ -120,8 +120,8 @@ def _check_name(name: str) -> None:
         if name in (TRAIN_NAME, VALIDATION_NAME):
             raise DataError(
                 f"dataset {name!r} is that of a run of train-custom, and the file that records "
-                f"where its data are, {RECORD}, is not beside this configuration: give the "
-                "config.yaml in the folder of the run"
+                f"where its data are, {RECORD}, is not beside this configuration or cannot be "
+                "read: give the config.yaml in the folder of the run"
             )
         raise DataError(
             f"dataset {name!r} is not registered; {hint}register it first, in a "

@@ -127,7 +127,7 @@ def _read(entry: Mapping[str, Any], folder: Path) -> RecordedData:
     def place(key: str) -> Path:
         names = [entry[key], *(entry[k] for k in (key + MOVED,) if k in entry)]
         paths = [Path(os.path.normpath(start / name)) for name in names]
-        return next((path for path in paths if path.exists()), paths[0])
+        return next((x for x in paths if os.path.exists(x)), paths[0])  # of names of any length
 
     json_file = place("json_file")
     categories = entry.get("categories")

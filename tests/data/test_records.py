@@ -22,6 +22,10 @@ from tests.custom.drawn import write_drawn
 NAMES = ("custom_train", "custom_val")
 
 
+NAME = "a" * 300  # longer than a file may be called
+LONG = json.dumps({"custom_train": {"json_file": NAME, "image_root": NAME, "categories": []}})
+
+
 def forget() -> None:
     """As in a process that has just begun."""
     for name in NAMES:
@@ -113,7 +117,8 @@ def test_a_dataset_of_the_user_stays(run: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "3", '{"custom_train": 3}', "{}", '{"custom_train": {"json_file": 3}}'],
+    ["", "[]", "3", '{"custom_train": 3}', "{}", '{"custom_train": {"json_file": 3}}', LONG],
+    ids=range(7),
 )
 def test_other_files_of_the_name(
     run: Path, content: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
