@@ -57,10 +57,8 @@ class RecordedData:
         """Registers it with detectron2, in place of another run's, or of anything (`replace`)."""
         if name in DatasetCatalog.list():
             held = MetadataCatalog.get(name).get(KEY)
-            if (held is None and not replace) or (held, _registered.get(name)) == (
-                str(record),
-                self,
-            ):
+            is_same = held == str(record) and _registered.get(name) == self
+            if is_same or (held is None and not replace):
                 return
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)

@@ -18,6 +18,7 @@ from maskdino.data import DataError, check_datasets, register_coco_folder
 from maskdino.data.checks import check_known
 from maskdino.data.records import RECORD, copy_record, register_beside
 from tests.custom.drawn import write_drawn
+from tests.custom.labeled import write_modes
 
 NAMES = ("custom_train", "custom_val")
 
@@ -92,6 +93,18 @@ def test_moved_folders(run: Path, tmp_path: Path, moved: str) -> None:
     with pytest.raises(DataError, match=message):
         check_known("custom_train")
     check_known("custom_train", images=False)
+
+
+def test_label_images_that_were_converted_move_with_the_run(run: Path, tmp_path: Path) -> None:
+    write_modes(tmp_path / "data")
+    prepare_data(Request(data=tmp_path / "data", output=run))
+    assert json.loads((run / RECORD).read_text())["custom_val"]["map_root"] == "custom_val"
+    shutil.move(run, tmp_path / "elsewhere")
+    load_config(str(tmp_path / "elsewhere" / "config.yaml"))
+    assert MetadataCatalog.get("custom_val").stuff_classes == ["background", "apple", "nut"]
+    records = [x for name in NAMES for x in DatasetCatalog.get(name)]
+    assert len(records) == 5
+    assert all(Path(x["sem_seg_file_name"]).is_file() for x in records)
 
 
 def test_runs_of_earlier_versions(run: Path) -> None:
