@@ -123,21 +123,23 @@ def _read(entry: Mapping[str, Any], folder: Path) -> RecordedData:
     start = folder.resolve()
 
     def place(key: str) -> Path:
-        names = [entry[key], *(entry[k] for k in (key + MOVED,) if k in entry)]
+        names = entry[key], entry.get(key + MOVED, entry[key])
         paths = [Path(os.path.normpath(start / name)) for name in names]
         return next((x for x in paths if os.path.exists(x)), paths[0])  # of names of any length
 
     json_file = place("json_file")
+    task = entry.get("task", "instance")  # which earlier versions do not say
     categories = entry.get("categories")
     if categories is None:  # a run of an earlier version
         categories = read_json(str(json_file))["categories"]
-    kept = [{k: x[k] for k in ("id", "name", "isthing") if k in x} for x in categories]
+    keys = ("id", "name", "isthing") if task == "panoptic" else ("id", "name")
+    kept = [{key: x[key] for key in keys} for x in categories]
     if not all(isinstance(x["id"], int) and isinstance(x["name"], str) for x in kept):
         raise TypeError("categories have a number and a name")
     return RecordedData(
         json_file,
         place("image_root"),
-        entry.get("task", "instance"),  # which earlier versions do not say
+        task,
         place("map_root") if "map_root" in entry else None,
         kept,
     )
@@ -158,7 +160,7 @@ def register_beside(config_file: str | os.PathLike) -> None:
     One that cannot be read is left out with a warning: whoever predicts needs no data.
     """
     path = Path(config_file).parent / RECORD
-    if path.is_file():
+    if os.path.isfile(path):  # not Path.is_file, which fails where the folder cannot be read
         try:
             register_record(path.absolute())
         except DataError as error:

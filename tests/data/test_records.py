@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ NAMES = ("custom_train", "custom_val")
 
 NAME = "a" * 300  # longer than a file may be called
 LONG = json.dumps({"custom_train": {"json_file": NAME, "image_root": NAME, "categories": []}})
+SEGMENTS = {"json_file": "a", "image_root": "a", "map_root": "a", "task": "panoptic"}
+KINDLESS = json.dumps(dict.fromkeys(NAMES, SEGMENTS | {"categories": [{"id": 1, "name": "a"}]}))
 
 
 def forget() -> None:
@@ -130,8 +133,17 @@ def test_a_dataset_of_the_user_stays(run: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "3", '{"custom_train": 3}', "{}", '{"custom_train": {"json_file": 3}}', LONG],
-    ids=range(7),
+    [
+        "",
+        "[]",
+        "3",
+        '{"custom_train": 3}',
+        "{}",
+        '{"custom_train": {"json_file": 3}}',
+        LONG,
+        KINDLESS,
+    ],
+    ids=range(8),
 )
 def test_other_files_of_the_name(
     run: Path, content: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -145,6 +157,21 @@ def test_other_files_of_the_name(
         check_known("custom_val")
     with pytest.raises(DataError, match=r"datasets\.json"):
         register_prepared(run)
+
+
+def test_a_folder_that_cannot_be_read_keeps_nobody_from_predicting(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def refused(path: str | Path, **options: object) -> os.stat_result:
+        if str(path) == str(run / RECORD):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert load_config(str(run / "config.yaml")).MODEL.MASK_DINO.NUM_CLASSES == 2
+    assert not set(NAMES) & set(DatasetCatalog.list())
 
 
 def test_the_run_that_was_read_last_counts(run: Path, tmp_path: Path) -> None:
