@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from detectron2.config import CfgNode
@@ -109,7 +110,7 @@ def check_known(name: str, *, images: bool = True) -> None:
         unused = {"json_file", "sem_seg_root"} if metadata.get("panoptic_json") else set()
         _check_paths(name, metadata, unused)
     if metadata.get("evaluator_type") == "coco" and metadata.get(RECORD_KEY) is not None:
-        _judge_names(read_json(metadata.json_file), metadata)
+        _judge_names(_read_coco(metadata, ("images",)), metadata)
 
 
 def _check_name(name: str) -> None:
@@ -203,10 +204,7 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_traine
     content = None
     number = _num_classes(metadata)
     if metadata.get("evaluator_type") == "coco":
-        content = read_json(metadata.json_file)
-        problem = format_problem(content, LISTS if is_trained else ("images", "categories"))
-        if problem:
-            raise DataError(f"{metadata.json_file} is not in COCO's format: {problem}")
+        content = _read_coco(metadata, LISTS if is_trained else ("images", "categories"))
         number = len(content["categories"])
     if number is not None and number != num_classes:
         file = "" if content is None else f" ({metadata.json_file})"
@@ -222,6 +220,14 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_traine
     if is_trained and all(annotation.get("iscrowd") for annotation in annotations):
         raise DataError(f"{metadata.json_file} has no objects to train on")
     return any(annotation.get("segmentation") for annotation in annotations)
+
+
+def _read_coco(metadata: Metadata, needed: Sequence[str]) -> dict:
+    content = read_json(metadata.json_file)
+    problem = format_problem(content, needed)
+    if problem:
+        raise DataError(f"{metadata.json_file} is not in COCO's format: {problem}")
+    return content
 
 
 def _judge_names(content: dict, metadata: Metadata) -> None:

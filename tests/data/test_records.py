@@ -72,6 +72,9 @@ def test_nothing_of_the_annotations_is_read_before_they_are_used(run: Path) -> N
     load_config(str(run / "config.yaml"))
     with pytest.raises(DataError, match=r"custom_val\.json cannot be read as JSON"):
         check_known("custom_val")
+    (run / "data" / "custom_val.json").write_text("{}")
+    with pytest.raises(DataError, match=r"custom_val\.json is not in COCO's format: it lacks im"):
+        check_known("custom_val")
 
 
 @pytest.mark.parametrize("moved", ["run", "both", "data"])
