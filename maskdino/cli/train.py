@@ -78,7 +78,8 @@ def read_config(args: argparse.Namespace) -> CfgNode:
 def set_up(cfg: CfgNode, *, is_evaluation: bool = False) -> CfgNode:
     """Opens the logs, settles the device, and writes the whole configuration beside the logs.
 
-    That of a training stays when the run is evaluated: `evaluation.yaml` is the evaluation's.
+    One that is there stays when a run is evaluated, for it may be that of the training:
+    `evaluation.yaml` is the evaluation's.
     """
     PathManager.mkdirs(cfg.OUTPUT_DIR)
     open_logs(cfg.OUTPUT_DIR)
