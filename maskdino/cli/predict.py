@@ -22,6 +22,7 @@ from maskdino.cli.predict_videos import (
 )
 from maskdino.export.engines import ENGINES
 from maskdino.export.onnx import onnx_predictor
+from maskdino.inference.label_images import PanopticLabels, SemanticLabels
 from maskdino.inference.labels import ClassThresholds, CocoLabels
 from maskdino.inference.outputs import Wanted
 from maskdino.inference.predictor import MaskDINOPredictor
@@ -56,7 +57,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--webcam", nargs="?", type=int, const=0, metavar="N", help="in place of --input (0)")
     add("--output", type=Path, metavar="DIR", help="folder of the drawings")
     add("--json", action="store_true", help="write the results of images as JSON, too")
-    add("--coco", type=Path, metavar="FILE", help="one dataset of all images, or of --track")
+    add(
+        "--coco",
+        type=Path,
+        metavar="FILE",
+        help="one dataset of all images, or of --track; semantic: a folder",
+    )
     add("--polygons", type=float, metavar="T", help="in --coco, within T pixels (run lengths)")
     add("--class-thresholds", metavar="A=T,B=T", help="least scores of single classes")
     add("--track", action="store_true", help="name the objects of videos, and write them as JSON")
@@ -96,8 +102,8 @@ def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error("--json and --webcam need --output")
     if args.polygons is not None and args.coco is None:
         parser.error("--polygons is of --coco")
-    if (args.coco or args.class_thresholds) and args.task not in (None, "instance"):
-        parser.error(f"--coco and --class-thresholds are of objects, not of --task {args.task}")
+    if (args.polygons is not None or args.class_thresholds) and args.task not in (None, "instance"):
+        parser.error(f"--polygons, --class-thresholds are of objects, not of --task {args.task}")
     if args.slice and args.webcam is not None:
         parser.error("--slice is of images, not of --webcam")
     if args.track and args.task == "semantic":
@@ -127,9 +133,10 @@ def build_predictor(args: argparse.Namespace) -> MaskDINOPredictor:
         )
     keep_large_blocks(predictor.is_thing.device)
     able = predictor.options.tasks
-    if args.coco or args.class_thresholds:
-        if "instance" not in able:
-            raise CommandError(f"--coco and --class-thresholds: this model does {able}, no objects")
+    of_objects = args.class_thresholds or args.polygons is not None
+    if of_objects and "instance" not in able:
+        raise CommandError(f"--polygons, --class-thresholds: this model does {able}, no objects")
+    if (args.coco or of_objects) and "instance" in able:
         able = ("instance",)
     if args.track and not {"instance", "panoptic"} & set(able):
         raise CommandError(f"--track: this model does {able}, no objects")
@@ -198,8 +205,6 @@ def _plan_outputs(args: argparse.Namespace) -> tuple[dict[Path, Path | None], di
     """Where the drawing of each file and stream goes; refuses what does not fit the options."""
     if args.output is not None and args.output.exists() and not args.output.is_dir():
         raise CommandError(f"--output {args.output} is a file: give a folder")
-    if args.coco is not None and args.coco.is_dir():
-        raise CommandError(f"--coco {args.coco} is a folder: give a file")
     if args.slice:
         check_slices(args.slice, args.overlap)
     addresses = [word for word in args.input if is_stream(word)]
@@ -228,16 +233,36 @@ def _check_videos(args: argparse.Namespace, beside_images: bool, first: str) -> 
         raise CommandError(f"videos need --output: {first}")
 
 
-def _write_labels(labels: CocoLabels | VideoLabels | None, path: Path) -> None:
+def _labels(
+    args: argparse.Namespace, predictor: MaskDINOPredictor, images: list[Path]
+) -> CocoLabels | PanopticLabels | SemanticLabels | None:
+    """Where results of images are collected."""
+    if args.coco is None or args.track:
+        return None
+    if predictor.options.tasks == ("semantic",):
+        if args.coco.is_file() or args.coco.suffix == ".json":
+            raise CommandError(f"--coco {args.coco} is a file: label images need a folder")
+        return SemanticLabels(predictor.categories, images, args.coco)
+    if predictor.options.tasks == ("panoptic",):
+        if not args.coco.suffix:
+            raise CommandError(f"--coco {args.coco}: give it a suffix, as labels.json")
+        return PanopticLabels(predictor.categories, images, args.coco)
+    return CocoLabels(predictor.categories, images, tolerance=args.polygons)
+
+
+def _write_labels(
+    labels: CocoLabels | PanopticLabels | SemanticLabels | VideoLabels | None, path: Path
+) -> None:
     """Writes the dataset, and says what is in it."""
     if labels is None:
         return
     labels.write(path)
     if isinstance(labels, VideoLabels):
         print(f"{len(labels.annotations)} objects of {len(labels.videos)} videos in {path}")
+    elif isinstance(labels, CocoLabels):
+        print(f"{labels} in {path}; its images are below {labels.root}")
     else:
-        numbers = f"{len(labels.annotations)} objects of {len(labels.images)} images"
-        print(f"{numbers} in {path}; its images are below {labels.root}")
+        print(labels)
 
 
 @errors_in_one_line()
@@ -248,10 +273,10 @@ def main(words: list[str] | None = None) -> int:
     thresholds = ClassThresholds(args.class_thresholds or "")
     predictor = build_predictor(args)
     thresholds.check(predictor.categories)
-    labels = None
+    if args.coco and args.coco.is_dir() and predictor.options.tasks != ("semantic",):
+        raise CommandError(f"--coco {args.coco} is a folder: give a file")
+    labels = _labels(args, predictor, list(outputs))
     of_videos = VideoLabels(predictor.categories) if args.coco and args.track else None
-    if args.coco and of_videos is None:
-        labels = CocoLabels(predictor.categories, list(outputs), tolerance=args.polygons)
     wanted = Wanted(args.json, labels, thresholds, args.confidence_threshold)
     moving = WantedOfVideos(args.track, args.confidence_threshold, args.every, of_videos)
     if args.output is not None:

@@ -77,6 +77,17 @@ class ClassThresholds:
         return result.select(result.scores >= least[result.class_ids])
 
 
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The folder below which all of them are."""
+    folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
+    return Path(os.path.commonpath(folders)) if folders else Path()
+
+
+def name_below(root: Path, path: Path) -> Path:
+    """The path relative to the `common_folder`, also where it leads through "..": without these."""
+    return Path(os.path.abspath(path)).relative_to(root)
+
+
 class CocoLabels:
     """A dataset in COCO's form, image by image.
 
@@ -99,15 +110,14 @@ class CocoLabels:
         if tolerance is not None and not 0 <= tolerance < 1e4:
             raise ValueError(f"polygons within {tolerance} pixels: it must be 0 or more")
         self.categories, self.tolerance = categories, tolerance
-        folders = [str(path.absolute().parent) for path in images]
-        self.root = Path(os.path.commonpath(folders)) if folders else Path()
+        self.root = common_folder(images)
         self.images: list[dict] = []
         self.annotations: list[dict] = []
         self.left_out = 0
 
     def add(self, path: Path, result: ImageResult) -> None:
         """Adds an image and its objects."""
-        name = path.absolute().relative_to(self.root).as_posix()
+        name = name_below(self.root, path).as_posix()
         height, width = result.size
         number = len(self.images) + 1
         self.images.append({"id": number, "file_name": name, "height": height, "width": width})
@@ -141,6 +151,9 @@ class CocoLabels:
         shape = to_json(rle) if self.tolerance is None else polygons_of(rle, self.tolerance)
         return {"bbox": mask_utils.toBbox(rle).tolist(), "area": area, "segmentation": shape}
 
+    def __str__(self) -> str:
+        return f"{len(self.annotations)} objects of {len(self.images)} images"
+
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
         lists = {"images": self.images, "annotations": self.annotations}
@@ -148,7 +161,12 @@ class CocoLabels:
 
 
 def write_dataset(
-    path: Path, categories: Categories, note: str, lists: dict[str, list[dict[str, Any]]]
+    path: Path,
+    categories: Categories,
+    note: str,
+    lists: dict[str, list[dict[str, Any]]],
+    *,
+    told_apart: bool = False,
 ) -> None:
     """Writes a dataset in COCO's form, whole or not at all.
 
@@ -157,12 +175,16 @@ def write_dataset(
         categories: its classes.
         note: what whoever reads the file has to know.
         lists: all others, such as "images" and "annotations".
+        told_apart: classes say whether they are things.
     """
-    entries = zip(categories.dataset_ids, categories.names, strict=True)
+    entries = zip(categories.dataset_ids, categories.names, categories.is_thing, strict=True)
     content = {
         "info": {"description": f"predicted by Mask DINO; {note}"},
         **lists,
-        "categories": [{"id": i, "name": name} for i, name in entries],
+        "categories": [
+            {"id": i, "name": name, **({"isthing": int(thing)} if told_apart else {})}
+            for i, name, thing in entries
+        ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:

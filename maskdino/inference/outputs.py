@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from maskdino.inference.label_images import PanopticLabels, SemanticLabels
 from maskdino.inference.labels import ClassThresholds, CocoLabels
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.inference.sources import json_beside
@@ -21,12 +22,12 @@ class Wanted:
 
     Attributes:
         json: a JSON file beside each drawing.
-        labels: where objects are collected, or None.
+        labels: where objects, segments or classes are collected, or None.
         thresholds: of classes, and `threshold` that of all others.
     """
 
     json: bool
-    labels: CocoLabels | None
+    labels: CocoLabels | PanopticLabels | SemanticLabels | None
     thresholds: ClassThresholds
     threshold: float
 

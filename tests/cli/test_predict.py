@@ -138,10 +138,10 @@ def test_help_fits_a_screen(
 def test_commands_of_the_page_are_understood(repository: Path) -> None:
     lines = (repository / "demo" / "README.md").read_text().splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("maskdino predict ")]
-    assert len(commands) == 9
+    assert len(commands) == 11
     for words in commands:
         arguments = predict.parse_arguments(words[2:])
-        assert arguments.output == Path("drawn") or arguments.coco == Path("labels.json")
+        assert arguments.output == Path("drawn") or arguments.coco.stem == "labels"
 
 
 def test_order_is_kept_and_errors_are_handed_on() -> None:
@@ -401,6 +401,28 @@ def test_one_dataset_of_all_images(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
 
 
+@pytest.mark.parametrize("task", ["panoptic", "semantic"])
+def test_one_dataset_of_segments_or_classes(
+    task: str, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "b.png"):
+        save_image(tmp_path / "in" / name)
+    target = tmp_path / ("labels.json" if task == "panoptic" else "labels")
+    words = ["--task", task, "--coco", target]
+    assert run("--input", tmp_path / "in", *words) == 0
+    assert f"2 {'images' if task == 'panoptic' else 'label images'} in {target}" in (
+        capsys.readouterr().out
+    )
+    images = sorted(path.name for path in (tmp_path / "labels").glob("*.png"))
+    assert images == ["a.png", "b.png"]
+    beside = target if task == "panoptic" else target / "classes.txt"
+    assert "class 0" in beside.read_text()
+    # Ways that do not fit: a folder for a file, and the other way round.
+    target = tmp_path / "in" if task == "panoptic" else beside
+    assert run("--input", tmp_path / "in", "--task", task, "--coco", target) == 1
+    assert "give a file" in (printed := capsys.readouterr().err) or "need a folder" in printed
+
+
 def test_large_images_in_slices(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,7 +444,12 @@ def test_large_images_in_slices(
     ("words", "message"),
     [
         (["--polygons", "1"], "--polygons is of --coco"),
-        (["--coco", "o.json", "--task", "semantic"], "are of objects, not of --task semantic"),
+        (["--coco", "o.json", "--task", "semantic"], "label images need a folder"),
+        (["--coco", "labels", "--task", "panoptic"], "give it a suffix, as labels.json"),
+        (
+            ["--coco", "o.json", "--polygons", "1", "--task", "semantic"],
+            "are of objects, not of --task semantic",
+        ),
         (["--slice", "9"], "slices of 9 pixels are too small: at least 48"),
         (["--slice", "99", "--overlap", "1"], "slices that overlap by 1.0"),
         (["--coco", "."], "--coco . is a folder: give a file"),
