@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.cli.predict_videos import (
@@ -172,6 +173,7 @@ def draw_images(
     return failures
 
 
+@logging_redirect_tqdm()  # what is said does not stand behind a bar
 def draw_files(
     predictor: MaskDINOPredictor,
     outputs: dict[Path, Path | None],

@@ -18,7 +18,7 @@ from PIL import Image
 from maskdino.cli import predict
 from maskdino.custom.annotations import read_annotations
 from maskdino.custom.checks import check
-from maskdino.inference import large_result, streams, video
+from maskdino.inference import large_result, sliced, streams, video
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from tests.helpers import tiny_cfg
@@ -421,6 +421,15 @@ def test_one_dataset_of_segments_or_classes(
     target = tmp_path / "in" if task == "panoptic" else beside
     assert run("--input", tmp_path / "in", "--task", task, "--coco", target) == 1
     assert "give a file" in (printed := capsys.readouterr().err) or "need a folder" in printed
+
+
+def test_what_is_said_stands_on_a_line_of_its_own(
+    tmp_path: Path, run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sliced._say_that_it_fits.cache_clear()
+    assert run("--input", save_image(tmp_path / "a.png"), "--slice", "4000") == 0
+    printed = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    assert "images that fit into one slice of 4000 pixels are predicted as they are" in printed
 
 
 def test_large_images_in_slices(
