@@ -246,6 +246,7 @@ def _offer_nuclei() -> None:
             folder / split,
             root_variable=OWN_ROOT_VARIABLE,
             thing_classes=["nucleus"],
+            thing_dataset_id_to_contiguous_id={1: 0},
         )
 
 

@@ -65,7 +65,11 @@ class RecordedData:
         names = [x["name"] for x in self.categories]
         files = self.json_file, self.image_root
         if self.map_root is None:
-            register_coco_folder(name, *files, thing_classes=names)
+            # Known before the annotations are read, as results are written with these numbers.
+            ids = {x["id"]: label for label, x in enumerate(self.categories)}
+            register_coco_folder(
+                name, *files, thing_classes=names, thing_dataset_id_to_contiguous_id=ids
+            )
         elif self.task == "panoptic":
             register_panoptic_folder(name, *files, self.map_root, self.categories)
         else:

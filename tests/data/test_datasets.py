@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
+from maskdino.categories import Categories
 from maskdino.custom.annotations import read_annotations
 from maskdino.data import (
     DataError,
@@ -131,6 +132,8 @@ def test_ade20k_things_and_stuff() -> None:
 
 def test_nuclei_are_complete(make_cfg: Callable) -> None:
     cfg = make_cfg("DATASETS.TRAIN", ("nuclei_train",), "DATASETS.TEST", ("nuclei_val",))
+    cfg.MODEL.MASK_DINO.NUM_CLASSES = 1
+    assert Categories.from_config(cfg).dataset_ids == (1,)  # as their file says, which is not read
     check_datasets(cfg)
     assert len(DatasetCatalog.get("nuclei_train")) == 80
     assert sum(len(d["annotations"]) for d in DatasetCatalog.get("nuclei_val")) == 615

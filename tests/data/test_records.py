@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from maskdino.categories import Categories
 from maskdino.config import load_config
 from maskdino.custom.prepare import prepare_data, register_prepared
 from maskdino.custom.request import Request
@@ -58,8 +59,10 @@ def known() -> list[int]:
 def test_reading_the_configuration_is_enough(run: Path) -> None:
     assert not set(NAMES) & set(DatasetCatalog.list())
     load_config(str(run / "config.yaml"))
-    assert known() == [5, 1]
     metadata = MetadataCatalog.get("custom_val")
+    # Before annotations are read: `maskdino predict` writes classes with their numbers, too.
+    assert Categories.from_metadata(metadata, 2).dataset_ids == (3, 70)
+    assert known() == [5, 1]
     assert metadata.thing_classes == ["car", "person"]
     # What reading the data has completed stays when the same configuration is read once more.
     load_config(str(run / "config.yaml"))
