@@ -19,6 +19,7 @@ import numpy as np
 from pycocotools import mask as mask_utils
 
 from maskdino.categories import Categories
+from maskdino.checkpoint.pretrained import categories_to_list
 from maskdino.ops.rle import to_json
 from maskdino.ops.runs import crop_mask
 from maskdino.system.files import written_whole
@@ -177,13 +178,12 @@ def write_dataset(
         lists: all others, such as "images" and "annotations".
         told_apart: classes say whether they are things.
     """
-    entries = zip(categories.dataset_ids, categories.names, categories.is_thing, strict=True)
+    keys = ("id", "name", "isthing") if told_apart else ("id", "name")
     content = {
         "info": {"description": f"predicted by Mask DINO; {note}"},
         **lists,
         "categories": [
-            {"id": i, "name": name, **({"isthing": int(thing)} if told_apart else {})}
-            for i, name, thing in entries
+            {key: entry[key] for key in keys} for entry in categories_to_list(categories)
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
