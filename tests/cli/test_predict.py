@@ -418,9 +418,12 @@ def test_one_dataset_of_segments_or_classes(
     beside = target if task == "panoptic" else target / "classes.txt"
     assert "class 0" in beside.read_text()
     # Ways that do not fit: a folder for a file, and the other way round.
-    target = tmp_path / "in" if task == "panoptic" else beside
+    if task == "panoptic":
+        target, message = tmp_path / "in", "is a folder: give a file"
+    else:
+        target, message = beside, "is a file: label images need a folder"
     assert run("--input", tmp_path / "in", "--task", task, "--coco", target) == 1
-    assert "give a file" in (printed := capsys.readouterr().err) or "need a folder" in printed
+    assert message in capsys.readouterr().err
 
 
 def test_what_is_said_stands_on_a_line_of_its_own(
