@@ -23,7 +23,7 @@ from maskdino.cli.predict_videos import (
 )
 from maskdino.export.engines import ENGINES
 from maskdino.export.onnx import onnx_predictor
-from maskdino.inference.label_images import PanopticLabels, SemanticLabels
+from maskdino.inference.label_images import LabelImages, PanopticLabels, SemanticLabels
 from maskdino.inference.labels import ClassThresholds, CocoLabels
 from maskdino.inference.outputs import Wanted
 from maskdino.inference.predictor import MaskDINOPredictor
@@ -278,6 +278,9 @@ def main(words: list[str] | None = None) -> int:
     if args.coco and args.coco.is_dir() and predictor.options.tasks != ("semantic",):
         raise CommandError(f"--coco {args.coco} is a folder: give a file")
     labels = _labels(args, predictor, list(outputs))
+    label_images = labels.folder.resolve() if isinstance(labels, LabelImages) else None
+    if args.output is not None and args.output.resolve() == label_images:
+        raise CommandError(f"--output {args.output} is the folder of the label images")
     of_videos = VideoLabels(predictor.categories) if args.coco and args.track else None
     wanted = Wanted(args.json, labels, thresholds, args.confidence_threshold)
     moving = WantedOfVideos(args.track, args.confidence_threshold, args.every, of_videos)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from maskdino.categories import Categories
 from maskdino.inference.labels import common_folder, name_below, write_dataset
+from maskdino.inference.sources import refuse_to_replace
 from maskdino.system.files import written_whole
 from maskdino.visualization.results import ImageResult
 
@@ -34,7 +35,8 @@ class LabelImages:
             folder: of the PNG images; it is made with the first.
 
         Raises:
-            ValueError: two images would have one PNG image.
+            ValueError: two images would have one PNG image, or one would replace an image, or
+                another file beside one.
         """
         self.categories, self.folder = categories, folder
         self.root = common_folder(images)
@@ -44,6 +46,7 @@ class LabelImages:
             other = named.setdefault(self._name(path), path)
             if other is not path:
                 raise ValueError(f"{other} and {path} would have one label image: rename one")
+        refuse_to_replace(map(folder.joinpath, named), images, "--coco")
 
     def _name(self, path: Path) -> str:
         return name_below(self.root, path).with_suffix(".png").as_posix()

@@ -70,25 +70,35 @@ def output_paths(
         ValueError: a drawing, or its JSON file, would replace an input, or another file beside one.
     """
     inputs = list(inputs)
-    own = {os.path.realpath(path) for path in inputs}
-    beside_inputs = os.path.realpath(folder) in map(os.path.dirname, own)
     outputs: dict[Path, Path] = {}
+    written: list[Path] = []
     for path in inputs:
         suffix = ".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png"
         suffix = ".mp4" if is_video(path) else suffix
         target = unused(folder / f"{path.stem}{suffix}", outputs.values())
-        written = [target]
+        written.append(target)
         if with_tracks if is_video(path) else with_json:
             written.append(json_beside(target))
-        for file in written:
-            if os.path.realpath(file) in own:
-                raise ValueError(f"{file} is an input: choose another folder for --output")
-            if beside_inputs and file.exists():
-                raise ValueError(
-                    f"{file} exists, in the folder of an input: choose another folder for --output"
-                )
         outputs[path] = target
+    refuse_to_replace(written, inputs, "--output")
     return outputs
+
+
+def refuse_to_replace(files: Iterable[Path], inputs: Iterable[Path], option: str) -> None:
+    """Checks files that an option is going to write.
+
+    Raises:
+        ValueError: one would replace an input, or another file beside one.
+    """
+    own = {os.path.realpath(path) for path in inputs}
+    folders = set(map(os.path.dirname, own))
+    for file in files:
+        if os.path.realpath(file) in own:
+            raise ValueError(f"{file} is an input: choose another folder for {option}")
+        if os.path.realpath(file.parent) in folders and file.exists():
+            raise ValueError(
+                f"{file} exists, in the folder of an input: choose another folder for {option}"
+            )
 
 
 def json_beside(path: Path) -> Path:

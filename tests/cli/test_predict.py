@@ -424,6 +424,12 @@ def test_one_dataset_of_segments_or_classes(
         target, message = beside, "is a file: label images need a folder"
     assert run("--input", tmp_path / "in", "--task", task, "--coco", target) == 1
     assert message in capsys.readouterr().err
+    # Drawings would replace label images, and these the inputs.
+    assert run("--input", tmp_path / "in", *words, "--output", tmp_path / "labels") == 1
+    assert "labels is the folder of the label images" in capsys.readouterr().err
+    target = tmp_path / ("in.json" if task == "panoptic" else "in")
+    assert run("--input", tmp_path / "in", "--task", task, "--coco", target) == 1
+    assert "a.png is an input: choose another folder for --coco" in capsys.readouterr().err
 
 
 def test_what_is_said_stands_on_a_line_of_its_own(

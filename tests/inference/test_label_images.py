@@ -95,6 +95,17 @@ def test_two_images_of_one_label_image_are_refused(tmp_path: Path) -> None:
         SemanticLabels(CATEGORIES, images, tmp_path / "labels")
 
 
+def test_inputs_and_files_beside_them_are_not_replaced(paths: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"b\.png is an input: choose another folder for --coco"):
+        SemanticLabels(CATEGORIES, paths, tmp_path / "in")
+    with pytest.raises(ValueError, match=r"b\.png is an input: choose another folder for --coco"):
+        PanopticLabels(CATEGORIES, paths, tmp_path / "in.json")
+    SemanticLabels(CATEGORIES, paths[1:], tmp_path / "in")
+    (tmp_path / "in" / "a.png").touch()
+    with pytest.raises(ValueError, match=r"a\.png exists, in the folder of an input: .* --coco"):
+        SemanticLabels(CATEGORIES, paths[1:], tmp_path / "in")
+
+
 def test_names_lead_through_no_other_folder(paths: list[Path]) -> None:
     labels = CocoLabels(CATEGORIES, paths)
     empty = np.zeros((0, 4), np.float32)
