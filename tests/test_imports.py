@@ -98,6 +98,7 @@ RULES = (
             "checkpoint",
             "config",
             "data.images",
+            "data.reading",
             "model",
             "model_zoo",
             "modeling",

@@ -132,8 +132,11 @@ def ids_of_colors(colors: np.ndarray) -> np.ndarray:
 
 
 def colors_of_ids(ids: np.ndarray) -> np.ndarray:
-    """(H, W) segment ids below 2**24 to (H, W, 3) uint8 of COCO's panoptic format."""
-    return np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1).astype(np.uint8)
+    """Segment ids below 2**24, (...), to (..., 3) uint8 of COCO's panoptic format."""
+    colors = np.empty((*ids.shape, 3), np.uint8)
+    for channel in range(3):  # one by one: maps of large images are of a gigabyte
+        colors[..., channel] = ids >> 8 * channel & 255
+    return colors
 
 
 def segment_indices(segment_colors: np.ndarray, segment_ids: list[int]) -> np.ndarray:

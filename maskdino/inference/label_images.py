@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from maskdino.categories import Categories
+from maskdino.data.reading import colors_of_ids
 from maskdino.inference.labels import common_folder, name_below, write_dataset
 from maskdino.inference.sources import refuse_to_replace
 from maskdino.system.files import written_whole
@@ -94,8 +95,7 @@ class PanopticLabels(LabelImages):
     def add(self, path: Path, result: ImageResult) -> None:
         """Writes the segments of an image."""
         assert result.panoptic_ids is not None and result.segments is not None
-        bytes_of = [(result.panoptic_ids >> shift) & 255 for shift in (0, 8, 16)]
-        png = self._save(path, np.stack(bytes_of, axis=-1).astype(np.uint8))
+        png = self._save(path, colors_of_ids(result.panoptic_ids))
         height, width = result.size
         name = name_below(self.root, path).as_posix()
         self.images.append({"id": self.count, "file_name": name, "height": height, "width": width})
