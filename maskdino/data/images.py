@@ -6,6 +6,7 @@ import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 
 from maskdino.system.errors import UserError
+from maskdino.system.files import written_whole
 
 ImageSource = str | os.PathLike | np.ndarray | Image.Image | torch.Tensor
 CHANNEL_ORDERS = ("RGB", "BGR")
@@ -154,3 +156,10 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
             raise ImageError(f"float values must lie in [0, 1], not in [{low}, {high}]")
         return (array * 255).round().astype(np.uint8)
     raise ImageError(f"values of type {array.dtype}; they must be bool, uint8, uint16 or float")
+
+
+def save_png(path: Path, pixels: np.ndarray) -> None:
+    """Writes (H, W) of 8 or 16 bits, or (H, W, 3) uint8, whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, sync=False) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")

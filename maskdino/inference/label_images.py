@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from maskdino.categories import Categories
+from maskdino.data.images import save_png
 from maskdino.data.reading import colors_of_ids
 from maskdino.inference.labels import common_folder, name_below, write_dataset
 from maskdino.inference.sources import refuse_to_replace
@@ -56,10 +56,7 @@ class LabelImages:
         """Writes values (H, W) of 8 or 16 bits, or (H, W, 3); returns the name in the folder."""
         self.count += 1
         name = self._name(path)
-        target = self.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(target, sync=False) as temporary:
-            Image.fromarray(values).save(temporary, format="PNG")
+        save_png(self.folder / name, values)
         return name
 
 

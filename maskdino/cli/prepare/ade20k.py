@@ -17,6 +17,7 @@ import numpy as np
 from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare import common
 from maskdino.data.datasets import ADE20K_THING_IDS, ade20k_classes
+from maskdino.data.images import save_png
 from maskdino.data.reading import colors_of_ids, ids_of_colors
 
 TASKS = ("semantic", "instance", "panoptic")
@@ -31,7 +32,7 @@ def make_semantic(source: Path, output: Path, overwrite: bool) -> bool:
     labels = common.read_pixels(source)
     if labels.dtype != np.uint8 or labels.ndim != 2 or labels.max() > 150:
         raise common.PreparationError(f"{source} is no map of the classes 0 to 150")
-    common.save_image(path, labels - np.uint8(1))  # 0, "none", becomes 255
+    save_png(path, labels - np.uint8(1))  # 0, "none", becomes 255
     return True
 
 
@@ -77,7 +78,7 @@ def make_panoptic(source: Path, semantic: Path, output: Path, overwrite: bool) -
             if mask.shape != ids.shape:
                 raise common.PreparationError(f"{source} has {mask.shape} pixels, not {ids.shape}")
             ids[mask] = category + 1 + 256 * number
-        common.save_image(path, colors_of_ids(ids))
+        save_png(path, colors_of_ids(ids))
     return common.describe_segments(ids, lambda segment_id: (segment_id & 255) - 1)
 
 

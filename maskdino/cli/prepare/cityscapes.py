@@ -16,6 +16,7 @@ from detectron2.data.datasets.builtin_meta import CITYSCAPES_CATEGORIES
 
 from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare import common
+from maskdino.data.images import save_png
 from maskdino.data.reading import colors_of_ids, ids_of_colors
 
 SPLITS = ("train", "val")
@@ -35,7 +36,7 @@ def make_train_ids(source: Path, overwrite: bool) -> bool:
         raise common.PreparationError(
             f"{source} is no map of label ids: {labels.dtype} {labels.shape}"
         )
-    common.save_image(path, table[labels])
+    save_png(path, table[labels])
     return True
 
 
@@ -52,7 +53,7 @@ def make_panoptic(source: Path, output: Path, overwrite: bool) -> list[dict]:
         ids = common.read_pixels(source).astype(np.int64)
         labels = np.where(ids < 1000, ids, ids // 1000)
         ids = np.where(np.isin(labels, list(TRAIN_IDS)), ids, 0)
-        common.save_image(path, colors_of_ids(ids))
+        save_png(path, colors_of_ids(ids))
     segments = common.describe_segments(ids, lambda i: i if i < 1000 else i // 1000)
     for segment in segments:
         segment["iscrowd"] = int(segment["id"] < 1000 and segment["category_id"] in THINGS)

@@ -18,6 +18,7 @@ import numpy as np
 from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare import common
 from maskdino.data.folders import inside
+from maskdino.data.images import save_png
 from maskdino.data.reading import ids_of_colors
 
 
@@ -33,7 +34,7 @@ def convert(
     labels = np.full(ids.shape, common.VOID, np.uint8)
     for segment, mask in common.masks_of_segments(annotation["segments_info"], ids, source):
         labels[mask] = numbers[segment["category_id"]]
-    common.save_image(path, labels)
+    save_png(path, labels)
     return True
 
 

@@ -80,13 +80,6 @@ def run(
             raise
 
 
-def save_image(path: Path, pixels: np.ndarray) -> None:
-    """Writes a PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path, sync=False) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
-
-
 def save_json(path: Path, content: dict) -> None:
     """Writes JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare import common
 from maskdino.data.datasets import own_datasets_root
 from maskdino.data.folders import inside
+from maskdino.data.images import save_png
 from maskdino.ops.rle import decode_segmentation
 
 
@@ -37,7 +38,7 @@ def convert(
         crowd = annotation.get("iscrowd", 0)
         mask = decode_segmentation(annotation["segmentation"], size)
         labels[mask] = common.VOID if crowd else numbers[annotation["category_id"]]
-    common.save_image(path, labels)
+    save_png(path, labels)
     return True
 
 
