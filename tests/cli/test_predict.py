@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
 import threading
@@ -433,9 +434,13 @@ def test_one_dataset_of_segments_or_classes(
 
 
 def test_what_is_said_stands_on_a_line_of_its_own(
-    tmp_path: Path, run: Run, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, run: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sliced._say_that_it_fits.cache_clear()
+    # As in a new process: trainings in this one have opened logs.
+    for name in ("maskdino", None):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("maskdino"), "propagate", True)
     assert run("--input", save_image(tmp_path / "a.png"), "--slice", "4000") == 0
     printed = capfd.readouterr().err.replace("\r", "\n").splitlines()
     assert "images that fit into one slice of 4000 pixels are predicted as they are" in printed

@@ -19,7 +19,7 @@ from maskdino.system.allocator import keep_large_blocks
 kept = keep_large_blocks(torch.device(sys.argv[1]))
 torch.ones(1)
 faults = []
-for _ in range(5):
+for _ in range(10):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones({PAGES} * 1024)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -28,7 +28,7 @@ print(int(kept), *faults)
 
 
 def faults(python: str, device: str, **environment: str) -> list[int]:
-    """Whether blocks are kept, and the page faults of five tensors of 64 MiB, one by one."""
+    """Whether blocks are kept, and the page faults of ten tensors of 64 MiB, one by one."""
     given = {k: v for k, v in os.environ.items() if not k.startswith(allocator.DECISIONS)}
     done = subprocess.run(
         [python, "-c", COUNT, device],
@@ -42,9 +42,9 @@ def faults(python: str, device: str, **environment: str) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has what is set")
 def test_later_tensors_take_the_pages_of_earlier_ones(warm_python: str) -> None:
-    kept, _, _, *later = faults(warm_python, "cpu")  # aligned, the second one needs more room
+    kept, *counts = faults(warm_python, "cpu")
     assert kept
-    assert max(later) < PAGES / 100
+    assert max(counts[-5:]) < PAGES / 100  # the first ones find too little room, being aligned
     # On a GPU, and where the user decided, the default stays: not told by the pages, which a
     # system with large pages everywhere has fewer of.
     assert faults(warm_python, "cuda")[0] == 0
