@@ -66,6 +66,7 @@ def load(monkeypatch: pytest.MonkeyPatch, data: Path) -> Iterator[Callable[[str]
     monkeypatch.setenv(extensions.VARIABLE, "")
     monkeypatch.setattr(extensions, "_modules", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
+    load_config()  # what is registered with the first configuration stays
     registries = [getattr(extensions, n) for n in dir(extensions) if n.endswith("_REGISTRY")]
     tables = [registry._obj_map for registry in (*registries, META_ARCH_REGISTRY)]
     tables += [build_backbone.__globals__["BACKBONE_REGISTRY"]._obj_map, BOX_LOSSES]
