@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 
@@ -44,7 +45,8 @@ def faults(python: str, device: str, **environment: str) -> list[int]:
 def test_later_tensors_take_the_pages_of_earlier_ones(warm_python: str) -> None:
     kept, *counts = faults(warm_python, "cpu")
     assert kept
-    assert max(counts[-5:]) < PAGES / 100  # the first ones find too little room, being aligned
+    # Not of each: the first ones, being aligned, find too little room, by the state of the heap.
+    assert statistics.median(counts) < PAGES / 100
     # On a GPU, and where the user decided, the default stays: not told by the pages, which a
     # system with large pages everywhere has fewer of.
     assert faults(warm_python, "cuda")[0] == 0
