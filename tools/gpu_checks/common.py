@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES = "results.jsonl"
-TOP_KERNELS = 20
+TOP_KERNELS = 60
+NAME_LENGTH = 200  # of a kernel
 PLACES = 12  # lines of code that are named with their number of waits
 REPLAY_MS = 50.0  # that a timed series of replays takes, roughly
 CONFIGS = str(ROOT / "configs/coco/{}/maskdino_{}.yaml")
@@ -167,7 +168,7 @@ def launches(run: Run, call: Callable[[], object]) -> dict[str, object]:
         "copies": sum(e.count for e in events if e.key.startswith("cudaMemcpy")),
         "gpu_ms": round(sum(e.self_device_time_total for e in kernels) / 1e3, 2),
         "top": [
-            [e.key[:90], e.count, round(e.self_device_time_total / 1e3, 3)]
+            [e.key[:NAME_LENGTH], e.count, round(e.self_device_time_total / 1e3, 3)]
             for e in kernels[:TOP_KERNELS]
         ],
     }

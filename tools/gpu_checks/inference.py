@@ -38,13 +38,18 @@ CASES = (
 
 
 def speed(run: Run) -> None:
-    """Network alone, and from image to results, in each precision."""
+    """The prepared network, as a CUDA graph and without, and from image to results."""
     for task, precision in (("instance", "float32"),) if run.dry else CASES:
-        model, inputs, images = _drawn(run, CONFIGS.format(task, "R50"), PRECISION_KEY, precision)
-        calls = {"network": partial(model.predict, images), "results": partial(model, inputs)}
+        file, keys = CONFIGS.format(task, "R50"), (PRECISION_KEY, precision)
+        model, inputs, images = _drawn(run, file, *keys)
+        eager, *_ = _drawn(run, file, *keys, "MODEL.MASK_DINO.TEST.CUDA_GRAPHS", "False")
+        calls = {
+            "network": partial(model.predict_precisely, images),
+            "results": partial(model, inputs),
+            "network without graph": partial(eager.predict_precisely, images),
+        }
         for part, call in calls.items():
-            surrounding = precision if part == "network" else DEFAULTS
-            with torch.no_grad(), arithmetic(run, surrounding):
+            with torch.no_grad(), arithmetic(run, DEFAULTS):
                 measure(run, {"task": task, "precision": precision, "part": part}, call)
 
 

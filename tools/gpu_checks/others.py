@@ -1,20 +1,26 @@
-"""Steps that are commands of their own: the GPU tests and compute-sanitizer."""
+"""Steps that are commands of their own: the GPU tests, a user's commands, compute-sanitizer."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 from gpu_checks.common import ROOT, Run
 
+NUCLEI = ROOT / "datasets/nuclei/val"
+PROCESSES = 6  # of pytest: each has a context on the GPU, some 0.5 GiB
 SANITIZED = "computes_what_the_cpu_does and float32"
 
 
 def tests(run: Run) -> None:
     """`pytest -m gpu`."""
     command = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=10", "-rA", "tests"]
+    if importlib.util.find_spec("xdist") is not None:
+        command[1:1] = ["-n", str(PROCESSES)]
     if run.dry:
         command[-1] = "tests/ops/test_ms_deform_attn_cuda.py"
     log = run.out / "pytest.log"
@@ -30,6 +36,32 @@ def tests(run: Run) -> None:
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
             run.say(FAILED=line[:400])
+
+
+def commands(run: Run) -> None:
+    """Trains on the nuclei for a few steps, goes on, evaluates and predicts, as a user would."""
+    output = run.out / "nuclei"
+    config = ["--config-file", "configs/nuclei/instance/maskdino_lite2.yaml"]
+    config[1] = "configs/nuclei/instance/maskdino_tiny.yaml" if run.dry else config[1]
+    train = ["tools/train_net.py", *config]
+    steps, more = ("2", "3") if run.dry else ("150", "200")
+    device = ["OUTPUT_DIR", str(output), "MODEL.DEVICE", run.device]
+    predict = ["-m", "maskdino", "predict", *config, "--weights", f"{output}/model_final.pth"]
+    images = sorted(str(path) for path in NUCLEI.iterdir())[:8]
+    predict += ["--device", run.device, "--json", "--output", str(run.out / "drawn")]
+    calls = {
+        "train": [*train, *device, "SOLVER.MAX_ITER", steps, "SOLVER.CHECKPOINT_PERIOD", "100"],
+        "resume": [*train, "--resume", *device, "SOLVER.MAX_ITER", more],
+        "evaluate": [*train, "--eval-only", *device, "MODEL.WEIGHTS", f"{output}/model_final.pth"],
+        "predict": [*predict, "--input", *images],
+    }
+    for name, call in calls.items():
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *call], cwd=ROOT, capture_output=True, text=True)
+        seconds = round(time.perf_counter() - start, 1)
+        log = (done.stdout + done.stderr).strip()
+        (run.out / f"log_commands_{name}.txt").write_text(log)
+        run.say(command=name, status=done.returncode, seconds=seconds, tail=log[-600:])
 
 
 def sanitizer(run: Run) -> None:

@@ -12,7 +12,11 @@ from benchmarks.timing import table
 COLUMNS = {
     "operator_is_right": "backend dtype queries batch channels spread errors ok",
     "training_is_sound": "task precision objects loss ok waits where",
-    "training_speed": "precision batch size objects ms peak_mib waits where launches copies gpu_ms",
+    "training_speed": "precision batch size objects recompute first_loss ms peak_mib "
+    "waits where launches copies gpu_ms",
+    "training_compiled": "precision batch size objects first_loss first_s ms peak_mib "
+    "launches gpu_ms",
+    "commands": "command status seconds",
     "inference_speed": "task precision part ms peak_mib waits where launches copies gpu_ms",
     "operator_speed": "contender dtype queries batch errors forward_us both_us",
     "peer": "what side anchors queries relative moved precision first_loss ms peak_mib waits "

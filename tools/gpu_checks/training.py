@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from functools import partial
 
 import torch
@@ -11,11 +12,19 @@ from benchmarks.drawn import drawn_input, drawn_model
 from detectron2.config import CfgNode
 
 from gpu_checks.common import CONFIGS, R50, ROOT, TINY, Run, host_waits, measure
+from maskdino.engine.compiled import compile_layers
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
 from maskdino.model import MaskDINO
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
+SPEED_CASES = (  # precision, objects of an image, what is recomputed
+    ("bfloat16", 10, "none"),
+    ("bfloat16", 100, "none"),
+    ("float32", 10, "none"),
+    ("bfloat16", 10, "cheap"),
+    ("bfloat16", 10, "all"),
+)
 OBJECTS = ((5, 3), (0, 0), (0, 2), (60, 90))
 NODE = "MODEL.MASK_DINO."
 BOXES_ALONE = (NODE + "MASK_ON", "False")
@@ -50,16 +59,35 @@ def _one_step(run: Run, step: TrainStep, case: dict, classes: int) -> None:
 
 
 def speed(run: Run) -> None:
-    """A step of the R50 model on two images of 1024 x 1024 with ten or a hundred objects each."""
+    """A step of the R50 model on two images of 1024 x 1024, and what recomputing saves."""
+    for precision, objects, recompute in SPEED_CASES[:1] if run.dry else SPEED_CASES:
+        _speed(run, precision, objects, recompute=recompute)
+
+
+def compiled(run: Run) -> None:
+    """The same step with compiled layers (SOLVER.COMPILE)."""
+    _speed(run, "bfloat16", 10, compiled=True)
+
+
+def _speed(
+    run: Run, precision: str, objects: int, *, recompute: str = "none", compiled: bool = False
+) -> None:
     size = 128 if run.dry else 1024
-    cases = (("bfloat16", 10), ("float32", 10), ("bfloat16", 100))
-    for precision, objects in cases[:1] if run.dry else cases:
-        step = train_step(run, *drawn_model(TINY if run.dry else R50, run.device), precision)
-        batch = [drawn_input(size, size, objects) for _ in range(2)]
-        case = {"precision": precision, "batch": 2, "size": size, "objects": objects}
-        measure(run, case, partial(step.run, itertools.repeat(batch)), repeats=8)
-        del step
-        torch.cuda.empty_cache()
+    cfg, model = drawn_model(TINY if run.dry else R50, run.device, NODE + "RECOMPUTE", recompute)
+    step = train_step(run, cfg, model, precision)
+    torch.manual_seed(5)
+    batch = [drawn_input(size, size, objects) for _ in range(2)]
+    case = {"precision": precision, "batch": 2, "size": size, "objects": objects}
+    case |= {"recompute": recompute, "compiled": compiled}
+    start = time.perf_counter()
+    if compiled:
+        compile_layers(model)
+    torch.manual_seed(0)
+    first = step.run(iter([batch]))["total_loss"]
+    case |= {"first_loss": round(first, 3), "first_s": round(time.perf_counter() - start, 1)}
+    measure(run, case, partial(step.run, itertools.repeat(batch)), repeats=8)
+    del step, model
+    torch.cuda.empty_cache()
 
 
 def train_step(run: Run, cfg: CfgNode, model: MaskDINO, precision: str) -> TrainStep:
