@@ -7,6 +7,8 @@ Shape key: Q queries, K classes, N objects, M matched pairs, P points; `...` lea
 Sums over points are not rounded to half by autocast: thousands of terms cancel in them.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,9 @@ FOCAL_GAMMA = 2.0
 LOG_EPS = 1e-8  # inside the logarithms of the class cost
 # A squared IoU below this is not raised to 1: the box hardly touches its object.
 LEAST_SQUARED_IOU = 1e-8
+# In which a GPU adds the products of points. Few queries and objects with many points are one long
+# sum for few of its processors; in groups they are many short ones (measured: 390 to 30 us).
+POINT_GROUPS = 16
 
 
 def focal_loss(
@@ -147,4 +152,8 @@ def mask_dice_cost(logits: Tensor, labels: Tensor) -> Tensor:
 def _sums_of_products(values: Tensor, labels: Tensor) -> Tensor:
     """(..., Q, P), (..., N, P) to (..., Q, N), in the values' dtype even under autocast."""
     with torch.autocast(values.device.type, enabled=False):
-        return values @ labels.mT
+        groups = math.gcd(values.shape[-1], POINT_GROUPS) if values.is_cuda else 1
+        if groups == 1:
+            return values @ labels.mT
+        values, labels = (x.unflatten(-1, (groups, -1)).movedim(-2, 0) for x in (values, labels))
+        return (values @ labels.mT).sum(0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from maskdino.losses import functional as losses
 from tests.ops.test_boxes import slow_giou
+from tests.pretend_device import PretendDevice, missing_api
 
 NUMBER = 6
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -85,6 +86,21 @@ def test_costs_of_masks_are_the_losses_of_pairs(name: str, lead: tuple[int, ...]
     wanted = (torch.rand(*lead, NUMBER - 1, 20) < 0.5).double()
     check_pairs(cost(predicted, wanted), predicted, wanted, loss)
     assert cost(predicted, wanted[..., :0, :]).shape == (*lead, NUMBER, 0)
+
+
+@pytest.mark.skipif(bool(missing_api()), reason=missing_api() or "never")
+@pytest.mark.parametrize("name", ["mask_bce", "mask_dice"])
+@pytest.mark.parametrize("points", [40, 21])
+def test_on_a_gpu_points_are_added_in_groups(name: str, points: int) -> None:
+    """To the same costs: groups of points that divide their number, or all at once."""
+    cost = getattr(losses, f"{name}_cost")
+    predicted = torch.randn(2, NUMBER, points).double() * 4
+    wanted = (torch.rand(2, NUMBER - 1, points) < 0.5).double()
+    with PretendDevice() as device:
+        device.clear()
+        found = cost(device.put(predicted), device.put(wanted))
+        assert device.launches["sum"] == (3 if name == "mask_dice" else 2) - points % 2
+        torch.testing.assert_close(found.cpu(), cost(predicted, wanted))
 
 
 @pytest.mark.parametrize("loss", [losses.l1_loss, losses.giou_loss])
