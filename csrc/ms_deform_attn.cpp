@@ -43,9 +43,14 @@ TORCH_LIBRARY(maskdino, m) {
       "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
   // Mask logits (R, h, w), resized to the canvas, cut to the image, and resized to the output;
   // sizes are (height, width). Binary: where they are above 0, and if asked for, the mean
-  // probability (R,) there. A CPU alone has it.
+  // probability (R,) there.
   m.def(
       "resized_masks(Tensor maps, SymInt[] canvas, SymInt[] image, SymInt[] output, bool binary, "
+      "bool quality) -> (Tensor, Tensor)");
+  // The same where they are above 0, as bits (R, (H W + 7) / 8) column by column, the first of
+  // eight pixels lowest. A GPU alone has it.
+  m.def(
+      "resized_packed_masks(Tensor maps, SymInt[] canvas, SymInt[] image, SymInt[] output, "
       "bool quality) -> (Tensor, Tensor)");
   // Which kernels run on the CPU: "AVX-512", "AVX2" or "plain".
   m.def("cpu_instruction_set() -> str");

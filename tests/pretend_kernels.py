@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskdino.ops.host import pack_masks
+
 ATTENTION = "_scaled_dot_product_efficient_attention"
 
 
@@ -19,6 +21,9 @@ def compute(func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> A
     if name == "cudnn_batch_norm":
         reserve = torch.zeros(0, dtype=torch.uint8)
         return (*torch.ops.aten.native_batch_norm(*args), reserve)
+    if name == "resized_packed_masks":
+        masks, quality = torch.ops.maskdino.resized_masks(*args[:4], True, args[4])
+        return pack_masks(masks), quality
     if name == ATTENTION:
         return _attention(*args[:4])
     if name == f"{ATTENTION}_backward":

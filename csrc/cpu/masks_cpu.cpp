@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../masks_checks.h"
 #include "instruction_set.h"
 #include "kernels.h"
 
@@ -51,31 +52,11 @@ struct AxisTable {
   std::vector<float> weight;
 };
 
-void check(const at::Tensor& maps, at::IntArrayRef canvas, at::IntArrayRef image,
-           at::IntArrayRef output) {
-  constexpr int64_t kMost = 1 << 24;  // whole numbers up to it are exact in float32
-  TORCH_CHECK_TYPE(maps.scalar_type() == at::kFloat, "maps must be float32, got ",
-                   maps.scalar_type());
-  TORCH_CHECK_VALUE(
-      maps.dim() == 3 && canvas.size() == 2 && image.size() == 2 && output.size() == 2,
-      "maps must be (R, h, w) and sizes (height, width), got shape ", maps.sizes(), " and sizes ",
-      canvas, ", ", image, ", ", output);
-  for (int axis = 0; axis < 2; ++axis) {
-    const int64_t map = maps.size(axis + 1);
-    TORCH_CHECK_VALUE(0 < map && map <= canvas[axis] && 0 < image[axis] &&
-                          image[axis] <= canvas[axis] && 0 < output[axis] &&
-                          std::max(canvas[axis], output[axis]) < kMost,
-                      "sizes must be positive, below 2^24, and those of the canvas the largest "
-                      "but for the output's: maps ",
-                      maps.sizes(), ", canvas ", canvas, ", image ", image, ", output ", output);
-  }
-}
-
 std::tuple<at::Tensor, at::Tensor> resized_masks(const at::Tensor& maps, at::IntArrayRef canvas,
                                                  at::IntArrayRef image, at::IntArrayRef output,
                                                  bool binary, bool with_quality) {
   const at::NoGradGuard no_grad;
-  check(maps, canvas, image, output);
+  check_mask_sizes(maps, canvas, image, output);
   const at::Tensor dense = maps.contiguous();
   const int64_t number = maps.size(0);
   const at::Tensor masks = at::empty({number, output[0], output[1]},

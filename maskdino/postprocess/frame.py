@@ -16,10 +16,12 @@ from torch import Tensor
 
 from maskdino.ops.boxes import cxcywh_to_xyxy, pixels_inside
 from maskdino.ops.constants import is_traced
+from maskdino.ops.host import pack_masks
 from maskdino.ops.ms_deform_attn import has_compiled
 from maskdino.structures import Predictions
 
 ELEMENTS_AT_ONCE = 1 << 25  # resized mask probabilities that exist at one time (128 MiB of float32)
+MOST_LINES_OF_BITS = 12000  # of an output whose masks the compiled library packs
 MAP_VALUES_AT_ONCE = 1 << 28  # values of compact maps; those of larger images are enlarged
 
 
@@ -75,6 +77,7 @@ def output_foregrounds(
     limits: Tensor | None = None,
     *,
     quality: bool,
+    packed: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Where masks of queries are in the output frame, a few queries at a time.
 
@@ -84,30 +87,35 @@ def output_foregrounds(
         frame: the sizes.
         limits: as for `output_masks`.
         quality: whether the mean probability over each mask is asked for.
+        packed: whether masks are wanted as bits (`pack_masks`).
 
     Returns:
-        (r, OH, OW) bool; and that mean (r,), or None.
+        (r, OH, OW) bool, or (r, P) uint8; and that mean (r,), or None.
     """
     for maps, boxes in _maps(embeddings, pixel_embedding, frame, limits):
-        if boxes is None and _in_one_pass(maps):
-            foreground, means = _in_output(maps, frame, True, quality)
-            yield foreground, means if quality else None
+        sizes = frame.canvas, frame.image, frame.output
+        at_once = boxes is None and _in_one_pass(maps)
+        if at_once and packed and maps.is_cuda and frame.output[0] <= MOST_LINES_OF_BITS:
+            bits, means = torch.ops.maskdino.resized_packed_masks(maps, *sizes, quality)
+            yield bits, means if quality else None
             continue
-        logits = _output_logits(maps, boxes, frame)
-        foreground = logits > 0
-        if not quality:
-            yield foreground, None
-            continue
-        # Nothing as large as the probabilities is made once more.
-        total = logits.sigmoid_().mul_(foreground).sum((-2, -1))
-        yield foreground, total / (_areas(foreground) + 1e-6)
+        if at_once:
+            foreground, means = torch.ops.maskdino.resized_masks(maps, *sizes, True, quality)
+        else:
+            logits = _output_logits(maps, boxes, frame)
+            foreground = logits > 0
+            if quality:  # nothing as large as the probabilities is made once more
+                total = logits.sigmoid_().mul_(foreground).sum((-2, -1))
+                means = total / (_areas(foreground) + 1e-6)
+        yield pack_masks(foreground) if packed else foreground, means if quality else None
 
 
 def _maps(
     embeddings: Tensor, pixel_embedding: Tensor, frame: Frame, limits: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Mask logits (r, H/4, W/4) of a few queries at a time, and the limits of these (r, 4)."""
-    at_once = maps_at_once(max(math.prod(frame.canvas), math.prod(frame.output)))
+    made = pixel_embedding.shape[1:] if _in_one_pass(embeddings) else frame.canvas
+    at_once = maps_at_once(max(math.prod(made), math.prod(frame.output)))
     embeddings, features = embeddings.float(), pixel_embedding.flatten(1).float()
     for begin in range(0, len(embeddings), at_once):  # nothing at all where there are no queries
         few = slice(begin, begin + at_once)
@@ -118,7 +126,8 @@ def _maps(
 
 def _output_logits(maps: Tensor, limits: Tensor | None, frame: Frame) -> Tensor:
     if _in_one_pass(maps):
-        logits = _in_output(maps, frame, False, False)[0]
+        sizes = frame.canvas, frame.image, frame.output
+        logits = torch.ops.maskdino.resized_masks(maps, *sizes, False, False)[0]
     else:
         logits = resize_to_output(resize_to_canvas(maps, frame), frame)
     if limits is None:
@@ -128,17 +137,14 @@ def _output_logits(maps: Tensor, limits: Tensor | None, frame: Frame) -> Tensor:
 
 
 def _in_one_pass(maps: Tensor) -> bool:
-    """Whether the compiled library resizes these maps, without what lies between them."""
+    """Whether the compiled library resizes maps, without what lies between map and output."""
+    # One that was built before it had this on a GPU lacks the second.
+    operator = {"cpu": "resized_masks", "cuda": "resized_packed_masks"}.get(maps.device.type)
     return (
-        maps.device.type == "cpu"
+        operator is not None
         and not (is_traced() or maps.requires_grad)
-        and has_compiled("resized_masks", maps.device)
+        and has_compiled(operator, maps.device)
     )
-
-
-def _in_output(maps: Tensor, frame: Frame, binary: bool, quality: bool) -> tuple[Tensor, Tensor]:
-    sizes = frame.canvas, frame.image, frame.output
-    return torch.ops.maskdino.resized_masks(maps, *sizes, binary, quality)
 
 
 def _areas(masks: Tensor) -> Tensor:

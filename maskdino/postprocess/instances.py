@@ -17,7 +17,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from maskdino.ops.host import OnItsWay, Steps, pack_masks, true_first
+from maskdino.ops.host import OnItsWay, Steps, true_first
 from maskdino.ops.points import joined
 from maskdino.ops.rle import encode_mask, encode_packed
 from maskdino.postprocess.frame import (
@@ -154,7 +154,8 @@ def instance_steps(
         embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
         limits = mask_limits(predictions.boxes[pairs.different], options.mask_limit)
         wanted = embeddings[pairs.different], pixel_embedding, frame, limits
-        found = output_foregrounds(*wanted, quality=options.mask_scoring)
+        packed = compact and embeddings.device.type != "cpu"
+        found = output_foregrounds(*wanted, quality=options.mask_scoring, packed=packed)
         parts = _foregrounds(found, quality)
         if compact:
             encoded = yield from _encoded(parts, frame)
@@ -198,7 +199,7 @@ def mean_probability(probs: Tensor, foreground: Tensor) -> Tensor:
 def _foregrounds(
     found: Iterator[tuple[Tensor, Tensor | None]], quality: list[Tensor]
 ) -> Iterator[Tensor]:
-    """Masks (r, OH, OW) bool, a few at a time; `quality` gets the mean probability over each."""
+    """Masks as `found` has them, a few at a time; `quality` gets the mean probability over each."""
     for foreground, means in found:
         if means is not None:
             quality.append(means)
@@ -224,14 +225,14 @@ def _written(parts: Iterator[Tensor], pairs: Pairs, frame: Frame) -> Tensor:
 
 
 def _encoded(parts: Iterator[Tensor], frame: Frame) -> Steps[tuple[list[dict], list[Tensor]]]:
-    """Masks of the U queries: run lengths of those that came to the host, and the last, packed."""
+    """Masks of the U queries, of a GPU packed: run lengths of those on the host, and the last."""
     rles: list[dict] = []
     packed: list[Tensor] = []
     for foreground in parts:
         if foreground.device.type == "cpu":
             rles += [encode_mask(mask) for mask in foreground.numpy()]
             continue
-        packed.append(pack_masks(foreground))
+        packed.append(foreground)
         if sum(part.numel() for part in packed) >= MASK_BYTES_AT_ONCE:
             rles += _unpacked((yield packed), frame)
             packed = []

@@ -21,8 +21,9 @@ from maskdino.evaluation.build import masks_as_read
 from maskdino.evaluation.coco import instances_to_records
 from maskdino.evaluation.loop import PENDING, evaluate_images
 from maskdino.ops.host import pack_masks
-from maskdino.postprocess import instances
+from maskdino.postprocess import frame, instances
 from maskdino.postprocess.instances import LateInstances
+from tests import pretend_kernels
 from tests.helpers import drawn_batch, tiny_cfg, tiny_model
 from tests.pretend_device import PretendDevice, missing_api
 
@@ -213,7 +214,8 @@ def test_what_is_on_its_way_holds_no_memory_of_the_gpu(monkeypatch: pytest.Monke
         packed.append(weakref.ref(bits))
         return bits
 
-    monkeypatch.setattr(instances, "pack_masks", pack)
+    for module in (frame, pretend_kernels):  # PyTorch's operations, or the compiled library
+        monkeypatch.setattr(module, "pack_masks", pack)
     model = tiny_model(TEST__PRECISION="float32", TEST__CUDA_GRAPHS=False).eval()
     with PretendDevice() as device, masks_as_read(device.put(model), Records()):
         found = model(drawn_batch([(40, 56)], [0]))[0]["instances"]

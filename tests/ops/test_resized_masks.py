@@ -1,4 +1,4 @@
-"""Masks in the frame of the output, in one pass, against two resizes one after the other."""
+"""Masks in the frame of the output in one pass, on a CPU and a GPU, against two resizes in turn."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskdino.ops import _library
+from maskdino.ops.host import pack_masks
 
 SIZES = (  # map, canvas, image, output
     ((8, 24), (32, 96), (32, 96), (32, 96)),
@@ -19,10 +20,11 @@ SIZES = (  # map, canvas, image, output
 )
 
 
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
+@pytest.fixture
+def compiled() -> object:
     if not _library.has("resized_masks"):
         pytest.skip("the compiled library is not built, or it was built before this operator")
+    return torch.ops.maskdino
 
 
 def resized(maps: Tensor, canvas: tuple, image: tuple, output: tuple) -> Tensor:
@@ -31,45 +33,86 @@ def resized(maps: Tensor, canvas: tuple, image: tuple, output: tuple) -> Tensor:
     return F.interpolate(maps, output, mode="bilinear", align_corners=False)[0]
 
 
-@pytest.mark.parametrize(("size", "canvas", "image", "output"), SIZES)
-def test_it_is_two_resizes(size: tuple, canvas: tuple, image: tuple, output: tuple) -> None:
-    maps = torch.randn(3, *size[::-1]).mT * 5  # not dense
-    expected = resized(maps, canvas, image, output)
-    logits, nothing = torch.ops.maskdino.resized_masks(maps, canvas, image, output, False, False)
-    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-5)
-    assert nothing.numel() == 0
-    masks, quality = torch.ops.maskdino.resized_masks(maps, canvas, image, output, True, True)
-    assert torch.equal(masks, logits > 0)
-    probs = (logits.double().sigmoid() * masks).sum((1, 2))
-    torch.testing.assert_close(quality.double(), probs / (masks.sum((1, 2)) + 1e-6))
-    masks_alone, nothing = torch.ops.maskdino.resized_masks(
-        maps, canvas, image, output, True, False
-    )
-    assert torch.equal(masks_alone, masks) and nothing.numel() == 0
+def check_resizes(operators: object, device: str = "cpu") -> None:
+    """Logits, masks, and their quality are those of two resizes."""
+    for size, *sizes in SIZES:
+        maps = torch.randn(3, *size[::-1]).mT * 5  # not dense
+        expected, maps = resized(maps, *sizes), maps.to(device)
+        logits, nothing = operators.resized_masks(maps, *sizes, False, False)
+        torch.testing.assert_close(logits.cpu(), expected, atol=2e-5, rtol=1e-5)
+        assert nothing.numel() == 0
+        masks, quality = operators.resized_masks(maps, *sizes, True, True)
+        assert torch.equal(masks, logits > 0)
+        probs = (logits.double().sigmoid() * masks).sum((1, 2))
+        torch.testing.assert_close(quality.double(), probs / (masks.sum((1, 2)) + 1e-6))
+        masks_alone, nothing = operators.resized_masks(maps, *sizes, True, False)
+        assert torch.equal(masks_alone, masks) and nothing.numel() == 0
 
 
-def test_large_numbers_and_none() -> None:
+def check_large_numbers_and_none(operators: object, device: str = "cpu") -> None:
     maps = torch.full((5, 4, 4), -1.0)
     maps[0, 1, 2], maps[1], maps[2, 0, 0], maps[3, 3, 3] = torch.nan, 1e30, 300.0, -1e30
     sizes = (16, 16), (15, 14), (9, 9)
-    masks, quality = torch.ops.maskdino.resized_masks(maps, *sizes, True, True)
+    masks, quality = operators.resized_masks(maps.to(device), *sizes, True, True)
     assert quality[0].isnan() and masks[1].all() and quality[1] == 1 and masks[2].any()
     assert 0.99 < quality[2] <= 1 and quality[4] == 0 and not masks[4].any()
 
 
-def test_no_masks_and_wrong_arguments() -> None:
+def check_no_masks_and_wrong_arguments(operators: object, device: str = "cpu") -> None:
     sizes = (16, 16), (15, 14), (9, 9)
-    masks, quality = torch.ops.maskdino.resized_masks(torch.zeros(0, 4, 4), *sizes, True, True)
+    none = torch.zeros(0, 4, 4, device=device)
+    masks, quality = operators.resized_masks(none, *sizes, True, True)
     assert masks.shape == (0, 9, 9) and quality.shape == (0,)
     with pytest.raises(TypeError, match="float32"):
-        torch.ops.maskdino.resized_masks(torch.zeros(1, 4, 4).double(), *sizes, True, True)
+        operators.resized_masks(none.double(), *sizes, True, True)
+    one = torch.zeros(1, 4, 4, device=device)
     for wrong in (
-        (torch.zeros(4, 4), *sizes),
-        (torch.zeros(1, 0, 4), *sizes),
-        (torch.zeros(1, 4, 17), *sizes),
-        (torch.zeros(1, 4, 4), (16, 16), (17, 14), (9, 9)),
-        (torch.zeros(1, 4, 4), (16, 16), (15, 14), (9, 0)),
-        (torch.zeros(1, 4, 4), (16, 16, 1), (15, 14), (9, 9)),
+        (one[0], *sizes),
+        (one[:, :0], *sizes),
+        (one.new_zeros(1, 4, 17), *sizes),
+        (one, (16, 16), (17, 14), (9, 9)),
+        (one, (16, 16), (15, 14), (9, 0)),
+        (one, (16, 16, 1), (15, 14), (9, 9)),
     ):
         with pytest.raises(ValueError, match=r"maps must|sizes must"):
-            torch.ops.maskdino.resized_masks(*wrong, True, False)
+            operators.resized_masks(*wrong, True, False)
+
+
+def check_packed(operators: object, device: str = "cpu") -> None:
+    """Bits of a GPU are those of the masks, whatever the size; so is their quality."""
+    sizes = [*SIZES, ((30, 20), (120, 80), (100, 75), (300, 65)), ((2, 2), (8, 8), (8, 8), (7, 33))]
+    for number, (size, *frame) in enumerate(sizes):
+        maps = torch.randn(2 + number % 2, *size, device=device)
+        masks, quality = operators.resized_masks(maps, *frame, True, True)
+        bits, packed_quality = operators.resized_packed_masks(maps, *frame, True)
+        assert torch.equal(bits.cpu(), pack_masks(masks.cpu()))
+        assert torch.equal(packed_quality, quality)
+        bits_alone, nothing = operators.resized_packed_masks(maps, *frame, False)
+        assert torch.equal(bits_alone, bits) and nothing.numel() == 0
+    none, quality = operators.resized_packed_masks(maps[:0], *frame, True)
+    assert none.shape == (0, bits.shape[1]) and quality.shape == (0,)
+    with pytest.raises(ValueError, match="lines"):
+        operators.resized_packed_masks(maps, *frame[:2], (12001, 1), True)
+
+
+CHECKS = [check_resizes, check_large_numbers_and_none, check_no_masks_and_wrong_arguments]
+OF_A_GPU = [*CHECKS, check_packed]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_cpu(compiled: object, check: object) -> None:
+    check(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", OF_A_GPU)
+def test_emulated_kernels(emulated: object, check: object) -> None:
+    check(emulated)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", OF_A_GPU)
+def test_gpu(compiled: object, check: object) -> None:
+    if not _library.has("resized_packed_masks"):
+        pytest.skip("the compiled library was built before this operator")
+    check(compiled, "cuda")

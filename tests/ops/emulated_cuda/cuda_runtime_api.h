@@ -155,4 +155,11 @@ T atomicAdd(T* target, T value) {
   return before;
 }
 
+template <typename T>
+T atomicOr(T* target, T value) {
+  const T before = *target;
+  *target |= value;
+  return before;
+}
+
 inline long long __double2ll_rn(double number) { return std::llrint(number); }

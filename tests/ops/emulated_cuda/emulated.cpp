@@ -33,6 +33,8 @@ inline char* shared_memory() { return reinterpret_cast<char*>(levels); }
 #include "cuda/forward.cu"
 #include "cuda/inference.cu"
 #include "cuda/inference_cuda.cpp"
+#include "cuda/masks.cu"
+#include "cuda/masks_cuda.cpp"
 #include "cuda/ms_deform_attn_cuda.cpp"
 #include "cuda/packed_masks.cu"
 #include "cuda/packed_masks_cuda.cpp"
