@@ -36,6 +36,15 @@ inline void check_shape(const at::Tensor& tensor, const char* name, at::IntArray
                     tensor.sizes());
 }
 
+// Dense float32 of a shape.
+inline at::Tensor dense_float(const at::Tensor& tensor, at::IntArrayRef shape, at::Device device) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, "expected float32, got ",
+                   tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.sizes() == shape && tensor.device() == device, "expected shape ", shape,
+                    " on ", device, ", got ", tensor.sizes(), " on ", tensor.device());
+  return tensor.contiguous();
+}
+
 // Checks the value and the level sizes ([H0, W0, H1, W1, ...]); queries and points stay 0.
 inline Sizes check_value(const at::Tensor& value, at::IntArrayRef shapes) {
   const auto type = value.scalar_type();

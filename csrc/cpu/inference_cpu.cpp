@@ -6,6 +6,8 @@
 #include <optional>
 #include <tuple>
 
+#include "../add_norm.h"
+
 namespace maskdino {
 namespace cpu {
 namespace {
@@ -14,11 +16,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> add_norm(
     const at::Tensor& x, const at::Tensor& update, const at::Tensor& weight, const at::Tensor& bias,
     double eps, bool with_rounded, const std::optional<at::Tensor>& position) {
   const at::NoGradGuard no_grad;
-  const at::Tensor normed = at::layer_norm(x + update, {x.size(-1)}, weight, bias, eps);
-  const at::Tensor none = at::empty({0}, update.options());
-  // Never the same memory twice.
-  return {normed, with_rounded ? normed.to(update.scalar_type(), false, true) : none,
-          position.has_value() ? (normed + *position).to(update.scalar_type()) : none};
+  const NormCall call = check_add_norm(x, update, weight, bias, eps, position);
+  return normed_outputs(
+      call, at::layer_norm(call.x + call.update, {call.channels()}, call.weight, call.bias, eps),
+      with_rounded);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> refine_boxes(const at::Tensor& deltas,

@@ -13,23 +13,6 @@
 namespace maskdino {
 namespace cuda {
 
-// LayerNorm(x + update), as it is, in the type T, and with a position added in the type T. Outputs
-// that nobody reads are null.
-template <typename T>
-struct AddNorm {
-  const float* x;              // (N, C)
-  const T* update;             // (N, C)
-  const float *weight, *bias;  // (C,)
-  const float* position;       // (position_rows, C), for rows again and again; or null
-  const T* half_position;      // the same in T; or null
-  float* normed;               // (N, C)
-  T* rounded;                  // (N, C) or null
-  T* placed;                   // (N, C) where there is a position
-  int64_t rows, position_rows;
-  int channels;
-  float eps;
-};
-
 // Boxes and logits that a decoder layer goes on with, and the sine embedding of the boxes.
 template <typename T>
 struct RefineBoxes {
@@ -41,9 +24,6 @@ struct RefineBoxes {
   int channels;
   float most;
 };
-
-template <typename T>
-void launch_add_norm(const AddNorm<T>& in, cudaStream_t stream);
 
 template <typename T>
 void launch_refine_boxes(const RefineBoxes<T>& in, cudaStream_t stream);

@@ -64,11 +64,11 @@ class DecoderLayer(Recomputing):
     ) -> Tensor:
         """Content and position (B, Q, C), anchors (B, Q, 4) in [0, 1] to content (B, Q, C)."""
         seen = self.self_attn(content, position, mask)
-        content, queries = add_norm(self.self_norm, content, seen, position, read=True)
+        content, _, queries = add_norm(self.self_norm, content, seen, position)
         args = queries, memory.tokens, memory.spatial_shapes, anchors
         read = recomputed(self.cross_attn, *args, when=self.recomputes("cheap", "all"))
-        content, read = add_norm(self.cross_norm, content, read, read=True)
-        return add_norm(self.ffn_norm, content, self.ffn(read), read=False)[0]
+        content, read, _ = add_norm(self.cross_norm, content, read, read=True)
+        return add_norm(self.ffn_norm, content, self.ffn(read))[0]
 
 
 class Decoder(nn.Module):

@@ -12,11 +12,15 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from maskdino.modeling.attention import FeedForward, LayerSizes, MultiScaleDeformableAttention
-from maskdino.modeling.layers import add_norm, map_sine_embedding, rounded
+from maskdino.modeling.layers import add_norm, is_norm_fused, map_sine_embedding, rounded
 from maskdino.ops.recompute import Recomputing, recomputed
 from maskdino.structures import Memory, SpatialShapes
 
 NORM_GROUPS = 32  # of the group norms after projections
+
+# The tokens and, with their position added, the queries (B, S, C) that a layer's attention reads,
+# perhaps in the type in which products are computed.
+Read = tuple[Tensor, Tensor]
 
 
 class EncoderLayer(Recomputing):
@@ -29,26 +33,48 @@ class EncoderLayer(Recomputing):
         self.ffn = FeedForward(sizes)
         self.norm2 = nn.LayerNorm(sizes.hidden_dim)
 
-    def forward(self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes) -> Tensor:
-        """Tokens (B, S, C) and their position (S, C) to tokens (B, S, C)."""
-        args = tokens, position, spatial_shapes
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        spatial_shapes: SpatialShapes,
+        read: Read | None = None,
+    ) -> tuple[Tensor, Read | None]:
+        """Attends and transforms.
+
+        Args:
+            tokens: (B, S, C).
+            position: (S, C).
+            spatial_shapes: (height, width) of each level.
+            read: of the layer before.
+
+        Returns:
+            Tokens (B, S, C); and what the next layer reads, if the launch that makes them makes
+            it. Whoever computes again does so from the tokens alone.
+        """
+        args = tokens, position, spatial_shapes, read
         tokens, update = recomputed(self._update, *args, when=self.recomputes("all"))
-        return add_norm(self.norm2, tokens, update, read=False)[0]
+        if self.recomputes("cheap", "all") or not is_norm_fused(self.norm2, tokens):
+            return add_norm(self.norm2, tokens, update)[0], None
+        tokens, values, queries = add_norm(self.norm2, tokens, update, position, read=True)
+        return tokens, (values, queries)
 
     def _update(
-        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes
+        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes, read: Read | None
     ) -> tuple[Tensor, Tensor]:
         """Tokens after attention, and what the feed-forward network adds to them."""
-        args = tokens, position, spatial_shapes
-        tokens, read = recomputed(self._attend, *args, when=self.recomputes("cheap"))
-        return tokens, self.ffn(read)
+        args = tokens, position, spatial_shapes, read
+        tokens, rows = recomputed(self._attend, *args, when=self.recomputes("cheap"))
+        return tokens, self.ffn(rows)
 
     def _attend(
-        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes
+        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes, read: Read | None
     ) -> tuple[Tensor, Tensor]:
-        queries = rounded(torch.add, tokens, position, to=self.self_attn.dtype)
-        seen = self.self_attn(queries, tokens, spatial_shapes, None)
-        return add_norm(self.norm1, tokens, seen, read=True)
+        if read is None:
+            read = tokens, rounded(torch.add, tokens, position, to=self.self_attn.dtype)
+        values, queries = read
+        seen = self.self_attn(queries, values, spatial_shapes, None)
+        return add_norm(self.norm1, tokens, seen, read=True)[:2]
 
 
 class MultiScaleDeformableEncoder(nn.Module):
@@ -124,8 +150,9 @@ class MultiScaleDeformableEncoder(nn.Module):
         ]
         cells = map_sine_embedding(spatial_shapes, tokens.shape[2], tokens.device)
         position = cells + torch.cat(of_level)
+        read: Read | None = None
         for layer in self.layers:
-            tokens = layer(tokens, position, spatial_shapes)
+            tokens, read = layer(tokens, position, spatial_shapes, read)
         return Memory(tokens, spatial_shapes)
 
     def _levels(self, features: dict[str, Tensor]) -> list[Tensor]:

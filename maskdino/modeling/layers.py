@@ -106,34 +106,46 @@ def fused(operator: str, *tensors: Tensor) -> bool:
     )
 
 
+def is_norm_fused(norm: nn.LayerNorm, x: Tensor) -> bool:
+    """Whether `add_norm` is one launch, whatever is made besides."""
+    return fused("add_norm", x, norm.weight) and not (
+        norm._forward_hooks or norm._forward_pre_hooks
+    )
+
+
 def add_norm(
-    norm: nn.LayerNorm, x: Tensor, update: Tensor, position: Tensor | None = None, *, read: bool
-) -> tuple[Tensor, Tensor]:
-    """LayerNorm of a sum, and what the next product reads of it.
+    norm: nn.LayerNorm,
+    x: Tensor,
+    update: Tensor,
+    position: Tensor | None = None,
+    *,
+    read: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of a sum, and what the next products read of it.
 
     Args:
         norm: without hooks where it is fused, as are prepared networks.
         x: (..., C).
         update: (..., C), in the type in which products are computed.
-        position: (..., C) or the last of these dimensions.
-        read: whether a product comes next.
+        position: (..., C) or the last of these dimensions; None where none is read.
+        read: whether a product reads the result itself.
 
     Returns:
-        `norm(x + update)`; and this, with the position added if there is one: perhaps rounded to
-        the type of `update`.
+        `norm(x + update)`; this, perhaps rounded to the type of `update`; and in that type, with
+        the position added. What was not asked for is anything.
     """
-    if not fused("add_norm", x, norm.weight) or norm._forward_hooks or norm._forward_pre_hooks:
+    if not is_norm_fused(norm, x):
         normed = norm(x + update)
         if position is None:
-            return normed, normed
-        return normed, rounded(torch.add, normed, position, to=update.dtype)
-    half = read and position is None and update.dtype != x.dtype
+            return normed, normed, normed
+        return normed, normed, rounded(torch.add, normed, position, to=update.dtype)
+    half = read and update.dtype != x.dtype
     if position is not None and position.dtype != x.dtype:
         position = position.to(update.dtype)
     normed, in_half, placed = torch.ops.maskdino.add_norm(
         x, update, norm.weight, norm.bias, norm.eps, half, position
     )
-    return normed, placed if position is not None else in_half if half else normed
+    return normed, in_half if half else normed, placed
 
 
 def is_converted(weight: Tensor) -> bool:

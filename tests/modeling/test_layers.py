@@ -78,11 +78,11 @@ def test_add_norm(learned: bool) -> None:
         update = torch.randn(2, 3, 6).to(dtype)
         expected = norm(x + update)
         with torch.set_grad_enabled(learned):
-            normed, read = add_norm(norm, x, update, read=True)
+            normed, read, _ = add_norm(norm, x, update, read=True)
             assert read is normed and torch.equal(normed, expected)
-            normed, read = add_norm(norm, x, update, position, read=True)
+            normed, read, placed = add_norm(norm, x, update, position, read=True)
         assert torch.equal(normed, expected) and normed.requires_grad == learned
-        assert torch.equal(read, (expected + position).to(dtype))
+        assert read is normed and torch.equal(placed, (expected + position).to(dtype))
 
 
 class OnGpu(torch.Tensor):

@@ -12,9 +12,11 @@ from torch.utils import cpp_extension
 # The oldest; and one with vector atomics, which newer ones have as well.
 ARCHITECTURES = ("arch=compute_75,code=sm_75", "arch=compute_90,code=sm_90")
 
+SOURCES = ("add_norm.cu", "forward.cu", "backward.cu", "inference.cu", "packed_masks.cu")
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["forward.cu", "backward.cu", "inference.cu", "packed_masks.cu"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_kernels_compile(source: str, repository: Path, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:

@@ -13,6 +13,11 @@ from maskdino.ops import _library
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPERATORS = ("add_norm", "refine_boxes")
+# Of normed rows; those of multiples of 4 channels, up to 1024, have kernels.
+SHAPES = (
+    *((2, 5, 1), (1, 1, 7), (2, 3, 33), (3, 4, 256), (2, 0, 8), (130, 70)),
+    *((5, 1, 4), (2, 3, 132), (2, 3, 124), (1, 2, 512), (1, 2, 1000), (1, 5, 1024), (1, 2, 1028)),
+)
 
 
 @pytest.fixture
@@ -25,12 +30,10 @@ def compiled() -> object:
 
 def check_add_norm(operators: object, device: str = "cpu") -> None:
     """Rows of any width, and positions for each image or for all, in both types."""
-    for number, (shape, dtype) in enumerate(
-        (shape, dtype)
-        for shape in ((2, 5, 1), (1, 1, 7), (2, 3, 33), (3, 4, 256), (2, 0, 8), (130, 70))
-        for dtype in TYPES
-    ):
+    for number, (shape, dtype) in enumerate((shape, dtype) for shape in SHAPES for dtype in TYPES):
         x, update = torch.randn(shape) * 3 + 100, torch.randn(shape).to(dtype)
+        if shape == (2, 3, 132):  # begins between packs
+            update = torch.cat([update.new_ones(1), update.flatten()])[1:].view(shape)
         weight, bias = torch.randn(2, shape[-1])
         turn = number // len(TYPES) + number % len(TYPES)  # so that each type meets each kind
         place = (shape, shape[1:], None)[turn % 3]

@@ -29,6 +29,8 @@ inline char* shared_memory() { return reinterpret_cast<char*>(levels); }
 }  // namespace cuda
 }  // namespace maskdino
 
+#include "cuda/add_norm.cu"
+#include "cuda/add_norm_cuda.cpp"
 #include "cuda/backward.cu"
 #include "cuda/forward.cu"
 #include "cuda/inference.cu"
