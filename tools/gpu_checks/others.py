@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,15 +11,12 @@ import time
 from gpu_checks.common import ROOT, Run
 
 NUCLEI = ROOT / "datasets/nuclei/val"
-PROCESSES = 6  # of pytest: each has a context on the GPU, some 0.5 GiB
 SANITIZED = "computes_what_the_cpu_does and float32"
 
 
 def tests(run: Run) -> None:
     """`pytest -m gpu`."""
     command = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=10", "-rA", "tests"]
-    if importlib.util.find_spec("xdist") is not None:
-        command[1:1] = ["-n", str(PROCESSES)]
     if run.dry:
         command[-1] = "tests/ops/test_ms_deform_attn_cuda.py"
     log = run.out / "pytest.log"
