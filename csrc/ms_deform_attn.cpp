@@ -36,11 +36,13 @@ TORCH_LIBRARY(maskdino, m) {
   m.def(
       "add_norm(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps, bool rounded, "
       "Tensor? position) -> (Tensor, Tensor, Tensor)");
-  // The sigmoid (..., 4) of deltas + anchor_logits; these logits, no further from 0 than `most`;
-  // and the sine embedding (..., 4 C) of y, x, w, h by rates and phases (C,).
+  // The sigmoid (..., 4) of what a linear layer, weight (4, D) and bias (4), makes of hidden (...,
+  // D), plus anchor_logits; these logits, no further from 0 than `most`; and the sine embedding
+  // (..., 4 C) of y, x, w, h by rates and phases (C,).
   m.def(
-      "refine_boxes(Tensor deltas, Tensor anchor_logits, Tensor rates, Tensor phases, float most, "
-      "ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+      "predict_boxes(Tensor hidden, Tensor weight, Tensor bias, Tensor anchor_logits, Tensor "
+      "rates, "
+      "Tensor phases, float most, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
   // Mask logits (R, h, w), resized to the canvas, cut to the image, and resized to the output;
   // sizes are (height, width). Binary: where they are above 0, and if asked for, the mean
   // probability (R,) there.

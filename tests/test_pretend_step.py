@@ -83,7 +83,7 @@ def test_launches_and_waits_of_a_step(
     assert device.launches.total() <= STEP, device.launches.most_common(12)
 
 
-@pytest.mark.skipif(not _library.has("refine_boxes"), reason="PyTorch's operators need more")
+@pytest.mark.skipif(not _library.has("predict_boxes"), reason="PyTorch's operators need more")
 @pytest.mark.parametrize("task", INFERENCE)
 def test_launches_and_waits_of_an_image(device: PretendDevice, task: str) -> None:
     layers = {"ENCODER__NUM_LAYERS": 6, "DECODER__NUM_LAYERS": 9}
@@ -101,7 +101,7 @@ def test_predictions_are_those_of_the_steps_one_by_one(
     device: PretendDevice, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Norms and boxes of inference, which the compiled library makes in one launch each."""
-    if not (_library.has("add_norm") and _library.has("refine_boxes")):
+    if not (_library.has("add_norm") and _library.has("predict_boxes")):
         pytest.skip("the compiled library is not built, or it was built before these operators")
     _, model = on_device(device, "instance", precision)
     images = model.preprocess(drawn_batch(SIZES, (0, 0))).tensor

@@ -22,13 +22,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> add_norm(
       with_rounded);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> refine_boxes(const at::Tensor& deltas,
-                                                            const at::Tensor& anchor_logits,
-                                                            const at::Tensor& rates,
-                                                            const at::Tensor& phases, double most,
-                                                            at::ScalarType dtype) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> predict_boxes(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& anchor_logits, const at::Tensor& rates, const at::Tensor& phases, double most,
+    at::ScalarType dtype) {
   const at::NoGradGuard no_grad;
-  const at::Tensor logits = deltas + anchor_logits, boxes = logits.sigmoid();
+  const at::Tensor logits = at::linear(hidden, weight, bias) + anchor_logits,
+                   boxes = logits.sigmoid();
   const auto parts = boxes.unbind(-1);
   const at::Tensor in_order = at::stack({parts[1], parts[0], parts[2], parts[3]}, -1);
   const at::Tensor sines = at::addcmul(phases, in_order.unsqueeze(-1), rates).sin();
@@ -39,7 +39,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> refine_boxes(const at::Tensor& de
 
 TORCH_LIBRARY_IMPL(maskdino, CPU, m) {
   m.impl("add_norm", &add_norm);
-  m.impl("refine_boxes", &refine_boxes);
+  m.impl("predict_boxes", &predict_boxes);
 }
 
 }  // namespace cpu

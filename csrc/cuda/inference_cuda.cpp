@@ -17,31 +17,37 @@ namespace maskdino {
 namespace cuda {
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> refine_boxes(const at::Tensor& deltas,
-                                                            const at::Tensor& anchor_logits,
-                                                            const at::Tensor& rates,
-                                                            const at::Tensor& phases, double most,
-                                                            at::ScalarType dtype) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> predict_boxes(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& anchor_logits, const at::Tensor& rates, const at::Tensor& phases, double most,
+    at::ScalarType dtype) {
   constexpr int64_t kMost = std::numeric_limits<int>::max();  // blocks of a launch, channels
   const at::NoGradGuard no_grad;
-  const c10::cuda::CUDAGuard device(deltas.device());
-  const int64_t rows = deltas.numel() / 4, channels = rates.numel();
-  TORCH_CHECK_VALUE(
-      deltas.dim() > 0 && deltas.size(-1) == 4 && rows <= kMost && channels <= kMost / 4,
-      "expected (..., 4) deltas, got ", deltas.sizes());
-  const at::Tensor changes = dense_float(deltas, deltas.sizes(), deltas.device()),
-                   anchors = dense_float(anchor_logits, deltas.sizes(), deltas.device()),
-                   speeds = dense_float(rates, {channels}, deltas.device()),
-                   starts = dense_float(phases, {channels}, deltas.device());
-  const at::Tensor boxes = at::empty(deltas.sizes(), changes.options());
-  const at::Tensor logits = at::empty(deltas.sizes(), changes.options());
-  std::vector<int64_t> shape = deltas.sizes().vec();
+  const c10::cuda::CUDAGuard device(anchor_logits.device());
+  const int64_t rows = anchor_logits.numel() / 4, channels = rates.numel();
+  TORCH_CHECK_VALUE(anchor_logits.dim() > 0 && anchor_logits.size(-1) == 4 && hidden.dim() > 0 &&
+                        rows <= kMost && channels <= kMost / 4 && hidden.size(-1) <= kMost,
+                    "expected (..., 4) anchor logits, got ", anchor_logits.sizes());
+  const int64_t width = hidden.size(-1);
+  std::vector<int64_t> read = anchor_logits.sizes().vec(), shape = read;
+  read.back() = width;
   shape.back() = 4 * channels;
-  const at::Tensor sines = at::empty(shape, changes.options().dtype(dtype));
-  if (rows == 0 || channels == 0) return {boxes, logits, sines};
+  const at::Tensor rows_read = dense_float(hidden, read, anchor_logits.device()),
+                   weights = dense_float(weight, {4, width}, anchor_logits.device()),
+                   biases = dense_float(bias, {4}, anchor_logits.device()),
+                   anchors =
+                       dense_float(anchor_logits, anchor_logits.sizes(), anchor_logits.device()),
+                   speeds = dense_float(rates, {channels}, anchor_logits.device()),
+                   starts = dense_float(phases, {channels}, anchor_logits.device());
+  const at::Tensor boxes = at::empty(anchor_logits.sizes(), anchors.options());
+  const at::Tensor logits = at::empty(anchor_logits.sizes(), anchors.options());
+  const at::Tensor sines = at::empty(shape, anchors.options().dtype(dtype));
+  if (rows == 0) return {boxes, logits, sines};
   MASKDINO_DISPATCH(dtype, [&] {
-    RefineBoxes<scalar_t> in{};
-    in.deltas = changes.const_data_ptr<float>();
+    PredictBoxes<scalar_t> in{};
+    in.hidden = rows_read.const_data_ptr<float>();
+    in.weight = weights.const_data_ptr<float>();
+    in.bias = biases.const_data_ptr<float>();
     in.anchor_logits = anchors.const_data_ptr<float>();
     in.rates = speeds.const_data_ptr<float>();
     in.phases = starts.const_data_ptr<float>();
@@ -49,9 +55,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> refine_boxes(const at::Tensor& de
     in.logits = logits.data_ptr<float>();
     in.sines = sines.data_ptr<scalar_t>();
     in.rows = rows;
+    in.width = static_cast<int>(width);
     in.channels = static_cast<int>(channels);
     in.most = static_cast<float>(most);
-    launch_refine_boxes(in, c10::cuda::getCurrentCUDAStream().stream());
+    launch_predict_boxes(in, c10::cuda::getCurrentCUDAStream().stream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {boxes, logits, sines};
@@ -59,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> refine_boxes(const at::Tensor& de
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(maskdino, CUDA, m) { m.impl("refine_boxes", &refine_boxes); }
+TORCH_LIBRARY_IMPL(maskdino, CUDA, m) { m.impl("predict_boxes", &predict_boxes); }
 
 }  // namespace cuda
 }  // namespace maskdino

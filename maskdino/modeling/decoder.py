@@ -19,7 +19,7 @@ from maskdino.modeling.attention import (
     SelfAttention,
     attention_bias,
 )
-from maskdino.modeling.layers import MLP, add_norm, box_sine_embedding, refine_boxes
+from maskdino.modeling.layers import MLP, add_norm, box_sine_embedding
 from maskdino.ops.boxes import bounded_logits
 from maskdino.ops.recompute import Recomputing, recomputed
 from maskdino.structures import Memory, Queries
@@ -157,8 +157,7 @@ class Decoder(nn.Module):
             content = layer(content, self.position_head(sines), anchors, memory, mask)
             if last_alone:
                 refined = heads.norm(content) if number == len(layers) else content
-                deltas = heads.box_deltas(refined)
-                anchors, anchor_logits, sines = refine_boxes(deltas, anchor_logits, *embedding)
+                anchors, anchor_logits, sines = heads.next_boxes(refined, anchor_logits, *embedding)
                 states = [DecoderState(refined, anchors)]
                 continue
             normed = heads.norm(content)

@@ -1,13 +1,15 @@
 """The prediction heads that query selection and every decoder layer share (section 3.5)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from maskdino.modeling.layers import MLP
+from maskdino.modeling.layers import MLP, predict_boxes
 
 PRIOR_PROBABILITY = 0.01  # of every class before training with focal loss (RetinaNet)
 
@@ -81,16 +83,22 @@ class PredictionHeads(nn.Module):
 
     def box_logits(self, content: Tensor, anchor_logits: Tensor) -> Tensor:
         """Content (..., C) and logits of the anchors (..., 4) it refines to logits of boxes."""
-        return self.box_deltas(content) + anchor_logits
+        return _unrounded(self.box_head, content).float() + anchor_logits
 
-    def box_deltas(self, content: Tensor) -> Tensor:
-        """Content (..., C) to what is added to the logits of its anchors (..., 4), float32."""
-        return _unrounded(self.box_head, content).float()
+    def next_boxes(
+        self, content: Tensor, anchor_logits: Tensor, channels: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the next decoder layer begins with; see `predict_boxes`."""
+        of = partial(predict_boxes, self.box_head)
+        return _unrounded(self.box_head, content, of, anchor_logits, channels, dtype)
 
 
-def _unrounded(head: nn.Module, content: Tensor) -> Tensor:
-    device = content.device.type
+def _unrounded(
+    head: nn.Module, content: Tensor, compute: Callable[..., Any] | None = None, *others: Any
+) -> Any:
+    """`head(content)`, or `compute(content, *others)`, in the type of the head's weights."""
+    device, compute = content.device.type, compute or head
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta tensors: shapes alone
-        return head(content)
+        return compute(content, *others)
     with torch.autocast(device, enabled=False):
-        return head(content.to(next(head.parameters()).dtype))
+        return compute(content.to(next(head.parameters()).dtype), *others)

@@ -175,11 +175,15 @@ class MLP(nn.Module):
         """In which inputs are read."""
         return cast(nn.Linear, self.layers[0]).weight.dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., input_dim) to (..., output_dim)."""
+    def hidden(self, x: Tensor) -> Tensor:
+        """(..., input_dim) to what the last layer reads, (..., hidden_dim)."""
         for layer in self.layers[:-1]:
             x = linear_relu(layer, x)
-        return self.layers[-1](x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., input_dim) to (..., output_dim)."""
+        return self.layers[-1](self.hidden(x))
 
 
 def sine_embedding(coordinate: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -214,13 +218,14 @@ def box_sine_embedding(
     return sine_embedding(in_order, channels, dtype).flatten(-2)
 
 
-def refine_boxes(
-    deltas: Tensor, anchor_logits: Tensor, channels: int, dtype: torch.dtype
+def predict_boxes(
+    box_head: MLP, content: Tensor, anchor_logits: Tensor, channels: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a decoder layer leaves for the next one, where nothing is learned.
 
     Args:
-        deltas: (..., 4), to be added to the logits.
+        box_head: from content to what is added to logits.
+        content: (..., C) in the type of the head's weights.
         anchor_logits: (..., 4), of the anchors that the layer read.
         channels: of the embedding of one coordinate.
         dtype: of the embedding.
@@ -228,12 +233,21 @@ def refine_boxes(
     Returns:
         Boxes (..., 4); their logits, bounded; and `box_sine_embedding` of the boxes.
     """
-    if fused("refine_boxes", deltas, anchor_logits):
-        rates, phases = _rates_and_phases(channels, deltas.device)
-        return torch.ops.maskdino.refine_boxes(
-            deltas, anchor_logits, rates, phases, LARGEST_LOGIT, dtype
+    last = box_head.layers[-1]
+    hooked = box_head._forward_hooks or box_head._forward_pre_hooks
+    if unseen(last) and not hooked and fused("predict_boxes", content, anchor_logits, last.weight):
+        rates, phases = _rates_and_phases(channels, content.device)
+        return torch.ops.maskdino.predict_boxes(
+            box_head.hidden(content),
+            last.weight,
+            last.bias,
+            anchor_logits,
+            rates,
+            phases,
+            LARGEST_LOGIT,
+            dtype,
         )
-    logits = deltas + anchor_logits
+    logits = box_head(content).float() + anchor_logits
     boxes = logits.sigmoid()
     return boxes, bounded_logits(logits), box_sine_embedding(boxes, channels, dtype)
 
