@@ -8,7 +8,6 @@ namespace maskdino {
 namespace cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kBoxThreads = 4 * kWarp;
 
 // A block has a box, each of its four warps a coordinate, then all the embedding. Not a number

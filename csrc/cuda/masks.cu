@@ -14,7 +14,6 @@ namespace maskdino {
 namespace cuda {
 namespace {
 
-constexpr int kLanes = 32;
 constexpr int kMaskWarps = 8;
 constexpr int64_t kMasksPerLayer = 65535;  // the most blocks along y
 
@@ -112,29 +111,29 @@ __device__ __forceinline__ void put_bits(unsigned* words, int64_t begin, unsigne
 __global__ void resized_masks_kernel(const ResizedMasks in) {
   extern __shared__ SampleLevel levels[];  // one name and type for all kernels
   unsigned* words = reinterpret_cast<unsigned*>(levels);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t mask = blockIdx.z * kMasksPerLayer + blockIdx.y;
   if (mask >= in.masks) return;
   const int height = in.y.output, width = in.x.output;
   if (in.bits != nullptr) {  // 32 columns of a bit for each line
-    for (int i = threadIdx.x; i < height; i += kMaskWarps * kLanes) words[i] = 0;
+    for (int i = threadIdx.x; i < height; i += kMaskWarps * kWarp) words[i] = 0;
     __syncthreads();
   }
-  const int x = blockIdx.x * kLanes + lane;
+  const int x = blockIdx.x * kWarp + lane;
   const bool inside = x < width;
   const float* map = in.maps + mask * in.y.map * in.x.map;
   Rows rows(map, in.y, in.x, find_taps(in.x, min(x, width - 1)));
   float probability = 0;
   int area = 0;
-  for (int begin = warp * kLanes; begin < height; begin += kMaskWarps * kLanes) {
+  for (int begin = warp * kWarp; begin < height; begin += kMaskWarps * kWarp) {
     const Taps down = find_taps(in.y, min(begin + lane, height - 1));
-    const int lines = min(kLanes, height - begin);
+    const int lines = min(kWarp, height - begin);
     unsigned bits = 0;
     for (int line = 0; line < lines; ++line) {
-      const float a = __shfl_sync(kWholeWarp, down.a, line, kLanes);
-      const float b = __shfl_sync(kWholeWarp, down.b, line, kLanes);
-      const float c = __shfl_sync(kWholeWarp, down.c, line, kLanes);
-      rows.go_to(__shfl_sync(kWholeWarp, down.first, line, kLanes));
+      const float a = __shfl_sync(kWholeWarp, down.a, line, kWarp);
+      const float b = __shfl_sync(kWholeWarp, down.b, line, kWarp);
+      const float c = __shfl_sync(kWholeWarp, down.c, line, kWarp);
+      rows.go_to(__shfl_sync(kWholeWarp, down.first, line, kWarp));
       const float logit = a * rows.top + b * rows.middle + c * rows.bottom;
       if (!inside) continue;
       const int64_t place = (mask * height + begin + line) * width + x;
@@ -147,8 +146,8 @@ __global__ void resized_masks_kernel(const ResizedMasks in) {
     if (in.bits != nullptr) put_bits(words, static_cast<int64_t>(lane) * height + begin, bits);
   }
   if (in.sums != nullptr) {
-    const float total = group_sum<kLanes>(probability);
-    const float pixels = group_sum<kLanes>(static_cast<float>(area));
+    const float total = group_sum<kWarp>(probability);
+    const float pixels = group_sum<kWarp>(static_cast<float>(area));
     if (lane == 0) {
       float* sums = in.sums + 2 * (mask * in.parts + blockIdx.x * kMaskWarps + warp);
       sums[0] = total;
@@ -157,10 +156,10 @@ __global__ void resized_masks_kernel(const ResizedMasks in) {
   }
   if (in.bits == nullptr) return;
   __syncthreads();
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kLanes / 8 * height;
-  const int64_t wanted = min(in.mask_bytes - first, static_cast<int64_t>(kLanes) / 8 * height);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarp / 8 * height;
+  const int64_t wanted = min(in.mask_bytes - first, static_cast<int64_t>(kWarp) / 8 * height);
   uint8_t* target = in.bits + mask * in.mask_bytes + first;
-  for (int64_t i = threadIdx.x; i < wanted; i += kMaskWarps * kLanes) {
+  for (int64_t i = threadIdx.x; i < wanted; i += kMaskWarps * kWarp) {
     target[i] = static_cast<uint8_t>(words[i / 4] >> (8 * (i % 4)));
   }
 }
@@ -169,17 +168,17 @@ __global__ void resized_masks_kernel(const ResizedMasks in) {
 __global__ void mask_quality_kernel(const float* sums, int64_t parts, float* quality) {
   const float* own = sums + 2 * parts * blockIdx.x;
   double total = 0, pixels = 0;
-  for (int64_t i = threadIdx.x; i < parts; i += kLanes) {
+  for (int64_t i = threadIdx.x; i < parts; i += kWarp) {
     total += own[2 * i];
     pixels += own[2 * i + 1];
   }
-  total = group_sum<kLanes>(total);
-  pixels = group_sum<kLanes>(pixels);
+  total = group_sum<kWarp>(total);
+  pixels = group_sum<kWarp>(pixels);
   if (threadIdx.x == 0) quality[blockIdx.x] = static_cast<float>(total / (pixels + 1e-6));
 }
 
 unsigned blocks_of_mask(const ResizedAxis& x) {
-  return static_cast<unsigned>((x.output + kLanes - 1) / kLanes);
+  return static_cast<unsigned>((x.output + kWarp - 1) / kWarp);
 }
 
 }  // namespace
@@ -192,13 +191,13 @@ void launch_resized_masks(const ResizedMasks& in, cudaStream_t stream) {
   const Grid grid{blocks_of_mask(in.x), static_cast<unsigned>(std::min(in.masks, kMasksPerLayer)),
                   static_cast<unsigned>((in.masks + kMasksPerLayer - 1) / kMasksPerLayer)};
   const size_t shared = in.bits == nullptr ? 0 : sizeof(unsigned) * in.y.output;
-  launch(resized_masks_kernel, grid, kMaskWarps * kLanes, shared, stream, in);
+  launch(resized_masks_kernel, grid, kMaskWarps * kWarp, shared, stream, in);
 }
 
 void launch_mask_quality(const float* sums, int64_t masks, int64_t parts, float* quality,
                          cudaStream_t stream) {
   const Grid grid{static_cast<unsigned>(masks), 1, 1};
-  launch(mask_quality_kernel, grid, kLanes, 0, stream, sums, parts, quality);
+  launch(mask_quality_kernel, grid, kWarp, 0, stream, sums, parts, quality);
 }
 
 }  // namespace cuda

@@ -19,6 +19,7 @@
 namespace maskdino {
 namespace cuda {
 
+constexpr int kWarp = 32;  // lanes
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // Vector elements of `Count` channels, moved by one instruction where they fill 16 bytes.
