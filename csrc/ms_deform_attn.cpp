@@ -43,6 +43,14 @@ TORCH_LIBRARY(maskdino, m) {
       "predict_boxes(Tensor hidden, Tensor weight, Tensor bias, Tensor anchor_logits, Tensor "
       "rates, "
       "Tensor phases, float most, ScalarType dtype) -> (Tensor, Tensor, Tensor)");
+  // relu(x * scale + shift + residual) of a map (B, C, H, W), scale and shift (C,): what follows a
+  // convolution; and in place, without gradient.
+  m.def("affine(Tensor x, Tensor? scale, Tensor shift, Tensor? residual, bool relu) -> Tensor");
+  m.def("affine_(Tensor(a!) x, Tensor? scale, Tensor shift, Tensor? residual, bool relu) -> ()");
+  // Gradients of x and residual, each empty unless asked for; without ReLU there is no output.
+  m.def(
+      "affine_backward(Tensor grad, Tensor? output, Tensor? scale, bool x_gradient, "
+      "bool residual_gradient) -> (Tensor, Tensor)");
   // Mask logits (R, h, w), resized to the canvas, cut to the image, and resized to the output;
   // sizes are (height, width). Binary: where they are above 0, and if asked for, the mean
   // probability (R,) there.

@@ -63,7 +63,7 @@ RULES = (
         ("ops", "structures"),
         outside=(*TENSORS, "detectron2.config", "detectron2.structures"),
     ),
-    Rule("backbones", ("integration", "ops.recompute")),
+    Rule("backbones", ("integration", "ops")),
     Rule("data", ("categories", "integration", "ops.rle", "structures", "system")),
     Rule(
         "model",

@@ -8,6 +8,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from maskdino.backbones.convert import load_backbone
 from maskdino.backbones.frozen_norm import keep_frozen_norms
+from maskdino.backbones.resnet import fuse_blocks
 from maskdino.backbones.timm_backbone import TimmBackbone
 from maskdino.backbones.vit import PlainViTBackbone, is_plain_vit
 from maskdino.integration.registration import offer_to, register_postponed
@@ -37,7 +38,7 @@ def build_backbone(cfg: CfgNode) -> Backbone:
     name = cfg.MODEL.BACKBONE.NAME
     input_shape = ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN))
     if name in BACKBONE_REGISTRY:
-        return keep_frozen_norms(BACKBONE_REGISTRY.get(name)(cfg, input_shape))
+        return fuse_blocks(keep_frozen_norms(BACKBONE_REGISTRY.get(name)(cfg, input_shape)))
     return _timm_backbone(cfg, name, input_shape)
 
 

@@ -32,12 +32,12 @@ class FrozenNorm(FrozenBatchNorm2d):
         """(B, C, H, W) to the same shape and dtype."""
         if not x.requires_grad or torch.compiler.is_compiling():
             return super().forward(x)
-        scale, shift = self._constants(x.dtype)
+        scale, shift = self.constants(x.dtype)
         return torch.addcmul(shift, x, scale)
 
     @torch.no_grad()
-    def _constants(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Scale and shift, each (1, C, 1, 1)."""
+    def constants(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scale and shift, each (1, C, 1, 1), kept until a buffer changes."""
         buffers = (self.weight, self.bias, self.running_mean, self.running_var)
         versions = (dtype, *(buffer._version for buffer in buffers))
         same = len(self._made_of) and all(map(operator.is_, buffers, self._made_of))

@@ -12,7 +12,14 @@ from torch.utils import cpp_extension
 # The oldest; and one with vector atomics, which newer ones have as well.
 ARCHITECTURES = ("arch=compute_75,code=sm_75", "arch=compute_90,code=sm_90")
 
-SOURCES = ("add_norm.cu", "forward.cu", "backward.cu", "inference.cu", "packed_masks.cu")
+SOURCES = (
+    "add_norm.cu",
+    "affine.cu",
+    "backward.cu",
+    "forward.cu",
+    "inference.cu",
+    "packed_masks.cu",
+)
 
 
 @pytest.mark.slow

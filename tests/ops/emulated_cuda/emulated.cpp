@@ -31,6 +31,8 @@ inline char* shared_memory() { return reinterpret_cast<char*>(levels); }
 
 #include "cuda/add_norm.cu"
 #include "cuda/add_norm_cuda.cpp"
+#include "cuda/affine.cu"
+#include "cuda/affine_cuda.cpp"
 #include "cuda/backward.cu"
 #include "cuda/forward.cu"
 #include "cuda/inference.cu"
