@@ -21,6 +21,8 @@ def compute(func: Callable, name: str, args: tuple, kwargs: dict[str, Any]) -> A
     if name == "cudnn_batch_norm":
         reserve = torch.zeros(0, dtype=torch.uint8)
         return (*torch.ops.aten.native_batch_norm(*args), reserve)
+    if func is getattr(torch.ops.aten.mm, "dtype", None):
+        return torch.mm(args[0].to(args[2]), args[1].to(args[2]))
     if name == "resized_packed_masks":
         masks, quality = torch.ops.maskdino.resized_masks(*args[:4], True, args[4])
         return pack_masks(masks), quality

@@ -116,11 +116,17 @@ def _maps(
     """Mask logits (r, H/4, W/4) of a few queries at a time, and the limits of these (r, 4)."""
     made = pixel_embedding.shape[1:] if _in_one_pass(embeddings) else frame.canvas
     at_once = maps_at_once(max(math.prod(made), math.prod(frame.output)))
-    embeddings, features = embeddings.float(), pixel_embedding.flatten(1).float()
+    features = pixel_embedding.flatten(1)
+    halves = embeddings.dtype == features.dtype in (torch.float16, torch.bfloat16)
+    # Products of two such numbers are exact in float32, in which tensor cores add them.
+    in_float = halves and features.is_cuda and hasattr(torch.ops.aten.mm, "dtype")
+    if not in_float:
+        embeddings, features = embeddings.float(), features.float()
     for begin in range(0, len(embeddings), at_once):  # nothing at all where there are no queries
         few = slice(begin, begin + at_once)
         with torch.autocast(features.device.type, enabled=False):
-            maps = torch.mm(embeddings[few], features)
+            both = embeddings[few], features
+            maps = torch.mm(*both, torch.float32) if in_float else torch.mm(*both)
         yield maps.unflatten(1, pixel_embedding.shape[1:]), None if limits is None else limits[few]
 
 
