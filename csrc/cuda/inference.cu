@@ -3,6 +3,7 @@
 
 #include "inference.cuh"
 #include "launch.cuh"
+#include "sampling.cuh"
 
 namespace maskdino {
 namespace cuda {
