@@ -12,14 +12,7 @@ from torch.utils import cpp_extension
 # The oldest; and one with vector atomics, which newer ones have as well.
 ARCHITECTURES = ("arch=compute_75,code=sm_75", "arch=compute_90,code=sm_90")
 
-SOURCES = (
-    "add_norm.cu",
-    "affine.cu",
-    "backward.cu",
-    "forward.cu",
-    "inference.cu",
-    "packed_masks.cu",
-)
+SOURCES = sorted(path.name for path in (Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu"))
 
 
 @pytest.mark.slow
