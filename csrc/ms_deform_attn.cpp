@@ -51,6 +51,12 @@ TORCH_LIBRARY(maskdino, m) {
   m.def(
       "affine_backward(Tensor grad, Tensor? output, Tensor? scale, bool x_gradient, "
       "bool residual_gradient) -> (Tensor, Tensor)");
+  // Group norm of x + shift (N, C, H, W), then ReLU, or the sum with a coarse map (N, C, h, w) that
+  // is resized bilinearly: in the type `dtype`, laid out as x; and the mean and 1 / sqrt(variance +
+  // eps) of each group (N, G, 2).
+  m.def(
+      "group_norm(Tensor x, Tensor? shift, Tensor weight, Tensor bias, int groups, float eps, "
+      "bool relu, Tensor? coarse, ScalarType dtype) -> (Tensor, Tensor)");
   // Mask logits (R, h, w), resized to the canvas, cut to the image, and resized to the output;
   // sizes are (height, width). Binary: where they are above 0, and if asked for, the mean
   // probability (R,) there.

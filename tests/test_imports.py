@@ -46,7 +46,11 @@ RULES = (
     Rule("ops", ("structures",), outside=(*TENSORS, "triton", "pycocotools")),
     Rule(
         "modeling",
-        ("ops", "structures", "modeling.layers", "modeling.attention", "modeling.half_weights"),
+        (
+            "ops",
+            "structures",
+            *(f"modeling.{name}" for name in ("layers", "norms", "attention", "half_weights")),
+        ),
         outside=(*TENSORS, "detectron2.config", "detectron2.layers"),
         own=False,
     ),

@@ -15,7 +15,7 @@ from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
 from maskdino.losses import matcher
 from maskdino.model import MaskDINO
-from maskdino.modeling import layers
+from maskdino.modeling import layers, norms
 from maskdino.ops import _library
 from tests.helpers import CHANNELS, NARROW, NODE, drawn_batch, tiny_cfg
 from tests.pretend_backward import backward
@@ -115,6 +115,29 @@ def test_predictions_are_those_of_the_steps_one_by_one(
     assert device.launches.total() >= fused + 10
     for name in ("class_logits", "boxes", "mask_embeddings", "content"):
         assert torch.equal(getattr(found, name).numbers, getattr(expected, name).numbers), name
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not _library.has("group_norm"), reason="built before this operator, or not")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_predictions_are_those_of_pytorchs_group_norms(
+    device: PretendDevice, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = on_device(device, "instance", precision)
+    images = model.preprocess(drawn_batch(SIZES, (0, 0))).tensor
+    device.clear()
+    predictions, pixels = model.predict_precisely(images)
+    assert device.launches["group_norm"] == 6  # four levels, two of the pixel embedding
+    assert not {"native_group_norm", "upsample_bilinear2d"} & device.launches.keys()
+    monkeypatch.setattr(norms, "has_compiled", lambda *_: False)
+    expected, expected_pixels = model.predict_precisely(images)
+    assert pixels.dtype == expected_pixels.dtype
+    bounds = (
+        {"atol": 1e-4, "rtol": 1e-4} if precision == "float32" else {"atol": 0.05, "rtol": 0.05}
+    )
+    torch.testing.assert_close(pixels.numbers.float(), expected_pixels.numbers.float(), **bounds)
+    if precision == "float32":  # in half precision other queries may be chosen
+        torch.testing.assert_close(predictions.boxes.numbers, expected.boxes.numbers, **bounds)
 
 
 @pytest.mark.parametrize("objects", [OBJECTS, (0, 0)], ids=str)

@@ -6,13 +6,13 @@ Shape key: B images, S tokens of all levels, C channels, L levels; H, W of a lev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from maskdino.modeling.attention import FeedForward, LayerSizes, MultiScaleDeformableAttention
 from maskdino.modeling.layers import add_norm, is_norm_fused, map_sine_embedding, rounded
+from maskdino.modeling.norms import group_norm, pointwise, projected
 from maskdino.ops.recompute import Recomputing, recomputed
 from maskdino.structures import Memory, SpatialShapes
 
@@ -158,12 +158,12 @@ class MultiScaleDeformableEncoder(nn.Module):
     def _levels(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Projected maps, finest first; extra levels begin with the coarsest backbone feature."""
         levels = [
-            projection(features[name])
+            projected(projection, features[name])
             for name, projection in zip(self.in_features, self.input_proj, strict=False)
         ]
         source = features[self.in_features[-1]]
         for projection in self.input_proj[len(self.in_features) :]:
-            source = projection(source)
+            source = projected(projection, source)
             levels.append(source)
         return levels
 
@@ -222,15 +222,16 @@ class PixelEmbedding(Recomputing):
         return recomputed(self._embed, fused, when=again)
 
     def _fuse(self, feature: Tensor, memory: Memory) -> Tensor:
-        lateral = self.lateral_norm(self.lateral(feature))
+        lateral = self.lateral(feature)
         height, width = memory.spatial_shapes[0]
         finest = memory.tokens[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
-        finest = F.interpolate(finest, size=lateral.shape[2:], mode="bilinear", align_corners=False)
-        both = rounded(torch.add, lateral, finest, to=self.output.weight.dtype)
-        return self.output(both)
+        read = self.output.weight.dtype
+        return self.output(group_norm(self.lateral_norm, lateral, to=read, coarse=finest))
 
     def _embed(self, fused: Tensor) -> Tensor:
-        return self.mask_features(F.relu(self.output_norm(fused)))
+        read = self.mask_features.weight.dtype
+        normed = group_norm(self.output_norm, fused, to=read, relu=True)
+        return pointwise(self.mask_features, normed)
 
 
 def _check_levels(

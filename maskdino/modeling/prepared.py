@@ -173,7 +173,12 @@ def _joined(own: MultiScaleDeformableAttention, made: nn.Module, dtype: torch.dt
 
 def _in_half(own: nn.Module, made: nn.Module, names: list[str], dtype: torch.dtype) -> _Derived:
     def compute() -> tuple[Tensor, ...]:
-        return tuple(own.get_parameter(name) for name in names)
+        weights = [own.get_parameter(name) for name in names]
+        # On a GPU maps in half precision are channels-last, where convolutions read weights so.
+        return tuple(
+            w.contiguous(memory_format=torch.channels_last) if w.is_cuda and w.dim() == 4 else w
+            for w in weights
+        )
 
     return _derived(made, names, compute, dtype)
 

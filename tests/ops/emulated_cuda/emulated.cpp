@@ -18,13 +18,15 @@ using std::min;
 
 #include "launch.cuh"
 
+#include "cuda/group_norm.cuh"
 #include "cuda/sampling.cuh"
 
 namespace maskdino {
 namespace cuda {
 namespace {
 SampleLevel levels[kSharedBytes / sizeof(SampleLevel)];  // the kernels' shared memory
-}
+Moments group_shared[kGroupThreads];
+}  // namespace
 inline char* shared_memory() { return reinterpret_cast<char*>(levels); }
 }  // namespace cuda
 }  // namespace maskdino
@@ -35,6 +37,8 @@ inline char* shared_memory() { return reinterpret_cast<char*>(levels); }
 #include "cuda/affine_cuda.cpp"
 #include "cuda/backward.cu"
 #include "cuda/forward.cu"
+#include "cuda/group_norm.cu"
+#include "cuda/group_norm_cuda.cpp"
 #include "cuda/inference.cu"
 #include "cuda/inference_cuda.cpp"
 #include "cuda/masks.cu"
