@@ -184,7 +184,8 @@ class MaskDINO(nn.Module):
         if not self.training:
             return self._infer(batched_inputs, images)
         targets = self._targets(batched_inputs, images)
-        with half_weights(self, self.device, self.heads.in_full):
+        maps = self.backbone, self.encoder.input_proj
+        with half_weights(self, self.device, self.heads.in_full, maps):
             return self.losses(images.tensor, targets)
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:

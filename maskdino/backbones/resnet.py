@@ -54,6 +54,9 @@ class FusedStem(BasicStem):
         """(B, 3, H, W) to (B, C, H / 4, W / 4)."""
         if not _are_fused(x, self.conv1):
             return super().forward(x)
+        if torch.is_autocast_enabled("cuda"):  # as the tensor cores want it: all maps follow
+            dtype = torch.get_autocast_dtype("cuda")
+            x = x.to(dtype, memory_format=torch.channels_last)
         return F.max_pool2d(_convolved(self.conv1, x, relu=True), 3, stride=2, padding=1)
 
 

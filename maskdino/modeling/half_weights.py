@@ -3,12 +3,16 @@
 Autocast converts each weight when it is read, and its gradient on the way back. With some 300 of
 them these are most of a step's conversions, and a launch each. Here one launch converts the weights
 of a layer, and one their gradients: the same numbers.
+
+On a GPU tensor cores want maps channels-last, and cuDNN turns what is not, each time it reads it:
+maps, weights and gradients. Maps follow the kernels. So these are converted into that layout, a
+launch each, and their gradients back into that of the weights, which the engine keeps as they are.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +33,10 @@ Place = tuple[nn.Module, str]  # of a weight: its module, and its name there
 
 @contextmanager
 def half_weights(
-    model: nn.Module, device: torch.device, leave: Iterable[nn.Module] = ()
+    model: nn.Module,
+    device: torch.device,
+    leave: Iterable[nn.Module] = (),
+    maps: Iterable[nn.Module] = (),
 ) -> Iterator[None]:
     """Within, where autocast is on, modules hold converted weights in the place of their own.
 
@@ -40,18 +47,21 @@ def half_weights(
         model: whose children may be of others.
         device: where it is.
         leave: modules within that compute in the type of their weights.
+        maps: modules whose convolutions, on a GPU, are to make their maps channels-last.
     """
     if not torch.is_autocast_enabled(device.type) or torch.compiler.is_compiling():
         yield
         return
     dtype, before = torch.get_autocast_dtype(device.type), dict[Place, nn.Parameter]()
+    turned = {m for part in maps for m in part.modules()} if device.type == "cuda" else set()
     try:
         layers = defaultdict[str, dict[Place, nn.Parameter]](dict)
         for place, (layer, weight) in convertible_weights(model, leave).items():
             layers[layer][place] = weight
         for weights in layers.values():
             before |= weights
-            converted = _Converted.apply(dtype, *weights.values())
+            last = [module in turned and _has_layouts(w) for (module, _), w in weights.items()]
+            converted = _Converted.apply(dtype, last, *weights.values())
             for (module, name), weight in zip(weights, converted, strict=True):
                 module._parameters[name] = weight
         yield
@@ -86,28 +96,54 @@ def convertible_weights(
     return found
 
 
+def _has_layouts(weight: Tensor) -> bool:
+    """Whether it is a contiguous kernel that has another form channels-last."""
+    last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return weight.dim() == 4 and weight.is_contiguous() and not last
+
+
 class _Converted(torch.autograd.Function):
-    """Tensors in another type, in one launch each way."""
+    """Tensors in another type, in one launch each way but for those in another layout."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, dtype: torch.dtype, last: Sequence[bool], *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        converted = _copied(weights, dtype)
+        ctx.last = last
+        converted = _copied(weights, dtype, last, torch.channels_last)
         ctx.mark_non_differentiable(
             *(c for c, w in zip(converted, weights, strict=True) if not w.requires_grad)
         )
         return tuple(converted)
 
     @staticmethod
-    def backward(_: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        there = _copied([grad for grad in grads if grad is not None], torch.float32)
-        full = iter(there)
-        return None, *(None if grad is None else next(full) for grad in grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = [
+            (grad, last) for grad, last in zip(grads, ctx.last, strict=True) if grad is not None
+        ]
+        tensors, last = [grad for grad, _ in there], [turned for _, turned in there]
+        full = iter(_copied(tensors, torch.float32, last, torch.contiguous_format))
+        return None, None, *(None if grad is None else next(full) for grad in grads)
 
 
-def _copied(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    sources = list(tensors)
-    copies = [torch.empty_like(source, dtype=dtype) for source in sources]
-    if sources:
-        torch._foreach_copy_(copies, sources)
+def _copied(
+    sources: Sequence[Tensor],
+    dtype: torch.dtype,
+    turned: Sequence[bool],
+    layout: torch.memory_format,
+) -> list[Tensor]:
+    """Copies, some of them in a layout."""
+    copies, alike = [], []
+    for x, turn in zip(sources, turned, strict=True):
+        plain = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
+        made = torch.empty_like(x, dtype=dtype, memory_format=layout if turn else plain)
+        copies.append(made)
+        # Tensors of other strides would be copied one by one, and all others with them.
+        if made.stride() == x.stride() or (made.is_contiguous() and x.is_contiguous()):
+            alike.append((made, x))
+        else:
+            made.copy_(x)
+    if alike:
+        torch._foreach_copy_([made for made, _ in alike], [x for _, x in alike])
     return copies

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from maskdino.backbones import resnet
 from maskdino.backbones.frozen_norm import keep_frozen_norms
 from maskdino.backbones.resnet import FusedBottleneckBlock, fuse_blocks
+from maskdino.modeling.half_weights import half_weights
 from maskdino.modeling.prepared import Prepared
 from maskdino.ops import _library
+from maskdino.ops.recompute import recomputed
 from tests.pretend_backward import backward
 from tests.pretend_device import CUDA, OnDevice, PretendDevice, missing_api
 from tests.test_pretend_device import entered
@@ -66,8 +69,8 @@ def stepped(device: PretendDevice, blocks: nn.Module) -> tuple[Tensor, dict[str,
     }
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    assert (found - expected).norm() <= 1e-5 * expected.norm()
+def assert_close(found: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
+    assert (found - expected).norm() <= rtol * expected.norm()
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2, 5])
@@ -127,6 +130,46 @@ def test_prepared_blocks(device: PretendDevice, norm: str, dtype: torch.dtype) -
     assert not {"relu", "relu_", "add_"} & device.launches.keys()
     error = (made.numbers.float() - exact).norm() / exact.norm()
     assert made.dtype == dtype and error < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_training_in_half_precision_is_channels_last(device: PretendDevice) -> None:
+    """From the stem on; gradients of weights lie as these do."""
+    autocast = torch.autocast("cuda", dtype=torch.bfloat16)
+    with autocast:
+        expected, expected_grads = stepped(device, device.put(fuse_blocks(drawn_blocks())))
+    blocks = device.put(fuse_blocks(drawn_blocks()))
+    layouts = []
+    for module in blocks.modules():
+        if isinstance(module, BasicStem | BasicBlock | BottleneckBlock):
+            module.register_forward_hook(lambda *args: layouts.append(args[-1]))
+    with autocast, half_weights(blocks, CUDA, (), [blocks]):
+        made = blocks(device.put(images()))
+    (made * made).sum().backward()
+    assert len(layouts) == 5
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in layouts)
+    assert made.dtype == torch.bfloat16
+    assert_close(made.numbers, expected, 0.01)
+    for name, weight in blocks.named_parameters():
+        assert weight.grad.dtype == torch.float32 and weight.grad.is_contiguous()
+        assert_close(weight.grad.numbers, expected_grads[name], 0.01)
+
+
+def test_recomputed_blocks_have_the_same_gradients(device: PretendDevice) -> None:
+    """Also when the weights that were converted are gone."""
+    found = []
+    for recompute in (False, True):
+        blocks = device.put(fuse_blocks(drawn_blocks()))
+        for block in blocks[: 3 * recompute]:
+            block.forward = partial(recomputed, partial(type(block).forward, block))
+        autocast = torch.autocast("cuda", dtype=torch.bfloat16)
+        with autocast, half_weights(blocks, CUDA, (), [blocks]):
+            made = blocks(device.put(images()))
+        device.clear()
+        (made * made).sum().backward()
+        assert (device.launches["affine"] > 0) == recompute
+        found.append({name: p.grad.numbers for name, p in blocks.named_parameters()})
+    for name, grad in found[0].items():
+        assert_close(found[1][name], grad, 0.01)
 
 
 class Subclass(BottleneckBlock):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskdino.modeling.half_weights import half_weights
+from maskdino.modeling.half_weights import _Converted, _has_layouts, half_weights
 from tests.helpers import drawn_batch, tiny_model
 
 CPU = torch.device("cpu")
@@ -89,3 +91,57 @@ def test_what_is_converted() -> None:
         }
         raise KeyError("raised")
     assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values())
+
+
+class Copies(TorchDispatchMode):
+    """Counts operations that copy or make a clone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        self.names[name] += name in ("clone", "copy_", "_to_copy", "_foreach_copy_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("own", [torch.contiguous_format, torch.channels_last])
+def test_kernels_are_channels_last_and_gradients_as_weights(own: torch.memory_format) -> None:
+    """A launch for each kernel that is turned, one for all others, none by the engine."""
+    shapes = ((8, 4, 3, 3), (8, 8, 1, 1), (4, 8, 3, 3), (4,))
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for weight in (w for w in weights if w.dim() == 4):
+        weight.data = weight.data.contiguous(memory_format=own)
+    turned = [_has_layouts(weight) for weight in weights]
+    again = own == torch.contiguous_format
+    assert turned == [again, False, again, False]
+    with Copies() as copies:
+        halves = _Converted.apply(torch.bfloat16, turned, *weights)
+    expected = Counter(_foreach_copy_=1, copy_=sum(turned))
+    assert copies.names == expected
+    assert all(torch.equal(h, w.bfloat16()) for h, w in zip(halves, weights, strict=True))
+    for half in halves[:3]:
+        assert half.is_contiguous(memory_format=torch.channels_last)
+    # What cuDNN gives: gradients in the layout of the maps.
+    last = [torch.randn_like(half, memory_format=torch.preserve_format) for half in halves]
+    last[1] = last[1].as_strided((8, 8, 1, 1), (8, 1, 8, 8))
+    with Copies() as copies:
+        torch.autograd.backward(halves, last)
+    assert copies.names == expected
+    for weight, grad in zip(weights, last, strict=True):
+        assert torch.equal(weight.grad, grad.float())
+        assert weight.grad.stride() == weight.stride() or weight.shape[2:] == (1, 1)
+
+
+def test_only_maps_on_a_gpu_are_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    model = nn.ModuleList([nn.Conv2d(4, 8, 3), nn.Conv2d(4, 8, 3)])
+    found = {}
+    for kind in ("cpu", "cuda"):
+        with half_weights(model, torch.device(kind), (), [model[1]]):
+            found[kind] = [
+                layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in model
+            ]
+    assert found == {"cpu": [False, False], "cuda": [False, True]}
