@@ -132,7 +132,7 @@ def operators() -> dict:
             raise RuntimeError("FORCE_CUDA=1, but there is no C++ compiler (GCC or Clang)")
         say("no C++ compiler (GCC or Clang): pure Python install, operators run in PyTorch")
         return {}
-    sources = ["csrc/ms_deform_attn.cpp", *sorted(relative("csrc/cpu", "*.cpp"))]
+    sources = sorted(relative("csrc", "*.cpp") + relative("csrc/cpu", "*.cpp"))
     # torch's thread loops are inline functions that run serially unless compiled with OpenMP.
     openmp = (
         ["-fopenmp"] if torch.backends.openmp.is_available() and sys.platform == "linux" else []

@@ -221,25 +221,6 @@ def _backward_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grad_value, None, grad_offsets, grad_reference if wanted else None, None
 
 
-def _save_affine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, scale, _, _, relu = inputs
-    ctx.save_for_backward(output if relu else None, scale)
-
-
-def _backward_affine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Scale and shift are frozen. What equals another gradient is that gradient."""
-    output, scale = ctx.saved_tensors
-    of_x, _, _, of_residual, _ = ctx.needs_input_grad
-    own = of_x and scale is not None  # else the gradient of x is that of the residual
-    masked = output is not None and (of_residual or not own)
-    grad_x, grad_residual = grad, grad
-    if own or masked:
-        made = torch.ops.maskdino.affine_backward(grad, output, scale, own, masked)
-        grad_residual = made[1] if masked else grad
-        grad_x = made[0] if own else grad_residual
-    return grad_x if of_x else None, None, None, grad_residual if of_residual else None, None
-
-
 def _register() -> None:
     """Add shape functions and autograd to the operators of the loaded library."""
     fakes: dict[str, Callable[..., Any]] = {
@@ -256,9 +237,6 @@ def _register() -> None:
         torch.library.register_fake("maskdino::affine", _fake_affine)
         torch.library.register_fake("maskdino::affine_", lambda *_: None)
         torch.library.register_fake("maskdino::affine_backward", _fake_affine_backward)
-        torch.library.register_autograd(
-            "maskdino::affine", _backward_affine, setup_context=_save_affine
-        )
     torch.library.register_autograd("maskdino::ms_deform_attn", _backward, setup_context=_save)
     torch.library.register_autograd(
         "maskdino::ms_deform_attn_fused", _backward_fused, setup_context=_save_fused
