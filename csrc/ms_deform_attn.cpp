@@ -57,6 +57,12 @@ TORCH_LIBRARY(maskdino, m) {
   m.def(
       "group_norm(Tensor x, Tensor? shift, Tensor weight, Tensor bias, int groups, float eps, "
       "bool relu, Tensor? coarse, ScalarType dtype) -> (Tensor, Tensor)");
+  // Gradients of x, weight and bias where there is no shift; and of a coarse map (N, C, height,
+  // width) by that of the resized one.
+  m.def(
+      "group_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor "
+      "mean_and_scale, bool relu) -> (Tensor, Tensor, Tensor)");
+  m.def("resize_backward(Tensor grad, SymInt height, SymInt width) -> Tensor");
   // Mask logits (R, h, w), resized to the canvas, cut to the image, and resized to the output;
   // sizes are (height, width). Binary: where they are above 0, and if asked for, the mean
   // probability (R,) there.

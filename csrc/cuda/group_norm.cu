@@ -292,6 +292,200 @@ __global__ void __launch_bounds__(kGroupThreads)
       });
 }
 
+// Sums of a block's part, channel by channel, of gradients and of gradients times the normed map.
+template <typename T, typename G, bool kRows, int kVector>
+__global__ void __launch_bounds__(kGroupThreads)
+    group_sums_kernel(const GroupGradient<T, G> gradient) {
+  extern __shared__ Moments group_shared[];
+  float* shared = reinterpret_cast<float*>(group_shared);  // (kVector, 2, kGroupThreads)
+  const GroupInput<T>& in = gradient.in;
+  const Cut& cut = in.cut;
+  const Share at = share_of<kRows, kVector>(cut, static_cast<int>(blockIdx.x));
+  const int width = cut.channels / cut.groups, thread = threadIdx.x;
+  float plain[kVector] = {}, normed[kVector] = {};
+  if (at.begin < at.end) {
+    const float* kept = in.mean_and_scale + (at.image * cut.groups + at.channel / width) * 2;
+    const float mean = kept[0], scale = kept[1];
+    float weight[kVector], bias[kVector];
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      weight[k] = in.weight[at.channel + (kRows ? k : 0)];
+      bias[k] = in.bias[at.channel + (kRows ? k : 0)];
+    }
+    for_each_vector<kVector, kNormAhead>(in.x, at, [&](int pixel, float (&numbers)[kVector]) {
+      float grads[kVector];
+      unpack(load_pack<kVector>(gradient.grad + at.first + pixel * at.stride), grads);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        const float value = (numbers[k] - mean) * scale;
+        const bool passes = !gradient.relu || value * weight[k] + bias[k] > 0;
+        const float grad = passes ? grads[k] : 0.0f;
+        plain[k] += grad;
+        normed[k] += grad * value;
+      }
+    });
+  }
+  if (!kRows) {
+#pragma unroll
+    for (int k = 1; k < kVector; ++k) {
+      plain[0] += plain[k];
+      normed[0] += normed[k];
+    }
+  }
+  constexpr int kKept = kRows ? kVector : 1;
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    shared[2 * k * kGroupThreads + thread] = plain[k];
+    shared[(2 * k + 1) * kGroupThreads + thread] = normed[k];
+  }
+  for (int left = at.lines; left > 1;) {
+    const int half = (left + 1) / 2;
+    __syncthreads();
+    if (at.line + half < left) {
+#pragma unroll
+      for (int k = 0; k < 2 * kKept; ++k) {
+        float* row = shared + k * kGroupThreads + thread;
+        row[0] += row[half * at.columns];
+      }
+    }
+    left = half;
+  }
+  if (at.line > 0 || at.channel >= cut.channels) return;
+#pragma unroll
+  for (int k = 0; k < kKept; ++k) {
+    float* sums =
+        gradient.parts + ((at.image * cut.channels + at.channel + k) * cut.parts + at.part) * 2;
+    sums[0] = shared[2 * k * kGroupThreads + thread];
+    sums[1] = shared[(2 * k + 1) * kGroupThreads + thread];
+  }
+}
+
+// A warp has a channel: the sums of all its parts, of each image and of all.
+template <typename T, typename G>
+__global__ void __launch_bounds__(kGroupThreads)
+    group_fold_kernel(const GroupGradient<T, G> gradient) {
+  const Cut& cut = gradient.in.cut;
+  const int channel = static_cast<int>(blockIdx.x) * (kGroupThreads / kWarp) +
+                      static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (channel >= cut.channels) return;
+  float bias = 0, weight = 0;
+  for (int64_t image = 0; image < cut.images; ++image) {
+    const int64_t place = image * cut.channels + channel;
+    const float* parts = gradient.parts + place * cut.parts * 2;
+    float plain = 0, normed = 0;
+    for (int i = lane; i < cut.parts; i += kWarp) {
+      plain += parts[2 * i];
+      normed += parts[2 * i + 1];
+    }
+    plain = group_sum<kWarp>(plain);
+    normed = group_sum<kWarp>(normed);
+    bias += plain;
+    weight += normed;
+    if (lane == 0) {
+      gradient.sums[2 * place] = plain;
+      gradient.sums[2 * place + 1] = normed;
+    }
+  }
+  if (lane == 0) {
+    gradient.weight[channel] = weight;
+    gradient.bias[channel] = bias;
+  }
+}
+
+template <typename T, typename G, bool kRows, int kVector>
+__global__ void __launch_bounds__(kGroupThreads)
+    group_gradient_kernel(const GroupGradient<T, G> gradient, int last_block) {
+  const GroupInput<T>& in = gradient.in;
+  const Cut& cut = in.cut;
+  const Share at = share_of<kRows, kVector>(cut, last_block - static_cast<int>(blockIdx.x));
+  if (at.begin >= at.end) return;
+  const int width = cut.channels / cut.groups, group = at.channel / width;
+  const float* kept = in.mean_and_scale + (at.image * cut.groups + group) * 2;
+  const float mean = kept[0], scale = kept[1];
+  float plain = 0, normed = 0;  // means over the group
+  for (int channel = group * width; channel < (group + 1) * width; ++channel) {
+    const float* sums = gradient.sums + (at.image * cut.channels + channel) * 2;
+    plain += sums[0] * in.weight[channel];
+    normed += sums[1] * in.weight[channel];
+  }
+  const float count = static_cast<float>(width) * static_cast<float>(cut.pixels);
+  plain /= count;
+  normed /= count;
+  float weight[kVector], bias[kVector];
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) {
+    weight[k] = in.weight[at.channel + (kRows ? k : 0)];
+    bias[k] = in.bias[at.channel + (kRows ? k : 0)];
+  }
+  for_each_vector<kVector, kNormAhead>(in.x, at, [&](int pixel, float (&numbers)[kVector]) {
+    float grads[kVector];
+    const int64_t place = at.first + pixel * at.stride;
+    unpack(load_pack<kVector>(gradient.grad + place), grads);
+    Pack<T, kVector> pack;
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      const float value = (numbers[k] - mean) * scale;
+      const bool passes = !gradient.relu || value * weight[k] + bias[k] > 0;
+      const float grad = passes ? grads[k] * weight[k] : 0.0f;
+      pack.element[k] = static_cast<T>((grad - plain - value * normed) * scale);
+    }
+    *reinterpret_cast<Pack<T, kVector>*>(gradient.x + place) = pack;
+  });
+}
+
+// Pixels that may read a coarse one, and the weight with which one does.
+struct Readers {
+  int first, end;
+};
+
+__device__ __forceinline__ Readers readers_of(int coarse, float scale, int coarse_size, int size) {
+  const float low = (static_cast<float>(coarse) - 0.5f) / scale - 1.5f;
+  const float high = (static_cast<float>(coarse) + 1.5f) / scale + 1.5f;
+  const int first = coarse == 0 || low < 0 ? 0 : static_cast<int>(low);
+  const int end =
+      coarse == coarse_size - 1 || high >= static_cast<float>(size) ? size : static_cast<int>(high);
+  return {first, end};
+}
+
+__device__ __forceinline__ float weight_in(const Between& pixel, int coarse) {
+  return (pixel.first == coarse ? 1 - pixel.weight : 0.0f) +
+         (pixel.second == coarse ? pixel.weight : 0.0f);
+}
+
+template <typename G, int kVector>
+__global__ void __launch_bounds__(kGroupThreads)
+    resize_backward_kernel(const ResizeGradient<G> in) {
+  int64_t rest = static_cast<int64_t>(blockIdx.x) * kGroupThreads + threadIdx.x;
+  const int64_t target = rest * kVector;
+  const int columns = in.channels / kVector;
+  const int channel = static_cast<int>(rest % columns) * kVector;
+  rest /= columns;
+  const int x = static_cast<int>(rest % in.coarse_width);
+  rest /= in.coarse_width;
+  const int y = static_cast<int>(rest % in.coarse_height);
+  const int64_t image = rest / in.coarse_height;
+  if (image >= in.images) return;
+  const Readers lines = readers_of(y, in.scale_y, in.coarse_height, in.height);
+  const Readers places = readers_of(x, in.scale_x, in.coarse_width, in.width);
+  float sums[kVector] = {};
+  for (int line = lines.first; line < lines.end; ++line) {
+    const float vertical = weight_in(between(line, in.scale_y, in.coarse_height), y);
+    if (vertical == 0) continue;
+    for (int place = places.first; place < places.end; ++place) {
+      const float weight = vertical * weight_in(between(place, in.scale_x, in.coarse_width), x);
+      if (weight == 0) continue;
+      const int64_t pixel = (image * in.height + line) * in.width + place;
+      float grads[kVector];
+      unpack(load_pack<kVector>(in.grad + pixel * in.channels + channel), grads);
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) sums[k] += weight * grads[k];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) in.coarse[target + k] = sums[k];
+}
+
 // `run(rows, vector)` with the two as constants.
 template <typename T, typename Run>
 void for_cut(const Cut& cut, const Run& run) {
@@ -331,16 +525,51 @@ void launch_group_norm(const GroupInput<T>& in, const GroupOutput<U>& out, cudaS
   });
 }
 
-#define MASKDINO_INSTANTIATE(T, U) \
-  template void launch_group_norm<T, U>(const GroupInput<T>&, const GroupOutput<U>&, cudaStream_t);
-template void launch_group_moments<float>(const GroupInput<float>&, cudaStream_t);
-template void launch_group_moments<c10::Half>(const GroupInput<c10::Half>&, cudaStream_t);
-template void launch_group_moments<c10::BFloat16>(const GroupInput<c10::BFloat16>&, cudaStream_t);
+template <typename T, typename G>
+void launch_group_norm_backward(const GroupGradient<T, G>& gradient, cudaStream_t stream) {
+  const Cut& cut = gradient.in.cut;
+  const Grid grid{static_cast<unsigned>(cut.blocks()), 1, 1};
+  constexpr unsigned kFolds = kGroupThreads / kWarp;
+  const Grid folds{(static_cast<unsigned>(cut.channels) + kFolds - 1) / kFolds, 1, 1};
+  for_cut<T>(cut, [&](auto rows, auto vector) {
+    const size_t shared = sizeof(float) * 2 * kGroupThreads * (rows() ? vector() : 1);
+    launch(group_sums_kernel<T, G, rows(), vector()>, grid, kGroupThreads, shared, stream,
+           gradient);
+    launch(group_fold_kernel<T, G>, folds, kGroupThreads, 0, stream, gradient);
+    launch(group_gradient_kernel<T, G, rows(), vector()>, grid, kGroupThreads, 0, stream, gradient,
+           static_cast<int>(cut.blocks() - 1));
+  });
+}
+
+template <typename G>
+void launch_resize_backward(const ResizeGradient<G>& gradient, cudaStream_t stream) {
+  const int64_t threads = gradient.images * gradient.coarse_height * gradient.coarse_width *
+                          (gradient.channels / gradient.vector);
+  const Grid grid{static_cast<unsigned>((threads + kGroupThreads - 1) / kGroupThreads), 1, 1};
+  constexpr int kMany = static_cast<int>(16 / sizeof(G));
+  if (gradient.vector > 1) {
+    launch(resize_backward_kernel<G, kMany>, grid, kGroupThreads, 0, stream, gradient);
+  } else {
+    launch(resize_backward_kernel<G, 1>, grid, kGroupThreads, 0, stream, gradient);
+  }
+}
+
+#define MASKDINO_INSTANTIATE(T, U)                                                   \
+  template void launch_group_norm<T, U>(const GroupInput<T>&, const GroupOutput<U>&, \
+                                        cudaStream_t);                               \
+  template void launch_group_norm_backward<T, U>(const GroupGradient<T, U>&, cudaStream_t);
+#define MASKDINO_INSTANTIATE_TYPE(T)                                         \
+  template void launch_group_moments<T>(const GroupInput<T>&, cudaStream_t); \
+  template void launch_resize_backward<T>(const ResizeGradient<T>&, cudaStream_t);
+MASKDINO_INSTANTIATE_TYPE(float)
+MASKDINO_INSTANTIATE_TYPE(c10::Half)
+MASKDINO_INSTANTIATE_TYPE(c10::BFloat16)
 MASKDINO_INSTANTIATE(float, float)
 MASKDINO_INSTANTIATE(c10::Half, c10::Half)
 MASKDINO_INSTANTIATE(c10::Half, float)
 MASKDINO_INSTANTIATE(c10::BFloat16, c10::BFloat16)
 MASKDINO_INSTANTIATE(c10::BFloat16, float)
+#undef MASKDINO_INSTANTIATE_TYPE
 #undef MASKDINO_INSTANTIATE
 
 }  // namespace cuda

@@ -62,6 +62,37 @@ struct GroupOutput {
   float scale_y, scale_x;  // coarse pixels of a pixel
 };
 
+// Gradients of a map of type T by those of its norm, of type G; without shift, and `moments`
+// unused.
+template <typename T, typename G>
+struct GroupGradient {
+  GroupInput<T> in;
+  const G* grad;  // as x
+  bool relu;
+  float* parts;          // (N, C, cut.parts, 2): sums of grad, and of grad times the normed x
+  float* sums;           // (N, C, 2): of all parts
+  T* x;                  // as x
+  float *weight, *bias;  // (C,)
+};
+
+// The gradient (N, h, w, C), or (N, C, h, w), of a coarse map by that of the resized one.
+template <typename G>
+struct ResizeGradient {
+  const G* grad;  // (N, H, W, C) or (N, C, H, W)
+  float* coarse;
+  bool rows;
+  int vector;      // channels that a thread takes together, 16 bytes of G, or 1
+  int64_t images;  // without rows: planes, and there is one channel
+  int channels, height, width, coarse_height, coarse_width;
+  float scale_y, scale_x;
+};
+
+template <typename T, typename G>
+void launch_group_norm_backward(const GroupGradient<T, G>& gradient, cudaStream_t stream);
+
+template <typename G>
+void launch_resize_backward(const ResizeGradient<G>& gradient, cudaStream_t stream);
+
 template <typename T>
 void launch_group_moments(const GroupInput<T>& in, cudaStream_t stream);
 

@@ -48,16 +48,14 @@ void check_maps(const at::Tensor& x, int64_t groups) {
       "x is too large: ", x.sizes());
 }
 
-// Whether threads that side by side take a group's vectors are no more than a block has.
-bool fits_rows(int64_t group_channels, int64_t vector) {
-  return group_channels / vector <= kGroupThreads;
+// Whether kernels read a map pixel by pixel: channels last, and groups no wider than a block.
+bool has_rows(const at::Tensor& x, int64_t groups) {
+  return x.is_contiguous(at::MemoryFormat::ChannelsLast) && x.size(1) / groups <= kGroupThreads;
 }
 
-// The map as kernels read it: channels last, or where that does not serve, contiguous.
+// The map as kernels read it.
 at::Tensor dense(const at::Tensor& x, int64_t groups) {
-  const bool rows =
-      x.is_contiguous(at::MemoryFormat::ChannelsLast) && fits_rows(x.size(1) / groups, 1);
-  return rows ? x : x.contiguous();
+  return has_rows(x, groups) ? x : x.contiguous();
 }
 
 // `aligned`: all maps that are read or written in vectors begin at 16 bytes.
@@ -69,7 +67,7 @@ Cut cut_of(const at::Tensor& x, int64_t groups, bool aligned) {
   cut.pixels = static_cast<int>(pixels);
   cut.channels = static_cast<int>(x.size(1));
   cut.groups = static_cast<int>(groups);
-  cut.rows = x.is_contiguous(at::MemoryFormat::ChannelsLast) && fits_rows(width, 1);
+  cut.rows = has_rows(x, groups);
   const int64_t vector = aligned && (cut.rows ? width : pixels) % full == 0 ? full : 1;
   cut.vector = static_cast<int>(vector);
   int64_t parts = 1, run = pixels;
@@ -147,8 +145,7 @@ std::tuple<at::Tensor, at::Tensor> group_norm(const at::Tensor& x,
   const auto added = checked_shift(shift, x);
   TORCH_CHECK_VALUE(!(relu && coarse.has_value()), "a coarse map is added, or ReLU follows");
   const at::Tensor map = dense(x, groups), scales = weight.contiguous(), shifts = bias.contiguous();
-  const bool rows =
-      map.is_contiguous(at::MemoryFormat::ChannelsLast) && fits_rows(map.size(1) / groups, 1);
+  const bool rows = has_rows(map, groups);
   const at::Tensor resized =
       coarse.has_value() ? coarse_map(*coarse, map, rows) : at::empty({0}, scales.options());
   // Kernels write x's type or float32.
@@ -199,9 +196,104 @@ std::tuple<at::Tensor, at::Tensor> group_norm(const at::Tensor& x,
   return {normed.to(dtype), kept};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& mean_and_scale, bool relu) {
+  const at::NoGradGuard no_grad;
+  const c10::cuda::CUDAGuard device(x.device());
+  TORCH_CHECK_VALUE(mean_and_scale.dim() == 3 && mean_and_scale.size(2) == 2 &&
+                        mean_and_scale.size(0) == x.size(0) &&
+                        mean_and_scale.scalar_type() == at::kFloat &&
+                        mean_and_scale.device() == x.device(),
+                    "mean_and_scale must be (N, G, 2), got shape ", mean_and_scale.sizes());
+  const int64_t groups = mean_and_scale.size(1);
+  check_maps(x, groups);
+  check_row(weight, "weight", x);
+  check_row(bias, "bias", x);
+  TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.device() == x.device(), "grad must be as x, ",
+                    x.sizes(), ", got ", grad.sizes());
+  const at::Tensor map = dense(x, groups), scales = weight.contiguous(), shifts = bias.contiguous(),
+                   kept = mean_and_scale.contiguous();
+  const bool rows = has_rows(map, groups);
+  const auto layout = rows ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  // Kernels read x's type or float32.
+  const bool same = grad.scalar_type() == map.scalar_type();
+  const at::Tensor grads = (same ? grad : grad.to(at::kFloat)).contiguous(layout);
+  const at::Tensor of_x = at::empty(map.sizes(), map.options(), layout);
+  const at::Tensor of_weight = at::zeros_like(scales), of_bias = at::zeros_like(shifts);
+  if (map.numel() == 0) return {of_x, of_weight, of_bias};
+  const bool aligned = is_aligned(map.const_data_ptr()) && is_aligned(of_x.const_data_ptr()) &&
+                       is_aligned(grads.const_data_ptr());
+  const Cut cut = cut_of(map, groups, aligned);
+  const at::Tensor parts = at::empty({cut.images, cut.channels, cut.parts, 2}, scales.options());
+  const at::Tensor sums = at::empty({cut.images, cut.channels, 2}, scales.options());
+  MASKDINO_DISPATCH(map.scalar_type(), [&] {
+    const auto run = [&](auto gradient, auto* source) {
+      gradient.grad = source;
+      gradient.in.x = map.const_data_ptr<scalar_t>();
+      gradient.in.weight = scales.const_data_ptr<float>();
+      gradient.in.bias = shifts.const_data_ptr<float>();
+      gradient.in.mean_and_scale = const_cast<float*>(kept.const_data_ptr<float>());
+      gradient.in.cut = cut;
+      gradient.relu = relu;
+      gradient.parts = parts.data_ptr<float>();
+      gradient.sums = sums.data_ptr<float>();
+      gradient.x = of_x.data_ptr<scalar_t>();
+      gradient.weight = of_weight.data_ptr<float>();
+      gradient.bias = of_bias.data_ptr<float>();
+      launch_group_norm_backward(gradient, c10::cuda::getCurrentCUDAStream().stream());
+    };
+    if (same) {
+      run(GroupGradient<scalar_t, scalar_t>{}, grads.const_data_ptr<scalar_t>());
+    } else {
+      run(GroupGradient<scalar_t, float>{}, grads.const_data_ptr<float>());
+    }
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {of_x, of_weight, of_bias};
+}
+
+at::Tensor resize_backward(const at::Tensor& grad, int64_t height, int64_t width) {
+  const at::NoGradGuard no_grad;
+  const c10::cuda::CUDAGuard device(grad.device());
+  check_maps(grad, 1);
+  TORCH_CHECK_VALUE(height > 0 && width > 0 && height < kMostPixels && width < kMostPixels,
+                    "cannot resize ", height, " x ", width);
+  const bool rows = grad.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor grads = rows ? grad : grad.contiguous();
+  const int64_t channels = grad.size(1);
+  const at::Tensor coarse =
+      at::empty({grad.size(0), channels, height, width}, grad.options().dtype(at::kFloat),
+                rows ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+  if (grad.numel() == 0) return coarse.zero_();
+  TORCH_CHECK_VALUE(coarse.numel() <= kMostBlocks, "cannot resize to ", coarse.sizes());
+  MASKDINO_DISPATCH(grads.scalar_type(), [&] {
+    constexpr int64_t kMany = 16 / sizeof(scalar_t);
+    ResizeGradient<scalar_t> in{};
+    in.grad = grads.const_data_ptr<scalar_t>();
+    in.coarse = coarse.data_ptr<float>();
+    in.images = rows ? grad.size(0) : grad.size(0) * channels;
+    in.channels = static_cast<int>(rows ? channels : 1);
+    in.vector = static_cast<int>(in.channels % kMany == 0 && is_aligned(in.grad) ? kMany : 1);
+    in.height = static_cast<int>(grad.size(2));
+    in.width = static_cast<int>(grad.size(3));
+    in.coarse_height = static_cast<int>(height);
+    in.coarse_width = static_cast<int>(width);
+    in.scale_y = static_cast<float>(height) / static_cast<float>(in.height);
+    in.scale_x = static_cast<float>(width) / static_cast<float>(in.width);
+    launch_resize_backward(in, c10::cuda::getCurrentCUDAStream().stream());
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return coarse;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(maskdino, CUDA, m) { m.impl("group_norm", &group_norm); }
+TORCH_LIBRARY_IMPL(maskdino, CUDA, m) {
+  m.impl("group_norm", &group_norm);
+  m.impl("group_norm_backward", &group_norm_backward);
+  m.impl("resize_backward", &resize_backward);
+}
 
 }  // namespace cuda
 }  // namespace maskdino

@@ -32,17 +32,17 @@ def group_norm(
     """Group norm, then ReLU or the sum with a coarser map.
 
     Args:
-        norm: its weights are not rounded where it is fused.
+        norm: where it is fused, results are rounded once.
         x: (B, C, H, W).
         to: the type that the next product reads, and of the result where it is fused.
-        shift: (C,), added to x before.
+        shift: (C,), added to x before, where nothing is learned.
         relu: whether ReLU follows.
         coarse: (B, C, h, w), resized bilinearly to H x W and added.
 
     Returns:
         (B, C, H, W), on a GPU in half precision channels-last.
     """
-    if not _is_fused(norm, x):
+    if not _is_fused(norm, x) or (shift is not None and torch.is_grad_enabled()):
         normed = norm(x if shift is None else x + shift[:, None, None])
         if coarse is None:
             return F.relu(normed) if relu else normed
@@ -68,8 +68,10 @@ def projected(projection: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(projection, nn.Sequential) or len(projection) != 2 or is_hooked(projection):
         return projection(x)
     convolution, norm = projection
-    if not is_plain(convolution) or not _is_fused(norm, x):
+    if not _is_fused(norm, x):
         return projection(x)
+    if not is_plain(convolution):
+        return group_norm(norm, convolution(x))
     made = convolution._conv_forward(x, convolution.weight, None)
     return group_norm(norm, made, shift=convolution.bias)
 
@@ -106,7 +108,6 @@ def _is_fused(norm: nn.Module, x: Tensor) -> TypeGuard[nn.GroupNorm]:
         and type(norm) is nn.GroupNorm
         and norm.weight is not None
         and norm.weight.dtype == torch.float32
-        and not (torch.is_grad_enabled() or is_traced())
-        and not is_hooked(norm)
-        and has_compiled("group_norm", x.device)
+        and not (is_traced() or is_hooked(norm))
+        and has_compiled("group_norm_backward", x.device)  # which came with the gradient
     )

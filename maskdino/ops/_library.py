@@ -189,6 +189,33 @@ def _fake_affine_backward(
     return first, second
 
 
+def _fake_group_norm(
+    x: Tensor,
+    _shift: Any,
+    weight: Tensor,
+    _bias: Any,
+    groups: int,
+    _eps: float,
+    _relu: bool,
+    _coarse: Any,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    normed = torch.empty_like(x, dtype=dtype, memory_format=_layout(x))
+    return normed, weight.new_empty(x.shape[0], groups, 2)
+
+
+def _fake_group_norm_backward(
+    _grad: Any, x: Tensor, weight: Tensor, bias: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_x = torch.empty_like(x, memory_format=_layout(x))
+    return of_x, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _fake_resize_backward(grad: Tensor, height: Any, width: Any) -> Tensor:
+    coarse = grad.new_empty(*grad.shape[:2], height, width, dtype=torch.float32)
+    return coarse.contiguous(memory_format=_layout(grad))
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """Gradients are dense whatever the strides of what they belong to."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -221,6 +248,27 @@ def _backward_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grad_value, None, grad_offsets, grad_reference if wanted else None, None
 
 
+def _save_group_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, shift, weight, bias, _, _, ctx.relu, coarse, _ = inputs
+    if shift is not None:
+        raise NotImplementedError("group_norm has no gradient where there is a shift")
+    ctx.coarse = None if coarse is None else (coarse.shape[2:], coarse.dtype)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, weight, bias, output[1])
+
+
+def _backward_group_norm(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    of_coarse = None
+    if ctx.coarse is not None and ctx.needs_input_grad[7]:
+        (height, width), dtype = ctx.coarse
+        of_coarse = torch.ops.maskdino.resize_backward(grad, height, width).to(dtype)
+    x, weight, bias, kept = ctx.saved_tensors
+    of_x, of_weight, of_bias = torch.ops.maskdino.group_norm_backward(
+        grad, x, weight, bias, kept, ctx.relu
+    )
+    return of_x, None, of_weight, of_bias, None, None, None, of_coarse, None
+
+
 def _register() -> None:
     """Add shape functions and autograd to the operators of the loaded library."""
     fakes: dict[str, Callable[..., Any]] = {
@@ -237,6 +285,13 @@ def _register() -> None:
         torch.library.register_fake("maskdino::affine", _fake_affine)
         torch.library.register_fake("maskdino::affine_", lambda *_: None)
         torch.library.register_fake("maskdino::affine_backward", _fake_affine_backward)
+    if hasattr(torch.ops.maskdino, "group_norm_backward"):
+        torch.library.register_fake("maskdino::group_norm", _fake_group_norm)
+        torch.library.register_fake("maskdino::group_norm_backward", _fake_group_norm_backward)
+        torch.library.register_fake("maskdino::resize_backward", _fake_resize_backward)
+        torch.library.register_autograd(
+            "maskdino::group_norm", _backward_group_norm, setup_context=_save_group_norm
+        )
     torch.library.register_autograd("maskdino::ms_deform_attn", _backward, setup_context=_save)
     torch.library.register_autograd(
         "maskdino::ms_deform_attn_fused", _backward_fused, setup_context=_save_fused

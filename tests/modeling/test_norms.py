@@ -70,12 +70,10 @@ def drawn_others(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def test_whoever_would_see_a_norm_sees_it(calls: list[object]) -> None:
-    """Gradients, a hook, a norm in another type or of another kind: PyTorch's form, the same."""
+    """A hook, a norm in another type or of another kind: PyTorch's form, the same."""
     norm, x = drawn_norm(), on_gpu(2, 6, 5, 4)
-    expected = norm(x)
-    assert torch.equal(group_norm(norm, x), expected)
     with torch.no_grad():
-        assert torch.equal(group_norm(nn.Sequential(norm), x), expected)
+        assert torch.equal(group_norm(nn.Sequential(norm), x), norm(x))
         assert torch.equal(group_norm(norm.double(), x.double()), norm(x.double()))
         norm.float().register_forward_hook(lambda *_: torch.zeros(1))
         assert torch.equal(group_norm(norm, x), torch.zeros(1))
@@ -94,8 +92,23 @@ def test_projection(calls: list[object], hooked: int | None) -> None:
         projection[hooked].register_forward_hook(lambda *_: seen.append(0))
     torch.testing.assert_close(torch.Tensor(projected(projection, x)), expected)
     assert len(seen) == (hooked is not None)
-    assert len(calls) == (2 if hooked is None else 0)
+    assert len(calls) == {None: 2, 0: 2, 1: 0}[hooked]
     assert torch.equal(projected(nn.Identity(), x), x)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_gradients_of_a_projection(calls: list[object], learned: bool) -> None:
+    """Of all that is learned, a bias before the norm, too: those of PyTorch's form."""
+    projection, x = nn.Sequential(nn.Conv2d(4, 6, 1), drawn_norm()), on_gpu(2, 4, 5, 6)
+    projection[0].bias.requires_grad_(learned)
+    grads = []
+    for run in (projection, lambda x: projected(projection, x)):
+        projection.zero_grad()
+        run(x).square().sum().backward()
+        grads.append([p.grad for p in projection.parameters() if p.requires_grad])
+    assert calls
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -150,7 +150,98 @@ def check_odd_numbers(operators: Any, device: str = "cpu") -> None:
     assert torch.equal(found, torch.full_like(found, 2))
 
 
-CHECKS = [check_group_norm, check_coarse, check_odd_numbers]
+def check_backward(operators: Any, device: str = "cpu") -> None:
+    """Gradients of all shapes in both layouts, by gradients of both types, and through ReLU."""
+    shapes = SHAPES if device == "cpu" else SHAPES + LARGE
+    calls = [(*c, d) for c in itertools.product(shapes, LAYOUTS) for d in TYPES]
+    for turn, (shape, layout, dtype) in enumerate(calls):
+        if device == "cpu" and turn // len(TYPES) % len(TYPES) != turn % len(TYPES):
+            continue
+        x, groups = drawn(shape, dtype, layout), shape[2]
+        if x.numel() == 0 or x[0, 0].numel() * (shape[1] // groups) == 1:
+            continue
+        relu, kind = turn % 4 < 2, (dtype, torch.float32)[turn % 5 % 2]
+        grad = torch.randn(x.shape).to(kind).contiguous(memory_format=LAYOUTS[turn // 7 % 2])
+        inputs = [x, *torch.randn(2, shape[1])]
+        exact = [a.double().requires_grad_() for a in inputs]
+        made = F.group_norm(exact[0], groups, *exact[1:], EPS)
+        unsure = (made.abs() < 1e-4).cpu() if relu else torch.zeros(x.shape, dtype=torch.bool)
+        grad = grad.masked_fill(unsure, 0)  # on which side of ReLU rounding decides
+        (made.relu() if relu else made).backward(grad.double())
+        args = [a.to(device) for a in inputs]
+        kept = operators.group_norm(args[0], None, *args[1:], groups, EPS, relu, None, dtype)[1]
+        found = operators.group_norm_backward(grad.to(device), *args, kept, relu)
+        assert [a.dtype for a in found] == [dtype, torch.float32, torch.float32]
+        if shape[1] // groups <= 256:
+            assert found[0].is_contiguous(memory_format=layout)
+        for own, expected in zip(found, exact, strict=True):
+            bound = 3e-5 * float(expected.grad.abs().max())
+            rtol = torch.finfo(own.dtype).eps
+            torch.testing.assert_close(own.cpu().double(), expected.grad, atol=bound, rtol=rtol)
+
+
+def check_resize_backward(operators: Any, device: str = "cpu") -> None:
+    """Enlarged, as large, made smaller; with vectors and without."""
+    sizes = (
+        ((6, 8), (3, 4)),
+        ((7, 5), (3, 3)),
+        ((4, 4), (4, 4)),
+        ((2, 9), (5, 1)),
+        ((1, 30), (1, 4)),
+    )
+    calls = itertools.product(sizes, TYPES, (16, 6), LAYOUTS)
+    for (size, coarse_size), dtype, channels, layout in calls:
+        coarse = torch.zeros(2, channels, *coarse_size, dtype=torch.float64, requires_grad=True)
+        grad = torch.randn(2, channels, *size).to(dtype).contiguous(memory_format=layout)
+        F.interpolate(coarse, size, mode="bilinear").backward(grad.double())
+        found = operators.resize_backward(grad.to(device), *coarse_size)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.cpu().double(), coarse.grad, atol=1e-5, rtol=1e-5)
+
+
+CHECKS = [check_group_norm, check_coarse, check_odd_numbers, check_backward, check_resize_backward]
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_autograd(compiled: Any, relu: bool) -> None:
+    """Gradients reach all inputs, in their types; the second result has none."""
+    x = torch.randn(2, 8, 4, 6).to(torch.bfloat16).requires_grad_()
+    weight, bias = torch.randn(2, 8).unbind()
+    weight.requires_grad_()
+    bias.requires_grad_()
+    coarse = None if relu else torch.randn(2, 8, 2, 3).half().requires_grad_()
+    normed, kept = compiled.group_norm(x, None, weight, bias, 2, EPS, relu, coarse, torch.float32)
+    assert not kept.requires_grad
+    grad = torch.randn(x.shape)
+    normed.backward(grad)
+    exact = [None if a is None else a.detach().double() for a in (x, weight, bias, coarse)]
+    exact = [None if a is None else a.requires_grad_() for a in exact]
+    made = F.group_norm(exact[0], 2, *exact[1:3], EPS)
+    made = (
+        made.relu() if coarse is None else made + F.interpolate(exact[3], (4, 6), mode="bilinear")
+    )
+    made.backward(grad.double())
+    for own, expected in zip((x, weight, bias, coarse), exact, strict=True):
+        if own is not None:
+            assert own.grad.dtype == own.dtype
+            rtol = 2 * torch.finfo(own.dtype).eps
+            torch.testing.assert_close(own.grad.double(), expected.grad, atol=1e-5, rtol=rtol)
+    with pytest.raises(NotImplementedError, match="shift"):
+        compiled.group_norm(x, bias, weight, bias, 2, EPS, relu, None, torch.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operator_is_sound(compiled: Any, layout: torch.memory_format) -> None:
+    """Schema, shapes without data, and autograd are what PyTorch expects."""
+    x = torch.randn(2, 8, 3, 4).contiguous(memory_format=layout).requires_grad_()
+    weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
+    coarse = torch.randn(2, 8, 2, 2, requires_grad=True)
+    args = x, None, weight, bias, 2, EPS, False, coarse, torch.float32
+    torch.library.opcheck(compiled.group_norm.default, args)
+    grad, kept = torch.randn(2, 8, 3, 4), torch.rand(2, 2, 2)
+    args = grad, x.detach(), weight.detach(), bias.detach(), kept, True
+    torch.library.opcheck(compiled.group_norm_backward.default, args)
+    torch.library.opcheck(compiled.resize_backward.default, (grad, 2, 2))
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -25,7 +25,7 @@ namespace maskdino {
 namespace cuda {
 namespace {
 SampleLevel levels[kSharedBytes / sizeof(SampleLevel)];  // the kernels' shared memory
-Moments group_shared[kGroupThreads];
+Moments group_shared[4 * kGroupThreads];
 }  // namespace
 inline char* shared_memory() { return reinterpret_cast<char*>(levels); }
 }  // namespace cuda
