@@ -34,9 +34,9 @@ CASES = [
 ]
 # What products of matrices serve: full blocks and tiles with tails, 16, 12, 5 and 17 samples.
 PRODUCTS = [
-    Case(shapes=((9, 2), (2, 3)), channels=32, heads=8, images=2, queries=3, points=8),
+    Case(shapes=((9, 2), (2, 3)), channels=32, heads=8, images=1, queries=3, points=8),
     Case(shapes=((2, 9), (2, 2), (3, 2)), channels=32, heads=8, images=1, queries=18),
-    Case(shapes=((3, 4),), channels=32, heads=8, images=1, queries=3, points=5),
+    Case(shapes=((3, 4),), channels=32, heads=8, images=2, queries=3, points=5),
     Case(shapes=((3, 2),), channels=32, heads=8, images=1, queries=3, points=17),
 ]
 Results = list[Tensor]
