@@ -36,6 +36,16 @@ TORCH_LIBRARY(maskdino, m) {
   m.def(
       "add_norm(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps, bool rounded, "
       "Tensor? position) -> (Tensor, Tensor, Tensor)");
+  // The same with gradient, and what that needs: the sum, its mean and 1 / standard deviation.
+  m.def(
+      "add_norm_train(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps, "
+      "bool rounded, Tensor? position) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Gradients of the sum; in the update's type, dtype, unless that is float32; and of weight and
+  // bias if asked for.
+  m.def(
+      "add_norm_backward(Tensor? grad_normed, Tensor? grad_rounded, Tensor? grad_placed, "
+      "Tensor sum, Tensor mean, Tensor rstd, Tensor weight, ScalarType dtype, bool weights) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   // The sigmoid (..., 4) of what a linear layer, weight (4, D) and bias (4), makes of hidden (...,
   // D), plus anchor_logits; these logits, no further from 0 than `most`; and the sine embedding
   // (..., 4 C) of y, x, w, h by rates and phases (C,).

@@ -20,7 +20,7 @@ from maskdino.ops import _library
 from tests.helpers import CHANNELS, NARROW, NODE, drawn_batch, tiny_cfg
 from tests.pretend_backward import backward
 from tests.pretend_device import OnDevice, PretendDevice, missing_api
-from tests.test_pretend_device import SIZES, TRAINING, entered, infer, on_device
+from tests.test_pretend_device import SIZES, TRAINING, autocast, entered, infer, on_device
 
 pytestmark = [
     pytest.mark.skipif(bool(missing_api()), reason=missing_api()),
@@ -35,7 +35,7 @@ LAYERS = {
 }
 OBJECTS = (5, 3)
 OUTPUTS_AT_ONCE = 4  # whose costs that model's 300 queries and 12,544 points leave room for
-FORWARD, STEP = 1350, 3130  # launches: forward pass with losses, and the whole step
+FORWARD, STEP = 1250, 2900  # launches: forward pass with losses, and the whole step
 INFERENCE = {"instance": (455, 1), "panoptic": (515, 2)}  # launches and waits from image to results
 
 
@@ -49,7 +49,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendDevice]:
         yield device
 
 
-@pytest.mark.skipif(not _library.is_loaded(), reason="PyTorch's form of the operator needs more")
+@pytest.mark.skipif(not _library.has("add_norm_train"), reason="PyTorch's operators need more")
 def test_launches_and_waits_of_a_step(
     device: PretendDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,3 +157,35 @@ def test_gradients_are_those_of_the_cpu(device: PretendDevice, objects: tuple[in
             found = pretended[name].grad.numbers
             scale = parameter.grad.norm().clamp(min=1e-6)
             assert (found - parameter.grad).norm() < 1e-3 * scale, name
+
+
+@pytest.mark.skipif(not _library.has("add_norm_train"), reason="the library was built earlier")
+@pytest.mark.parametrize("level", ["none", "cheap", "all"])
+def test_gradients_are_those_of_the_norms_one_by_one(
+    device: PretendDevice, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision, also where layers are computed again."""
+    found = []
+    for has in (layers.has_compiled, lambda *_: False):
+        monkeypatch.setattr(layers, "has_compiled", has)
+        torch.manual_seed(1)
+        model = MaskDINO(tiny_cfg(RECOMPUTE=level, ENCODER__NUM_LAYERS=2)).train()
+        for name, weight in model.named_parameters():  # zeros at first: queries had no gradient
+            if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+                torch.nn.init.normal_(weight, std=0.05)
+        device.put(model)
+        torch.manual_seed(2)
+        device.clear()
+        with autocast(torch.bfloat16):
+            losses = model(drawn_batch(SIZES, OBJECTS))
+        sum(losses.values()).backward()
+        grads = {n: p.grad.numbers for n, p in model.named_parameters() if p.grad is not None}
+        found.append((losses, grads, device.launches["add_norm_backward"]))
+    (losses, grads, launches), (expected_losses, expected, others) = found
+    assert (launches, others) == (10, 0)
+    for name, loss in expected_losses.items():
+        assert torch.equal(losses[name].numbers, loss.numbers), name
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        error = (grads[name] - grad).norm() / grad.norm().clamp(min=1e-6)
+        assert error < 1e-5, (name, error)

@@ -3,24 +3,11 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <tuple>
-
-#include "../add_norm.h"
 
 namespace maskdino {
 namespace cpu {
 namespace {
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> add_norm(
-    const at::Tensor& x, const at::Tensor& update, const at::Tensor& weight, const at::Tensor& bias,
-    double eps, bool with_rounded, const std::optional<at::Tensor>& position) {
-  const at::NoGradGuard no_grad;
-  const NormCall call = check_add_norm(x, update, weight, bias, eps, position);
-  return normed_outputs(
-      call, at::layer_norm(call.x + call.update, {call.channels()}, call.weight, call.bias, eps),
-      with_rounded);
-}
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> predict_boxes(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias,
@@ -37,10 +24,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> predict_boxes(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(maskdino, CPU, m) {
-  m.impl("add_norm", &add_norm);
-  m.impl("predict_boxes", &predict_boxes);
-}
+TORCH_LIBRARY_IMPL(maskdino, CPU, m) { m.impl("predict_boxes", &predict_boxes); }
 
 }  // namespace cpu
 }  // namespace maskdino

@@ -28,13 +28,36 @@ struct AddNorm {
   float* normed;               // (N, C)
   T* rounded;                  // (N, C): the same in T, or null
   T* placed;                   // (N, C): with the position, in T, where there is one
+  float *sum, *mean, *rstd;    // (N, C), (N,), (N,): what the way back needs; or null
   int64_t rows, position_rows;
   int channels;
   float eps;
 };
 
+// Gradients of all outputs at once. What is not given or not wanted is null.
+template <typename T>
+struct AddNormBackward {
+  const float* grad_normed;                 // (N, C)
+  const T *grad_rounded, *grad_placed;      // (N, C)
+  const float *sum, *mean, *rstd, *weight;  // (N, C), (N,), (N,), (C,)
+  float* grad_sum;                          // (N, C)
+  T* grad_update;                           // (N, C): the same in T, or null
+  float* partial;                           // (blocks, 2, C) of weight and bias; or null
+  float *grad_weight, *grad_bias;           // (C,)
+  int64_t rows;
+  int channels, blocks;
+};
+
+// Blocks that go through the rows together: each of a large GPU's processors has four. The same on
+// all GPUs, so that sums are.
+constexpr int kNormBackwardWarps = 8;
+constexpr int64_t kMostNormBackwardBlocks = 528;
+
 template <typename T>
 void launch_add_norm(const AddNorm<T>& in, cudaStream_t stream);
+
+template <typename T>
+void launch_add_norm_backward(const AddNormBackward<T>& in, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace maskdino

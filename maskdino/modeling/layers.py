@@ -97,19 +97,32 @@ def _is_built_with_onednn(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def fused(operator: str, *tensors: Tensor) -> bool:
-    """Whether the compiled library does a step of inference on a GPU in one launch."""
+def fused(operator: str, *tensors: Tensor, learned: bool = False) -> bool:
+    """Whether the compiled library does a step on a GPU in one launch.
+
+    Args:
+        operator: which does it.
+        tensors: of the step, which must be float32.
+        learned: whether the operator has a gradient.
+    """
     return (
         all(x.is_cuda and x.dtype == torch.float32 for x in tensors)
-        and not (torch.is_grad_enabled() or is_traced())
+        and not ((torch.is_grad_enabled() and not learned) or is_traced())
         and has_compiled(operator, tensors[0].device)
     )
 
 
+def _norm_operator() -> str:
+    return "add_norm_train" if torch.is_grad_enabled() else "add_norm"
+
+
 def is_norm_fused(norm: nn.LayerNorm, x: Tensor) -> bool:
     """Whether `add_norm` is one launch, whatever is made besides."""
-    return fused("add_norm", x, norm.weight) and not (
-        norm._forward_hooks or norm._forward_pre_hooks
+    return (
+        fused(_norm_operator(), x, norm.weight, learned=True)
+        and type(norm) is nn.LayerNorm
+        and not (norm._forward_hooks or norm._forward_pre_hooks)
+        and not (norm._backward_hooks or norm._backward_pre_hooks)
     )
 
 
@@ -142,7 +155,8 @@ def add_norm(
     half = read and update.dtype != x.dtype
     if position is not None and position.dtype != x.dtype:
         position = position.to(update.dtype)
-    normed, in_half, placed = torch.ops.maskdino.add_norm(
+    operator = getattr(torch.ops.maskdino, _norm_operator())
+    normed, in_half, placed, *_ = operator(
         x, update, norm.weight, norm.bias, norm.eps, half, position
     )
     return normed, in_half if half else normed, placed

@@ -216,6 +216,41 @@ def _fake_resize_backward(grad: Tensor, height: Any, width: Any) -> Tensor:
     return coarse.contiguous(memory_format=_layout(grad))
 
 
+def _fake_norm(
+    x: Tensor,
+    update: Tensor,
+    _weight: Tensor,
+    _bias: Tensor,
+    _eps: float,
+    rounded: bool,
+    position: Tensor | None,
+) -> tuple[Tensor, ...]:
+    none = update.new_empty(0)
+    in_half = _dense(update) if rounded else none
+    return _dense(x), in_half, none.clone() if position is None else _dense(update)
+
+
+def _fake_norm_train(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    of_row = x.new_empty((*x.shape[:-1], 1))
+    return *_fake_norm(x, *others), _dense(x), of_row, _dense(of_row)
+
+
+def _fake_norm_backward(
+    _normed: Any,
+    _rounded: Any,
+    _placed: Any,
+    total: Tensor,
+    _mean: Tensor,
+    _rstd: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    weights: bool,
+) -> tuple[Tensor, ...]:
+    size = weight.shape[0] if weights else 0
+    of_update = total.new_empty(0 if dtype == torch.float32 else total.shape, dtype=dtype)
+    return _dense(total), of_update, total.new_empty(size), total.new_empty(size)
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """Gradients are dense whatever the strides of what they belong to."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
@@ -269,6 +304,40 @@ def _backward_group_norm(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None,
     return of_x, None, of_weight, of_bias, None, None, None, of_coarse, None
 
 
+def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, update, weight, _, _, rounded, position = inputs
+    ctx.dtype = update.dtype
+    ctx.position = None if position is None else (position.dim(), position.dtype)
+    ctx.set_materialize_grads(False)
+    made = zip(output[1:3], (rounded, position is not None), strict=True)
+    ctx.mark_non_differentiable(*(o for o, wanted in made if not wanted), *output[3:])
+    ctx.save_for_backward(*output[3:], weight)
+
+
+def _backward_norm(
+    ctx: Any, normed: Tensor | None, rounded: Tensor | None, placed: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    wanted = ctx.needs_input_grad
+    of_sum, of_update, of_weight, of_bias = torch.ops.maskdino.add_norm_backward(
+        normed, rounded, placed, *ctx.saved_tensors, ctx.dtype, wanted[2] or wanted[3]
+    )
+    of_position = None
+    if wanted[6] and placed is not None:
+        dim, dtype = ctx.position
+        shared = list(range(placed.dim() - dim))  # dimensions that the position lacks
+        of_position = placed.sum(shared, dtype=torch.float32) if shared else placed
+        of_position = of_position.to(dtype)
+    return (
+        of_sum,
+        of_sum if ctx.dtype == torch.float32 else of_update,
+        of_weight if wanted[2] else None,
+        of_bias if wanted[3] else None,
+        None,
+        None,
+        of_position,
+    )
+
+
 def _register() -> None:
     """Add shape functions and autograd to the operators of the loaded library."""
     fakes: dict[str, Callable[..., Any]] = {
@@ -277,20 +346,30 @@ def _register() -> None:
         "ms_deform_attn_fused": _fake_fused,
         "ms_deform_attn_fused_backward": _fake_fused_backward,
     }
+    # A library that was built earlier may lack these.
+    later: dict[str, Callable[..., Any]] = {
+        "sample_packed_masks": _fake_samples,
+        "affine": _fake_affine,
+        "affine_": lambda *_: None,
+        "affine_backward": _fake_affine_backward,
+        "add_norm": _fake_norm,
+        "add_norm_train": _fake_norm_train,
+        "add_norm_backward": _fake_norm_backward,
+    }
+    fakes |= {name: fake for name, fake in later.items() if hasattr(torch.ops.maskdino, name)}
+    if hasattr(torch.ops.maskdino, "group_norm_backward"):
+        fakes["group_norm"] = _fake_group_norm
+        fakes["group_norm_backward"] = _fake_group_norm_backward
+        fakes["resize_backward"] = _fake_resize_backward
     for name, fake in fakes.items():
         torch.library.register_fake(f"maskdino::{name}", fake)
-    if hasattr(torch.ops.maskdino, "sample_packed_masks"):
-        torch.library.register_fake("maskdino::sample_packed_masks", _fake_samples)
-    if hasattr(torch.ops.maskdino, "affine"):
-        torch.library.register_fake("maskdino::affine", _fake_affine)
-        torch.library.register_fake("maskdino::affine_", lambda *_: None)
-        torch.library.register_fake("maskdino::affine_backward", _fake_affine_backward)
-    if hasattr(torch.ops.maskdino, "group_norm_backward"):
-        torch.library.register_fake("maskdino::group_norm", _fake_group_norm)
-        torch.library.register_fake("maskdino::group_norm_backward", _fake_group_norm_backward)
-        torch.library.register_fake("maskdino::resize_backward", _fake_resize_backward)
+    if "group_norm" in fakes:
         torch.library.register_autograd(
             "maskdino::group_norm", _backward_group_norm, setup_context=_save_group_norm
+        )
+    if "add_norm_train" in fakes:
+        torch.library.register_autograd(
+            "maskdino::add_norm_train", _backward_norm, setup_context=_save_norm
         )
     torch.library.register_autograd("maskdino::ms_deform_attn", _backward, setup_context=_save)
     torch.library.register_autograd(

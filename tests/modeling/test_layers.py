@@ -85,6 +85,17 @@ def test_add_norm(learned: bool) -> None:
         assert read is normed and torch.equal(placed, (expected + position).to(dtype))
 
 
+def test_a_norm_with_a_hook_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "fused", lambda *_, **__: True)
+    norm, x = torch.nn.LayerNorm(6), torch.randn(2, 6)
+    assert layers.is_norm_fused(norm, x)
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        hook = getattr(norm, f"register_{kind}_hook")(lambda *_: None)
+        assert not layers.is_norm_fused(norm, x)
+        hook.remove()
+    assert layers.is_norm_fused(norm, x)
+
+
 class OnGpu(torch.Tensor):
     """Claims it."""
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from maskdino.backbones.recompute import recompute_first_stages
 from maskdino.model import MaskDINO
-from maskdino.ops.recompute import set_recompute
+from maskdino.modeling import encoder, layers
+from maskdino.ops import _library
+from maskdino.ops.recompute import LEVELS, set_recompute
 from tests.helpers import drawn_batch, tiny_cfg, tiny_model
 
 # Shares of the layers as in the published models: feed-forward networks are wide, points many.
@@ -55,6 +57,27 @@ def test_gradients_stay_and_less_is_kept(
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
     assert kept[level] <= KEPT[level] * kept["none"], kept
+
+
+@pytest.mark.skipif(not _library.has("add_norm_train"), reason="the library was built earlier")
+@pytest.mark.parametrize("level", LEVELS)
+def test_norms_of_sums_keep_no_more(
+    level: str, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's way to norm, in which a layer hands on what the next one reads."""
+    monkeypatch.syspath_prepend(repository / "tools")
+    kept_mebibytes = importlib.import_module("benchmarks.training").kept_mebibytes
+    found, kept = [], []
+    for fused in (False, True):
+        for module in (layers, encoder):
+            monkeypatch.setattr(module, "is_norm_fused", lambda *_, f=fused: f)
+        trained = model(level)
+        kept.append(kept_mebibytes(lambda t=trained: found.append(step(t))))
+    (expected_loss, expected), (loss, gradients) = found
+    torch.testing.assert_close(loss, expected_loss)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert kept[1] <= kept[0] * 1.001
 
 
 def test_a_backbone_keeps_its_names_and_its_copies_compute_by_themselves() -> None:
