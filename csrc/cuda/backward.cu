@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<kForm, Vector>)
   A* weight_gradients = reinterpret_cast<A*>(levels + g.samples) +
                         static_cast<int64_t>(threadIdx.x / Group) * g.samples;
   const int lane = threadIdx.x % Group;
-  const Place<A> place = find_place<kForm, A>(g, threadIdx.x / Group);
+  const Place<A> place = find_place<kForm, Group, A>(g);
   const Sampler<T, kForm, Group, (Vector > 1)> sampler(in, place, lane);
   const A scale = sampler.kFused ? sampler.inverse_sum(g.samples, lane) : A(1);
   const int stride = g.heads * g.channels;

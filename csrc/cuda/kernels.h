@@ -102,16 +102,6 @@ constexpr int lanes_per_query(int64_t channels, int vector) {
 template <typename T, Form kForm>
 void launch_forward(const Inputs<T, kForm>& inputs, T* output, bool vectors, cudaStream_t stream);
 
-// The same for fused forms in 16-bit types, with products of matrices. Pointers and offsets are
-// aligned as for vectors; a block takes two heads of kProductChannels in a token of
-// kProductTokenBytes; there are at most kProductSamples; no level is less than two tokens wide or
-// high; and 32 bits count what a query of an image has, all queries together.
-constexpr int kProductChannels = 32;
-constexpr int kProductTokenBytes = 512;
-constexpr int kProductSamples = 32;
-template <typename T, Form kForm>
-void launch_forward_products(const Inputs<T, kForm>& inputs, T* output, cudaStream_t stream);
-
 template <typename T, Form kForm>
 void launch_backward(const Inputs<T, kForm>& inputs, const Gradients<T, kForm>& gradients,
                      bool vectors, cudaStream_t stream);

@@ -9,9 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <string>
 #include <tuple>
 
 #include "../checks.h"
@@ -155,40 +153,19 @@ void dispatch(const Prepared& in, const Body& body) {
   }
 }
 
-// See launch_forward_products(); `in` has vectors.
-bool can_multiply_matrices(const Prepared& in) {
-  const char* const chosen = std::getenv("MASKDINO_CUDA_FORWARD");
-  if (chosen != nullptr && std::string(chosen) == "plain") return false;
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  const Sizes& z = in.sizes;
-  const int64_t token_bytes = z.heads * z.channels * in.value.element_size();
-  const int64_t numbers = z.queries * std::max(3 * z.heads * z.samples(), z.heads * z.channels);
-  return major >= 8 && in.fused() && z.channels == kProductChannels &&
-         token_bytes == kProductTokenBytes && z.samples() <= kProductSamples &&
-         numbers <= std::numeric_limits<int32_t>::max() &&
-         std::all_of(in.shapes.begin(), in.shapes.end(), [](int64_t side) { return side >= 2; });
-}
-
 at::Tensor forward(const Prepared& in) {
   const Sizes& z = in.sizes;
   at::Tensor output = at::empty({z.images, z.queries, z.heads * z.channels}, in.value.options());
   if (z.empty()) return output;
   const bool vectors = can_use_vectors(in) && is_aligned(output);
-  const bool products = vectors && can_multiply_matrices(in);
   dispatch(in, [&](auto number, auto form) {
     using T = decltype(number);
-    constexpr Form kForm = decltype(form)::value;
     // Two heads of one cache line of 128 bytes go together: lanes read from different banks.
     const bool half_lines = vectors && z.channels * sizeof(T) <= 64 && z.heads % 2 == 0;
     const int vector = vectors ? forward_vector(sizeof(T)) : 1;
-    const auto inputs = make_inputs<T, kForm>(in, vector, half_lines ? 2 : 1, 0);
-    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-    if constexpr (sizeof(T) == 2 && kForm != Form::textbook) {
-      if (products) return launch_forward_products(inputs, output.data_ptr<T>(), stream);
-    }
-    launch_forward(inputs, output.data_ptr<T>(), vectors, stream);
+    const auto inputs = make_inputs<T, decltype(form)::value>(in, vector, half_lines ? 2 : 1, 0);
+    launch_forward(inputs, output.data_ptr<T>(), vectors,
+                   c10::cuda::getCurrentCUDAStream().stream());
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return output;

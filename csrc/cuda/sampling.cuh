@@ -28,21 +28,20 @@ struct alignas(sizeof(T) * Count) Pack {
   T element[Count];
 };
 
-// Of `Group` lanes that lie `Step` apart.
-template <int Group, int Step = 1, typename A>
+template <int Group, typename A>
 __device__ __forceinline__ A group_sum(A number) {
 #pragma unroll
-  for (int distance = Group * Step / 2; distance >= Step; distance /= 2) {
-    number += __shfl_xor_sync(kWholeWarp, number, distance, Group * Step);
+  for (int distance = Group / 2; distance > 0; distance /= 2) {
+    number += __shfl_xor_sync(kWholeWarp, number, distance, Group);
   }
   return number;
 }
 
-template <int Group, int Step = 1, typename A>
+template <int Group, typename A>
 __device__ __forceinline__ A group_max(A number) {
 #pragma unroll
-  for (int distance = Group * Step / 2; distance >= Step; distance /= 2) {
-    number = fmax(number, __shfl_xor_sync(kWholeWarp, number, distance, Group * Step));
+  for (int distance = Group / 2; distance > 0; distance /= 2) {
+    number = fmax(number, __shfl_xor_sync(kWholeWarp, number, distance, Group));
   }
   return number;
 }
@@ -101,24 +100,7 @@ __device__ __forceinline__ void fill_levels(const Geometry& g, SampleLevel* leve
   __syncthreads();
 }
 
-// The tile that a block takes where every token is a query.
-struct Tile {
-  int column, line;  // of its first token, on a level of:
-  int width, height, first_token;
-};
-
-__device__ __forceinline__ Tile find_tile(const Geometry& g) {
-  int level = 0;
-  const int block = blockIdx.x;
-  while (block >= g.first_tile[level + 1]) ++level;
-  const unsigned tile = block - g.first_tile[level], tiles_in_line = g.tiles_in_line[level];
-  const unsigned tile_line = tile / tiles_in_line;
-  return {static_cast<int>((tile - tile_line * tiles_in_line) << g.tile_bits),
-          static_cast<int>(tile_line << g.tile_bits), g.width[level], g.height[level],
-          g.first_token[level]};
-}
-
-// The query and head that a group of lanes works on: the `pair`th of the block's.
+// The query and head that a group of lanes works on.
 template <typename A>
 struct Place {
   int64_t image;
@@ -127,23 +109,30 @@ struct Place {
   A center_x, center_y;  // of the query's own cell; only where every token is a query
 };
 
-template <Form kForm, typename A>
-__device__ __forceinline__ Place<A> find_place(const Geometry& g, int pair) {
+template <Form kForm, int Group, typename A>
+__device__ __forceinline__ Place<A> find_place(const Geometry& g) {
   Place<A> place{};
+  const int block = blockIdx.x;
+  const int pair = threadIdx.x / Group;  // of a query and a head
   const int slot = pair >> (g.heads_per_block - 1);
   place.image = blockIdx.z;
   place.head = blockIdx.y * g.heads_per_block + (pair & (g.heads_per_block - 1));
   if constexpr (kForm == Form::tokens) {
-    const Tile tile = find_tile(g);
-    const int column = tile.column + (slot & ((1 << g.tile_bits) - 1));
-    const int line = tile.line + (slot >> g.tile_bits);
+    int level = 0;
+    while (block >= g.first_tile[level + 1]) ++level;
+    const int width = g.width[level], height = g.height[level];
+    const unsigned tile = block - g.first_tile[level], tiles_in_line = g.tiles_in_line[level];
+    const unsigned tile_line = tile / tiles_in_line;
+    const int column =
+        ((tile - tile_line * tiles_in_line) << g.tile_bits) + (slot & ((1 << g.tile_bits) - 1));
+    const int line = (tile_line << g.tile_bits) + (slot >> g.tile_bits);
     // Threads fill whole warps, so that there may be more of them than the tile has queries.
-    place.active = slot < g.queries_per_block && column < tile.width && line < tile.height;
-    place.query = tile.first_token + line * tile.width + column;
-    place.center_x = (static_cast<A>(column) + A(0.5)) / static_cast<A>(tile.width);
-    place.center_y = (static_cast<A>(line) + A(0.5)) / static_cast<A>(tile.height);
+    place.active = slot < g.queries_per_block && column < width && line < height;
+    place.query = g.first_token[level] + line * width + column;
+    place.center_x = (static_cast<A>(column) + A(0.5)) / static_cast<A>(width);
+    place.center_y = (static_cast<A>(line) + A(0.5)) / static_cast<A>(height);
   } else {
-    const int64_t query = static_cast<int64_t>(blockIdx.x) * g.queries_per_block + slot;
+    const int64_t query = static_cast<int64_t>(block) * g.queries_per_block + slot;
     place.query = static_cast<int>(query);
     place.active = slot < g.queries_per_block && query < g.queries;
   }
@@ -165,8 +154,6 @@ struct Sampler {
   bool boxes;
   A largest;  // logit
   static constexpr bool kFused = kForm != Form::textbook;
-
-  Sampler() = default;
 
   __device__ __forceinline__ Sampler(const Inputs<T, kForm>& in, const Place<A>& place, int lane) {
     const Geometry& g = in.geometry;

@@ -32,13 +32,6 @@ CASES = [
     Case(shapes=((3, 2),), channels=32, heads=1, points=3, queries=4),
     Case(shapes=((9, 4), (2, 3)), channels=16, heads=2, images=1, queries=20),
 ]
-# What products of matrices serve: full blocks and tiles with tails, 16, 12, 5 and 17 samples.
-PRODUCTS = [
-    Case(shapes=((9, 2), (2, 3)), channels=32, heads=8, images=1, queries=3, points=8),
-    Case(shapes=((2, 9), (2, 2), (3, 2)), channels=32, heads=8, images=1, queries=18),
-    Case(shapes=((3, 4),), channels=32, heads=8, images=2, queries=3, points=5),
-    Case(shapes=((3, 2),), channels=32, heads=8, images=1, queries=3, points=17),
-]
 Results = list[Tensor]
 
 
@@ -72,56 +65,6 @@ def assert_same(actual: Results, expected: Results, dtype: torch.dtype) -> None:
         )
 
 
-def fused_forward(
-    operators: object, case: Case, dtype: torch.dtype, spoiled: bool = False, device: str = "cpu"
-) -> Results:
-    """Run the fused form alone, with every kind of reference.
-
-    Args:
-        operators: the library's.
-        case: sizes.
-        dtype: of features and offsets.
-        spoiled: numbers that are not finite among the features, locations and logits.
-        device: where to run.
-    """
-    torch.manual_seed(0)
-    results = []
-    for size in (None, 2, 4):
-        value, raw = case.value(dtype), case.offsets_and_logits(dtype, per_token=size is None)
-        if spoiled:
-            value[:, [0, case.tokens - 1], :, 5] = float("nan")
-            value[:, case.tokens // 2, 3] = float("inf")
-            samples = case.heads * len(case.shapes) * case.points
-            for number in (float("nan"), float("inf"), -float("inf"), 1e30):
-                raw[torch.rand(raw.shape) < 0.02] = number
-            raw[:, 1:, 2 * samples :].nan_to_num_(0.0, 2.0, -2.0).clamp_(-9, 9)
-        reference = None if size is None else case.reference(size, torch.float32).to(device)
-        fused = (value.to(device), case.flat_shapes, raw.to(device), reference, case.points)
-        results.append(operators.ms_deform_attn_fused(*fused).cpu())
-    return results
-
-
-def assert_nearly_equal(actual: Results, expected: Results, dtype: torch.dtype) -> None:
-    """As good as with weights in float32: nearly all numbers are rounded to the same."""
-    assert_same(actual, expected, dtype)
-    for a, b in zip(actual, expected, strict=True):
-        assert (a == b).float().mean() > 0.97
-
-
-def assert_same_where_finite(actual: Results, expected: Results, dtype: torch.dtype) -> None:
-    """The same numbers are finite.
-
-    An infinite feature may give NaN instead: a corner outside reads its neighbor with weight 0.
-    """
-    for a, b in zip(actual, expected, strict=True):
-        assert torch.equal(a.isfinite(), b.isfinite())
-        assert 0.5 < b.isfinite().float().mean() < 0.99
-    finite = (
-        [t[b.isfinite()] for t, b in zip(ts, expected, strict=True)] for ts in (actual, expected)
-    )
-    assert_same(*finite, dtype)
-
-
 @pytest.fixture
 def deterministic_algorithms() -> Iterator[None]:
     """Asks torch for deterministic algorithms during a test."""
@@ -137,22 +80,6 @@ def test_emulated_kernels_compute_what_the_cpu_does(
     case: Case, dtype: torch.dtype, emulated: object
 ) -> None:
     assert_same(run(emulated, case, dtype), run(torch.ops.maskdino, case, dtype), dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_emulated_products_of_matrices(case: Case, dtype: torch.dtype, emulated: object) -> None:
-    expected = fused_forward(torch.ops.maskdino, case, dtype)
-    assert_nearly_equal(fused_forward(emulated, case, dtype), expected, dtype)
-
-
-@pytest.mark.slow
-def test_emulated_products_spread_nothing_that_is_not_finite(emulated: object) -> None:
-    """Four queries and heads are multiplied together: none may spoil the others."""
-    case, dtype = PRODUCTS[1], torch.bfloat16
-    expected = fused_forward(torch.ops.maskdino, case, dtype, spoiled=True)
-    assert_same_where_finite(fused_forward(emulated, case, dtype, spoiled=True), expected, dtype)
 
 
 @pytest.mark.slow
@@ -222,18 +149,6 @@ def test_emulated_kernels_read_only_what_a_sample_touches(emulated: object) -> N
 def test_gpu_computes_what_the_cpu_does(case: Case, dtype: torch.dtype) -> None:
     results = run(torch.ops.maskdino, case, dtype, "cuda")
     assert_same(results, run(torch.ops.maskdino, case, dtype), dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", PRODUCTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("cuda_library")
-def test_gpu_products_of_matrices(case: Case, dtype: torch.dtype) -> None:
-    operators = torch.ops.maskdino
-    results = fused_forward(operators, case, dtype, device="cuda")
-    assert_nearly_equal(results, fused_forward(operators, case, dtype), dtype)
-    spoiled = fused_forward(operators, case, dtype, True, "cuda")
-    assert_same_where_finite(spoiled, fused_forward(operators, case, dtype, True), dtype)
 
 
 @pytest.mark.gpu

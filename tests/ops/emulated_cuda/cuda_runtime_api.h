@@ -6,7 +6,6 @@
 
 #include <ucontext.h>
 
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -27,20 +26,6 @@ struct float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
-// The GPU, of which any is asked for one number.
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
-inline int cudaGetDevice(int* device) { return *device = 0; }
-inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 9;
-  return 0;
-}
 
 namespace emulation {
 
@@ -107,19 +92,6 @@ T exchange(T value, int source_lane) {
   return received;
 }
 
-// What all lanes of the warp give.
-template <typename T>
-std::array<uint64_t, 32> gather(T value) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  Warp& warp = block->warps[block->current / 32];
-  std::memcpy(&warp.slots[block->current % 32], &value, sizeof(T));
-  warp_barrier();
-  std::array<uint64_t, 32> all;
-  std::memcpy(all.data(), warp.slots, sizeof(all));
-  warp_barrier();
-  return all;
-}
-
 inline void run_thread() {
   block->body();
   self().finished = true;
@@ -165,18 +137,6 @@ inline void __syncthreads() {
                       static_cast<int64_t>(emulation::block->threads.size()));
 }
 
-inline void __syncwarp() { emulation::warp_barrier(); }
-
-// The byte i of the result is byte (selector >> 4 i & 7) of the eight of x and y.
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-  const uint64_t bytes = uint64_t{y} << 32 | x;
-  unsigned result = 0;
-  for (int i = 0; i < 4; ++i) {
-    result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
-  }
-  return result;
-}
-
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane, int width) {
   const int own = emulation::block->current % 32;
@@ -202,5 +162,4 @@ T atomicOr(T* target, T value) {
   return before;
 }
 
-inline float __saturatef(float number) { return std::fmin(std::fmax(number, 0.f), 1.f); }
 inline long long __double2ll_rn(double number) { return std::llrint(number); }

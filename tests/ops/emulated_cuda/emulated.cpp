@@ -17,7 +17,6 @@ using std::min;
 #define CUDA CPU
 
 #include "launch.cuh"
-#include "mma.cuh"
 
 #include "cuda/group_norm.cuh"
 #include "cuda/sampling.cuh"
