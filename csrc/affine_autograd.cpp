@@ -45,8 +45,10 @@ struct Affine : public torch::autograd::Function<Affine> {
                             const at::Tensor& shift, const Optional& residual, bool relu) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor y = forward_of(x, scale, shift, residual, relu);
+    // Not y itself: where what is kept is computed again, as far as it is needed, y holds this
+    // function, which would hold y, and neither would ever be freed.
     context->save_for_backward(
-        {relu ? y : at::Tensor(), scale.has_value() ? *scale : at::Tensor()});
+        {relu ? y.detach() : at::Tensor(), scale.has_value() ? *scale : at::Tensor()});
     context->saved_data["residual"] = residual.has_value();
     return y;
   }

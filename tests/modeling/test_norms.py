@@ -77,6 +77,11 @@ def test_whoever_would_see_a_norm_sees_it(calls: list[object]) -> None:
         assert torch.equal(group_norm(norm.double(), x.double()), norm(x.double()))
         norm.float().register_forward_hook(lambda *_: torch.zeros(1))
         assert torch.equal(group_norm(norm, x), torch.zeros(1))
+    for kind in ("full_backward", "full_backward_pre"):
+        norm, seen = drawn_norm(), list[object]()
+        getattr(norm, f"register_{kind}_hook")(lambda *_, to=seen: to.append(0))
+        group_norm(norm, x.requires_grad_()).sum().backward()
+        assert len(seen) == 1
     assert not calls
 
 
