@@ -121,9 +121,14 @@ def is_norm_fused(norm: nn.LayerNorm, x: Tensor) -> bool:
     return (
         fused(_norm_operator(), x, norm.weight, learned=True)
         and type(norm) is nn.LayerNorm
-        and not (norm._forward_hooks or norm._forward_pre_hooks)
-        and not (norm._backward_hooks or norm._backward_pre_hooks)
+        and not is_hooked(norm)
     )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to calls of a module or to their gradients."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def add_norm(

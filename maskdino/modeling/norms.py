@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskdino.modeling.layers import rounded
+from maskdino.modeling.layers import is_hooked, rounded
 from maskdino.ops.constants import is_traced
 from maskdino.ops.ms_deform_attn import has_compiled
 
@@ -94,11 +94,6 @@ def is_plain(convolution: nn.Module) -> TypeGuard[nn.Conv2d]:
         and not (torch.is_grad_enabled() or is_traced())
         and not is_hooked(convolution)
     )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody listens to calls of a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_fused(norm: nn.Module, x: Tensor) -> TypeGuard[nn.GroupNorm]:
