@@ -43,10 +43,14 @@ Optional given(const at::Tensor& tensor) {
 struct Affine : public torch::autograd::Function<Affine> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const Optional& scale,
                             const at::Tensor& shift, const Optional& residual, bool relu) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const at::Tensor y = forward_of(x, scale, shift, residual, relu);
+    at::Tensor y;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      y = forward_of(x, scale, shift, residual, relu);
+    }
     // Not y itself: where what is kept is computed again, as far as it is needed, y holds this
-    // function, which would hold y, and neither would ever be freed.
+    // function, which would hold y, and neither would ever be freed. Detached out here it has the
+    // version of y, by which autograd notices that somebody changed y in place.
     context->save_for_backward(
         {relu ? y.detach() : at::Tensor(), scale.has_value() ? *scale : at::Tensor()});
     context->saved_data["residual"] = residual.has_value();
