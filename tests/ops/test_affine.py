@@ -209,3 +209,11 @@ def test_nothing_is_left_of_what_was_computed_again(compiled: object) -> None:
     recomputed(part, torch.randn(1, 2, 3, 4, requires_grad=True)).sum().backward()
     gc.collect()
     assert len(kept) == 2 and all(storage.expired() for storage in kept)
+
+
+def test_a_result_that_was_changed_in_place_has_no_gradient(compiled: object) -> None:
+    """It is what the backward pass reads."""
+    x = torch.randn(1, 2, 3, 4, requires_grad=True)
+    made = compiled.affine(x, torch.ones(2), torch.zeros(2), None, True).sub_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        made.sum().backward()
