@@ -51,7 +51,8 @@ def test_dry_run_reports_every_step_and_is_read(
     assert read.returncode == 0
     for step in names:
         assert f"### {step.replace('_', ' ')}\n" in read.stdout
-    assert "| precision | batch | size | objects | ms | peak_mib |" in read.stdout
+    header = "| precision | batch | size | objects | recompute | first_loss | ms | peak_mib |"
+    assert header in read.stdout
 
 
 def test_a_step_that_hangs_is_stopped_and_what_it_said_stays(
