@@ -20,6 +20,27 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+OPERATORS = (
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_fused",
+    "ms_deform_attn_fused_backward",
+    "sample_packed_masks",
+    "affine",
+    "affine_",
+    "affine_backward",
+    "add_norm",
+    "add_norm_train",
+    "add_norm_backward",
+    "group_norm",
+    "group_norm_backward",
+    "resize_backward",
+    "predict_boxes",
+    "resized_masks",
+    "resized_packed_masks",
+    "cpu_instruction_set",
+    "cuda_architectures",
+)
 _HOW_TO_BUILD = "build it with `python setup.py build_ext --inplace` or reinstall the package"
 
 
@@ -43,7 +64,20 @@ def _load() -> str:
         logger.warning("cannot load %s: %s; %s", path, error, _HOW_TO_BUILD)
         return f"{path} cannot be loaded ({error}); {_HOW_TO_BUILD}"
     _register()
+    _tell_of_missing(path)
     return ""
+
+
+def _tell_of_missing(path: Path) -> None:
+    """Log which operators a library lacks that was built before them: they are slower without."""
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.maskdino, name)]
+    if missing:
+        logger.warning(
+            "%s was built before this version: %s run in PyTorch's operations, slower; %s",
+            path,
+            ", ".join(missing),
+            _HOW_TO_BUILD,
+        )
 
 
 def is_loaded() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +80,19 @@ def test_library_says_what_it_was_built_for() -> None:
     )
     assert bool(built) == has_cuda
     assert all(name.startswith(("sm_", "compute_")) for name in built)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_library_of_before_says_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = [x.partition("::") for x in torch._C._dispatch_get_all_op_names()]
+    assert sorted(x[2] for x in known if x[0] == "maskdino") == sorted(_library.OPERATORS)
+    library = Path("some/_C.so")
+    _library._tell_of_missing(library)
+    assert not caplog.records
+    monkeypatch.setattr(_library, "OPERATORS", (*_library.OPERATORS, "of_tomorrow"))
+    _library._tell_of_missing(library)
+    (record,) = caplog.records
+    assert f"{library} was built before this version: of_tomorrow run" in record.getMessage()
+    assert "build_ext" in record.getMessage()
