@@ -45,11 +45,29 @@ class _Derived:
             parameter.copy_(value)
 
 
+class _Attributes:
+    """What users set of a module of this package, which its copy follows."""
+
+    def __init__(self, own: nn.Module, made: nn.Module) -> None:
+        self._own, self._made = own.__dict__, made.__dict__
+        self._look()
+
+    def _look(self) -> None:
+        self._all = tuple(self._own)
+        self._plain = [name for name, value in self._own.items() if isinstance(value, PLAIN)]
+
+    def follow(self) -> None:
+        if self._all != tuple(self._own):  # one was set that had the class's value before
+            self._look()
+        for name in self._plain:
+            self._made[name] = self._own[name]
+
+
 @dataclass(frozen=True)
 class _Copy:
     network: nn.Module
     derived: tuple[_Derived, ...]
-    plain: tuple[tuple[nn.Module, nn.Module], ...]  # modules of this package, and their copies
+    attributes: tuple[_Attributes, ...]
     tensors: tuple[tuple[int, int], ...]
     versions: list[int]
 
@@ -116,8 +134,8 @@ class Prepared:
             for derived in kept.derived:
                 derived.refresh()
             kept.versions[:] = versions
-        for own, made in kept.plain:
-            made.__dict__.update({k: v for k, v in own.__dict__.items() if isinstance(v, PLAIN)})
+        for attributes in kept.attributes:
+            attributes.follow()
         return kept.network
 
 
@@ -145,8 +163,10 @@ def _copied(
                 derived.append(_joined(own, made, dtype))
             elif names:
                 derived.append(_in_half(own, made, names, kind))
-        plain = tuple(p for p in pairs if type(p[0]).__module__.startswith("maskdino."))
-        return _Copy(network, tuple(derived), plain, identities, versions)
+        attributes = tuple(
+            _Attributes(*pair) for pair in pairs if type(pair[0]).__module__.startswith("maskdino.")
+        )
+        return _Copy(network, tuple(derived), attributes, identities, versions)
 
 
 def _folded(own: Conv2d, made: Conv2d, dtype: torch.dtype) -> _Derived:

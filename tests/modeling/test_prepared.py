@@ -125,6 +125,15 @@ def test_it_follows_the_model(change) -> None:
     assert before[0].shape != expected[0].shape or (before[0] - expected[0]).abs().max() > 1e-2
 
 
+@torch.no_grad()
+def test_it_follows_attributes_that_were_not_there() -> None:
+    model = drawn_model()
+    used(model)
+    for value in (3, 4):
+        model.query_selection.of_a_user = value
+        assert used(model).query_selection.of_a_user == value
+
+
 def test_in_place_changes_keep_the_addresses_that_graphs_read() -> None:
     model = drawn_model()
     predicted(model)
