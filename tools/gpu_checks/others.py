@@ -57,7 +57,8 @@ def commands(run: Run) -> None:
         seconds = round(time.perf_counter() - start, 1)
         log = (done.stdout + done.stderr).strip()
         (run.out / f"log_commands_{name}.txt").write_text(log)
-        run.say(command=name, status=done.returncode, seconds=seconds, tail=log[-600:])
+        outcome = {"FAILED": log[-600:]} if done.returncode else {"tail": log[-600:]}
+        run.say(command=name, status=done.returncode, seconds=seconds, **outcome)
 
 
 def sanitizer(run: Run) -> None:
