@@ -4,9 +4,10 @@
     python tools/gpu_check.py --out DIR --device cpu --dry       # small sizes, to try the steps
     python tools/gpu_check.py --read DIR                         # the results as tables
 
-Each step is a process of its own with a limit of its own, the most valuable first, and each result
-is a line of DIR/results.jsonl at once: a run that is cut off, or a step that hangs or breaks the
-device, loses nothing that was there before.
+Each step is a process of its own with a limit of its own, and each result is a line of
+DIR/results.jsonl at once: a run that is cut off, or a step that hangs or breaks the device, loses
+nothing that was there before. Steps that time nothing run first and all at once; those that do run
+after them, one by one, the most valuable first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,23 +39,26 @@ class Step:
     module: str
     function: str
     seconds: int
+    alone: bool = True  # what others do would change what it measures
 
 
 STEPS = (
+    Step("library", "machine", "library", 20, alone=False),
+    Step("pytest_gpu", "others", "tests", 180, alone=False),
+    Step("commands", "others", "commands", 180, alone=False),
+    Step("compile_training", "training", "compile_ahead", 180, alone=False),
+    Step("compile_network", "inference", "compile_ahead", 180, alone=False),
+    Step("operator_is_right", "operators", "is_right", 120, alone=False),
+    Step("training_is_sound", "training", "is_sound", 120, alone=False),
+    Step("parity", "inference", "parity", 120, alone=False),
+    Step("sanitizer", "others", "sanitizer", 180, alone=False),
     Step("environment", "machine", "environment", 40),
-    Step("library", "machine", "library", 20),
-    Step("pytest_gpu", "others", "tests", 150),
-    Step("commands", "others", "commands", 120),
     Step("training_speed", "training", "speed", 120),
     Step("inference_speed", "inference", "speed", 90),
-    Step("peer", "peers", "side_by_side", 120),
-    Step("operator_is_right", "operators", "is_right", 75),
-    Step("training_is_sound", "training", "is_sound", 90),
-    Step("parity", "inference", "parity", 45),
+    Step("training_compiled", "training", "compiled", 120),
+    Step("graph_and_compile", "inference", "graphs", 90),
     Step("operator_speed", "operators", "speed", 75),
-    Step("training_compiled", "training", "compiled", 180),
-    Step("graph_and_compile", "inference", "graphs", 150),
-    Step("sanitizer", "others", "sanitizer", 120),
+    Step("peer", "peers", "side_by_side", 120),
     Step("build", "machine", "build", 180),
 )
 
@@ -128,8 +133,10 @@ class Worker:
     and would disturb its times.
     """
 
+    _begun = 0.0
+
     def __init__(self, step: Step, args: argparse.Namespace) -> None:
-        self.step, self.log = step, args.out / f"log_{step.name}.txt"
+        self.step, self.out, self.log = step, args.out, args.out / f"log_{step.name}.txt"
         command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve())]
         command += ["--step", step.name, "--out", str(args.out.resolve()), "--device", args.device]
         command += ["--dry"] if args.dry else []
@@ -153,15 +160,27 @@ class Worker:
                 return
             time.sleep(0.1)
 
-    def run(self, seconds: float) -> str:
-        """Gives the word, and returns what went wrong, empty if nothing did."""
+    def begin(self) -> None:
+        """Gives the word."""
+        self._begun = time.monotonic()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `finish` says how
+            self._process.stdin.write(b"go\n")
+            self._process.stdin.close()
+
+    def finish(self, seconds: float) -> None:
+        """Waits for the end, at most so many seconds from the word on, and reports it."""
+        fault, left = "", self._begun + seconds - time.monotonic()
         try:
-            self._process.communicate(b"go\n", timeout=seconds)
+            status = self._process.wait(timeout=max(left, 0))
+            fault = f"ended with status {status}" if status else ""
         except subprocess.TimeoutExpired:
             self.stop()
-            return f"stopped at its limit of {seconds:.0f} s"
-        status = self._process.returncode
-        return f"ended with status {status}" if status else ""
+            fault = f"stopped at its limit of {seconds:.0f} s"
+        took = round(time.monotonic() - self._begun, 1)
+        tail = self.log.read_text(errors="replace")[-1500:] if fault else ""
+        outcome = {"FAILED": fault, "tail": tail} if fault else {}
+        report(self.out, step="runner", ran=self.step.name, seconds=took, **outcome)
 
     def stop(self) -> None:
         """Ends the process and all that it started."""
@@ -171,24 +190,25 @@ class Worker:
 
 
 def run_steps(steps: list[Step], args: argparse.Namespace) -> None:
-    """Runs the steps one after the other, as far as the time goes."""
+    """Runs the steps, as far as the time goes."""
     end = time.monotonic() + args.limit
     workers = [Worker(step, args) for step in steps]
+    together = [worker for worker in workers if not worker.step.alone]
+    groups = [together] * bool(together) + [[worker] for worker in workers if worker.step.alone]
     try:
         for worker in workers:
             worker.wait_until_ready(end - args.limit / 2)
-        for number, worker in enumerate(workers):
-            begun, step = time.monotonic(), worker.step
-            if end - begun < SHORTEST_STEP:
-                names = ", ".join(step.name for step in steps[number:])
+        for number, group in enumerate(groups):
+            left = end - time.monotonic()
+            if left < SHORTEST_STEP:
+                names = ", ".join(each.step.name for rest in groups[number:] for each in rest)
                 report(args.out, step="runner", skipped=f"no time left for {names}")
                 return
-            left = end - begun
-            fault = worker.run(left if args.dry else min(step.seconds, left))
-            seconds = round(time.monotonic() - begun, 1)
-            tail = worker.log.read_text(errors="replace")[-1500:] if fault else ""
-            outcome = {"FAILED": fault, "tail": tail} if fault else {}
-            report(args.out, step="runner", ran=step.name, seconds=seconds, **outcome)
+            with ThreadPoolExecutor(len(group)) as waiting:
+                for worker in group:
+                    worker.begin()
+                    seconds = left if args.dry else min(worker.step.seconds, left)
+                    waiting.submit(worker.finish, seconds)
     finally:
         for worker in workers:
             worker.stop()

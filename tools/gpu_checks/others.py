@@ -16,7 +16,7 @@ SANITIZED = "computes_what_the_cpu_does and float32"
 
 def tests(run: Run) -> None:
     """`pytest -m gpu`."""
-    command = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "--durations=10", "-rA", "tests"]
+    command = ["-v", "-m", "gpu", "-p", "no:cacheprovider", "--durations=10", "-ra", "tests"]
     if run.dry:
         command[-1] = "tests/ops/test_ms_deform_attn_cuda.py"
     log = run.out / "pytest.log"
