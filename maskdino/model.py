@@ -31,9 +31,17 @@ from maskdino.modeling.half_weights import half_weights
 from maskdino.modeling.heads import PredictionHeads
 from maskdino.modeling.prepared import Prepared
 from maskdino.modeling.query_selection import build_query_selection
+from maskdino.modeling.training_graphs import TrainingGraphs
 from maskdino.ops.recompute import set_recompute
 from maskdino.postprocess import Frame, InferenceOptions, postprocess
-from maskdino.structures import Memory, Outputs, Predictions, Targets, send
+from maskdino.structures import (
+    Memory,
+    NetworkOutputs,
+    Outputs,
+    Predictions,
+    Targets,
+    send,
+)
 from maskdino.system.precision import check_precision, network_precision
 from maskdino.targets import prepare_targets
 
@@ -105,6 +113,7 @@ class MaskDINO(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self.register_buffer("is_thing", torch.tensor(is_thing, dtype=torch.bool), persistent=False)
         self._graphs, self._prepared = CudaGraphs(), Prepared()
+        self.training_graphs: TrainingGraphs | None = None
         self._freeze_heads_without_loss()
         set_recompute(self, recompute)
         recompute_first_stages(backbone, recompute)
@@ -167,6 +176,13 @@ class MaskDINO(nn.Module):
             self._graphs, self._prepared = CudaGraphs(), Prepared()
         return super().train(mode)
 
+    def replay_in_training(self) -> None:
+        """Lets training steps replay the network as CUDA graphs, one for each shape of a batch.
+
+        The backward pass of a batch must come before the next batch, as in any trainer.
+        """
+        self.training_graphs = TrainingGraphs()
+
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Trains or infers.
 
@@ -183,10 +199,7 @@ class MaskDINO(nn.Module):
         images = self.preprocess(batched_inputs)
         if not self.training:
             return self._infer(batched_inputs, images)
-        targets = self._targets(batched_inputs, images)
-        maps = self.backbone, self.encoder.input_proj
-        with half_weights(self, self.device, self.heads.in_full, maps):
-            return self.losses(images.tensor, targets)
+        return self.losses(images.tensor, self._targets(batched_inputs, images))
 
     def preprocess(self, batched_inputs: list[dict]) -> ImageList:
         """Normalized images, padded at the right and at the bottom."""
@@ -209,14 +222,30 @@ class MaskDINO(nn.Module):
 
     def losses(self, images: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Weighted losses of normalized, padded images (B, 3, height, width): Figure 2."""
-        memory, pixel_embedding = self._encode(images)
-        queries, proposals = self.query_selection(memory, pixel_embedding, self.heads)
-        denoising = None if self.denoising is None else self.denoising(targets)
-        queries, may_attend = join_noised(denoising, queries)
-        states = self.criterion.supervised(self.decoder(queries, memory, self.heads, may_attend))
-        outputs = Outputs(self._predict(list(states.values())), tuple(states))
-        matched, denoised = split_noised(outputs, denoising)
-        return self.criterion(matched, proposals, denoised, pixel_embedding, targets)
+        graphs, inputs, denoising = self.training_graphs, (images,), None
+        if self.denoising is not None:
+            denoising = self.denoising(targets, filled=graphs is not None)
+            inputs = images, *denoising.tensors
+        found = self._network(*inputs) if graphs is None else graphs(self, self._network, *inputs)
+        matched, denoised = split_noised(found.outputs, denoising)
+        return self.criterion(matched, found.proposals, denoised, found.pixel_embedding, targets)
+
+    def _network(self, images: Tensor, *noised: Tensor) -> NetworkOutputs:
+        """All but the losses.
+
+        Args:
+            images: (B, 3, height, width).
+            noised: the tensors of `Denoising`, or nothing.
+        """
+        maps = self.backbone, self.encoder.input_proj
+        with half_weights(self, self.device, self.heads.in_full, maps):
+            memory, pixel_embedding = self._encode(images)
+            queries, proposals = self.query_selection(memory, pixel_embedding, self.heads)
+            queries, may_attend = join_noised(queries, *noised)
+            decoded = self.decoder(queries, memory, self.heads, may_attend)
+            states = self.criterion.supervised(decoded)
+            outputs = Outputs(self._predict(list(states.values())), tuple(states))
+        return NetworkOutputs(outputs, proposals, pixel_embedding)
 
     @torch.no_grad()
     def matched_losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:

@@ -139,18 +139,41 @@ class Denoising:
     """Noised ground truth, decoded in front of the matching queries (section 3.6, appendix B.2).
 
     Slot `group * slots_per_group + i` of an image belongs to its i-th object; slots beyond an
-    image's objects are empty.
+    image's objects are empty, and so are queries beyond the last slot.
     """
 
-    queries: Queries  # of G * slots_per_group noised queries
+    queries: Queries  # of W noised queries, at least G * slots_per_group
+    group_of: Tensor  # (W,) int64 group of each
     num_groups: int
     slots_per_group: int
     with_masks: bool
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Content (B, W, C), anchors (B, W, 4) as logits, and groups (W,)."""
+        return self.queries.content, self.queries.anchor_logits, self.group_of
+
+    @property
     def num_queries(self) -> int:
-        """Noised queries of an image."""
+        """Noised queries of an image, without those that fill up."""
         return self.num_groups * self.slots_per_group
+
+
+@dataclass(frozen=True)
+class NetworkOutputs:
+    """All that losses are computed of, noised queries among it."""
+
+    outputs: Outputs
+    proposals: Predictions | None  # (B, Q, ...) of the selected tokens
+    pixel_embedding: Tensor | None  # (B, C, H, W)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> NetworkOutputs:
+        """Applies a function that keeps O to each tensor."""
+        return NetworkOutputs(
+            self.outputs.map(function),
+            None if self.proposals is None else self.proposals.map(function),
+            None if self.pixel_embedding is None else function(self.pixel_embedding),
+        )
 
 
 @dataclass(frozen=True)

@@ -196,3 +196,5 @@ def check_training(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of "
             f"SOLVER.ACCUMULATION_STEPS, {steps}"
         )
+    if cfg.SOLVER.COMPILE and cfg.SOLVER.CUDA_GRAPHS:
+        raise ConfigError("SOLVER.COMPILE and SOLVER.CUDA_GRAPHS are both True; set one to False")

@@ -245,6 +245,9 @@ def _add_solver(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1
     # Compile backbone, encoder layers and decoder layers (torch.compile) in training.
     cfg.SOLVER.COMPILE = False
+    # On a GPU, replay the network of a step as CUDA graphs (not matching and losses): for images of
+    # few sizes, as those of INPUT.LSJ; noised queries are filled up to DENOISING.NUM_QUERIES.
+    cfg.SOLVER.CUDA_GRAPHS = False
     cfg.SOLVER.EMA = CfgNode()
     # Keep, evaluate and save an exponential moving average of the weights.
     cfg.SOLVER.EMA.ENABLED = False

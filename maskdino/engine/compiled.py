@@ -1,7 +1,7 @@
-"""Training with compiled layers (`SOLVER.COMPILE`): fewer launches, each over more of a layer.
+"""Training with fewer launches: compiled layers (`SOLVER.COMPILE`), or CUDA graphs.
 
-Backbone, encoder layers and decoder layers are compiled apart, all layers of a kind once. Matching
-and losses, whose sizes differ from batch to batch, are not.
+Backbone, encoder layers and decoder layers are compiled apart, all layers of a kind once; a graph
+has the whole network. Matching and losses, whose sizes differ from batch to batch, run as they are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,30 @@ from torch import nn
 from maskdino.model import MaskDINO
 
 logger = logging.getLogger(__name__)
+
+
+def replay_network(model: nn.Module) -> bool:
+    """Lets training steps replay the network as CUDA graphs (`SOLVER.CUDA_GRAPHS`).
+
+    Args:
+        model: on its device.
+
+    Returns:
+        Whether they will; without a GPU a line in the log says that they will not.
+
+    Raises:
+        ValueError: the model is another architecture, whose network is not known.
+    """
+    if not isinstance(model, MaskDINO):
+        raise ValueError(
+            f"SOLVER.CUDA_GRAPHS is for models of the class MaskDINO, not {type(model).__name__}: "
+            "set it to False"
+        )
+    if model.device.type != "cuda":
+        logger.warning("SOLVER.CUDA_GRAPHS is on, but the model trains on: %s", model.device)
+        return False
+    model.replay_in_training()
+    return True
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> bool:

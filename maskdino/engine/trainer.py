@@ -38,7 +38,7 @@ from maskdino.data.stream import (
 )
 from maskdino.engine.before_training import check_settings, warn_of_schedule
 from maskdino.engine.best_checkpoint import BestCheckpoint
-from maskdino.engine.compiled import compile_layers
+from maskdino.engine.compiled import compile_layers, replay_network
 from maskdino.engine.evaluating import build_model, evaluate_model, write_results
 from maskdino.engine.hooks import Evaluate, PeriodicCheckpoint, Resources, SaveAverage
 from maskdino.engine.interruption import Interrupted, SignalWatch
@@ -96,6 +96,8 @@ class MaskDINOTrainer(TrainerBase):
         model = self.build_model(cfg)
         if cfg.SOLVER.COMPILE:
             compile_layers(model)
+        if cfg.SOLVER.CUDA_GRAPHS:
+            replay_network(model)
         optimizer = self.build_optimizer(cfg, model)
         self.training_data = self.build_train_loader(cfg)
         self._batches: Iterator[list[dict]] = iter(())

@@ -1,15 +1,18 @@
 """Unified denoising (section 3.6, appendix B.2): the decoder reconstructs noised ground truth.
 
-Shape key: B images, N objects of the batch, G groups, T slots of a group, C channels, Q queries.
+Shape key: B images, N objects of the batch, G groups, T slots of a group, C channels, Q queries, W
+noised queries, with those that fill up.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from maskdino.ops.boxes import inverse_sigmoid
+from maskdino.ops.constants import constant_of_shape
 from maskdino.structures import DenoisedOutputs, Denoising, Outputs, Queries, Targets, send
 
 
@@ -55,11 +58,17 @@ class DenoisingQueries(nn.Module):
             "with_masks": node.DENOISING.MODE == "boxes_and_masks",
         }
 
-    def forward(self, targets: Targets) -> Denoising:
+    def forward(self, targets: Targets, *, filled: bool = False) -> Denoising:
         """Noised queries in groups, each of which holds every object of an image once.
 
         There are `num_queries // T` groups, at least one. A batch without objects gets one group of
         one empty slot, so that every parameter takes part in every step.
+
+        Args:
+            targets: the objects.
+            filled: whether there are always `num_queries` noised queries, or if that is too few a
+                multiple, so that nearly all batches have equal shapes. Nobody sees those that fill
+                up.
         """
         slots = max(1, *targets.counts)
         groups = max(1, self.num_queries // slots) if len(targets) else 1
@@ -74,8 +83,13 @@ class DenoisingQueries(nn.Module):
         all_content = all_content.index_put(place, content.transpose(0, 1))
         anchor_logits = boxes.new_zeros(batch, slots, groups, 4)
         anchor_logits = anchor_logits.index_put(place, inverse_sigmoid(boxes).transpose(0, 1))
-        queries = Queries(*(x.transpose(1, 2).flatten(1, 2) for x in (all_content, anchor_logits)))
-        return Denoising(queries, groups, slots, self.with_masks)
+        parts = [x.transpose(1, 2).flatten(1, 2) for x in (all_content, anchor_logits)]
+        missing = -(groups * slots) % self.num_queries if filled else 0
+        if missing:
+            parts = [F.pad(x, (0, 0, 0, missing)) for x in parts]
+        queries = Queries(*parts)
+        group_of = group_index(groups * slots + missing, slots, device)
+        return Denoising(queries, group_of, groups, slots, self.with_masks)
 
     def _noised_labels(self, labels: Tensor) -> Tensor:
         flip = torch.rand(labels.shape, device=labels.device) < self.label_noise
@@ -111,20 +125,30 @@ def slot_index(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
     return tuple(send(torch.tensor([image, slot], dtype=torch.int64), device))
 
 
-def join_noised(denoising: Denoising | None, queries: Queries) -> tuple[Queries, Tensor | None]:
-    """Puts noised queries, if there are any, in front of the others.
+@constant_of_shape
+def group_index(width: int, slots: int, device: torch.device) -> Tensor:
+    """(W,) group of each noised query; those that fill up have groups of their own."""
+    return torch.arange(width, device=device) // slots
+
+
+def join_noised(queries: Queries, *noised: Tensor) -> tuple[Queries, Tensor | None]:
+    """Puts noised queries in front of the others.
+
+    Args:
+        queries: Q of them.
+        noised: the tensors of `Denoising`, or nothing.
 
     Returns:
         The queries, and who may see whom: see `attention_mask`; None: everybody.
     """
-    if denoising is None:
+    if not noised:
         return queries, None
-    noised = denoising.queries
+    content, anchor_logits, group_of = noised
     joined = Queries(
-        torch.cat([noised.content.to(queries.content.dtype), queries.content], dim=1),
-        torch.cat([noised.anchor_logits, queries.anchor_logits.float()], dim=1),
+        torch.cat([content.to(queries.content.dtype), queries.content], dim=1),
+        torch.cat([anchor_logits, queries.anchor_logits.float()], dim=1),
     )
-    return joined, attention_mask(denoising, queries.content.shape[1])
+    return joined, attention_mask(group_of, queries.content.shape[1])
 
 
 def split_noised(
@@ -133,19 +157,20 @@ def split_noised(
     """Takes what `join_noised` joined apart: outputs to be matched, and those to be denoised."""
     if denoising is None:
         return outputs, None
-    count = denoising.num_queries
+    count, width = denoising.num_queries, len(denoising.group_of)
     noised = outputs.map(lambda x: x[:, :, :count])
-    return outputs.map(lambda x: x[:, :, count:]), DenoisedOutputs(noised, denoising)
+    return outputs.map(lambda x: x[:, :, width:]), DenoisedOutputs(noised, denoising)
 
 
-def attention_mask(denoising: Denoising, num_queries: int) -> Tensor:
+def attention_mask(group_of: Tensor, num_queries: int) -> Tensor:
     """Who may see whom: a group of noised queries is seen by itself only, the others by all.
 
+    Args:
+        group_of: (W,) group of each noised query, from 0.
+        num_queries: Q.
+
     Returns:
-        (Q', Q') bool with the noised queries first; rows see columns where True.
+        (W + Q, W + Q) bool with the noised queries first; rows see columns where True.
     """
-    noised = denoising.num_queries
-    device = denoising.queries.content.device
-    group = torch.arange(noised + num_queries, device=device) // denoising.slots_per_group
-    group[noised:] = -1
+    group = F.pad(group_of, (0, num_queries), value=-1)
     return (group[:, None] == group) | (group == -1)

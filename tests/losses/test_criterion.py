@@ -175,7 +175,8 @@ def test_masks_are_compared_at_uncertain_points() -> None:
 
 def noised(groups: int, slots: int, with_masks: bool = True) -> Denoising:
     empty = torch.zeros(2, groups * slots, 4)
-    return Denoising(Queries(empty, empty), groups, slots, with_masks)
+    group_of = torch.arange(groups * slots) // slots
+    return Denoising(Queries(empty, empty), group_of, groups, slots, with_masks)
 
 
 def test_denoising_pairs_are_the_slots() -> None:

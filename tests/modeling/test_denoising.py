@@ -7,11 +7,14 @@ from maskdino.modeling.denoising import (
     DenoisingQueries,
     attention_mask,
     build_denoising,
+    group_index,
     join_noised,
     split_noised,
 )
 from maskdino.structures import Denoising, Outputs, PackedMasks, Predictions, Queries, Targets
 from tests.helpers import NUM_CLASSES, tiny_cfg
+
+CPU = torch.device("cpu")
 
 
 def targets_of(counts: tuple[int, ...]) -> Targets:
@@ -111,8 +114,7 @@ def test_embedding_takes_part_in_batches_without_objects() -> None:
 def test_who_may_see_whom() -> None:
     groups, slots, matching = 3, 2, 4
     noised = groups * slots
-    queries = Queries(torch.zeros(1, noised, 8), torch.zeros(1, noised, 4))
-    mask = attention_mask(Denoising(queries, groups, slots, True), matching)
+    mask = attention_mask(group_index(noised, slots, CPU), matching)
     assert mask.shape == (noised + matching,) * 2 and mask.dtype == torch.bool
     for seer in range(noised + matching):
         for seen in range(noised + matching):
@@ -124,9 +126,10 @@ def test_who_may_see_whom() -> None:
 def test_noised_queries_are_joined_and_split() -> None:
     queries = Queries(torch.rand(2, 3, 8), torch.rand(2, 3, 4))
     noised = Queries(torch.rand(2, 4, 8), torch.rand(2, 4, 4))
-    denoising = Denoising(noised, num_groups=2, slots_per_group=2, with_masks=True)
-    joined, may_attend = join_noised(denoising, queries)
-    assert torch.equal(may_attend, attention_mask(denoising, 3))
+    group_of = group_index(4, 2, CPU)
+    denoising = Denoising(noised, group_of, num_groups=2, slots_per_group=2, with_masks=True)
+    joined, may_attend = join_noised(queries, *denoising.tensors)
+    assert torch.equal(may_attend, attention_mask(group_of, 3))
     assert torch.equal(
         joined.anchor_logits, torch.cat([noised.anchor_logits, queries.anchor_logits], 1)
     )
@@ -137,9 +140,32 @@ def test_noised_queries_are_joined_and_split() -> None:
     assert torch.equal(denoised.outputs.predictions.boxes[0], noised.anchor_logits)
 
 
+@pytest.mark.parametrize("counts", [(3, 1), (0, 0), (7, 2), (120, 5)])
+def test_queries_that_fill_up_are_seen_by_nobody_and_left_out(counts: tuple[int, ...]) -> None:
+    module, targets = quiet(), targets_of(counts)
+    exact, filled = (module(targets, filled=filled) for filled in (False, True))
+    width, count = len(filled.group_of), exact.num_queries
+    assert width == filled.queries.content.shape[1] and width % module.num_queries == 0
+    assert width - count < module.num_queries
+    for part in ("content", "anchor_logits"):
+        whole = getattr(filled.queries, part)
+        assert torch.equal(whole[:, :count], getattr(exact.queries, part))
+        assert not whole[:, count:].any()
+    mask = attention_mask(filled.group_of, 5)
+    others = torch.cat([torch.arange(count), torch.arange(width, width + 5)])
+    assert not mask[others][:, count:width].any()
+    assert torch.equal(mask[others][:, others], attention_mask(exact.group_of, 5))
+    assert mask.any(dim=1).all()  # nobody sees nothing, which has no softmax
+    numbers = torch.arange(2 * (width + 5)).view(1, 2, -1, 1).float()
+    outputs = Outputs(Predictions(numbers, numbers, None), ("",))
+    matched, denoised = split_noised(outputs, filled)
+    assert denoised.outputs.predictions.boxes.shape[2] == count
+    assert torch.equal(matched.predictions.boxes, numbers[:, :, width:])
+
+
 def test_without_noised_queries_nothing_is_joined() -> None:
     queries, outputs = Queries(torch.rand(1, 3, 8), torch.rand(1, 3, 4)), object()
-    assert join_noised(None, queries) == (queries, None)
+    assert join_noised(queries) == (queries, None)
     assert split_noised(outputs, None) == (outputs, None)
 
 

@@ -51,7 +51,9 @@ def test_dry_run_reports_every_step_and_is_read(
     assert read.returncode == 0
     for step in names:
         assert f"### {step.replace('_', ' ')}\n" in read.stdout
-    header = "| precision | batch | size | objects | recompute | first_loss | ms | peak_mib |"
+    header = (
+        "| precision | batch | size | objects | recompute | graphs | first_loss | ms | peak_mib |"
+    )
     assert header in read.stdout
 
 

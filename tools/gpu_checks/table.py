@@ -12,7 +12,7 @@ from benchmarks.timing import table
 COLUMNS = {
     "operator_is_right": "backend dtype queries batch channels spread errors ok",
     "training_is_sound": "task precision objects loss ok waits where",
-    "training_speed": "precision batch size objects recompute first_loss ms peak_mib "
+    "training_speed": "precision batch size objects recompute graphs first_loss ms peak_mib "
     "waits where launches copies gpu_ms",
     "training_compiled": "precision batch size objects first_loss first_s ms peak_mib "
     "launches gpu_ms",

@@ -12,18 +12,24 @@ from benchmarks.drawn import drawn_input, drawn_model
 from detectron2.config import CfgNode
 
 from gpu_checks.common import CONFIGS, R50, ROOT, TINY, Run, host_waits, measure
-from maskdino.engine.compiled import compile_layers
+from maskdino.engine.compiled import compile_layers, replay_network
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
 from maskdino.model import MaskDINO
+from maskdino.modeling.training_graphs import CALLS_BEFORE
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": None}
-SPEED_CASES = (  # precision, objects of an image, what is recomputed
-    ("bfloat16", 10, "none"),
-    ("bfloat16", 100, "none"),
-    ("float32", 10, "none"),
-    ("bfloat16", 10, "cheap"),
-    ("bfloat16", 10, "all"),
+SPEED_CASES = (  # precision, objects of an image, what is recomputed, and whether graphs replay
+    ("bfloat16", 10, "none", False),
+    ("bfloat16", 10, "none", True),
+    ("bfloat16", 100, "none", False),
+    ("bfloat16", 100, "none", True),
+    ("float32", 10, "none", False),
+    ("float32", 10, "none", True),
+    ("bfloat16", 10, "cheap", False),
+    ("bfloat16", 10, "cheap", True),
+    ("bfloat16", 10, "all", False),
+    ("bfloat16", 10, "all", True),
 )
 OBJECTS = ((5, 3), (0, 0), (0, 2), (60, 90))
 NODE = "MODEL.MASK_DINO."
@@ -60,8 +66,8 @@ def _one_step(run: Run, step: TrainStep, case: dict, classes: int) -> None:
 
 def speed(run: Run) -> None:
     """A step of the R50 model on two images of 1024 x 1024, and what recomputing saves."""
-    for precision, objects, recompute in SPEED_CASES[:1] if run.dry else SPEED_CASES:
-        _speed(run, precision, objects, recompute=recompute)
+    for precision, objects, recompute, replays in SPEED_CASES[:1] if run.dry else SPEED_CASES:
+        _speed(run, precision, objects, recompute=recompute, replays=replays)
 
 
 def compiled(run: Run) -> None:
@@ -81,6 +87,7 @@ def _speed(
     *,
     recompute: str = "none",
     compiled: bool = False,
+    replays: bool = False,
     timed: bool = True,
 ) -> None:
     size = 128 if run.dry else 1024
@@ -89,14 +96,18 @@ def _speed(
     torch.manual_seed(5)
     batch = [drawn_input(size, size, objects) for _ in range(2)]
     case = {"precision": precision, "batch": 2, "size": size, "objects": objects}
-    case |= {"recompute": recompute, "compiled": compiled}
+    case |= {"recompute": recompute, "compiled": compiled, "graphs": replays}
     start = time.perf_counter()
     if compiled:
         compile_layers(model)
+    if replays:
+        replay_network(model)
     torch.manual_seed(0)
     first = step.run(iter([batch]))["total_loss"]
     case |= {"first_loss": round(first, 3), "first_s": round(time.perf_counter() - start, 1)}
     call = partial(step.run, itertools.repeat(batch))
+    for _ in range(CALLS_BEFORE if replays else 0):
+        call()
     if timed:
         measure(run, case, call, repeats=8)
     else:

@@ -1,0 +1,279 @@
+"""The network of a training step as two CUDA graphs, forward and backward (`SOLVER.CUDA_GRAPHS`).
+
+A step asks for thousands of small kernels, and a fast GPU waits for the host most of the time. Two
+graphs are two launches. Matching and losses, whose sizes differ from batch to batch, are no part of
+them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from maskdino.ops.constants import holding_constants
+
+logger = logging.getLogger(__name__)
+
+# The first steps with a shape run as they are: a shape that does not come again is worth no graph.
+CALLS_BEFORE = 2
+MOST_GRAPHS = 8  # they share memory, but each keeps its inputs, results and gradients
+
+T = TypeVar("T", bound="Mapped")
+
+
+class Mapped(Protocol):
+    """A structure of tensors."""
+
+    def map(self: T, function: Callable[[Tensor], Tensor]) -> T:
+        """Applies a function to each tensor, always in the same order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """The two passes of a network, which read what they need where it is, and write over the last.
+
+    Attributes:
+        inputs: of the forward pass.
+        forward: fills `result`.
+        result: of the network; `requires_grad` tells which tensors have a gradient.
+        output_gradients: of those tensors, before the backward pass.
+        backward: fills `gradients`.
+        gradients: of the inputs and then of the weights; None where there is none.
+        kept: what else the passes read.
+    """
+
+    inputs: Sequence[Tensor]
+    forward: Callable[[], None]
+    result: Any
+    output_gradients: Sequence[Tensor]
+    backward: Callable[[], None]
+    gradients: Sequence[Tensor | None]
+    kept: object = None
+
+
+class TrainingGraphs:
+    """Graphs of one network for each shape of its inputs; the least recently used are forgotten.
+
+    The backward pass of a call must come before the next call. Copies of this object, and so of a
+    model that holds it, begin without graphs.
+    """
+
+    def __init__(self, most: int = MOST_GRAPHS) -> None:
+        self._most = most
+        self._steps: OrderedDict[Hashable, Step] = OrderedDict()
+        self._calls: Counter[Hashable] = Counter()
+        self._pool: Any = None
+        self._said: set[str] = set()
+
+    def __call__(self, model: nn.Module, network: Callable[..., T], *inputs: Tensor) -> T:
+        """Computes `network(*inputs)`, with gradients to the model's weights and to the inputs.
+
+        Args:
+            model: whose weights the network reads. Where a module has a hook, there is no replay,
+                which would pass it over; so it is where batch norm learns its statistics, which
+                also the passes before a capture would change.
+            network: a function of tensors that asks nothing of the host.
+            inputs: on a GPU.
+
+        Returns:
+            What the network returns. The next call writes over it.
+        """
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return network(*inputs)
+        reason = _why_not(model)
+        if reason:
+            self._say(reason)
+            return network(*inputs)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        kind = inputs[0].device.type
+        key = (
+            tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in inputs),
+            tuple(weight.data_ptr() for weight in weights),
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        )
+        if key not in self._steps:
+            self._calls[key] += 1
+            if self._calls[key] <= CALLS_BEFORE or not self._add(key, network, inputs, weights):
+                return network(*inputs)
+        self._steps.move_to_end(key)
+        step = self._steps[key]
+        replayed = iter(_Replayed.apply(step, weights, *inputs, *weights))
+        return step.result.map(lambda _: next(replayed))
+
+    def __deepcopy__(self, memo: dict) -> TrainingGraphs:
+        return TrainingGraphs(self._most)
+
+    def __reduce__(self) -> tuple:
+        return TrainingGraphs, (self._most,)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def _add(
+        self,
+        key: Hashable,
+        network: Callable[..., Mapped],
+        inputs: Sequence[Tensor],
+        weights: Sequence[nn.Parameter],
+    ) -> bool:
+        """Captures; a shape that cannot be captured runs without from then on."""
+        if self._calls[key] > CALLS_BEFORE + 1:
+            return False  # it was tried
+        try:
+            if self._pool is None:
+                self._pool = new_pool()
+            self._steps[key] = capture_step(network, inputs, weights, self._pool)
+        except RuntimeError as error:
+            self._say(str(error).partition("\n")[0])
+            return False
+        while len(self._steps) > self._most:
+            self._calls.pop(self._steps.popitem(last=False)[0])
+        return True
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning(
+                "SOLVER.CUDA_GRAPHS is on, but the network runs kernel by kernel: %s", reason
+            )
+
+
+def _why_not(model: nn.Module) -> str:
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            return f"{name or 'the model'} has a hook, which a graph would pass over"
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+            return f"{name} is batch norm that learns its statistics"
+    return ""
+
+
+def tensors_of(result: Mapped) -> list[Tensor]:
+    """Its tensors, in the order of `map`."""
+    found: list[Tensor] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    result.map(add)
+    return found
+
+
+class _Replayed(torch.autograd.Function):
+    """The forward pass of a step now, its backward pass in that of the losses."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: Step, weights: Sequence[Tensor], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.step, ctx.weights = step, weights
+        for held, given in zip(step.inputs, tensors, strict=False):
+            held.detach().copy_(given)
+        step.forward()
+        results = tensors_of(step.result)
+        ctx.differentiable = [x.requires_grad for x in results]
+        outputs = tuple(x.detach() for x in results)
+        ctx.mark_non_differentiable(
+            *(x for x, has in zip(outputs, ctx.differentiable, strict=True) if not has)
+        )
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        step: Step = ctx.step
+        given = (grad for grad, has in zip(grads, ctx.differentiable, strict=True) if has)
+        for held, grad in zip(step.output_gradients, given, strict=True):
+            held.copy_(grad)
+        # A weight's gradient may be that of the last pass, in its place, which this pass adds to.
+        for weight, gradient in zip(ctx.weights, step.gradients[len(step.inputs) :], strict=True):
+            last = weight.grad
+            if last is not None and gradient is not None and last.data_ptr() == gradient.data_ptr():
+                weight.grad = last.clone()
+        step.backward()
+        found = (None if gradient is None else gradient.detach() for gradient in step.gradients)
+        return None, None, *found
+
+
+def new_pool() -> Any:
+    """Memory that graphs share: one step is under way at a time."""
+    return torch.cuda.graph_pool_handle()
+
+
+def capture_step(
+    network: Callable[..., Mapped],
+    inputs: Sequence[Tensor],
+    weights: Sequence[nn.Parameter],
+    pool: Any,
+) -> Step:
+    """Captures the two passes of a network as CUDA graphs.
+
+    Args:
+        network: see `TrainingGraphs.__call__`.
+        inputs: of the shapes to capture.
+        weights: those that have gradients.
+        pool: see `new_pool`.
+
+    Raises:
+        RuntimeError: something in the network waits for the GPU, or cannot be captured.
+    """
+    device = inputs[0].device
+    # Weights that autocast converted in one pass are not those of the next.
+    autocast = partial(
+        torch.autocast,
+        device.type,
+        dtype=torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=False,
+    )
+    torch.clear_autocast_cache()
+    held = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    sources = [x for x in (*held, *weights) if x.requires_grad]
+    with (
+        torch.cuda.device(device),
+        torch.random.fork_rng([device.index]),  # what is drawn here is of no step
+        holding_constants() as constants,
+        torch.autocast(device.type, enabled=False),
+    ):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # Graphs cannot use what the allocator keeps of the steps before.
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(stream):  # libraries set themselves up outside of the capture
+            with autocast():
+                outputs = [x for x in tensors_of(network(*held)) if x.requires_grad]
+            _gradients(outputs, sources, [torch.zeros_like(x) for x in outputs])
+            del outputs
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Other threads, such as those that load images, may go on meanwhile.
+        how: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(forward, **how), autocast():
+            result = network(*held)
+        outputs = [x for x in tensors_of(result) if x.requires_grad]
+        output_gradients = [torch.zeros_like(x) for x in outputs]
+        with torch.cuda.graph(backward, **how):
+            found = iter(_gradients(outputs, sources, output_gradients))
+    gradients = [next(found) if x.requires_grad else None for x in (*held, *weights)]
+    # Without the program that made it, which is in the graphs.
+    result = result.map(lambda x: x.detach().requires_grad_(x.requires_grad))
+    return Step(
+        held, forward.replay, result, output_gradients, backward.replay, gradients, constants
+    )
+
+
+def _gradients(
+    outputs: Sequence[Tensor], sources: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    return torch.autograd.grad(outputs, sources, gradients, allow_unused=True)

@@ -1,0 +1,237 @@
+"""Training steps that replay: equal to steps that do not; without a GPU, so nothing is captured."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskdino.model import MaskDINO
+from maskdino.modeling import training_graphs
+from maskdino.modeling.training_graphs import CALLS_BEFORE, Step, TrainingGraphs, tensors_of
+from tests.helpers import drawn_batch, tiny_cfg
+
+SIZES = ((64, 64), (64, 48))
+OBJECTS = ((3, 2), (5, 1), (0, 0), (2, 0), (1, 8))
+TASKS = {
+    "instance": {},
+    "learned queries": {"QUERY_SELECTION__ENABLED": False},
+    "no denoising": {"DENOISING__MODE": "off"},
+    "boxes": {"MASK_ON": False},
+    "recomputed": {"RECOMPUTE": "all"},
+}
+
+
+class Runs:
+    """What stands in for a capture: a step that computes anew where graphs would replay."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.forwards = 0
+
+    def __call__(
+        self, network: Callable, inputs: Sequence[Tensor], weights: Sequence[Tensor], _: object
+    ) -> Step:
+        self.shapes.append(tuple(inputs[0].shape))
+        held = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+        sources = [*held, *weights]
+        result = network(*held).map(lambda x: x.detach().requires_grad_(x.requires_grad))
+        output_gradients = [torch.zeros_like(x) for x in tensors_of(result) if x.requires_grad]
+        wanted = [x for x in sources if x.requires_grad]
+        outputs: list[Tensor] = []
+
+        def forward() -> None:
+            self.forwards += 1
+            with torch.enable_grad():
+                found = tensors_of(network(*held))
+            for kept, new in zip(tensors_of(result), found, strict=True):
+                kept.detach().copy_(new.detach())
+            outputs[:] = [x for x in found if x.requires_grad]
+
+        def gradients_of_outputs() -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(outputs, wanted, output_gradients, allow_unused=True)
+
+        forward()
+        self.forwards -= 1
+        found = iter(gradients_of_outputs())
+        gradients = [next(found) if x.requires_grad else None for x in sources]
+
+        def backward() -> None:
+            new = iter(gradients_of_outputs())
+            for kept, source in zip(gradients, sources, strict=True):
+                grad = next(new) if source.requires_grad else None
+                assert (kept is None) == (grad is None)
+                if kept is not None:
+                    kept.copy_(grad)
+
+        return Step(held, forward, result, output_gradients, backward, gradients)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    stand_in = Runs()
+    monkeypatch.setattr(training_graphs, "capture_step", stand_in)
+    monkeypatch.setattr(training_graphs, "new_pool", lambda: "pool")
+    return stand_in
+
+
+def pair(**overrides: object) -> tuple[MaskDINO, MaskDINO]:
+    """Equal models, of which the first replays; samples lie between cells, as after training."""
+    torch.manual_seed(0)
+    cfg = tiny_cfg(**overrides)
+    cfg.MODEL.BACKBONE.NAME = "build_strided_convolutions"
+    plain = MaskDINO(cfg).train()
+    for layer in (*plain.encoder.layers, *plain.decoder.layers):
+        nn.init.normal_(getattr(layer, "cross_attn", layer.self_attn).sampling_offsets.bias)
+    replaying = copy.deepcopy(plain)
+    replaying.training_graphs = TrainingGraphs()
+    return replaying, plain
+
+
+def step(model: MaskDINO, objects: tuple[int, int], sizes: Sequence = SIZES) -> dict[str, float]:
+    """Losses; gradients are added up."""
+    torch.manual_seed(sum(objects))
+    losses = model(drawn_batch(sizes, objects, masks=model.pixel_embedding is not None))
+    torch.stack(list(losses.values())).sum().backward()
+    return {name: float(loss.detach()) for name, loss in losses.items()}
+
+
+def assert_equal_gradients(found: MaskDINO, expected: MaskDINO) -> None:
+    for (name, ours), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if theirs.grad is not None:
+            bound = 1e-3 * theirs.grad.norm().clamp(min=1e-3)
+            assert (ours.grad - theirs.grad).norm() <= bound, name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_losses_and_gradients(task: str, runs: Runs) -> None:
+    models = pair(**TASKS[task])
+    for number, objects in enumerate(OBJECTS):
+        found, expected = (step(model, objects) for model in models)
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert_equal_gradients(*models)
+        assert runs.forwards == max(0, number + 1 - CALLS_BEFORE)
+        for model in models:
+            model.zero_grad(set_to_none=True)
+    assert len(runs.shapes) == len(models[0].training_graphs) == 1
+
+
+def test_gradients_are_added_up(runs: Runs) -> None:
+    """Of several passes before a step: no pass writes over what another left."""
+    models = pair()
+    for _ in range(CALLS_BEFORE + 3):
+        for model in models:
+            step(model, (2, 3))
+    assert runs.forwards == 3
+    assert_equal_gradients(*models)
+
+
+def test_weights_that_change_in_place_change_the_replay(runs: Runs) -> None:
+    models = pair()
+    for model in models:
+        for _ in range(CALLS_BEFORE + 1):
+            before = step(model, (2, 1))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.1)
+    found, expected = (step(model, (2, 1)) for model in models)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert found != pytest.approx(before, rel=1e-2)
+    assert len(runs.shapes) == 1
+
+
+def test_each_shape_has_graphs_and_the_oldest_are_forgotten(runs: Runs) -> None:
+    model, _ = pair(DENOISING__MODE="off")
+    model.training_graphs = TrainingGraphs(most=1)
+    for size in (64, 96, 64):
+        for _ in range(CALLS_BEFORE + 1):
+            step(model, (1, 1), ((size, size),) * 2)
+    assert [shape[-1] for shape in runs.shapes] == [64, 96, 64]
+    assert len(model.training_graphs) == 1
+
+
+def test_frozen_weights_and_precisions_have_graphs_of_their_own(runs: Runs) -> None:
+    model, _ = pair()
+    for _ in range(CALLS_BEFORE + 1):
+        step(model, (1, 1))
+    model.backbone.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    for _ in range(CALLS_BEFORE + 1):
+        step(model, (1, 1))
+    assert len(runs.shapes) == 2
+    assert all(weight.grad is None for weight in model.backbone.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(CALLS_BEFORE + 1):
+            step(model, (1, 1))
+    assert len(runs.shapes) == 3
+
+
+def test_hooks_are_called(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = pair()
+    called = []
+    model.decoder.register_forward_hook(lambda *_: called.append(1))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(CALLS_BEFORE + 2):
+            step(model, (1, 1))
+    assert len(called) == CALLS_BEFORE + 2 and not runs.shapes
+    (record,) = caplog.records
+    assert "decoder has a hook" in record.message
+
+
+def test_batch_norm_that_learns_is_not_replayed(
+    runs: Runs, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = pair()
+    model.backbone.layers[0] = nn.Sequential(model.backbone.layers[0], nn.BatchNorm2d(16))
+    for _ in range(CALLS_BEFORE + 1):
+        step(model, (1, 1))
+    assert not runs.shapes and "backbone.layers.0.1 is batch norm" in caplog.text
+    model.backbone.eval()
+    for _ in range(CALLS_BEFORE + 1):
+        step(model, (1, 1))
+    assert len(runs.shapes) == 1
+
+
+def test_what_cannot_be_captured_trains_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = []
+
+    def fails(*_: object) -> None:
+        tries.append(1)
+        raise RuntimeError("out of memory\nand more")
+
+    monkeypatch.setattr(training_graphs, "capture_step", fails)
+    monkeypatch.setattr(training_graphs, "new_pool", lambda: "pool")
+    models = pair()
+    for _ in range(CALLS_BEFORE + 3):
+        found, expected = (step(model, (2, 1)) for model in models)
+        assert found == pytest.approx(expected, rel=1e-4)
+    (record,) = [r for r in caplog.records if "SOLVER.CUDA_GRAPHS" in r.message]
+    assert record.message.endswith("out of memory") and len(tries) == 1
+
+
+def test_without_gradients_nothing_is_replayed(runs: Runs) -> None:
+    models = pair()
+    with torch.no_grad():
+        for _ in range(CALLS_BEFORE + 1):
+            torch.manual_seed(1)
+            losses = [model(drawn_batch(SIZES, (1, 1))) for model in models[:1]]
+    assert losses and not runs.shapes
+
+
+def test_copies_begin_without_graphs(runs: Runs) -> None:
+    model, _ = pair()
+    for _ in range(CALLS_BEFORE + 1):
+        step(model, (1, 1))
+    graphs = model.training_graphs
+    model.zero_grad(set_to_none=True)
+    for other in (copy.deepcopy(model).training_graphs, pickle.loads(pickle.dumps(graphs))):
+        assert isinstance(other, TrainingGraphs) and len(other) == 0
+    assert len(graphs) == len(runs.shapes) == 1
