@@ -83,6 +83,35 @@ def test_launches_and_waits_of_a_step(
     assert device.launches.total() <= STEP, device.launches.most_common(12)
 
 
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_what_a_graph_would_hold_asks_nothing_of_the_host(
+    device: PretendDevice, monkeypatch: pytest.MonkeyPatch, recompute: str
+) -> None:
+    """The network of a step (SOLVER.CUDA_GRAPHS): a capture allows neither waits nor such copies.
+
+    The first call may: it makes what depends on sizes alone.
+    """
+    _, model = on_device(device, "instance", "bfloat16", RECOMPUTE=recompute)
+    model.train()
+    network, inside = model._network, []
+
+    def watched(*inputs: torch.Tensor) -> object:
+        device.clear()
+        found = network(*inputs)
+        inside.append((device.launches.total(), dict(device.waits), dict(device.copies)))
+        return found
+
+    monkeypatch.setattr(model, "_network", watched)
+    for objects in (OBJECTS, (1, 2)):
+        with autocast(torch.bfloat16):
+            losses = model(drawn_batch(SIZES, objects))
+        waits = device.waits.total(), device.copies.total()
+        backward(torch.stack(list(losses.values())).sum())
+        assert (device.waits.total(), device.copies.total()) == waits  # nor does the way back
+    launches, *asked = inside[1]
+    assert launches > 100 and asked == [{}, {}]
+
+
 @pytest.mark.skipif(not _library.has("predict_boxes"), reason="PyTorch's operators need more")
 @pytest.mark.parametrize("task", INFERENCE)
 def test_launches_and_waits_of_an_image(device: PretendDevice, task: str) -> None:

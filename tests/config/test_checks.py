@@ -69,6 +69,13 @@ def test_batches_are_split_evenly() -> None:
         check_training(cfg)
 
 
+def test_compiled_layers_and_graphs_exclude_each_other() -> None:
+    cfg = load_config(None, ["SOLVER.COMPILE", "True", "SOLVER.CUDA_GRAPHS", "True"])
+    cfg.DATASETS.TRAIN = ("some",)
+    with pytest.raises(ConfigError, match="COMPILE and SOLVER.CUDA_GRAPHS are both True; set one"):
+        check_training(cfg)
+
+
 @pytest.mark.parametrize("name", model_zoo.list())
 def test_shipped_configurations_are_allowed(name: str) -> None:
     check_values(model_zoo.get_config(name))

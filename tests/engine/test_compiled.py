@@ -1,10 +1,13 @@
-"""Training with compiled layers: equal to training without, under the same names of weights."""
+"""Training with compiled layers: equal to training without, under the same names of weights.
+
+CUDA graphs are tested in tests/modeling/test_training_graphs.py.
+"""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from maskdino.engine import trainer
-from maskdino.engine.compiled import compile_layers
+from maskdino.engine.compiled import compile_layers, replay_network
 from maskdino.model import MaskDINO
 from tests.engine.stand_in import read_checkpoint, tiny_config, train
 from tests.helpers import NARROW, drawn_batch, tiny_cfg
@@ -147,3 +150,17 @@ def test_without_a_compiler(caplog: pytest.LogCaptureFixture) -> None:
     (record,) = [r for r in caplog.records if "SOLVER.COMPILE" in r.message]
     assert "no C++ compiler was found" in record.message and "\n" not in record.message
     assert_equal(step(trained), step(model()), 1e-6)
+
+
+def test_graphs_need_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    trained = model()
+    with caplog.at_level(logging.WARNING):
+        assert not replay_network(trained)
+    assert "SOLVER.CUDA_GRAPHS is on, but the model trains on: cpu" in caplog.text
+    assert_equal(step(trained), step(model()), 1e-6)
+
+
+@pytest.mark.parametrize("function", [compile_layers, replay_network])
+def test_other_models(function: Callable) -> None:
+    with pytest.raises(ValueError, match=r"for models of the class MaskDINO, not Linear: set it"):
+        function(torch.nn.Linear(2, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 
 from maskdino.model import MaskDINO
 from maskdino.modeling import training_graphs
-from maskdino.modeling.training_graphs import CALLS_BEFORE, Step, TrainingGraphs, tensors_of
+from maskdino.modeling.training_graphs import (
+    CALLS_BEFORE,
+    Step,
+    TrainingGraphs,
+    capture_step,
+    tensors_of,
+)
 from tests.helpers import drawn_batch, tiny_cfg
 
 SIZES = ((64, 64), (64, 48))
@@ -224,6 +231,51 @@ def test_without_gradients_nothing_is_replayed(runs: Runs) -> None:
             torch.manual_seed(1)
             losses = [model(drawn_batch(SIZES, (1, 1))) for model in models[:1]]
     assert losses and not runs.shapes
+
+
+class Idle:
+    """Stands in for streams and graphs: a replay has nothing to do."""
+
+    def wait_stream(self, _: object) -> None:
+        pass
+
+    def replay(self) -> None:
+        pass
+
+
+def test_what_a_capture_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA stood in for by nothing, so that all runs at once: on the inputs and gradients there."""
+    modes = []
+
+    def graph(_: object, **how: object) -> contextlib.AbstractContextManager:
+        modes.append(how["capture_error_mode"])
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "zeros_like", torch.ones_like)  # gradients before the backward pass
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Idle)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    _, model = pair()
+    content = torch.randn(2, 6, 64, requires_grad=True)
+    inputs = torch.randn(2, 3, 64, 64), content, torch.randn(2, 6, 4), torch.arange(6) // 3
+    weights = list(model.parameters())
+    held = capture_step(model._network, inputs, weights, "pool")
+    assert modes == ["thread_local", "thread_local"]
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(held.inputs, inputs, strict=True))
+    expected = tensors_of(model._network(*inputs))
+    for ours, theirs in zip(tensors_of(held.result), expected, strict=True):
+        assert ours.is_leaf and ours.requires_grad == theirs.requires_grad
+        torch.testing.assert_close(ours.detach(), theirs.detach())
+    sum(x.sum() for x in expected if x.requires_grad).backward()
+    for source, gradient in zip((*inputs, *weights), held.gradients, strict=True):
+        assert (source.grad is None) == (gradient is None)
+        if gradient is not None:
+            assert (gradient - source.grad).norm() <= 1e-4 * source.grad.norm()
 
 
 def test_copies_begin_without_graphs(runs: Runs) -> None:
