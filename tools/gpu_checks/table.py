@@ -21,7 +21,7 @@ COLUMNS = {
     "operator_speed": "contender dtype queries batch errors forward_us both_us",
     "peer": "what side anchors queries relative moved precision first_loss ms peak_mib waits "
     "launches copies gpu_ms",
-    "parity": "precision of same_queries",
+    "parity": "precision of same_queries moved",
     "graph_and_compile": "what ms error first_s",
     "sanitizer": "tool status tail",
 }
