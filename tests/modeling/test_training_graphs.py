@@ -132,10 +132,14 @@ def test_losses_and_gradients(task: str, runs: Runs) -> None:
 def test_gradients_are_added_up(runs: Runs) -> None:
     """Of several passes before a step: no pass writes over what another left."""
     models = pair()
-    for _ in range(CALLS_BEFORE + 3):
+    for number in range(3):  # of which the first is where the graphs left it
         for model in models:
-            step(model, (2, 3))
-    assert runs.forwards == 3
+            for _ in range(0 if number else CALLS_BEFORE):
+                step(model, (2, 3))
+            model.zero_grad(set_to_none=True)
+            for objects in ((2, 3), (1, 1), (5, 0))[: number + 1]:
+                step(model, objects)
+    assert runs.forwards == 1 + 2 + 3
     assert_equal_gradients(*models)
 
 
