@@ -2,10 +2,11 @@
 
     maskdino train --config-file coco/instance/maskdino_R50 --num-gpus 8
     maskdino train --config-file F --resume
-    maskdino evaluate --config-file F --report MODEL.WEIGHTS model_final.pth
+    maskdino evaluate --config-file F --weights model_final.pth --report
     torchrun --nproc-per-node 8 -m maskdino train --config-file F
 
-Keys and values at the end override the file: SOLVER.IMS_PER_BATCH 8 OUTPUT_DIR output/small
+Keys and values at the end, after --opts or without it, override the file:
+SOLVER.IMS_PER_BATCH 8 OUTPUT_DIR output/small
 """
 
 import argparse
@@ -44,6 +45,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help="path or name")
+    add("--weights", metavar="FILE", help="checkpoint, or 'released' (MODEL.WEIGHTS)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     add("--overwrite", action="store_true", help="begin anew in a folder that holds a run")
     add("--eval-only", action="store_true", help="do not train")
@@ -57,14 +59,17 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         add(option, type=int, default=default, metavar="N", help=about)
     add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT of the first machine")
     add_import_option(parser)
+    add("--opts", nargs=argparse.REMAINDER, default=[], dest="named", help=argparse.SUPPRESS)
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="values that override the file")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.opts += args.named
+    return args
 
 
 def read_config(args: argparse.Namespace) -> CfgNode:
     """Reads the configuration, and checks the weights and what the device must do."""
     cfg = model_zoo.read_config(
-        args.config_file, overrides=args.opts, whole=args.eval_only, resume=args.resume
+        args.config_file, args.weights, args.opts, whole=args.eval_only, resume=args.resume
     )
     if args.report and not cfg.DATASETS.TEST:
         raise ValueError("--report needs a dataset to evaluate, but DATASETS.TEST is empty")

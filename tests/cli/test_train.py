@@ -13,6 +13,7 @@ import torch
 
 from maskdino.cli import train
 from maskdino.config import load_config
+from maskdino.engine.evaluating import build_model
 from tests.engine.stand_in import CONFIG, tiny_config
 
 
@@ -135,6 +136,29 @@ def test_trains_resumes_and_evaluates(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert "over 24 of 24 images" in first_page
     assert f"The report is {report}" in (out / "log.txt").read_text()
     assert "Command: train_net.py" in (out / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("MODEL.WEIGHTS", "{}", "OUTPUT_DIR", "out"),
+        ("--opts", "MODEL.WEIGHTS", "{}", "OUTPUT_DIR", "out"),
+        ("--weights", "{}", "OUTPUT_DIR", "out"),
+        ("--weights", "{}", "--eval-only", "--opts", "OUTPUT_DIR", "out"),
+    ],
+)
+def test_weights_and_keys_are_given_as_in_the_other_commands(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    config, weights = tmp_path / "config.yaml", tmp_path / "model.pth"
+    cfg = tiny_config(tmp_path)
+    config.write_text(cfg.dump())
+    torch.save({"model": build_model(cfg).state_dict()}, weights)
+    given = [word.format(weights) for word in words]
+    args = train.parse_arguments(["--config-file", str(config), *given])
+    assert args.eval_only == ("--eval-only" in words)
+    read = train.read_config(args)
+    assert Path(read.MODEL.WEIGHTS) == weights and read.OUTPUT_DIR == "out"
 
 
 def test_each_process_knows_the_data_of_the_run(
