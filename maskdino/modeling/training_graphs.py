@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,7 @@ class Step:
 
 
 class TrainingGraphs:
-    """Graphs of one network for each shape of its inputs; the least recently used are forgotten.
+    """Graphs of one network, for the shapes of its inputs that come again first.
 
     The backward pass of a call must come before the next call. Copies of this object, and so of a
     model that holds it, begin without graphs.
@@ -70,8 +70,9 @@ class TrainingGraphs:
 
     def __init__(self, most: int = MOST_GRAPHS) -> None:
         self._most = most
-        self._steps: OrderedDict[Hashable, Step] = OrderedDict()
+        self._steps: dict[Hashable, Step] = {}
         self._calls: Counter[Hashable] = Counter()
+        self._weights: tuple[int, ...] = ()  # where they are
         self._pool: Any = None
         self._said: set[str] = set()
 
@@ -96,17 +97,16 @@ class TrainingGraphs:
             return network(*inputs)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         kind = inputs[0].device.type
-        key = (
-            tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in inputs),
-            tuple(weight.data_ptr() for weight in weights),
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
-        )
-        if key not in self._steps:
-            self._calls[key] += 1
-            if self._calls[key] <= CALLS_BEFORE or not self._add(key, network, inputs, weights):
-                return network(*inputs)
-        self._steps.move_to_end(key)
-        step = self._steps[key]
+        places = tuple(weight.data_ptr() for weight in weights)
+        if places != self._weights:  # others are trained, or they have moved
+            self._weights, self._pool = places, None
+            self._steps.clear()
+            self._calls.clear()
+        half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (half, *((tuple(x.shape), x.dtype, x.requires_grad) for x in inputs))
+        step = self._steps.get(key) or self._add(key, network, inputs, weights)
+        if step is None:
+            return network(*inputs)
         replayed = iter(_Replayed.apply(step, weights, *inputs, *weights))
         return step.result.map(lambda _: next(replayed))
 
@@ -125,27 +125,26 @@ class TrainingGraphs:
         network: Callable[..., Mapped],
         inputs: Sequence[Tensor],
         weights: Sequence[nn.Parameter],
-    ) -> bool:
-        """Captures; a shape that cannot be captured runs without from then on."""
-        if self._calls[key] > CALLS_BEFORE + 1:
-            return False  # it was tried
+    ) -> Step | None:
+        """Captures a shape that comes again, if there is room; one that cannot be is tried once."""
+        if len(self._steps) == self._most:
+            self._say(f"batches have more than {self._most} shapes, the others are replayed")
+            return None
+        self._calls[key] += 1
+        if self._calls[key] != CALLS_BEFORE + 1:
+            return None
         try:
             if self._pool is None:
                 self._pool = new_pool()
             self._steps[key] = capture_step(network, inputs, weights, self._pool)
         except RuntimeError as error:
             self._say(str(error).partition("\n")[0])
-            return False
-        while len(self._steps) > self._most:
-            self._calls.pop(self._steps.popitem(last=False)[0])
-        return True
+        return self._steps.get(key)
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            logger.warning(
-                "SOLVER.CUDA_GRAPHS is on, but the network runs kernel by kernel: %s", reason
-            )
+            logger.warning("SOLVER.CUDA_GRAPHS is on, but steps run kernel by kernel: %s", reason)
 
 
 def _why_not(model: nn.Module) -> str:
