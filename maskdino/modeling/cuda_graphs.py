@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from maskdino.ops.constants import holding_constants
 from maskdino.structures import Predictions
@@ -41,7 +43,7 @@ class CudaGraphs:
         self._graphs: OrderedDict[Hashable, Network] = OrderedDict()
         self._calls: Counter[int] = Counter()  # by hash: a key may hold a network that was replaced
         self._model: nn.Module | None = None
-        self._modules: tuple[nn.Module, ...] = ()
+        self._hooks: tuple[dict, ...] = ()  # of its modules, and of all
         self._pool: Any = None
         self._works = True
 
@@ -51,8 +53,8 @@ class CudaGraphs:
         """Computes `network(images)`.
 
         Args:
-            model: whose modules the network runs. Where one has a hook, there is no replay, which
-                would pass it over.
+            model: whose modules the network runs. Where one has a hook, or all have, there is no
+                replay, which would pass it over.
             network: a function of the images that asks nothing of the host.
             images: (B, 3, H, W) on a GPU.
             key: what else the results depend on and a capture fixes, such as the precision.
@@ -61,9 +63,10 @@ class CudaGraphs:
             The network's results, copied: the next replay does not touch them.
         """
         if self._model is not model:
-            self._model, self._modules = model, tuple(model.modules())
-        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
-        if hooked or not self._works or torch.is_grad_enabled() or torch.jit.is_tracing():
+            own = [(m._forward_hooks, m._forward_pre_hooks) for m in model.modules()]
+            everywhere = _global_forward_hooks, _global_forward_pre_hooks
+            self._model, self._hooks = model, tuple(chain(everywhere, *own))
+        if any(self._hooks) or not self._works or torch.is_grad_enabled() or torch.jit.is_tracing():
             return network(images)
         weights = next(model.parameters()).data_ptr()
         full_key = (tuple(images.shape), images.dtype, images.device, weights, key)

@@ -119,6 +119,11 @@ def test_hooks_and_gradients_are_not_passed_over() -> None:
     assert len(seen) == 1
     handle.remove()
     calls = model.calls
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    call(graphs, model, 5)
+    everywhere.remove()
+    assert model.calls == calls + 1
+    calls = model.calls
     call(graphs, model, 5)
     assert model.calls == calls
     results, _ = graphs(model, model.predict, torch.ones(1, 3, 2, 5), None)

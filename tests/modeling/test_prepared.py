@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,7 +117,46 @@ def set_option(model: MaskDINO) -> None:
     model.query_selection.num_queries = 5
 
 
-@pytest.mark.parametrize("change", [change_in_place, load, assign, replace_data, train, set_option])
+def replace_layer(model: MaskDINO) -> None:
+    layer = model.encoder.layers[0].ffn.linear1
+    model.encoder.layers[0].ffn.linear1 = torch.nn.Linear(layer.in_features, layer.out_features)
+
+
+def replace_norm(model: MaskDINO) -> None:
+    norm = copy.deepcopy(model.backbone.stem.conv1.norm)
+    norm.weight.data.mul_(2)
+    model.backbone.stem.conv1.norm = norm
+
+
+def replace_tables(model: MaskDINO) -> None:
+    """Also what changes in the new one is seen."""
+    norm = model.backbone.res2[0].conv1.norm
+    norm._buffers = dict(norm._buffers)
+    norm._parameters = dict(norm._parameters)
+    used(model)
+    name = "weight" if "weight" in norm._parameters else "running_var"
+    value = getattr(norm, name)
+    setattr(norm, name, type(value)(2 * value.detach()))
+
+
+def add_bias(model: MaskDINO) -> None:
+    conv = model.backbone.stem.conv1
+    assert conv.bias is None
+    conv.bias = torch.nn.Parameter(torch.full((conv.out_channels,), 0.5))
+
+
+def swap_tensors(model: MaskDINO) -> None:
+    weight = model.backbone.stem.conv1.weight
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(2 * weight.detach()))
+
+
+CHANGES = [
+    change_in_place, load, assign, replace_data, train, set_option, replace_layer, replace_norm,
+    replace_tables, add_bias, swap_tensors,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_it_follows_the_model(change) -> None:
     model = drawn_model()
     before = predicted(model)
@@ -129,9 +170,26 @@ def test_it_follows_the_model(change) -> None:
 def test_it_follows_attributes_that_were_not_there() -> None:
     model = drawn_model()
     used(model)
-    for value in (3, 4):
+    for value in (3, 4, "a word", ["no longer plain"], None, 5.0):
         model.query_selection.of_a_user = value
         assert used(model).query_selection.of_a_user == value
+    del model.query_selection.of_a_user
+    model.query_selection.other = 6
+    assert used(model).query_selection.other == 6
+
+
+def test_a_graph_with_an_attribute_of_before_is_not_replayed() -> None:
+    """Graphs are kept by network."""
+    model = drawn_model()
+    for name in ("size_divisibility", "of_a_user"):
+        before = used(model)
+        setattr(model, name, 64)
+        after = used(model)
+        assert after is not before and used(model) is after
+        assert getattr(after, name) == 64
+        assert after.backbone.stem.conv1.weight is before.backbone.stem.conv1.weight
+        model.inference = replace(model.inference, max_detections=7)  # has its own place in keys
+        assert used(model) is after
 
 
 def test_in_place_changes_keep_the_addresses_that_graphs_read() -> None:
@@ -153,6 +211,30 @@ def test_hooks_gradients_and_training_see_the_model_itself() -> None:
     handle.remove()
     assert used(model) is not model
     assert used(model.train()) is model
+
+
+def test_hooks_wherever_they_are() -> None:
+    model = drawn_model()
+    network = used(model)
+    layer = model.encoder.layers[0].self_attn
+    for register in (
+        layer.register_forward_hook,
+        layer.register_forward_pre_hook,
+        torch.nn.modules.module.register_module_forward_hook,
+        torch.nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert used(model) is model
+        handle.remove()
+        assert used(model) is network
+    layer._forward_hooks = OrderedDict()  # an idiom for leaving out all hooks
+    layer.register_forward_hook(lambda *_: None)
+    assert used(model) is model
+    layer._forward_hooks.clear()
+    model.decoder.layers[0].ffn.linear2 = layer = torch.nn.Linear(8, 8)
+    assert used(model) is not network
+    layer.register_forward_hook(lambda *_: None)
+    assert used(model) is model
 
 
 def test_copies_of_a_model_begin_without() -> None:
