@@ -16,8 +16,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from maskdino.ops.constants import is_traced
+
 Result = TypeVar("Result")
-# A computation that stops where it needs tensors on the host: it yields them, and is sent them.
+# A computation that stops where it needs tensors on the host: it yields them, and is sent them. One
+# that yields none lets others begin.
 Steps = Generator[Sequence[Tensor], list[Tensor], Result]
 
 PIXELS_AT_ONCE = 1 << 26  # of masks that are packed at one time
@@ -28,6 +31,8 @@ GATHERED_BITS = 0x0102040810204080
 def run_steps(computations: Sequence[Steps]) -> list:
     """Runs computations, round by round, so that what they ask for in one round is one copy.
 
+    Nothing is waited for while one of them can go on.
+
     Args:
         computations: all on one device.
 
@@ -36,19 +41,36 @@ def run_steps(computations: Sequence[Steps]) -> list:
     """
     results: list = [None] * len(computations)
     answers: dict[int, list[Tensor] | None] = dict.fromkeys(range(len(computations)))
+    requests: dict[int, Sequence[Tensor]] = {}
     while answers:
-        requests = {}
         for number, answer in answers.items():
             try:
                 steps = computations[number]
                 requests[number] = next(steps) if answer is None else steps.send(answer)
             except StopIteration as end:
+                requests.pop(number, None)
                 results[number] = end.value
-        copies = iter(to_host([tensor for asked in requests.values() for tensor in asked]))
-        answers = {
-            number: list(itertools.islice(copies, len(asked))) for number, asked in requests.items()
-        }
+        answers = {number: [] for number, asked in requests.items() if not asked}
+        if not answers:
+            copies = iter(to_host([tensor for asked in requests.values() for tensor in asked]))
+            answers = {
+                number: list(itertools.islice(copies, len(asked)))
+                for number, asked in requests.items()
+            }
     return results
+
+
+def asked_early(tensor: Tensor) -> Steps[Tensor]:
+    """The tensor on the host. Of a GPU no more is waited for than its copy.
+
+    Other computations begin meanwhile, whose kernels keep the GPU busy while the host goes on.
+    """
+    if not tensor.is_cuda or is_traced():
+        (copy,) = yield (tensor,)
+        return copy
+    on_its_way = OnItsWay([tensor])
+    yield ()
+    return on_its_way.arrived()[0]
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -80,7 +102,8 @@ def _in_one_copy(tensors: Sequence[Tensor], *, non_blocking: bool = False) -> li
     # Wide types first: each part then begins where its type may.
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     parts = [tensors[i].reshape(-1).view(torch.uint8) for i in order]
-    whole = torch.cat(parts).to("cpu", non_blocking=non_blocking)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    whole = whole.to("cpu", non_blocking=non_blocking)
     copies = whole.split([len(part) for part in parts])
     found = {
         i: copy.view(tensors[i].dtype).view(tensors[i].shape)
@@ -101,7 +124,7 @@ def true_first(flags: Tensor) -> Tensor:
 
     Unlike `nonzero`, whose result has a size that the host must wait for.
     """
-    return flags.logical_not().to(torch.uint8).argsort(stable=True)
+    return flags.to(torch.uint8).argsort(descending=True, stable=True)
 
 
 def pack_masks(masks: Tensor) -> Tensor:

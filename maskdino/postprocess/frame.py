@@ -106,7 +106,7 @@ def output_foregrounds(
             foreground = logits > 0
             if quality:  # nothing as large as the probabilities is made once more
                 total = logits.sigmoid_().mul_(foreground).sum((-2, -1))
-                means = total / (_areas(foreground) + 1e-6)
+                means = total / (mask_areas(foreground) + 1e-6)
         yield pack_masks(foreground) if packed else foreground, means if quality else None
 
 
@@ -153,11 +153,12 @@ def _in_one_pass(maps: Tensor) -> bool:
     )
 
 
-def _areas(masks: Tensor) -> Tensor:
-    """Pixels (N,) of masks (N, OH, OW) bool."""
+def mask_areas(masks: Tensor) -> Tensor:
+    """Pixels (N,) int32 of masks (N, OH, OW) bool."""
     if masks.device.type != "cpu" or torch.jit.is_tracing():
-        return masks.sum((-2, -1))
-    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int64)
+        # A GPU first makes numbers of the type of the sum, of all pixels.
+        return masks.sum((-2, -1), dtype=torch.int32)
+    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.int32)
 
 
 def mask_limits(boxes: Tensor, factor: float, things: Tensor | None = None) -> Tensor | None:
@@ -190,8 +191,10 @@ def output_boxes(boxes: Tensor, frame: Frame) -> Tensor:
         output * canvas / image
         for output, canvas, image in zip(frame.output, frame.canvas, frame.image, strict=True)
     )
-    x, y = cxcywh_to_xyxy(boxes.float()).unflatten(-1, (2, 2)).unbind(-1)
-    return torch.stack([x * width, y * height], dim=-1).flatten(-2)
+    corners = cxcywh_to_xyxy(boxes.float())  # a tensor of our own
+    corners[..., 0::2].mul_(width)
+    corners[..., 1::2].mul_(height)
+    return corners
 
 
 def mask_parts(predictions: Predictions, pixel_embedding: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,8 @@ def instance_steps(
     encoded, quality, kept = None, list[Tensor](), pairs.kept
     if predictions.mask_embeddings is not None:
         embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
-        limits = mask_limits(predictions.boxes[pairs.different], options.mask_limit)
+        limits = mask_limits(predictions.boxes, options.mask_limit)
+        limits = None if limits is None else limits[pairs.different]
         wanted = embeddings[pairs.different], pixel_embedding, frame, limits
         packed = compact and embeddings.device.type != "cpu"
         found = output_foregrounds(*wanted, quality=options.mask_scoring, packed=packed)
@@ -171,10 +172,11 @@ def instance_steps(
     if torch.jit.is_tracing():
         return _as_instances({name: value[kept] for name, value in fields.items()}, frame)
     if quality or pairs.which is None:
-        (number,) = yield (kept.sum(),)
-        index = true_first(kept)[: int(number)]
-        masks = fields.pop("pred_masks", None)
-        fields = {name: value[index] for name, value in fields.items()}
+        masks, order = fields.pop("pred_masks", None), true_first(kept)
+        fields = {name: value[order] for name, value in fields.items()}
+        (on_host,) = yield (kept,)
+        index = order[: np.count_nonzero(on_host)]
+        fields = {name: value[: len(index)] for name, value in fields.items()}
         if masks is not None:
             # A view of small masks would keep those in memory that are left out.
             copied = pairs.which is None and len(index) < len(masks)

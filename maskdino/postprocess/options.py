@@ -93,8 +93,13 @@ class InferenceOptions:
 
     def class_probs(self, class_logits: Tensor) -> Tensor:
         """(..., K) logits to probabilities of the real classes that compete with each other."""
-        scores = self.class_scores(class_logits)
-        return scores if self.cross_entropy else (scores / self.temperature).softmax(-1)
+        return self.competing(self.class_scores(class_logits))
+
+    def competing(self, class_scores: Tensor) -> Tensor:
+        """`class_probs` of `class_scores`, both (..., K)."""
+        if self.cross_entropy:
+            return class_scores
+        return (class_scores / self.temperature).softmax(-1)
 
 
 def _score_threshold(cfg: CfgNode) -> float:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from maskdino.ops.host import Steps, to_device, true_first
+from maskdino.ops.host import Steps, asked_early, to_device, true_first
+from maskdino.ops.points import joined
 from maskdino.postprocess.frame import (
     Frame,
     coarse_frame,
     full_size,
+    mask_areas,
     mask_limits,
     mask_parts,
     output_masks,
@@ -29,9 +31,9 @@ def segment_candidates(
     class_logits: Tensor, options: InferenceOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(..., Q, K) logits to which queries take part in panoptic results, their scores, classes."""
-    best = options.class_scores(class_logits).amax(-1)
-    scores, labels = options.class_probs(class_logits).max(-1)
-    return best > options.panoptic_score_threshold, scores, labels
+    class_scores = options.class_scores(class_logits)
+    scores, labels = options.competing(class_scores).max(-1)
+    return class_scores.amax(-1) > options.panoptic_score_threshold, scores, labels
 
 
 def is_segment(own: Tensor, won: Tensor, left: Tensor, options: InferenceOptions) -> Tensor:
@@ -73,84 +75,94 @@ def panoptic_steps(
     embeddings, pixel_embedding = mask_parts(predictions, pixel_embedding)
     takes_part, scores, labels = segment_candidates(predictions.class_logits, options)
     made = coarse_frame(frame, VALUES_PER_PIXEL) if compact else frame
-    (number,) = yield (takes_part.sum(),)
+    # All that can be launched before the host knows how many take part.
+    order = true_first(takes_part)
+    scores, labels, embeddings = scores[order].float(), labels[order], embeddings[order]
+    things, limits = is_thing[labels], None
+    if options.mask_limit:
+        limits = mask_limits(predictions.boxes[order], options.mask_limit, things)
+    number = int((yield from asked_early(takes_part)).sum())
     device = torch.device("cpu") if on_host else scores.device
     if not number:
         return torch.zeros(frame.output, dtype=torch.int32, device=device), []
-    chosen = true_first(takes_part)[: int(number)]
-    scores, labels = scores[chosen].float(), labels[chosen]
-    limits = mask_limits(predictions.boxes[chosen], options.mask_limit, is_thing[labels])
+    chosen = slice(number)
+    scores, labels, things = scores[chosen], labels[chosen], things[chosen]
+    limits = None if limits is None else limits[chosen]
     masks = output_masks(embeddings[chosen], pixel_embedding, made, limits)
-    winner, inside, own = _winners(scores, masks, made.output)
-    won, left = _pixels_won(winner, inside, len(chosen))
-    table = torch.stack([own, won, left, labels, is_thing[labels].long()])
-    rows = torch.where(inside, winner + 1, 0).to(torch.int32)  # of the table, or 0
-    table, scores, *copy = yield table, scores, *([rows] if on_host else [])
-    numbers, segments = _segments(table, scores, options)
-    rows, number_of = copy[0] if on_host else rows, to_device([0, *numbers], torch.int32, device)
-    ids = number_of.index_select(0, rows.flatten()).view(rows.shape)
+    places, areas = _places(scores, masks)
+    asked = areas, _pixels_won(places, number), labels, things, scores
+    found = yield (*asked, *([places.to(torch.int32)] if on_host else []))
+    numbers, segments = _segments(options, *found[: len(asked)])
+    number_of = to_device(numbers, torch.int32, device)
+    places = found[-1] if on_host else places
+    ids = number_of.index_select(0, places.flatten()).view(places.shape)
     return full_size(ids, frame), segments
 
 
-def _winners(
-    scores: Tensor, mask_logits: Iterator[Tensor], size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _places(scores: Tensor, mask_logits: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
     """To which query each pixel of a map goes.
 
     Returns:
-        The query (OH, OW) int64 with the largest score times probability; whether the pixel lies in
-        that query's mask (OH, OW) bool; and of each query its mask's area (U,) int64.
+        (OH, OW) int64, twice the query with the largest score times probability, and 1 more where
+        the pixel lies in that query's mask; and of each query its mask's area (U,) int32.
     """
-    best = torch.full(size, -1.0, device=scores.device)
-    winner = torch.zeros(size, dtype=torch.int64, device=scores.device)
-    inside = torch.zeros(size, dtype=torch.bool, device=scores.device)
-    own_area, begin = [], 0
+    areas, begin = list[Tensor](), 0
     for logits in mask_logits:
         probs = logits.sigmoid_()
-        own_area.append((probs >= 0.5).sum((1, 2)))
-        weighted, index = (probs * scores[begin : begin + len(probs), None, None]).max(0)
-        better = weighted > best
-        best = torch.where(better, weighted, best)
-        winner = torch.where(better, index + begin, winner)
-        inside = torch.where(better, probs.gather(0, index[None])[0] >= 0.5, inside)
+        weighted, query = (probs * scores[begin : begin + len(probs), None, None]).max(0)
+        own = probs >= 0.5
+        areas.append(mask_areas(own))
+        found = torch.add(own.gather(0, query[None])[0], query, alpha=2)
+        if not begin:
+            best, places = weighted, found
+        else:
+            better = weighted > best
+            best = torch.where(better, weighted, best)
+            places = torch.where(better, found + 2 * begin, places)
         begin += len(probs)
-    return winner, inside, torch.cat(own_area)
+    return places, joined(areas)
 
 
-def _pixels_won(winner: Tensor, inside: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Pixels (U,) int64 that each query wins, and those of them that lie in its mask.
+def _pixels_won(places: Tensor, number: int) -> Tensor:
+    """Pixels (U, 2) int64 that each query wins outside of its mask and in it.
 
     Each column of the image has counters of its own, as many threads that add to one would queue.
     """
-    width = winner.shape[1]
-    column = torch.arange(width, device=winner.device)
-    counter = ((2 * winner + inside) * width + column).flatten()
+    width = places.shape[1]
+    column = torch.arange(width, device=places.device)
+    counter = torch.add(column, places, alpha=width).flatten()
     counts = counter.new_zeros(number * 2 * width)
     counts.scatter_add_(0, counter, counter.new_ones(1).expand(len(counter)))
-    counts = counts.view(number, 2, width).sum(2)
-    return counts.sum(1), counts[:, 1]
+    return counts.view(number, 2, width).sum(2)
 
 
 def _segments(
-    table: Tensor, scores: Tensor, options: InferenceOptions
+    options: InferenceOptions,
+    areas: Tensor,
+    won: Tensor,
+    labels: Tensor,
+    things: Tensor,
+    scores: Tensor,
 ) -> tuple[list[int], list[dict]]:
-    """The number of each query's segment (0: none), and the segments.
+    """The segments, and the number of that (0: none) to which each of a map's places belongs.
 
     Args:
-        table: (5, U) int64, on the host: the areas of `is_segment`, class, and whether a thing.
-        scores: (U,).
         options: as for `is_segment`.
+        areas: (U,) pixels of the masks; on the host, as the others.
+        won: (U, 2) see `_pixels_won`.
+        labels: (U,) classes.
+        things: (U,) bool.
+        scores: (U,).
     """
-    own, won, left, labels, things = table
-    valid = is_segment(own.double(), won, left, options)
-    leading = leading_queries(labels, valid, things.bool()).tolist()
-    numbers, segments = [0] * len(leading), list[dict]()
+    valid = is_segment(areas.double(), won.sum(1), won[:, 1], options)
+    leading = leading_queries(labels, valid, things).tolist()
+    classes, is_thing, probs = labels.tolist(), things.tolist(), scores.tolist()
+    numbers, segments = [0] * (2 * len(leading)), list[dict]()
     for query in valid.nonzero()[:, 0].tolist():
         if leading[query] == query:
-            thing = bool(things[query])
-            segment = {"id": len(segments) + 1, "isthing": thing}
-            segment["category_id"] = int(labels[query])
-            segments.append(segment | ({"score": float(scores[query])} if thing else {}))
-            numbers[query] = len(segments)
-        numbers[query] = numbers[leading[query]]
+            thing = is_thing[query]
+            segment = {"id": len(segments) + 1, "isthing": thing, "category_id": classes[query]}
+            segments.append(segment | ({"score": probs[query]} if thing else {}))
+            numbers[2 * query + 1] = len(segments)
+        numbers[2 * query + 1] = numbers[2 * leading[query] + 1]
     return numbers, segments

@@ -61,8 +61,9 @@ def postprocess(
     arguments = (predictions, pixel_embedding, frame, options)
     on_host = compact or options.run_lengths
     makers = {
-        "semantic": lambda: semantic_steps(*arguments, compact and not class_maps),
+        # First, as it asks for a number first: a GPU makes the others' results meanwhile.
         "panoptic": lambda: panoptic_steps(*arguments, is_thing, compact, on_host),
+        "semantic": lambda: semantic_steps(*arguments, compact and not class_maps),
         "instance": lambda: instance_steps(*arguments, is_thing, on_host, features),
     }
     wanted = [task for task in makers if task in (options.tasks if tasks is None else tasks)]

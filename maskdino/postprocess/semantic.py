@@ -37,9 +37,11 @@ def semantic_steps(
     made = coarse_frame(frame, num_classes) if compact else frame
     tile = made if options.sum_in_output_frame else replace(made, output=made.image)
     shape, begin = (num_classes, tile.output[0] * tile.output[1]), 0
-    total = torch.zeros(shape, dtype=torch.float32, device=probs.device)
+    make = torch.empty if len(probs) else torch.zeros
+    total = make(shape, dtype=torch.float32, device=probs.device)
     for logits in output_masks(embeddings, pixel_embedding, tile):
-        total.addmm_(probs[begin : begin + len(logits)].t(), logits.sigmoid_().flatten(1))
+        some = probs[begin : begin + len(logits)].t()
+        total.addmm_(some, logits.sigmoid_().flatten(1), beta=min(begin, 1))  # 0: the first sets it
         begin += len(logits)
     total = total.unflatten(1, tile.output)
     if not options.sum_in_output_frame:

@@ -34,6 +34,26 @@ def test_what_is_asked_for_in_one_round_is_one_copy() -> None:
     assert run_steps([]) == []
 
 
+def test_who_asks_for_nothing_lets_others_begin_and_goes_on_before_anything_is_copied() -> None:
+    order: list[object] = []
+
+    def early() -> Steps[int]:
+        order.append("early")
+        order.append((yield ()))
+        (answer,) = yield (torch.tensor(1),)
+        return int(answer)
+
+    def late() -> Steps[int]:
+        order.append("late")
+        (answer,) = yield (torch.tensor(2),)
+        return int(answer)
+
+    with mock.patch.object(host, "to_host", wraps=to_host) as copy:
+        assert run_steps([early(), late()]) == [1, 2]
+    assert order == ["early", "late", []]
+    assert [len(call.args[0]) for call in copy.call_args_list if call.args[0]] == [2]
+
+
 def test_errors_of_a_computation_are_not_swallowed() -> None:
     def failing() -> Steps[None]:
         yield (torch.zeros(1),)
@@ -68,6 +88,9 @@ def test_true_first() -> None:
     flags = torch.tensor([False, True, False, True, True])
     assert true_first(flags).tolist() == [1, 3, 4, 0, 2]
     assert true_first(flags[:0]).tolist() == []
+    many = torch.rand(1000) > 0.5
+    expected = [*many.nonzero()[:, 0].tolist(), *(~many).nonzero()[:, 0].tolist()]
+    assert true_first(many).tolist() == expected
 
 
 @pytest.mark.parametrize("at_once", [1, 1 << 26])
