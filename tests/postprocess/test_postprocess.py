@@ -229,6 +229,19 @@ def test_semantic(frame: Frame, in_output: bool) -> None:
     assert torch.equal(make(compact=True)["semantic"], found.argmax(0).to(torch.uint8))
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_semantic_maps_begin_with_nothing(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was in their memory before."""
+    embeddings, pixels = drawn(FRAMES[1])
+    predictions = Predictions(torch.randn(QUERIES, CLASSES), torch.rand(QUERIES, 4), embeddings)
+    some, asked = predictions.map(lambda x: x[:number]), options(semantic_on=True)
+    make = partial(postprocess, some, pixels, FRAMES[1], asked, THINGS, tasks=["semantic"])
+    expected = make()["semantic"]
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: torch.zeros(*a, **k).fill_(7))
+    assert torch.equal(make()["semantic"], expected)
+    assert bool(expected.any()) == bool(number)
+
+
 def slow_panoptic(
     keep: Tensor, scores: Tensor, labels: Tensor, probs: Tensor, is_thing: Tensor
 ) -> tuple[Tensor, list[tuple[int, int, float]]]:
