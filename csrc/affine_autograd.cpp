@@ -1,58 +1,31 @@
-// Gradients of `affine`, in C++: it follows each convolution of a backbone, and steps of training
-// are bound by what the host does.
-#include <ATen/ATen.h>
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
-#include <optional>
-#include <tuple>
+// Gradients of `affine`, which follows each convolution of a backbone.
+#include "autograd.h"
 
 namespace maskdino {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using Optional = std::optional<at::Tensor>;
+at::Tensor affine(const at::Tensor& x, const Optional& scale, const at::Tensor& shift,
+                  const Optional& residual, bool relu);
 
-at::Tensor forward_of(const at::Tensor& x, const Optional& scale, const at::Tensor& shift,
-                      const Optional& residual, bool relu) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("maskdino::affine", "")
-                             .typed<at::Tensor(const at::Tensor&, const Optional&,
-                                               const at::Tensor&, const Optional&, bool)>();
-  return op.call(x, scale, shift, residual, relu);
+const auto& forward_operator() {
+  static const auto op = operator_like(affine, "maskdino::affine");
+  return op;
 }
 
 std::tuple<at::Tensor, at::Tensor> backward_of(const at::Tensor& grad, const Optional& output,
                                                const Optional& scale, bool with_x,
                                                bool with_residual) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("maskdino::affine_backward", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const Optional&,
-                                                    const Optional&, bool, bool)>();
+  static const auto op = operator_like(backward_of, "maskdino::affine_backward");
   return op.call(grad, output, scale, with_x, with_residual);
-}
-
-Optional given(const at::Tensor& tensor) {
-  return tensor.defined() ? Optional(tensor) : Optional();
 }
 
 struct Affine : public torch::autograd::Function<Affine> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x, const Optional& scale,
                             const at::Tensor& shift, const Optional& residual, bool relu) {
-    at::Tensor y;
-    {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      y = forward_of(x, scale, shift, residual, relu);
-    }
-    // Not y itself: where what is kept is computed again, as far as it is needed, y holds this
-    // function, which would hold y, and neither would ever be freed. Detached out here it has the
-    // version of y, by which autograd notices that somebody changed y in place.
-    context->save_for_backward(
-        {relu ? y.detach() : at::Tensor(), scale.has_value() ? *scale : at::Tensor()});
+    const at::Tensor y = below(forward_operator(), x, scale, shift, residual, relu);
+    // Not y itself: see autograd.h. Detached out here it has the version of y, by which autograd
+    // notices that somebody changed y in place.
+    context->save_for_backward({relu ? y.detach() : at::Tensor(), scale.value_or(at::Tensor())});
     context->saved_data["residual"] = residual.has_value();
     return y;
   }

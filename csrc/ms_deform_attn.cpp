@@ -1,6 +1,6 @@
 // The operators' names and signatures. spatial_shapes is [H0, W0, H1, W1, ...] on the host, so that
-// nothing waits for the device. csrc/README.md describes the tensors; maskdino/ops/_library.py adds
-// autograd and shape inference.
+// nothing waits for the device. csrc/README.md describes the tensors; gradients are in the files
+// *_autograd.cpp; maskdino/ops/_library.py adds shape inference.
 #include <torch/library.h>
 
 #include <string>

@@ -104,5 +104,5 @@ def _is_fused(norm: nn.Module, x: Tensor) -> TypeGuard[nn.GroupNorm]:
         and norm.weight is not None
         and norm.weight.dtype == torch.float32
         and not (is_traced() or is_hooked(norm))
-        and has_compiled("group_norm_backward", x.device)  # which came with the gradient
+        and has_compiled("group_norm", x.device)
     )

@@ -1,9 +1,8 @@
 """The compiled library behind `maskdino.ops.ms_deform_attn`: loading, shapes, gradients.
 
-The library file `maskdino/_C*.so` registers `torch.ops.maskdino` when it is loaded. What it
-lacks is registered here, once: output shapes without data (for `torch.compile` and
-`torch.export`) and which backward belongs to which forward. Backward recomputes locations and
-weights, so that only the inputs are kept.
+The library file `maskdino/_C*.so` registers `torch.ops.maskdino` when it is loaded, gradients
+included. What it lacks is registered here, once: output shapes without data, for `torch.compile`
+and `torch.export`; and gradients of attention, where it was built before it had them.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ OPERATORS = (
     "cpu_instruction_set",
     "cuda_architectures",
 )
+LEARNED = ("affine", "add_norm_train", "group_norm")  # of no use without their gradients
 _HOW_TO_BUILD = "build it with `python setup.py build_ext --inplace` or reinstall the package"
 
 
@@ -70,7 +70,7 @@ def _load() -> str:
 
 def _tell_of_missing(path: Path) -> None:
     """Log which operators a library lacks that was built before them: they are slower without."""
-    missing = [name for name in OPERATORS if not hasattr(torch.ops.maskdino, name)]
+    missing = [name for name in OPERATORS if not _is_whole(name)]
     if missing:
         logger.warning(
             "%s was built before this version: %s run in PyTorch's operations, slower; %s",
@@ -87,7 +87,24 @@ def is_loaded() -> bool:
 
 def has(operator: str) -> bool:
     """Tell whether the loaded library has an operator; one that was built earlier may lack some."""
-    return is_loaded() and hasattr(torch.ops.maskdino, operator)
+    return is_loaded() and _is_whole(operator)
+
+
+def _is_whole(operator: str) -> bool:
+    """Whether the library has an operator, and the gradient of one that is learned through."""
+    found = hasattr(torch.ops.maskdino, operator)
+    return found and not (operator in LEARNED and _lacks_gradient(operator))
+
+
+def _lacks_gradient(operator: str) -> bool:
+    """Whether the library was built when the gradient of an operator was still in Python."""
+    return not _has_kernel(operator, "Autograd")
+
+
+@functools.cache
+def _has_kernel(operator: str, key: str) -> bool:
+    """Whether the loaded library registered an operator for a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"maskdino::{operator}", key)
 
 
 def serves(device_type: str, index: int | None = None) -> bool:
@@ -101,7 +118,7 @@ def serves(device_type: str, index: int | None = None) -> bool:
     return (
         key is not None
         and is_loaded()
-        and torch._C._dispatch_has_kernel_for_dispatch_key("maskdino::ms_deform_attn_fused", key)
+        and _has_kernel("ms_deform_attn_fused", key)
         and not (device_type == "cuda" and _lacks_code(index))
     )
 
@@ -317,63 +334,8 @@ def _backward_fused(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grad_value, None, grad_offsets, grad_reference if wanted else None, None
 
 
-def _save_group_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, shift, weight, bias, _, _, ctx.relu, coarse, _ = inputs
-    if shift is not None:
-        raise NotImplementedError("group_norm has no gradient where there is a shift")
-    ctx.coarse = None if coarse is None else (coarse.shape[2:], coarse.dtype)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, bias, output[1])
-
-
-def _backward_group_norm(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    of_coarse = None
-    if ctx.coarse is not None and ctx.needs_input_grad[7]:
-        (height, width), dtype = ctx.coarse
-        of_coarse = torch.ops.maskdino.resize_backward(grad, height, width).to(dtype)
-    x, weight, bias, kept = ctx.saved_tensors
-    of_x, of_weight, of_bias = torch.ops.maskdino.group_norm_backward(
-        grad, x, weight, bias, kept, ctx.relu
-    )
-    return of_x, None, of_weight, of_bias, None, None, None, of_coarse, None
-
-
-def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, update, weight, _, _, rounded, position = inputs
-    ctx.dtype = update.dtype
-    ctx.position = None if position is None else (position.dim(), position.dtype)
-    ctx.set_materialize_grads(False)
-    made = zip(output[1:3], (rounded, position is not None), strict=True)
-    ctx.mark_non_differentiable(*(o for o, wanted in made if not wanted), *output[3:])
-    ctx.save_for_backward(*output[3:], weight)
-
-
-def _backward_norm(
-    ctx: Any, normed: Tensor | None, rounded: Tensor | None, placed: Tensor | None, *_: None
-) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad
-    of_sum, of_update, of_weight, of_bias = torch.ops.maskdino.add_norm_backward(
-        normed, rounded, placed, *ctx.saved_tensors, ctx.dtype, wanted[2] or wanted[3]
-    )
-    of_position = None
-    if wanted[6] and placed is not None:
-        dim, dtype = ctx.position
-        shared = list(range(placed.dim() - dim))  # dimensions that the position lacks
-        of_position = placed.sum(shared, dtype=torch.float32) if shared else placed
-        of_position = of_position.to(dtype)
-    return (
-        of_sum,
-        of_sum if ctx.dtype == torch.float32 else of_update,
-        of_weight if wanted[2] else None,
-        of_bias if wanted[3] else None,
-        None,
-        None,
-        of_position,
-    )
-
-
 def _register() -> None:
-    """Add shape functions and autograd to the operators of the loaded library."""
+    """Add shape functions to the operators of the loaded library, and the gradients it lacks."""
     fakes: dict[str, Callable[..., Any]] = {
         "ms_deform_attn": _fake,
         "ms_deform_attn_backward": _fake_backward,
@@ -397,15 +359,10 @@ def _register() -> None:
         fakes["resize_backward"] = _fake_resize_backward
     for name, fake in fakes.items():
         torch.library.register_fake(f"maskdino::{name}", fake)
-    if "group_norm" in fakes:
-        torch.library.register_autograd(
-            "maskdino::group_norm", _backward_group_norm, setup_context=_save_group_norm
-        )
-    if "add_norm_train" in fakes:
-        torch.library.register_autograd(
-            "maskdino::add_norm_train", _backward_norm, setup_context=_save_norm
-        )
-    torch.library.register_autograd("maskdino::ms_deform_attn", _backward, setup_context=_save)
-    torch.library.register_autograd(
-        "maskdino::ms_deform_attn_fused", _backward_fused, setup_context=_save_fused
-    )
+    gradients = {
+        "ms_deform_attn": (_backward, _save),
+        "ms_deform_attn_fused": (_backward_fused, _save_fused),
+    }
+    for name, (backward, save) in gradients.items():
+        if _lacks_gradient(name):
+            torch.library.register_autograd(f"maskdino::{name}", backward, setup_context=save)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from maskdino.ops import _library
-from maskdino.ops.recompute import recomputed
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Odd channels and pixels; single ones, which are of both layouts; none.
@@ -195,20 +192,6 @@ def test_bad_input_is_one_line(compiled: object) -> None:
 @pytest.mark.slow
 def test_bad_input_of_the_cuda_part(emulated: object) -> None:
     check_bad_input(emulated)
-
-
-def test_nothing_is_left_of_what_was_computed_again(compiled: object) -> None:
-    """Where it is the last of what the backward pass computes again, it is stopped in between."""
-    kept: list[StorageWeakRef] = []
-
-    def part(x: Tensor) -> Tensor:
-        hidden = x.exp()
-        kept.append(StorageWeakRef(hidden.untyped_storage()))
-        return compiled.affine(hidden, torch.ones(2), torch.zeros(2), None, True)
-
-    recomputed(part, torch.randn(1, 2, 3, 4, requires_grad=True)).sum().backward()
-    gc.collect()
-    assert len(kept) == 2 and all(storage.expired() for storage in kept)
 
 
 def test_a_result_that_was_changed_in_place_has_no_gradient(compiled: object) -> None:

@@ -24,7 +24,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(_library, "_has_kernel", lambda *_: True)
     monkeypatch.setattr(_library, "_load", lambda: "")
     monkeypatch.setattr(_library, "cuda_architectures", lambda: BUILT)
     _library._lacks_code_for.cache_clear()
@@ -96,3 +96,24 @@ def test_a_library_of_before_says_what_it_lacks(
     (record,) = caplog.records
     assert f"{library} was built before this version: of_tomorrow run" in record.getMessage()
     assert "build_ext" in record.getMessage()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_without_their_gradients_operators_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A library that was built while gradients were in Python: attention alone still has some."""
+    assert all(_library.has(name) for name in _library.LEARNED)
+    monkeypatch.setattr(_library, "_has_kernel", lambda _, key: key != "Autograd")
+    assert not any(_library.has(name) for name in _library.LEARNED)
+    assert _library.has("add_norm") and _library.serves("cpu")
+    _library._tell_of_missing(Path("some/_C.so"))
+    (record,) = caplog.records
+    assert all(name in record.getMessage() for name in _library.LEARNED)
+    registered = []
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
+    monkeypatch.setattr(
+        torch.library, "register_autograd", lambda name, *_, **__: registered.append(name)
+    )
+    _library._register()
+    assert registered == ["maskdino::ms_deform_attn", "maskdino::ms_deform_attn_fused"]
