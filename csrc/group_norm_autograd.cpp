@@ -34,6 +34,7 @@ struct GroupNorm : public torch::autograd::Function<GroupNorm> {
     const auto [normed, mean_and_scale] =
         below(forward_operator(), x, std::nullopt, weight, bias, groups, eps, relu, coarse, dtype);
     context->mark_non_differentiable({mean_and_scale});
+    context->set_materialize_grads(false);  // else that of the constant would be made, of zeros
     context->save_for_backward({x, weight, bias, mean_and_scale});
     context->saved_data["relu"] = relu;
     if (coarse.has_value()) {
