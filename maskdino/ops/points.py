@@ -39,10 +39,18 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
         (B, C, P), in the wider of the dtypes of maps and points.
     """
     dtype = torch.promote_types(maps.dtype, points.dtype)
-    grid = (2 * points).sub_(1).to(dtype).unsqueeze(1)  # (B, 1, P, 2)
     return F.grid_sample(
-        maps.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False
+        maps.to(dtype),
+        _grid(points, dtype),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=False,
     ).squeeze(2)
+
+
+def _grid(points: Tensor, dtype: torch.dtype) -> Tensor:
+    """Points (B, P, 2) as `grid_sample` wants them, (B, 1, P, 2) from -1 to 1."""
+    return torch.rsub(points, -1, alpha=-2).to(dtype).unsqueeze(1)  # 2 x - 1 in one launch
 
 
 def sample_packed_masks(masks: PackedMasks, index: Tensor, points: Tensor) -> Tensor:
@@ -211,8 +219,7 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
         at_once = _maps_at_once(ctx.size)
         if features.device.type == "cpu":
             at_once = min(at_once, items_at_once(ctx.size.numel() // 4, features.device))
-        grad_features = torch.zeros_like(features, dtype=grad_logits.dtype)
-        grad_embeddings = []
+        grad_features, grad_embeddings = None, []
         for part, grads, places in zip(
             embeddings.split(at_once),
             grad_logits.split(at_once),
@@ -221,7 +228,11 @@ class _MaskLogitsAtPoints(torch.autograd.Function):
         ):
             grad_maps = _spread(grads, places, ctx.size).flatten(1).to(features.dtype)
             grad_embeddings.append(torch.mm(grad_maps, features.t()))
-            grad_features += torch.mm(part.t(), grad_maps)
+            of_part = torch.mm(part.t(), grad_maps)
+            if grad_features is None:
+                grad_features = of_part
+            else:  # sums are not rounded to half
+                grad_features = grad_features.to(grad_logits.dtype).add_(of_part)
         grad_embeddings = joined(grad_embeddings).to(ctx.dtypes[0])
         return grad_embeddings, grad_features.unflatten(1, ctx.size).to(ctx.dtypes[1]), None
 
@@ -230,10 +241,9 @@ def _spread(values: Tensor, points: Tensor, size: torch.Size) -> Tensor:
     """The transpose of `sample_maps`: values (m, P) at points (m, P, 2) to maps (m, H, W)."""
     if torch.are_deterministic_algorithms_enabled():
         return _spread_in_order(values, points, size)
-    grid = (2 * points - 1).to(values.dtype).unsqueeze(1)
-    maps = values.new_zeros(()).expand(values.shape[0], 1, *size)  # only its shape matters
+    maps = values.new_empty(()).expand(values.shape[0], 1, *size)  # only its shape matters
     grad_maps, _ = torch.ops.aten.grid_sampler_2d_backward(
-        values[:, None, None], maps, grid, 0, 0, False, [True, False]
+        values[:, None, None], maps, _grid(points, values.dtype), 0, 0, False, [True, False]
     )
     return grad_maps.squeeze(1)
 
