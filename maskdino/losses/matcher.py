@@ -136,8 +136,8 @@ class HybridMatcher:
             [targets.labels.new_full((count,), i) for i, count in enumerate(targets.counts)]
         )  # (N,) of each object
         outputs, _, queries, _ = predictions.boxes.shape
-        # A pair holds copies of what is known of its query: a few objects at a time.
-        at_once = items_at_once(4 * outputs * queries, image.device)
+        # A pair holds what is known of its query, and corners of boxes: a few objects at a time.
+        at_once = items_at_once(8 * outputs * queries, image.device)
         few = [slice(i, i + at_once) for i in range(0, max(1, len(targets)), at_once)]
         if self.weights.class_weight:
             parts = [self._class_cost(predictions, targets, image, part) for part in few]

@@ -46,12 +46,14 @@ def generalized_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     Returns:
         (...) in [-1, 1].
     """
+    boxes_a, boxes_b = torch.broadcast_tensors(boxes_a, boxes_b)
     # In two views each: a gradient is then joined once, not filled up with zeros for every use.
     low_a, high_a = boxes_a.chunk(2, dim=-1)
     low_b, high_b = boxes_b.chunk(2, dim=-1)
-    intersection = _area(torch.maximum(low_a, low_b), torch.minimum(high_a, high_b))
-    hull = _area(torch.minimum(low_a, low_b), torch.maximum(high_a, high_b))
-    union = _area(low_a, high_a) + _area(low_b, high_b) - intersection
+    low = [torch.maximum(low_a, low_b), torch.minimum(low_a, low_b), low_a, low_b]
+    high = [torch.minimum(high_a, high_b), torch.maximum(high_a, high_b), high_a, high_b]
+    intersection, hull, area_a, area_b = _area(torch.stack(low), torch.stack(high))
+    union = area_a + area_b - intersection
     return intersection / (union + AREA_EPS) - (hull - union) / (hull + AREA_EPS)
 
 
