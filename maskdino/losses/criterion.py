@@ -202,11 +202,11 @@ class Criterion(Recomputing):
         return losses | self._weighted(terms, outputs.names)
 
     def _weighted(self, terms: dict[str, Tensor], suffixes: Sequence[str]) -> dict[str, Tensor]:
-        return {
-            f"{term}{suffix}": loss
-            for term, values in terms.items()
-            for suffix, loss in zip(suffixes, (values * self.weights[term]).unbind(), strict=True)
-        }
+        if not terms:
+            return {}
+        names = [f"{term}{suffix}" for term in terms for suffix in suffixes]
+        weighted = torch.stack([values * self.weights[term] for term, values in terms.items()])
+        return dict(zip(names, weighted.flatten().unbind(), strict=True))
 
     def _mean_objects(self, targets: Targets) -> float:
         """Mean number of objects per process, at least 1."""
@@ -236,9 +236,11 @@ class Criterion(Recomputing):
             of_pairs |= self._boxes(predictions.boxes.float(), targets, matches)
         if with_masks and self.weights.keys() & MASK_LOSSES.keys():
             of_pairs |= self._masks(predictions, pixel_embedding, targets, matches)
-        for term, loss in of_pairs.items():
-            total = loss.new_zeros(len(predictions.boxes)).index_add(0, matches.output, loss)
-            terms[term] = total / normalizer
+        if of_pairs:
+            losses = torch.stack(list(of_pairs.values()), dim=1)  # (M, terms)
+            total = losses.new_zeros(len(predictions.boxes), len(of_pairs))
+            total = total.index_add(0, matches.output, losses) / normalizer
+            terms |= dict(zip(of_pairs, total.unbind(1), strict=True))
         return terms
 
     def _of_pairs(

@@ -146,7 +146,8 @@ def mask_dice_cost(logits: Tensor, labels: Tensor) -> Tensor:
     """`mask_dice_loss` of all pairs: (..., Q, P), (..., N, P) to (..., Q, N)."""
     probability = logits.sigmoid()
     total = probability.sum(-1, keepdim=True) + labels.sum(-1)[..., None, :]
-    return 1 - (2 * _sums_of_products(probability, labels) + 1) / (total + 1)
+    overlap = _sums_of_products(probability, labels)
+    return 1 - torch.rsub(overlap, 1, alpha=-2) / (total + 1)  # 2 x + 1 in one launch
 
 
 def _sums_of_products(values: Tensor, labels: Tensor) -> Tensor:
