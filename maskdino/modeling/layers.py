@@ -23,10 +23,11 @@ def rounded(
 ) -> Tensor:
     """`operation(first, *others)`, which has the shape of the first, in another type.
 
-    Where nothing is learned it is one launch: numbers are computed in the wider type, and written
-    in the other.
+    Where nothing is learned from the tensors it is one launch: numbers are computed in the wider
+    type, and written in the other.
     """
-    if first.dtype == to or torch.is_grad_enabled() or is_traced():
+    learned = torch.is_grad_enabled() and any(x.requires_grad for x in (first, *others))
+    if first.dtype == to or learned or is_traced():
         return operation(first, *others).to(to)
     return operation(first, *others, out=torch.empty_like(first, dtype=to))
 
