@@ -1,8 +1,9 @@
-"""Weights in autocast's type for a training step, those of a layer converted at once.
+"""Weights in autocast's type for a training step, those of a part converted at once.
 
 Autocast converts each weight when it is read, and its gradient on the way back. With some 300 of
 them these are most of a step's conversions, and a launch each. Here one launch converts the weights
-of a layer, and one their gradients: the same numbers.
+of a part, such as the decoder, and one their gradients: the same numbers. Where several processes
+train, parts are layers: gradients are sent while those of layers before are computed.
 
 On a GPU tensor cores want maps channels-last, and cuDNN turns what is not, each time it reads it:
 maps, weights and gradients. Maps follow the kernels. So these are converted into that layout, a
@@ -55,10 +56,11 @@ def half_weights(
     dtype, before = torch.get_autocast_dtype(device.type), dict[Place, nn.Parameter]()
     turned = {m for part in maps for m in part.modules()} if device.type == "cuda" else set()
     try:
-        layers = defaultdict[str, dict[Place, nn.Parameter]](dict)
+        parts = defaultdict[str, dict[Place, nn.Parameter]](dict)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
         for place, (layer, weight) in convertible_weights(model, leave).items():
-            layers[layer][place] = weight
-        for weights in layers.values():
+            parts[layer if several else layer.partition(".")[0]][place] = weight
+        for weights in parts.values():
             before |= weights
             last = [module in turned and _has_layouts(w) for (module, _), w in weights.items()]
             converted = _Converted.apply(dtype, last, *weights.values())
@@ -136,11 +138,12 @@ def _copied(
     """Copies, some of them in a layout."""
     copies, alike = [], []
     for x, turn in zip(sources, turned, strict=True):
-        plain = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
+        dense = x.is_contiguous()
+        plain = torch.contiguous_format if dense else torch.preserve_format
         made = torch.empty_like(x, dtype=dtype, memory_format=layout if turn else plain)
         copies.append(made)
         # Tensors of other strides would be copied one by one, and all others with them.
-        if made.stride() == x.stride() or (made.is_contiguous() and x.is_contiguous()):
+        if (dense and made.is_contiguous()) or made.stride() == x.stride():
             alike.append((made, x))
         else:
             made.copy_(x)

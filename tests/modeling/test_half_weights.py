@@ -93,6 +93,18 @@ def test_what_is_converted() -> None:
     assert all(isinstance(p, nn.Parameter) for m in model.modules() for p in m._parameters.values())
 
 
+@pytest.mark.parametrize(("several", "nodes"), [(False, 1), (True, 3)])
+def test_gradients_of_layers_wait_for_each_other_in_one_process_alone(
+    several: bool, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3))
+    model = nn.ModuleDict({"part": nn.ModuleDict({"layers": layers})})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: several)
+    with torch.autocast("cpu", dtype=torch.bfloat16), half_weights(model, CPU):
+        found = {linear.weight.grad_fn for layer in layers for linear in layer}
+    assert len(found) == nodes
+
+
 class Copies(TorchDispatchMode):
     """Counts operations that copy or make a clone."""
 
