@@ -171,9 +171,9 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
     def clipper(parameters: Iterable[nn.Parameter]) -> Tensor:
         trained = [p for p in parameters if p.grad is not None]
         gradients = [p.grad for p in trained if p.grad is not None]
-        total_norm = torch.nn.utils.get_total_norm(gradients, norm_type)
-        if kind == "full_model":
-            torch.nn.utils.clip_grads_with_norm_(trained, bound, total_norm)
+        total_norm = _total_norm(gradients, norm_type)
+        if kind == "full_model" and gradients:
+            torch._foreach_mul_(gradients, (bound / (total_norm + 1e-6)).clamp(max=1.0))
         elif kind == "value":
             torch.nn.utils.clip_grad_value_(trained, bound)
         elif kind == "norm":
@@ -182,3 +182,11 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
         return total_norm
 
     return clipper
+
+
+def _total_norm(gradients: list[Tensor], norm_type: float) -> Tensor:
+    """`torch.nn.utils.get_total_norm`, which sorts gradients by device and dtype before."""
+    if not gradients:
+        return torch.zeros(())
+    norms = torch._foreach_norm(gradients, norm_type)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)

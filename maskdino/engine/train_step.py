@@ -45,7 +45,7 @@ class LossReader:
     def __init__(self, losses: dict[str, Tensor], extra: Tensor, *, told: bool = False) -> None:
         self.ends = False
         self._names = sorted(losses)
-        own = torch.stack([losses[name].detach().float() for name in self._names])  # (L,)
+        own = torch.stack([losses[name] for name in self._names]).detach().float()  # (L,)
         mean = own
         if comm.get_world_size() > 1:
             mean = torch.cat([own, own.new_full((1,), float(told))]) / comm.get_world_size()
