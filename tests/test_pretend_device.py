@@ -102,12 +102,12 @@ EVALUATION = {
 # Launches of training on two images, and of inference of one: the most that were counted, and a few
 # percent.
 LAUNCHES = {
-    "instance": (840, 265),
-    "panoptic": (840, 305),
-    "semantic": (765, 205),
-    "detection": (600, 220),
-    "bitmask": (780, 262),
-    "stable matching": (960, 265),
+    "instance": (705, 265),
+    "panoptic": (705, 305),
+    "semantic": (630, 205),
+    "detection": (495, 220),
+    "bitmask": (655, 262),
+    "stable matching": (815, 265),
 }
 
 

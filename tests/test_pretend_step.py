@@ -35,7 +35,7 @@ LAYERS = {
 }
 OBJECTS = (5, 3)
 OUTPUTS_AT_ONCE = 4  # whose costs that model's 300 queries and 12,544 points leave room for
-FORWARD, STEP = 1250, 2900  # launches: forward pass with losses, and the whole step
+FORWARD, STEP = 1140, 2690  # launches: forward pass with losses, and the whole step
 INFERENCE = {"instance": (450, 1), "panoptic": (480, 2)}  # launches and waits from image to results
 
 
