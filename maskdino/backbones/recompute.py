@@ -13,12 +13,12 @@ from maskdino.ops.recompute import recomputed
 
 
 def recompute_first_stages(backbone: Backbone, level: str) -> None:
-    """Lets a backbone recompute its stem and, at the level "all", its first stage (in place).
+    """Lets a backbone recompute its stem and its first stage at the level "all" (in place).
 
     Names of weights stay. Backbones other than detectron2's ResNet stay as they are.
     """
-    if isinstance(backbone, ResNet) and level != "none":
-        for part in (backbone.stem, *backbone.stages[: level == "all"]):
+    if isinstance(backbone, ResNet) and level == "all":
+        for part in (backbone.stem, backbone.stages[0]):
             part.forward = partial(_forward, part)
 
 

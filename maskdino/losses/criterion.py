@@ -306,8 +306,8 @@ class Criterion(Recomputing):
                 matched.split(matches.pairs_per_image), pixel_embedding, strict=True
             )
         ]
-        again = self.recomputes("cheap", "all")
-        return recomputed(self._at_points, sampled, targets, matches, when=again)
+        args = sampled, targets, matches
+        return recomputed(self._at_points, *args, when=self.recomputes("all"))
 
     def _at_points(
         self, sampled: list[tuple[Tensor, Tensor]], targets: Targets, matches: Matches
@@ -320,7 +320,9 @@ class Criterion(Recomputing):
         ]
         logits = joined([of_image for of_image, _ in sampled])
         counts = targets.has_mask[matches.target]
-        return self._of_pairs(MASK_LOSSES, logits, joined(labels), counts)
+        args = MASK_LOSSES, logits, joined(labels), counts
+        # To read labels takes as long as all the rest together.
+        return recomputed(self._of_pairs, *args, when=self.recomputes("cheap"))
 
 
 def denoising_matches(denoised: DenoisedOutputs, targets: Targets) -> Matches:

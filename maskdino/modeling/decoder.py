@@ -19,7 +19,7 @@ from maskdino.modeling.attention import (
     SelfAttention,
     attention_bias,
 )
-from maskdino.modeling.layers import MLP, add_norm, box_sine_embedding
+from maskdino.modeling.layers import MLP, add_norm, box_sine_embedding, copy_of
 from maskdino.ops.boxes import bounded_logits
 from maskdino.ops.recompute import Recomputing, recomputed
 from maskdino.structures import Memory, Queries
@@ -64,11 +64,11 @@ class DecoderLayer(Recomputing):
     ) -> Tensor:
         """Content and position (B, Q, C), anchors (B, Q, 4) in [0, 1] to content (B, Q, C)."""
         seen = self.self_attn(content, position, mask)
-        content, _, queries = add_norm(self.self_norm, content, seen, position)
+        content, _, queries, _ = add_norm(self.self_norm, content, seen, position)
         args = queries, memory.tokens, memory.spatial_shapes, anchors
         read = recomputed(self.cross_attn, *args, when=self.recomputes("cheap", "all"))
-        content, read, _ = add_norm(self.cross_norm, content, read, read=True)
-        return add_norm(self.ffn_norm, content, self.ffn(read))[0]
+        content, read, *_ = add_norm(self.cross_norm, content, read, read=True)
+        return add_norm(self.ffn_norm, content, self.ffn(read)).tokens
 
 
 class Decoder(nn.Module):
@@ -145,16 +145,16 @@ class Decoder(nn.Module):
         entered_logits = anchor_logits
         states = [DecoderState(content, anchors)]
         layers = self.layers[:num_layers]
-        if last_alone and layers:
-            # Else each layer would convert it; here no gradients are summed.
-            read_as = cast(DecoderLayer, layers[0]).cross_attn.dtype
-            memory = replace(memory, tokens=memory.tokens.to(read_as))
+        tokens = memory.tokens
+        if layers:  # else each layer would convert them, and keep its copy
+            tokens = tokens.to(cast(DecoderLayer, layers[0]).cross_attn.dtype)
         embedding = self.channels_per_coordinate, self.position_head.dtype
         sines: Tensor | None = None  # of the anchors, where they are there already
         for number, layer in enumerate(layers, start=1):
             if sines is None:
                 sines = box_sine_embedding(anchors, *embedding)
-            content = layer(content, self.position_head(sines), anchors, memory, mask)
+            read = replace(memory, tokens=copy_of(memory.tokens, tokens))
+            content = layer(content, self.position_head(sines), anchors, read, mask)
             if last_alone:
                 refined = heads.norm(content) if number == len(layers) else content
                 anchors, anchor_logits, sines = heads.next_boxes(refined, anchor_logits, *embedding)

@@ -3,6 +3,8 @@
 Shape key: B images, S tokens of all levels, C channels, L levels; H, W of a level.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +13,20 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from maskdino.modeling.attention import FeedForward, LayerSizes, MultiScaleDeformableAttention
-from maskdino.modeling.layers import add_norm, is_norm_fused, map_sine_embedding, rounded
+from maskdino.modeling.layers import (
+    add_norm,
+    is_norm_fused,
+    map_sine_embedding,
+    norm_again,
+    rounded,
+)
 from maskdino.modeling.norms import group_norm, pointwise, projected
-from maskdino.ops.recompute import Recomputing, recomputed
+from maskdino.ops.constants import is_traced
+from maskdino.ops.ms_deform_attn import keeps_samples
+from maskdino.ops.recompute import Again, Recomputing, recomputed
 from maskdino.structures import Memory, SpatialShapes
 
 NORM_GROUPS = 32  # of the group norms after projections
-
-# The tokens and, with their position added, the queries (B, S, C) that a layer's attention reads,
-# perhaps in the type in which products are computed.
-Read = tuple[Tensor, Tensor]
 
 
 class EncoderLayer(Recomputing):
@@ -38,43 +44,61 @@ class EncoderLayer(Recomputing):
         tokens: Tensor,
         position: Tensor,
         spatial_shapes: SpatialShapes,
-        read: Read | None = None,
-    ) -> tuple[Tensor, Read | None]:
+        read: Again | None = None,
+    ) -> tuple[Tensor, Again | None]:
         """Attends and transforms.
 
         Args:
             tokens: (B, S, C).
             position: (S, C).
             spatial_shapes: (height, width) of each level.
-            read: of the layer before.
+            read: of the layer before, `_read` of the tokens; None: it is made of them.
 
         Returns:
-            Tokens (B, S, C); and what the next layer reads, if the launch that makes them makes
-            it. Whoever computes again does so from the tokens alone.
+            Tokens (B, S, C); and what the next layer reads, where the norm makes it, or where the
+            backward pass is to make it of what the norm keeps: of its sum.
         """
-        args = tokens, position, spatial_shapes, read
-        tokens, update = recomputed(self._update, *args, when=self.recomputes("all"))
-        if self.recomputes("cheap", "all") or not is_norm_fused(self.norm2, tokens):
-            return add_norm(self.norm2, tokens, update)[0], None
-        tokens, values, queries = add_norm(self.norm2, tokens, update, position, read=True)
-        return tokens, (values, queries)
+        again = self.recomputes("cheap", "all")
+        if is_traced():  # compilers know checkpoints alone
+            given = tokens, position, spatial_shapes
+            tokens, update = recomputed(self._update_of, *given, when=again)
+            return add_norm(self.norm2, tokens, update).tokens, None
+        cheap = self.recomputes("cheap") and not keeps_samples(tokens.device)
+        dtype = self.self_attn.dtype
+        if read is None:
+            make = partial(_read, tokens.detach(), position.detach(), dtype)
+            read = Again(_read(tokens, position, dtype), make)
+        args = read, spatial_shapes, cheap
+        tokens, update = recomputed(self._update, *args, when=again and not cheap)
+        if not (again or is_norm_fused(self.norm2, tokens)):
+            return add_norm(self.norm2, tokens, update).tokens, None
+        normed = add_norm(self.norm2, tokens, update, position, read=True)
+        make = partial(norm_again, self.norm2, normed.total.detach(), position.detach(), dtype)
+        return normed.tokens, Again(normed[:3], make)
+
+    def _update_of(
+        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes
+    ) -> tuple[Tensor, Tensor]:
+        read = _read(tokens, position, self.self_attn.dtype)
+        return self._update(lambda: read, spatial_shapes)
 
     def _update(
-        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes, read: Read | None
+        self,
+        read: Callable[[], Sequence[Tensor]],
+        spatial_shapes: SpatialShapes,
+        cheap: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Tokens after attention, and what the feed-forward network adds to them."""
-        args = tokens, position, spatial_shapes, read
-        tokens, rows = recomputed(self._attend, *args, when=self.recomputes("cheap"))
-        return tokens, self.ffn(rows)
+        tokens, values, queries = read()
+        again = (lambda: read()[:0:-1]) if cheap else None  # queries, values
+        seen = self.self_attn(queries, values, spatial_shapes, None, again)
+        tokens, rows, *_ = add_norm(self.norm1, tokens, seen, read=True)
+        return tokens, self.ffn(rows, again=cheap)
 
-    def _attend(
-        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes, read: Read | None
-    ) -> tuple[Tensor, Tensor]:
-        if read is None:
-            read = tokens, rounded(torch.add, tokens, position, to=self.self_attn.dtype)
-        values, queries = read
-        seen = self.self_attn(queries, values, spatial_shapes, None)
-        return add_norm(self.norm1, tokens, seen, read=True)[:2]
+
+def _read(tokens: Tensor, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens; and in a type values and, with the position added, queries: (B, S, C) each."""
+    return tokens, tokens.to(dtype), rounded(torch.add, tokens, position, to=dtype)
 
 
 class MultiScaleDeformableEncoder(nn.Module):
@@ -150,7 +174,7 @@ class MultiScaleDeformableEncoder(nn.Module):
         ]
         cells = map_sine_embedding(spatial_shapes, tokens.shape[2], tokens.device)
         position = cells + torch.cat(of_level)
-        read: Read | None = None
+        read: Again | None = None
         for layer in self.layers:
             tokens, read = layer(tokens, position, spatial_shapes, read)
         return Memory(tokens, spatial_shapes)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import TypeGuard, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from maskdino.structures import SpatialShapes
 
 TEMPERATURE = 10000.0  # of the sine embeddings
 WORTH_ONEDNN = 1 << 24  # multiply-adds of a linear layer
+WORTH_FUSING = 1 << 24  # results of a linear layer that ReLU would read and write again
 
 
 def rounded(
@@ -38,7 +39,13 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def linear_relu(layer: nn.Module, x: Tensor) -> Tensor:
-    """ReLU of a linear layer, (..., in) to (..., out): on a GPU one launch in inference."""
+    """ReLU of a linear layer, (..., in) to (..., out).
+
+    On a GPU it is one launch in inference, and for many rows in half precision in training.
+    """
+    if _is_learned_at_once(layer, x):
+        dtype = torch.get_autocast_dtype("cuda")
+        return _LinearReLU.apply(*(t.to(dtype) for t in (x, layer.weight, layer.bias)))
     if not unseen(layer):
         return _relu(layer(x), x)
     if not x.is_cuda or is_converted(layer.weight):
@@ -66,6 +73,40 @@ def product(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> T
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, kind, [], "")
     made = F.linear(x, weight, bias)
     return _relu(made, x) if relu else made
+
+
+def _is_learned_at_once(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    return (
+        type(layer) is nn.Linear
+        and x.is_cuda
+        and x.dim() == 2
+        and x.shape[0] * layer.out_features >= WORTH_FUSING
+        and torch.is_autocast_enabled("cuda")
+        and torch.is_grad_enabled()
+        and layer.bias is not None
+        and not (is_traced() or is_hooked(layer))
+    )
+
+
+class _LinearReLU(torch.autograd.Function):
+    """Rows (N, in), weight (out, in) and bias (out,) of one half type to (N, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        made = torch._addmm_activation(bias, rows, weight.t())
+        ctx.save_for_backward(rows, weight, made)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, made = ctx.saved_tensors
+        grad = torch.ops.aten.threshold_backward(grad, made, 0)
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            grad.mm(weight) if of_rows else None,
+            grad.t().mm(rows) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
 
 
 def _relu(made: Tensor, x: Tensor) -> Tensor:
@@ -132,6 +173,22 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
+class Normed(NamedTuple):
+    """LayerNorm of a sum, and what the next products read of it; what nobody asked for is anything.
+
+    Attributes:
+        tokens: (..., C).
+        values: the same in the type of products.
+        queries: in that type, with a position added.
+        total: the sum itself, which the norm keeps in training; else it may be anything.
+    """
+
+    tokens: Tensor
+    values: Tensor
+    queries: Tensor
+    total: Tensor
+
+
 def add_norm(
     norm: nn.LayerNorm,
     x: Tensor,
@@ -139,7 +196,7 @@ def add_norm(
     position: Tensor | None = None,
     *,
     read: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Normed:
     """LayerNorm of a sum, and what the next products read of it.
 
     Args:
@@ -148,24 +205,57 @@ def add_norm(
         update: (..., C), in the type in which products are computed.
         position: (..., C) or the last of these dimensions; None where none is read.
         read: whether a product reads the result itself.
-
-    Returns:
-        `norm(x + update)`; this, perhaps rounded to the type of `update`; and in that type, with
-        the position added. What was not asked for is anything.
     """
     if not is_norm_fused(norm, x):
-        normed = norm(x + update)
+        total = x + update
+        normed = norm(total)
+        values = normed.to(update.dtype) if read else normed
         if position is None:
-            return normed, normed, normed
-        return normed, normed, rounded(torch.add, normed, position, to=update.dtype)
+            return Normed(normed, values, normed, total)
+        queries = rounded(torch.add, normed, position, to=update.dtype)
+        return Normed(normed, values, queries, total)
     half = read and update.dtype != x.dtype
     if position is not None and position.dtype != x.dtype:
         position = position.to(update.dtype)
     operator = getattr(torch.ops.maskdino, _norm_operator())
-    normed, in_half, placed, *_ = operator(
+    normed, in_half, placed, *kept = operator(
         x, update, norm.weight, norm.bias, norm.eps, half, position
     )
-    return normed, in_half if half else normed, placed
+    return Normed(normed, in_half if half else normed, placed, kept[0] if kept else normed)
+
+
+@torch.no_grad()
+def norm_again(
+    norm: nn.LayerNorm, total: Tensor, position: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, values and queries as `add_norm` made them of this sum, without gradients.
+
+    `dtype` is the one in which products are computed.
+    """
+    nothing = torch.zeros_like(total, dtype=dtype)
+    return add_norm(norm, total, nothing, position, read=True)[:3]
+
+
+def copy_of(x: Tensor, copied: Tensor) -> Tensor:
+    """`copied`, which is x in another type, for one of several readers.
+
+    Each reader's gradient comes to x by itself, as from a copy of its own: they are summed in the
+    type of x.
+    """
+    if x.dtype == copied.dtype or not (torch.is_grad_enabled() and x.requires_grad):
+        return copied
+    return _Copy.apply(x, copied.detach())
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, copied: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return copied.view_as(copied)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
 
 
 def is_converted(weight: Tensor) -> bool:

@@ -260,6 +260,11 @@ def has_compiled(operator: str, device: torch.device) -> bool:
     return chosen == "compiled" and _library.has(operator)
 
 
+def keeps_samples(device: torch.device) -> bool:
+    """Tell whether attention on a device keeps more than it is given for its backward."""
+    return choose_backend(device.type, "auto", device.index) == "reference"
+
+
 def explain_backend(device_type: str, backend: str, index: int | None = None) -> tuple[str, str]:
     """Tell which form runs, and why it is not a faster one (empty where it is the fastest).
 

@@ -78,11 +78,27 @@ def test_add_norm(learned: bool) -> None:
         update = torch.randn(2, 3, 6).to(dtype)
         expected = norm(x + update)
         with torch.set_grad_enabled(learned):
-            normed, read, _ = add_norm(norm, x, update, read=True)
-            assert read is normed and torch.equal(normed, expected)
-            normed, read, placed = add_norm(norm, x, update, position, read=True)
+            normed, read, *_ = add_norm(norm, x, update, read=True)
+            assert torch.equal(normed, expected) and torch.equal(read, expected.to(dtype))
+            normed, read, placed, total = add_norm(norm, x, update, position, read=True)
         assert torch.equal(normed, expected) and normed.requires_grad == learned
-        assert read is normed and torch.equal(placed, (expected + position).to(dtype))
+        assert torch.equal(read, expected.to(dtype)) and torch.equal(total, x + update)
+        assert torch.equal(placed, (expected + position).to(dtype))
+        again = norm_again(norm, total.detach(), position, dtype)
+        assert all(map(torch.equal, again, (normed, read, placed)))
+
+
+def test_readers_of_a_copy_send_their_gradients_one_by_one() -> None:
+    """Sums of two numbers far apart: in half precision the small one would be lost."""
+    x = torch.ones(3, requires_grad=True)
+    half = x.to(torch.bfloat16)
+    first, second = copy_of(x, half), copy_of(x, half)
+    assert first.data_ptr() == second.data_ptr() == half.data_ptr()
+    (first.float().sum() * 256 + second.float().sum()).backward()
+    assert torch.equal(x.grad, torch.full((3,), 257.0))
+    assert copy_of(x, x) is x
+    with torch.no_grad():
+        assert copy_of(x, half) is half
 
 
 def test_a_norm_with_a_hook_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
