@@ -17,6 +17,7 @@ from maskdino.losses import matcher
 from maskdino.model import MaskDINO
 from maskdino.modeling import layers, norms
 from maskdino.ops import _library
+from maskdino.ops.recompute import LEVELS
 from tests.helpers import CHANNELS, NARROW, NODE, drawn_batch, tiny_cfg
 from tests.pretend_backward import backward
 from tests.pretend_device import OnDevice, PretendDevice, missing_api
@@ -218,3 +219,33 @@ def test_gradients_are_those_of_the_norms_one_by_one(
     for name, grad in expected.items():
         error = (grads[name] - grad).norm() / grad.norm().clamp(min=1e-6)
         assert error < 1e-5, (name, error)
+
+
+@pytest.mark.skipif(not _library.has("add_norm_train"), reason="the library was built earlier")
+def test_levels_of_recomputing_have_the_same_gradients(
+    device: PretendDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, in half precision: as a GPU computes, with ReLU in products and without."""
+    found, launches = [], []
+    for worth in (1 << 62, 0):
+        monkeypatch.setattr(layers, "WORTH_FUSING", worth)
+        for level in LEVELS:
+            torch.manual_seed(1)
+            model = MaskDINO(tiny_cfg(RECOMPUTE=level, ENCODER__NUM_LAYERS=2)).train()
+            for name, weight in model.named_parameters():
+                if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+                    torch.nn.init.normal_(weight, std=0.05)
+            device.put(model)
+            torch.manual_seed(2)
+            device.clear()
+            with autocast(torch.bfloat16):
+                losses = model(drawn_batch(SIZES, OBJECTS))
+            launches.append(device.launches["_addmm_activation"])
+            sum(losses.values()).backward()
+            named = model.named_parameters()
+            found.append(losses | {n: p.grad for n, p in named if p.grad is not None})
+    assert launches[:3] == [0] * 3 and min(launches[3:]) > 0
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, tensor in found[0].items():
+            assert torch.equal(other[name].numbers, tensor.numbers), name

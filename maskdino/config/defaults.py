@@ -45,7 +45,7 @@ def _add_model(cfg: CfgNode) -> None:
     # code).
     model.MASK_ON = True
     # What a training step computes again in the backward pass instead of keeping it: "none";
-    # "cheap", what takes few products; or "all", feed-forward networks of the encoder too.
+    # "cheap", what is large for the time that it takes; or "all", all but a sum of encoder layers.
     model.RECOMPUTE = "none"
     for key in RECOMPUTE_BEFORE:
         cfg.register_deprecated_key(key)

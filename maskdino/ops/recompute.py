@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -40,7 +41,12 @@ def recomputed(function: Callable[..., T], *args: object, when: bool = True) -> 
     """
     if not when:
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    devices = [x.on_device() for x in args if isinstance(x, Again)]
+    if not devices:
+        return again(function, *args)
+    # A checkpoint looks among its arguments for the device whose autocast it is to enter again.
+    return again(lambda *_: function(*args), *devices)
 
 
 class Again:
@@ -54,6 +60,10 @@ class Again:
         self._tensors: Sequence[Tensor] = tensors
         self._make = make
         self._learned = [x.requires_grad for x in tensors]
+
+    def on_device(self) -> Tensor:
+        """An empty tensor where the tensors are; to be asked before they are handed over."""
+        return self._tensors[0].new_empty(0)
 
     def __call__(self) -> Sequence[Tensor]:
         """The tensors; those that are made again have no history."""

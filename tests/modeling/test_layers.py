@@ -10,10 +10,12 @@ from maskdino.modeling.layers import (
     MLP,
     add_norm,
     box_sine_embedding,
+    copy_of,
     has_onednn,
     linear,
     linear_relu,
     map_sine_embedding,
+    norm_again,
     rounded,
 )
 

@@ -25,7 +25,7 @@ SHAPE = {
     "LOSS__NUM_POINTS": 1024,
 }
 SIZES, OBJECTS = ((128, 128), (96, 128)), (3, 2)
-KEPT = {"cheap": 0.59, "all": 0.315}  # at most, of what is kept without recomputing
+KEPT = {"cheap": 0.46, "all": 0.29}  # at most, of what is kept without recomputing
 
 
 def model(level: str) -> MaskDINO:
@@ -55,7 +55,7 @@ def test_gradients_stay_and_less_is_kept(
     (loss, gradients), (expected, expected_gradients) = found[level], found["none"]
     assert torch.equal(loss, expected) and gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        assert torch.equal(gradients[name], gradient), name
     assert kept[level] <= KEPT[level] * kept["none"], kept
 
 
