@@ -242,7 +242,8 @@ def capture_step(
         torch.cuda.device(device),
         torch.random.fork_rng([device.index]),  # what is drawn here is of no step
         holding_constants() as constants,
-        torch.autocast(device.type, enabled=False),
+        # Also what is computed again in the backward pass converts weights as they are then.
+        torch.autocast(device.type, enabled=False, cache_enabled=False),
     ):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

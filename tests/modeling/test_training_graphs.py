@@ -268,12 +268,20 @@ def test_what_a_capture_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDAGraph", "Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Idle)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    cached, gradients = [], training_graphs._gradients
+
+    def watched(*args: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        cached.append(torch.is_autocast_cache_enabled())
+        return gradients(*args)
+
+    monkeypatch.setattr(training_graphs, "_gradients", watched)
     _, model = pair()
     content = torch.randn(2, 6, 64, requires_grad=True)
     inputs = torch.randn(2, 3, 64, 64), content, torch.randn(2, 6, 4), torch.arange(6) // 3
     weights = list(model.parameters())
     held = capture_step(model._network, inputs, weights, "pool")
     assert modes == ["thread_local", "thread_local"]
+    assert cached == [False, False] and torch.is_autocast_cache_enabled()
     assert all(torch.equal(a, b) and a is not b for a, b in zip(held.inputs, inputs, strict=True))
     expected = tensors_of(model._network(*inputs))
     for ours, theirs in zip(tensors_of(held.result), expected, strict=True):
