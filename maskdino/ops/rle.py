@@ -111,7 +111,7 @@ def counts_of_text(text: str) -> list[int]:
     """
     counts: list[int] = []
     value = shift = 0
-    for code in text.encode():
+    for code in map(ord, text):
         digit = code - 48
         if not 0 <= digit < 64:
             raise ValueError(f"run lengths hold the character {chr(code)!r}")
