@@ -30,7 +30,10 @@ NORM_GROUPS = 32  # of the group norms after projections
 
 
 class EncoderLayer(Recomputing):
-    """Deformable self-attention and feed-forward network, each with residual sum and LayerNorm."""
+    """Deformable self-attention and feed-forward network, each with residual sum and LayerNorm.
+
+    `_update` is the layer up to its last sum; `forward` chooses what the backward pass keeps of it.
+    """
 
     def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
