@@ -29,11 +29,7 @@ def replay_network(model: nn.Module) -> bool:
     Raises:
         ValueError: the model is another architecture, whose network is not known.
     """
-    if not isinstance(model, MaskDINO):
-        raise ValueError(
-            f"SOLVER.CUDA_GRAPHS is for models of the class MaskDINO, not {type(model).__name__}: "
-            "set it to False"
-        )
+    model = _known(model, "SOLVER.CUDA_GRAPHS")
     if model.device.type != "cuda":
         logger.warning("SOLVER.CUDA_GRAPHS is on, but the model trains on: %s", model.device)
         return False
@@ -57,11 +53,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> bool:
     Raises:
         ValueError: the model is another architecture, whose layers are not known.
     """
-    if not isinstance(model, MaskDINO):
-        raise ValueError(
-            f"SOLVER.COMPILE is for models of the class MaskDINO, not {type(model).__name__}: "
-            "set it to False"
-        )
+    model = _known(model, "SOLVER.COMPILE")
     reason = _why_not(model.device, backend)
     if reason:
         logger.warning("SOLVER.COMPILE is on, but layers train as they are: %s", reason)
@@ -78,6 +70,14 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> bool:
         backend,
     )
     return True
+
+
+def _known(model: nn.Module, key: str) -> MaskDINO:
+    if isinstance(model, MaskDINO):
+        return model
+    raise ValueError(
+        f"{key} is for models of the class MaskDINO, not {type(model).__name__}: set it to False"
+    )
 
 
 def _compile_in_training(module: nn.Module, backend: str, *, dynamic: bool | None) -> None:
