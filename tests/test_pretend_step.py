@@ -189,6 +189,20 @@ def test_gradients_are_those_of_the_cpu(device: PretendDevice, objects: tuple[in
             assert (found - parameter.grad).norm() < 1e-3 * scale, name
 
 
+def learning(device: PretendDevice, level: str) -> tuple[MaskDINO, dict[str, torch.Tensor]]:
+    """A model that recomputes, and its losses in half precision; only these are recorded."""
+    torch.manual_seed(1)
+    model = MaskDINO(tiny_cfg(RECOMPUTE=level, ENCODER__NUM_LAYERS=2)).train()
+    for name, weight in model.named_parameters():  # zeros at first: queries had no gradient
+        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+            torch.nn.init.normal_(weight, std=0.05)
+    device.put(model)
+    torch.manual_seed(2)
+    device.clear()
+    with autocast(torch.bfloat16):
+        return model, model(drawn_batch(SIZES, OBJECTS))
+
+
 @pytest.mark.skipif(not _library.has("add_norm_train"), reason="the library was built earlier")
 @pytest.mark.parametrize("level", ["none", "cheap", "all"])
 def test_gradients_are_those_of_the_norms_one_by_one(
@@ -198,16 +212,7 @@ def test_gradients_are_those_of_the_norms_one_by_one(
     found = []
     for has in (layers.has_compiled, lambda *_: False):
         monkeypatch.setattr(layers, "has_compiled", has)
-        torch.manual_seed(1)
-        model = MaskDINO(tiny_cfg(RECOMPUTE=level, ENCODER__NUM_LAYERS=2)).train()
-        for name, weight in model.named_parameters():  # zeros at first: queries had no gradient
-            if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
-                torch.nn.init.normal_(weight, std=0.05)
-        device.put(model)
-        torch.manual_seed(2)
-        device.clear()
-        with autocast(torch.bfloat16):
-            losses = model(drawn_batch(SIZES, OBJECTS))
+        model, losses = learning(device, level)
         sum(losses.values()).backward()
         grads = {n: p.grad.numbers for n, p in model.named_parameters() if p.grad is not None}
         found.append((losses, grads, device.launches["add_norm_backward"]))
@@ -230,16 +235,7 @@ def test_levels_of_recomputing_have_the_same_gradients(
     for worth in (1 << 62, 0):
         monkeypatch.setattr(layers, "WORTH_FUSING", worth)
         for level in LEVELS:
-            torch.manual_seed(1)
-            model = MaskDINO(tiny_cfg(RECOMPUTE=level, ENCODER__NUM_LAYERS=2)).train()
-            for name, weight in model.named_parameters():
-                if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
-                    torch.nn.init.normal_(weight, std=0.05)
-            device.put(model)
-            torch.manual_seed(2)
-            device.clear()
-            with autocast(torch.bfloat16):
-                losses = model(drawn_batch(SIZES, OBJECTS))
+            model, losses = learning(device, level)
             launches.append(device.launches["_addmm_activation"])
             sum(losses.values()).backward()
             named = model.named_parameters()
