@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from maskdino.modeling.layers import is_hooked
 from maskdino.ops.constants import holding_constants
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ class TrainingGraphs:
 
 def _why_not(model: nn.Module) -> str:
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if is_hooked(module):
             return f"{name or 'the model'} has a hook, which a graph would pass over"
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
             return f"{name} is batch norm that learns its statistics"
