@@ -17,6 +17,7 @@ from PIL import Image
 
 from maskdino.cli.prepare import common
 from maskdino.data import (
+    DataError,
     build_train_mapper,
     check_datasets,
     datasets,
@@ -93,6 +94,12 @@ def test_missing_segments_and_folders_are_errors(tmp_path: Path, scenes: dict) -
     with pytest.raises(common.PreparationError, match="panoptic_train2017.json does not exist"):
         prepare("coco_semantic", "--root", tmp_path)
     folder = synthetic.write_coco(tmp_path, scenes)
+    annotations = folder / "annotations/panoptic_train2017.json"
+    whole = annotations.read_text()
+    annotations.write_text(whole[:-5])
+    with pytest.raises(DataError, match="panoptic_train2017.json cannot be read as JSON"):
+        prepare("coco_semantic", "--root", tmp_path)
+    annotations.write_text(whole)
     png = folder / "panoptic_train2017/000000000001.png"
     Image.fromarray(np.zeros_like(read(png))).save(png)
     with pytest.raises(

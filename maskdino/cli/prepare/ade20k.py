@@ -24,16 +24,13 @@ TASKS = ("semantic", "instance", "panoptic")
 SPLITS = {"train": "training", "val": "validation"}
 
 
-def make_semantic(source: Path, output: Path, overwrite: bool) -> bool:
-    """Makes one semantic map; False if it was there."""
-    path = output / source.name
-    if path.exists() and not overwrite:
-        return False
+def make_semantic(item: tuple[Path, Path]) -> None:
+    """Makes one semantic map."""
+    path, source = item
     labels = common.read_pixels(source)
     if labels.dtype != np.uint8 or labels.ndim != 2 or labels.max() > 150:
         raise common.PreparationError(f"{source} is no map of the classes 0 to 150")
     save_png(path, labels - np.uint8(1))  # 0, "none", becomes 255
-    return True
 
 
 def objects_of(source: Path) -> list[tuple[int, np.ndarray]]:
@@ -148,9 +145,9 @@ def prepare_semantic(folder: Path, split: str, workers: int, overwrite: bool) ->
     truth = folder / "annotations" / SPLITS[split]
     sources = common.find_files(truth, "*.png", "ADE20K's semantic annotations")
     output = folder / "annotations_detectron2" / SPLITS[split]
-    work = partial(make_semantic, output=output, overwrite=overwrite)
-    made = sum(common.run(work, sources, workers, str(output)))
-    common.say(f"{output}: {made} maps made, {len(sources) - made} were there")
+    common.make_maps(
+        make_semantic, {output / x.name: x for x in sources}, workers, overwrite, str(output)
+    )
 
 
 @errors_in_one_line()

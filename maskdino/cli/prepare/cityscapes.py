@@ -24,11 +24,9 @@ TRAIN_IDS = {category["id"]: category["trainId"] for category in CITYSCAPES_CATE
 THINGS = {category["id"] for category in CITYSCAPES_CATEGORIES if category["isthing"]}
 
 
-def make_train_ids(source: Path, overwrite: bool) -> bool:
-    """Makes one map of training classes; False if it was there."""
-    path = source.with_name(source.name.replace("_labelIds", "_labelTrainIds"))
-    if path.exists() and not overwrite:
-        return False
+def make_train_ids(item: tuple[Path, Path]) -> None:
+    """Makes one map of training classes."""
+    path, source = item
     table = np.full(256, common.VOID, np.uint8)
     table[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
     labels = common.read_pixels(source)
@@ -37,7 +35,6 @@ def make_train_ids(source: Path, overwrite: bool) -> bool:
             f"{source} is no map of label ids: {labels.dtype} {labels.shape}"
         )
     save_png(path, table[labels])
-    return True
 
 
 def make_panoptic(source: Path, output: Path, overwrite: bool) -> list[dict]:
@@ -107,9 +104,8 @@ def prepare_train_ids(folder: Path, split: str, workers: int, overwrite: bool) -
     """Makes the maps of training classes of a split."""
     pattern = "*/*_gtFine_labelIds.png"
     sources = common.find_files(folder / "gtFine" / split, pattern, "Cityscapes' fine annotations")
-    work = partial(make_train_ids, overwrite=overwrite)
-    made = sum(common.run(work, sources, workers, f"{split}: labelTrainIds"))
-    common.say(f"{split}: {made} maps labelTrainIds made, {len(sources) - made} were there")
+    maps = {x.with_name(x.name.replace("_labelIds", "_labelTrainIds")): x for x in sources}
+    common.make_maps(make_train_ids, maps, workers, overwrite, f"{split}: labelTrainIds")
 
 
 @errors_in_one_line()

@@ -9,7 +9,6 @@ an interruption.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -22,31 +21,25 @@ from maskdino.data.images import save_png
 from maskdino.data.reading import ids_of_colors
 
 
-def convert(
-    annotation: dict, numbers: dict[int, int], panoptic: Path, output: Path, overwrite: bool
-) -> bool:
-    """Makes one map; False if it was there."""
-    path = Path(inside(output, annotation["file_name"], output))
-    if path.exists() and not overwrite:
-        return False
+def convert(item: tuple[Path, dict], numbers: dict[int, int], panoptic: Path) -> None:
+    """Makes one map."""
+    path, annotation = item
     source = Path(inside(panoptic, annotation["file_name"], panoptic))
     ids = ids_of_colors(common.read_pixels(source))
     labels = np.full(ids.shape, common.VOID, np.uint8)
     for segment, mask in common.masks_of_segments(annotation["segments_info"], ids, source):
         labels[mask] = numbers[segment["category_id"]]
     save_png(path, labels)
-    return True
 
 
 def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwrite: bool) -> None:
     """Makes the maps of one split."""
-    content = json.loads(common.require(json_file, "panoptic annotations").read_text())
+    content = common.read_annotations(json_file, "panoptic annotations")
     common.require(panoptic, "the PNG files of the panoptic annotations")
     numbers = {category["id"]: i for i, category in enumerate(content["categories"])}
-    work = partial(convert, numbers=numbers, panoptic=panoptic, output=output, overwrite=overwrite)
-    made = sum(common.run(work, content["annotations"], workers, str(output)))
-    kept = len(content["annotations"]) - made
-    common.say(f"{output}: {made} maps made, {kept} were there (--overwrite makes them anew)")
+    maps = {Path(inside(output, x["file_name"], output)): x for x in content["annotations"]}
+    work = partial(convert, numbers=numbers, panoptic=panoptic)
+    common.make_maps(work, maps, workers, overwrite, str(output))
 
 
 @errors_in_one_line()

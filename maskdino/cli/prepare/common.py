@@ -1,4 +1,4 @@
-"""What the preparations share: parallel work with a progress bar, and files written whole."""
+"""What the preparations share: parallel work with a progress bar, reading and writing of files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from maskdino.cli import common
 from maskdino.cli.common import CommandError
 from maskdino.data.images import BROKEN
+from maskdino.data.reading import read_json
 from maskdino.ops.rle import encode_mask, to_json
 from maskdino.system.files import written_whole
 
@@ -28,11 +29,6 @@ VOID = 255  # in maps of classes: no class
 
 class PreparationError(CommandError):
     """Something is missing or wrong in the downloaded files."""
-
-
-def say(text: str) -> None:
-    """Prints a line without tearing a progress bar."""
-    tqdm.write(text)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -51,6 +47,11 @@ def require(path: Path, what: str) -> Path:
     if not path.exists():
         raise PreparationError(f"{path} does not exist: it should be {what} (datasets/README.md)")
     return path
+
+
+def read_annotations(path: Path, what: str) -> dict[str, Any]:
+    """The content of a JSON file, which should be there (see `require`), or a DataError."""
+    return read_json(str(require(path, what)))
 
 
 def find_files(folder: Path, pattern: str, what: str) -> list[Path]:
@@ -80,6 +81,20 @@ def run(
             raise
 
 
+def make_maps(
+    make: Callable[[tuple[Path, Any]], None],
+    sources: Mapping[Path, Any],
+    workers: int,
+    overwrite: bool,
+    what: str,
+) -> None:
+    """Calls `make` for each path of a map with its source, unless it is there; says how many."""
+    missing = [item for item in sources.items() if overwrite or not item[0].exists()]
+    run(make, missing, workers, what)
+    kept = len(sources) - len(missing)
+    print(f"{what}: {len(missing)} maps made, {kept} were there (--overwrite makes them anew)")
+
+
 def save_json(path: Path, content: dict) -> None:
     """Writes JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +106,7 @@ def is_done(path: Path, overwrite: bool) -> bool:
     """Whether a file is there and stays; says so."""
     done = path.exists() and not overwrite
     if done:
-        say(f"{path} is there already: left as it is (--overwrite makes it anew)")
+        print(f"{path} is there already: left as it is (--overwrite makes it anew)")
     return done
 
 

@@ -9,7 +9,6 @@ format that have none: with them a panoptic model is also judged by its box AP a
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[di
 
 def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwrite: bool) -> None:
     """Makes the instances of one annotation file."""
-    content = json.loads(common.require(json_file, "panoptic annotations").read_text())
+    content = common.read_annotations(json_file, "panoptic annotations")
     common.require(panoptic, "the PNG files of the panoptic annotations")
     if common.is_done(output, overwrite):
         return
@@ -49,7 +48,7 @@ def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwri
     annotations = [{"id": number, **instance} for number, instance in enumerate(flat, start=1)]
     result = {"images": content["images"], "categories": categories, "annotations": annotations}
     common.save_json(output, result)
-    common.say(f"{output}: {len(annotations)} instances of {len(categories)} categories")
+    print(f"{output}: {len(annotations)} instances of {len(categories)} categories")
 
 
 @errors_in_one_line()

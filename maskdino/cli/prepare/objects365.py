@@ -8,7 +8,6 @@ images and their boxes, and says what was left out. `--max-images` takes a rando
 
 from __future__ import annotations
 
-import json
 import random
 from functools import partial
 from pathlib import Path
@@ -35,14 +34,14 @@ def prepare(folder: Path, split: str, max_images: int | None, workers: int) -> d
     """Annotations of the readable images of a split."""
     images_folder = common.require(folder / split, "the folder of the images")
     source = folder / "annotations" / f"zhiyuan_objv2_{split}.json"
-    content = json.loads(common.require(source, "the downloaded annotations").read_text())
+    content = common.read_annotations(source, "the downloaded annotations")
     paths = {path.name: path for path in images_folder.rglob("*.jpg")}
     found = []
     for image in content["images"]:
         path = paths.get(Path(image["file_name"]).name)
         if path is not None:
             found.append({**image, "file_name": path.relative_to(images_folder).as_posix()})
-    common.say(
+    print(
         f"{split}: {len(content['images']) - len(found)} of {len(content['images'])} images missing"
     )
     if max_images is not None and max_images < len(found):
@@ -51,7 +50,7 @@ def prepare(folder: Path, split: str, max_images: int | None, workers: int) -> d
         partial(is_readable, folder=images_folder), found, workers, f"{split}: reading"
     )
     images = [image for image, good in zip(found, readable, strict=True) if good]
-    common.say(
+    print(
         f"{split}: {len(found) - len(images)} images cannot be read or have another size: left out"
     )
     if not images:
@@ -75,4 +74,4 @@ def main(words: list[str] | None = None) -> None:
             common.save_json(
                 output, prepare(folder, split, arguments.max_images, arguments.workers)
             )
-            common.say(f"{output} written")
+            print(f"{output} written")

@@ -7,7 +7,6 @@ smaller one is on top. Maps that are there already are kept.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +20,9 @@ from maskdino.data.images import save_png
 from maskdino.ops.rle import decode_segmentation
 
 
-def convert(
-    item: tuple[dict, list[dict]], numbers: dict[int, int], output: Path, overwrite: bool
-) -> bool:
-    """Makes the map of one image; False if it was there."""
-    image, annotations = item
-    path = Path(inside(output, image["file_name"], output)).with_suffix(".png")
-    if path.exists() and not overwrite:
-        return False
+def convert(item: tuple[Path, tuple[dict, list[dict]]], numbers: dict[int, int]) -> None:
+    """Makes the map of one image from its annotations."""
+    path, (image, annotations) = item
     size = (image["height"], image["width"])
     labels = np.zeros(size, np.uint8)
     crowds_first_then_large = sorted(
@@ -39,21 +33,21 @@ def convert(
         mask = decode_segmentation(annotation["segmentation"], size)
         labels[mask] = common.VOID if crowd else numbers[annotation["category_id"]]
     save_png(path, labels)
-    return True
 
 
 def prepare(json_file: Path, output: Path, workers: int, overwrite: bool) -> None:
     """Makes the maps of one annotation file."""
-    content = json.loads(common.require(json_file, "COCO annotations").read_text())
+    content = common.read_annotations(json_file, "COCO annotations")
     ids = sorted(category["id"] for category in content["categories"])
     by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
-    items = [(image, by_image[image["id"]]) for image in content["images"]]
-    numbers = {category: i for i, category in enumerate(ids, start=1)}
-    work = partial(convert, numbers=numbers, output=output, overwrite=overwrite)
-    made = sum(common.run(work, items, workers, str(output)))
-    common.say(f"{output}: {made} maps made, {len(items) - made} were there")
+    maps = {
+        Path(inside(output, x["file_name"], output)).with_suffix(".png"): (x, by_image[x["id"]])
+        for x in content["images"]
+    }
+    work = partial(convert, numbers={category: i for i, category in enumerate(ids, start=1)})
+    common.make_maps(work, maps, workers, overwrite, str(output))
 
 
 @errors_in_one_line()
