@@ -26,7 +26,7 @@ from maskdino.checkpoint.released_weights import (
 )
 from maskdino.model import MaskDINO
 from maskdino.modeling.query_selection import UnifiedQuerySelection
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text, written_whole
 
 # Tensors whose size depends on the classes or the number of learned queries: fine-tuning may start
 # them anew.
@@ -86,8 +86,7 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Names the checkpoint that a resumed run starts from."""
-        with written_whole(os.path.join(self.save_dir, LAST)) as temporary:
-            temporary.write_text(last_filename_basename)
+        write_text(os.path.join(self.save_dir, LAST), last_filename_basename)
 
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to go on from; see `find_resumption`."""

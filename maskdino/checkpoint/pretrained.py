@@ -28,7 +28,7 @@ from maskdino.checkpoint.reading import CheckpointError
 from maskdino.checkpoint.tensor_files import SUFFIX, read_texts, write_tensors
 from maskdino.integration.extensions import config_header
 from maskdino.metrics import flatten
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text
 
 WEIGHTS = f"model{SUFFIX}"
 CONFIG, CATEGORIES, METRICS, CARD = "config.yaml", "categories.json", "metrics.json", "README.md"
@@ -130,7 +130,6 @@ def save_pretrained(
     state = model.state_dict()
     if half:
         state = _rounded(state)
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         CONFIG: configuration,
         CATEGORIES: json.dumps(categories_to_list(known.categories), indent=1),
@@ -138,8 +137,7 @@ def save_pretrained(
         CARD: model_card(cfg, known, sum(x.numel() for x in model.parameters())),
     }
     for name, text in texts.items():
-        with written_whole(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     write_tensors(folder / WEIGHTS, state, {ABOUT: known.to_json(), "config": configuration})
     return folder
 

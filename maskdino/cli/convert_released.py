@@ -30,7 +30,7 @@ from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.config.loading import get_value, one_line
 from maskdino.model import MaskDINO
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text, written_whole
 
 OTHER_MODELS = {
     "MASK_DINO": "this project",
@@ -76,10 +76,8 @@ def convert(config: Path, weights: Path | None, output: Path) -> list[str]:
             raise CommandError(f"{config} describes no model: {one_line(error)}") from error
     else:
         remarks += _convert_weights(weights, output, cfg)
-    output.mkdir(parents=True, exist_ok=True)
-    with written_whole(output / "config.yaml") as path:
-        values = {"VERSION": cfg.VERSION, **differences(cfg, load_config())}
-        path.write_text(yaml.safe_dump(values, sort_keys=True))
+    values = {"VERSION": cfg.VERSION, **differences(cfg, load_config())}
+    write_text(output / "config.yaml", yaml.safe_dump(values, sort_keys=True))
     return remarks
 
 

@@ -34,7 +34,7 @@ from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.evaluation.report import report_paths, write_report
 from maskdino.integration.extensions import add_import_option, config_header
 from maskdino.system.devices import configured_device, settle_device
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text
 from maskdino.system.precision import check_precision
 
 logger = logging.getLogger("maskdino.train_net")
@@ -93,8 +93,7 @@ def set_up(cfg: CfgNode, *, is_evaluation: bool = False) -> CfgNode:
         path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
         if is_evaluation and os.path.exists(path):
             path = os.path.join(cfg.OUTPUT_DIR, "evaluation.yaml")
-        with written_whole(path) as temporary:
-            temporary.write_text(config_header() + cfg.dump())
+        write_text(path, config_header() + cfg.dump())
         copy_record([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], Path(cfg.OUTPUT_DIR))
         logger.info("Command: %s", " ".join(sys.argv))
         logger.info("The whole configuration is in %s", path)

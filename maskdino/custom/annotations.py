@@ -21,6 +21,7 @@ from maskdino.data import DataError
 from maskdino.data.annotation_checks import LISTS, format_problem
 from maskdino.data.reading import read_json
 from maskdino.ops.rle import box_and_area
+from maskdino.system.files import write_text
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,8 @@ def write_annotations(data: Annotations, path: Path) -> list[dict]:
         "annotations": annotations,
         "categories": categories,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = _with_segments(content) if data.task == "panoptic" else content
-    path.write_text(json.dumps(content), encoding="utf-8")
+    write_text(path, json.dumps(content))
     return categories
 
 

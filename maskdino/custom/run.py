@@ -27,6 +27,7 @@ from maskdino.engine.run_folder import locked, open_logs
 from maskdino.evaluation.report import write_report
 from maskdino.integration.extensions import config_header
 from maskdino.model_zoo import read_config
+from maskdino.system.files import write_text
 
 NO_WEIGHTS = "none"
 DEFAULT_CONFIGS = {"cuda": "custom/maskdino_R50", "cpu": "custom/maskdino_small"}
@@ -129,8 +130,8 @@ def plan_run(request: Request) -> tuple[Run, str]:
     text = plan_text(cfg, data, machine, epochs, memory, pace)
     if data.notes:
         text += "\n" + "\n".join(data.notes)
-    (request.output / "plan.txt").write_text(f"{text}\n", encoding="utf-8")
-    run.config.write_text(config_header() + cfg.dump())  # last: it says that the run is planned
+    write_text(request.output / "plan.txt", f"{text}\n")
+    write_text(run.config, config_header() + cfg.dump())  # last: it says that the run is planned
     return run, text
 
 

@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.custom.measure import WARM_UP, total_seconds
 from maskdino.engine.trainer import MaskDINOTrainer
+from maskdino.system.files import write_text
 
 PLAN_NAME = "plan.json"
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         """Writes it to the folder of a run."""
-        (folder / PLAN_NAME).write_text(json.dumps(asdict(self)), encoding="utf-8")
+        write_text(folder / PLAN_NAME, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, folder: Path) -> Plan | None:

@@ -174,7 +174,7 @@ def config_header() -> str:
 def read_header(config_file: str) -> str:
     """Gives what a configuration's file was made with, as a sentence; empty if it does not tell."""
     if os.path.isfile(config_file):
-        with open(config_file) as file:
+        with open(config_file, encoding="utf-8") as file:
             line = file.readline().strip()
         if line.startswith(HEADER):
             return f" The file was made with {line.removeprefix(HEADER)}."

@@ -46,6 +46,13 @@ def written_whole(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Pat
             temporary.unlink()
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file of text, in UTF-8, whole or not at all; makes its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def _sync_folder(folder: Path) -> None:
     """Waits until the disk has the names in a folder, where the system can."""
     if os.name != "posix":

@@ -10,7 +10,7 @@ import pytest
 
 from maskdino.system import files
 from maskdino.system.errors import WriteError
-from maskdino.system.files import MARK, clear_left, write_errors, written_whole
+from maskdino.system.files import MARK, clear_left, write_errors, write_text, written_whole
 
 
 @pytest.mark.parametrize("sync", [True, False])
@@ -80,3 +80,11 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     clear_left(tmp_path)
     assert [path.exists() for path in removed] == [False] * len(removed)
     assert [path.exists() for path in kept] == [True] * len(kept)
+
+
+def test_text_is_written_whole_in_a_folder_that_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "Größe.txt"
+    for text in ("1 µm\n", "2 µm\n"):
+        write_text(path, text)
+        assert path.read_bytes() == text.encode()
+    assert list(path.parent.iterdir()) == [path]

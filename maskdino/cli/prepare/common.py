@@ -22,7 +22,7 @@ from maskdino.cli.common import CommandError
 from maskdino.data.images import BROKEN
 from maskdino.data.reading import read_json
 from maskdino.ops.rle import encode_mask, to_json
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text
 
 VOID = 255  # in maps of classes: no class
 
@@ -97,9 +97,7 @@ def make_maps(
 
 def save_json(path: Path, content: dict) -> None:
     """Writes JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content))
+    write_text(path, json.dumps(content))
 
 
 def is_done(path: Path, overwrite: bool) -> bool:
