@@ -201,7 +201,7 @@ def check_model(device: torch.device) -> str:
 def examine() -> Findings:
     """Prints everything, and returns what was found."""
     findings = Findings()
-    print(f"maskdino {program.VERSION} in {Path(program.__file__).parent}")
+    print(f"maskdino {program.VERSION} in {Path(program.__file__).parents[1]}")
     system = f"{platform.system()} {platform.release()}"
     print(f"Python {platform.python_version()} on {system}\n\npackages")
     check_packages(findings)

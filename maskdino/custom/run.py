@@ -23,7 +23,7 @@ from maskdino.custom.training import CustomTrainer, Plan
 from maskdino.data import DataError
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
 from maskdino.engine.evaluating import write_results
-from maskdino.engine.run_folder import locked, open_logs
+from maskdino.engine.run_folder import check_folder, locked, open_logs
 from maskdino.evaluation.report import write_report
 from maskdino.integration.extensions import config_header
 from maskdino.model_zoo import read_config
@@ -110,6 +110,18 @@ def plan_run(request: Request) -> tuple[Run, str]:
         if request.config is None
         else read_start(request.config, request)
     )
+    check_folder(request.output, resume=True)
+    with locked(request.output):  # two plans would write over each other's files
+        if run.is_planned():
+            raise DataError(
+                f"{run.output} holds a run: go on with --resume, or choose another folder"
+            )
+        text = _plan(cfg, run, machine, request)
+    return run, text
+
+
+def _plan(cfg: CfgNode, run: Run, machine: plan.Machine, request: Request) -> str:
+    """Completes a configuration (in place), and writes what `plan_run` writes; returns the text."""
     data = prepare_data(request)
     register_prepared(request.output)
     plan.apply_data(cfg, data.train, machine, request)
@@ -132,7 +144,7 @@ def plan_run(request: Request) -> tuple[Run, str]:
         text += "\n" + "\n".join(data.notes)
     write_text(request.output / "plan.txt", f"{text}\n")
     write_text(run.config, config_header() + cfg.dump())  # last: it says that the run is planned
-    return run, text
+    return text
 
 
 def fit_pace(cfg: CfgNode, machine: plan.Machine, request: Request, images: int) -> Pace:

@@ -9,8 +9,10 @@ from types import ModuleType
 import pytest
 import torch
 
+import maskdino
 from maskdino.cli import doctor, install_detectron2
 from maskdino.ops import ms_deform_attn
+from tests.conftest import REPOSITORY
 
 Captured = pytest.CaptureFixture[str]
 
@@ -18,6 +20,7 @@ Captured = pytest.CaptureFixture[str]
 def test_all_is_well_here(capsys: Captured) -> None:
     assert doctor.main([]) == 0
     shown = capsys.readouterr().out
+    assert shown.startswith(f"maskdino {maskdino.__version__} in {REPOSITORY / 'maskdino'}\n")
     assert f"torch {torch.__version__}" in shown and "detectron2 " in shown
     choice = ms_deform_attn.choose_backend("cpu", "auto")
     assert f"cpu: {choice}" in shown

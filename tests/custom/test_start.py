@@ -15,7 +15,9 @@ from maskdino.custom.measure import Memory, Pace
 from maskdino.custom.prepare import prepared_data
 from maskdino.custom.run import OFFLINE_CONFIG, fit_pace, read_default, read_start
 from maskdino.data import DataError
+from maskdino.engine.run_folder import RunError
 from tests.custom.drawn import write_drawn
+from tests.engine.test_run_folder import hold
 from tests.helpers import tiny_cfg
 
 GPU, CPU = Machine("cuda", 40000.0, 1), Machine("cpu", 8000.0, 2)
@@ -98,3 +100,20 @@ def test_objects_are_enlarged_as_the_size_that_fits_needs(
     assert pytest.approx(25 / side) == cfg.INPUT.LSJ.MIN_SCALE / whole.INPUT.LSJ.MIN_SCALE
     assert f"else half have less than {side:.0f} pixels" in text
     assert "evaluations; less without other programs, which take 0.8 cores now" in text
+
+
+def test_a_folder_in_use_or_planned_meanwhile_is_not_planned_again(tmp_path: Path) -> None:
+    drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
+    request = Request(train_json=drawn.json_file, train_images=drawn.images, output=out)
+    other = hold(out)
+    try:
+        with pytest.raises(RunError, match=f"in use by another run .process {other.pid}"):
+            plan_run(request)
+    finally:
+        other.kill()
+        other.communicate()
+    (out / "config.yaml").write_text("of the other run")
+    with pytest.raises(DataError, match="out holds a run: go on with --resume"):
+        plan_run(request)
+    assert (out / "config.yaml").read_text() == "of the other run"
+    assert not (out / "data").exists()
