@@ -54,22 +54,25 @@ class Contents:
         elif self.class_scores is not None:
             rows["classes"] = f"{self.class_scores} (scores of the class head)"
         if "weights" not in rows:
-            rows["weights"] = "whether they are averaged is not told"
+            rows["weights"] = "averaged or not: unknown"
         if self.iterations is not None:
             rows["iterations"] = str(self.iterations)
-        rows["beside"] = ", ".join(self.beside) or "nothing"
+        if self.beside:
+            rows["also"] = ", ".join(self.beside)
         return [f"{name:<11}{value}" for name, value in rows.items()]
 
 
 def _told(facts: Facts) -> dict[str, str]:
     names = facts.categories.names
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    averaged = {True: "averaged (EMA)", False: "not averaged", None: "not told"}[facts.averaged]
+    averaged = {True: "averaged (EMA)", False: "not averaged", None: "averaged or not: unknown"}[
+        facts.averaged
+    ]
     rounded = ", rounded to float16" if facts.rounded else ""
     metrics = [f"{name} {value:.4g}" for name, value in of_classes_together(facts.metrics).items()]
     return {
         "name": facts.name,
-        "task": ", ".join(facts.tasks) or "not told",
+        "task": ", ".join(facts.tasks) or "unknown",
         "weights": averaged + rounded,
         "classes": f"{len(names)}: {shown}",
         "metrics": ", ".join(metrics) or "none",

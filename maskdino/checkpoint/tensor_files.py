@@ -39,6 +39,11 @@ def write_tensors(
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with written_whole(path) as temporary:
+            temporary.touch()
+            mode = (
+                temporary.stat().st_mode
+            )  # as of any file: the package's are for their owner alone
             save_file(whole, temporary, {"format": "pt", **texts})
+            temporary.chmod(mode)
     except (OSError, SafetensorError) as error:  # the package's own writer raises the latter
         raise WriteError(f"cannot write {path}: {error}") from error

@@ -153,6 +153,7 @@ def draw_images(
 ) -> list[str]:
     """Draws images, but where the place is None; returns a message for each that cannot be read."""
     failures: list[str] = []
+    found = 0
 
     def read() -> Iterator[tuple[Path, np.ndarray | TiledImage]]:
         for path in outputs:
@@ -163,6 +164,8 @@ def draw_images(
                 bar.update()
 
     def write(result: ImageResult) -> None:
+        nonlocal found
+        found += 1 if result.scores is None else len(result.scores)
         wanted.write(result, outputs[Path(result.name)])
         bar.update()
 
@@ -170,6 +173,12 @@ def draw_images(
     at_once = 1 if in_parts else predictor.options.batch_size
     with tqdm(total=len(outputs), unit="image", desc="images") as bar:
         run_overlapped(read(), partial(wanted.predict, predictor), write, at_once)
+    least = predictor.options.confidence_threshold
+    if not found and len(failures) < len(outputs) and "instance" in predictor.options.tasks:
+        print(
+            f"no object has a score of {least:g} or more: --confidence-threshold {least / 2:g} "
+            "shows less certain ones"
+        )
     return failures
 
 

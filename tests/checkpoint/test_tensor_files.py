@@ -66,6 +66,8 @@ def test_they_are_the_weights_that_were_written(tmp_path: Path) -> None:
     write_tensors(path, tensors, {"about": "ö"})
     assert read_texts(path) == {"format": "pt", "about": "ö"}
     assert_equal(read_tensors(path), tensors)
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
     with safe_open(path, "pt") as file:
         assert set(file.keys()) == set(tensors)
     shapes = read_checkpoint(str(path), "meta")["model"]

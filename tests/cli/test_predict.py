@@ -87,6 +87,20 @@ def test_broken_images_are_named_and_the_others_drawn(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_where_nothing_is_found_a_lower_threshold_is_named(
+    tmp_path: Path, model: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_image(tmp_path / "a.png")
+    words = ["--input", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
+    for threshold, is_said in (("1", True), ("0", False)):
+        of_model = [threshold if word == "0" else word for word in model]
+        assert predict.main([*words, "--task", "instance", *of_model]) == 0
+        hint = (
+            "no object has a score of 1 or more: --confidence-threshold 0.5 shows less certain ones"
+        )
+        assert (hint in capsys.readouterr().out) == is_said
+
+
 @pytest.mark.parametrize(
     ("device", "message"),
     [
