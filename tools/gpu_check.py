@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 60  # of --limit
 SHORTEST_STEP = 10  # seconds that must be left for another step to begin
+LAST_WORDS = 8  # seconds that a step which is stopped has to say what it knows
 READY = "ready to run"  # what a process says when its imports are done
 
 
@@ -175,6 +176,9 @@ class Worker:
             status = self._process.wait(timeout=max(left, 0))
             fault = f"ended with status {status}" if status else ""
         except subprocess.TimeoutExpired:
+            with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGINT)
+                self._process.wait(timeout=LAST_WORDS)  # pytest says what failed before
             self.stop()
             fault = f"stopped at its limit of {seconds:.0f} s"
         took = round(time.monotonic() - self._begun, 1)

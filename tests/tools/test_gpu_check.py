@@ -72,7 +72,10 @@ def test_a_step_that_hangs_is_stopped_and_what_it_said_stays(
         "sys.stdin.readline()\n"
         f"path = pathlib.Path({str(tmp_path / 'results.jsonl')!r})\n"
         'open(path, \'a\').write(\'{"step": "first", "ms": 1}\\n\')\n'
-        "time.sleep(600)\n"
+        "try:\n"
+        "    time.sleep(600)\n"
+        "finally:\n"
+        "    print('what failed before', flush=True)\n"
     )
     monkeypatch.setattr(tool, "__file__", str(script))
     args = tool.parse_arguments(["--out", str(tmp_path), "--device", "cpu"])
@@ -80,7 +83,9 @@ def test_a_step_that_hangs_is_stopped_and_what_it_said_stays(
     tool.run_steps(steps, args)
     lines = lines_of(tmp_path)
     assert [line.get("ran") for line in lines] == [None, "first", None, "second"]
-    assert all("limit of 2 s" in line["FAILED"] for line in lines if line["step"] == "runner")
+    stopped = [line for line in lines if line["step"] == "runner"]
+    assert all("limit of 2 s" in line["FAILED"] for line in stopped)
+    assert all("what failed before" in line["tail"] for line in stopped)
 
 
 @pytest.mark.parametrize(
