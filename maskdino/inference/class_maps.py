@@ -20,6 +20,7 @@ import numpy as np
 from maskdino.inference.parts import Slice, Window
 from maskdino.ops.runs import release
 from maskdino.system.errors import WriteError
+from maskdino.visualization.results import ImageResult
 
 IN_MEMORY = 1 << 28  # bytes of a map that is not worth a file
 NEGLIGIBLE = 0.01  # share of the best score in a window; classes that are below everywhere drop out
@@ -28,7 +29,7 @@ MOST_SCORES = 1 << 31  # bytes of the scores of all classes of all pixels
 
 
 class LargeMap:
-    """An array (H, W), in memory or in a temporary file that ends with it.
+    """An array (H, W), in memory or, where it is large, in a temporary file that ends with it.
 
     Attributes:
         array: zeros at first.
@@ -58,7 +59,7 @@ class LargeMap:
         self.array = np.frombuffer(mapped, dtype).reshape(size)
 
     def let_go(self) -> None:
-        """What was written need not stay in memory."""
+        """Gives the memory of what was written in a file back to the system."""
         release(self.array)
 
     def strips(self) -> Iterator[np.ndarray]:
@@ -80,29 +81,29 @@ class LargeMap:
             strip[:] = numbers[strip]
 
 
-class OwnedMap:
-    """Each pixel is what the slice says that sees it farthest from its edges."""
-
-    def __init__(self, size: tuple[int, int], slices: Sequence[Slice], dtype: type) -> None:
-        self.slices, self.map = slices, LargeMap(size, dtype)
-
-    def add(self, place: int, labels: np.ndarray) -> None:
-        """Takes labels (h, w) of slice number `place`."""
-        own = self.slices[place]
-        everything = Window(0, 0, *self.map.array.shape)
-        self.map.array[own.owned.inside(everything)] = labels[own.owned.inside(own)]
-        self.map.let_go()
-
-
-class WeightedMap:
-    """Each pixel is of the class with the largest sum of scores.
+class ClassMap:
+    """The label map of the task "semantic": of each pixel the class with the largest sum of scores.
 
     Scores of a slice weigh the more the farther a pixel is from its edges. The edges of all slices
     divide the image into windows, and sums are kept of those alone that a later slice sees again.
     """
 
-    def __init__(self, size: tuple[int, int], slices: Sequence[Slice], dtype: np.dtype) -> None:
-        self.size, self.slices, self.map = size, slices, LargeMap(size, dtype)
+    def __init__(
+        self, size: tuple[int, int], slices: Sequence[Slice], first: ImageResult, scores: bool
+    ) -> None:
+        """Begins with nothing.
+
+        Args:
+            size: (H, W).
+            slices: all of the image.
+            first: result of the first slice.
+            scores: keep the scores of all classes, too (`MeanScores`, also for errors).
+        """
+        assert first.label_map is not None
+        self.size, self.slices, self.map = size, slices, LargeMap(size, first.label_map.dtype)
+        self.scores: MeanScores | None = None
+        if scores and first.class_scores is not None:
+            self.scores = MeanScores(size, slices, len(first.class_scores))
         rows, columns = {(s.top, s.bottom) for s in slices}, {(s.left, s.right) for s in slices}
         self._rows, self._columns = _intervals(rows), _intervals(columns)
         self._left = {  # slices that are to come, of each window
@@ -111,15 +112,15 @@ class WeightedMap:
         }
         self.sums: dict[Window, dict[int, np.ndarray]] = {}
 
-    def add(self, place: int, labels: np.ndarray, scores: np.ndarray | None) -> None:
-        """Takes what slice number `place` shows.
+    def add(self, place: int, result: ImageResult) -> None:
+        """Takes the result of slice number `place`; all come in order.
 
-        Args:
-            place: of the slice; all come in order.
-            labels: (h, w) class of each pixel.
-            scores: (K, h, w) at least 0; None: 1 for the class of the pixel.
+        Without scores of classes, at least 0, that of the class of a pixel is 1.
         """
-        own = self.slices[place]
+        labels, scores, own = result.label_map, result.class_scores, self.slices[place]
+        assert labels is not None
+        if self.scores is not None and scores is not None:
+            self.scores.add(place, scores)
         rows = [x for x in self._rows if own.top <= x[0] < own.bottom]
         columns = [x for x in self._columns if own.left <= x[0] < own.right]
         for (top, bottom), (left, right) in product(rows, columns):
@@ -138,12 +139,17 @@ class WeightedMap:
                 self._write(window, _best(self.sums.pop(window), self.map.array.dtype))
         self.map.let_go()
 
+    def fields(self) -> dict:
+        """Fields of the result of the whole image."""
+        scores = None if self.scores is None else self.scores.mean()
+        return {"label_map": self.map.array, "class_scores": scores}
+
     def _write(self, window: Window, labels: np.ndarray) -> None:
         self.map.array[window.inside(Window(0, 0, *self.size))] = labels
 
 
 class MeanScores:
-    """Scores of all classes of each pixel: means over slices, weighted as in `WeightedMap`."""
+    """Scores of all classes of each pixel: means over slices, weighted as in `ClassMap`."""
 
     def __init__(self, size: tuple[int, int], slices: Sequence[Slice], number: int) -> None:
         """Takes the memory.

@@ -1,8 +1,8 @@
 """Large images in overlapping slices, whose results are joined to those of the whole image.
 
-Objects that the edge of a slice cuts are joined again (`maskdino.inference.joining`). Classes of
-pixels are those with the largest weighted sum of scores over slices; panoptic "stuff" is what the
-slice says that sees it farthest from its edges (`maskdino.inference.class_maps`).
+Objects that the edge of a slice cuts are joined again (`maskdino.inference.joining`). A pixel is of
+the class with the largest sum of scores over slices, weighted by its distance to their edges
+(`maskdino.inference.class_maps`).
 
 Shape key: H, W pixels of the image; S edge of a slice.
 """
@@ -17,10 +17,10 @@ from functools import lru_cache
 import numpy as np
 from tqdm import tqdm
 
-from maskdino.inference.class_maps import MeanScores, OwnedMap, WeightedMap
+from maskdino.inference.class_maps import ClassMap, LargeMap
 from maskdino.inference.joining import Joiner
 from maskdino.inference.large_result import LargeResult
-from maskdino.inference.parts import EDGE, Slice, slices_of
+from maskdino.inference.parts import EDGE, Slice, Window, slices_of
 from maskdino.inference.tiles import TiledImage
 from maskdino.ops.masks import RunMask
 from maskdino.ops.rle import encode_mask
@@ -80,8 +80,7 @@ def predict_sliced(
         _say_that_it_fits(size)
         result = next(predict(crops))
         return _large(result if class_scores else replace(result, class_scores=None), image, name)
-    collectors: dict[str, _Objects | _Panoptic | _Classes] = {}
-    first: ImageResult | None = None
+    collectors: list[_Objects | _Panoptic | ClassMap] = []
     bar = tqdm(
         predict(crops),
         total=len(slices),
@@ -91,16 +90,16 @@ def predict_sliced(
         disable=not progress,
     )
     for place, result in enumerate(bar):
-        first = first or replace(result, source=None, class_scores=None)
-        for task in result.tasks:
-            if task not in collectors:
-                collectors[task] = _collector(task, image.size, slices, class_scores)
-            collectors[task].add(place, result)
-    assert first is not None
-    parts: dict = {}
-    for collector in collectors.values():
-        parts |= collector.fields(first)
-    return _large(replace(first, **parts), image, name)
+        if place == 0:
+            joined = replace(result, source=None, class_scores=None)
+            collectors = [
+                _collector(task, image.size, slices, result, class_scores) for task in result.tasks
+            ]
+        for collector in collectors:
+            collector.add(place, result)
+    for collector in collectors:
+        joined = replace(joined, **collector.fields())
+    return _large(joined, image, name)
 
 
 def _large(result: ImageResult, image: TiledImage, name: str) -> LargeResult:
@@ -115,14 +114,24 @@ def _say_that_it_fits(size: int) -> None:
     logger.warning("images that fit into one slice of %d pixels are predicted as they are", size)
 
 
+def _collector(
+    task: str, size: tuple[int, int], slices: Sequence[Slice], first: ImageResult, scores: bool
+) -> _Objects | _Panoptic | ClassMap:
+    """What collects the results of a task; `first` is that of the first slice."""
+    if task == "instance":
+        return _Objects(size, slices, first)
+    return _Panoptic(size, slices) if task == "panoptic" else ClassMap(size, slices, first, scores)
+
+
 class _Objects:
     """Objects of the task "instance"."""
 
-    def __init__(self, size: tuple[int, int], slices: Sequence[Slice]) -> None:
-        self.size, self.parts = size, Joiner(size, slices)
+    def __init__(self, size: tuple[int, int], slices: Sequence[Slice], first: ImageResult) -> None:
+        self.parts, self.has_masks = Joiner(size, slices), first.rles is not None
+        self.channels = None if first.features is None else first.features.shape[1]
 
     def add(self, place: int, result: ImageResult) -> None:
-        """Takes what slice number `place` shows."""
+        """Takes the result of slice number `place`."""
         assert result.boxes is not None and result.class_ids is not None
         assert result.scores is not None
         for i, box in enumerate(result.boxes):
@@ -132,19 +141,19 @@ class _Objects:
             self.parts.add(place, label, score, rle, box, features)
         self.parts.finish(place)
 
-    def fields(self, first: ImageResult) -> dict:
-        """Of the result; `first` is that of some slice."""
+    def fields(self) -> dict:
+        """Fields of the result of the whole image."""
         objects = self.parts.objects()
         fields: dict = {
             "boxes": np.array([x.box for x in objects], np.float32).reshape(-1, 4),
             "scores": np.array([x.score for x in objects], np.float32),
             "class_ids": np.array([x.label for x in objects], np.int64),
         }
-        if first.rles is not None:
+        if self.has_masks:
             fields["rles"] = tuple(x.rle for x in objects)
-        if first.features is not None:
-            shape = (-1, first.features.shape[1])
-            fields["features"] = np.array([x.features for x in objects], np.float32).reshape(shape)
+        if self.channels is not None:
+            features = np.array([x.features for x in objects], np.float32)
+            fields["features"] = features.reshape(-1, self.channels)
         return fields
 
 
@@ -156,45 +165,22 @@ def _mask_of_box(box: np.ndarray, size: tuple[int, int]) -> dict:
     return encode_mask(mask)
 
 
-class _Classes:
-    """The label map of the task "semantic"."""
-
-    def __init__(self, size: tuple[int, int], slices: Sequence[Slice], class_scores: bool) -> None:
-        self.size, self.slices, self.class_scores = size, slices, class_scores
-        self.map: WeightedMap | None = None
-        self.scores: MeanScores | None = None
-
-    def add(self, place: int, result: ImageResult) -> None:
-        """Takes what slice number `place` shows."""
-        assert result.label_map is not None
-        if self.map is None:
-            self.map = WeightedMap(self.size, self.slices, result.label_map.dtype)
-            if self.class_scores and result.class_scores is not None:
-                number = len(result.class_scores)
-                self.scores = MeanScores(self.size, self.slices, number)
-        if self.scores is not None and result.class_scores is not None:
-            self.scores.add(place, result.class_scores)
-        self.map.add(place, result.label_map, result.class_scores)
-
-    def fields(self, first: ImageResult) -> dict:  # noqa: ARG002
-        """Of the result."""
-        assert self.map is not None
-        scores = None if self.scores is None else self.scores.mean()
-        return {"label_map": self.map.map.array, "class_scores": scores}
-
-
 class _Panoptic:
-    """Things, as objects are joined, over stuff, by class."""
+    """Segments: things are joined as objects are, and cover stuff.
+
+    Each pixel of stuff is of the class that the slice says which sees it farthest from its edges.
+    """
 
     def __init__(self, size: tuple[int, int], slices: Sequence[Slice]) -> None:
-        self.stuff, self.things = OwnedMap(size, slices, np.int32), Joiner(size, slices)
-        self.most = 0  # class number from 1, of stuff
+        self.slices, self.things = slices, Joiner(size, slices)
+        self.stuff = LargeMap(size, np.int32)  # class number + 1; 0: none
+        self.most = 0  # the largest number in it
 
     def add(self, place: int, result: ImageResult) -> None:
-        """Takes what slice number `place` shows."""
+        """Takes the result of slice number `place`."""
         ids = result.panoptic_ids
         assert ids is not None and result.segments is not None
-        stuff = np.zeros(ids.shape, np.int32)  # class numbers from 1
+        stuff = np.zeros(ids.shape, np.int32)
         for segment in result.segments:
             mask, label = ids == segment["id"], segment["category_id"]
             if segment["isthing"]:
@@ -202,12 +188,15 @@ class _Panoptic:
             else:
                 stuff[mask] = label + 1
                 self.most = max(self.most, label + 1)
-        self.stuff.add(place, stuff)
+        own = self.slices[place]
+        window = own.owned.inside(Window(0, 0, *self.stuff.array.shape))
+        self.stuff.array[window] = stuff[own.owned.inside(own)]
+        self.stuff.let_go()
         self.things.finish(place)
 
-    def fields(self, first: ImageResult) -> dict:  # noqa: ARG002
-        """Of the result."""
-        painted = self.stuff.map
+    def fields(self) -> dict:
+        """Fields of the result of the whole image."""
+        painted = self.stuff
         labels = (np.flatnonzero(painted.seen(self.most)[1:]) + 1).tolist()
         new_ids = np.zeros(self.most + 1, np.int32)
         new_ids[labels] = np.arange(1, len(labels) + 1)
@@ -231,11 +220,3 @@ class _Panoptic:
             "panoptic_ids": painted.array,
             "segments": tuple(s for s in segments if seen[s["id"]]),
         }
-
-
-def _collector(
-    task: str, size: tuple[int, int], slices: Sequence[Slice], class_scores: bool
-) -> _Objects | _Panoptic | _Classes:
-    if task == "semantic":
-        return _Classes(size, slices, class_scores)
-    return (_Objects if task == "instance" else _Panoptic)(size, slices)
