@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import cv2
 import numpy as np
 from pycocotools import mask as mask_utils
 
@@ -207,14 +208,9 @@ def _trimmed(part: Part, group: list[Part], slices: Sequence[Slice]) -> Part | N
             theirs, ours = slices[place].depth(window), own.depth(window)
             decided = theirs >= ours if place < part.place else theirs > ours
             mask[window.inside(part.extent)] &= ~decided
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+    if not width:
         return None
-    top, left = part.extent.top, part.extent.left
-    extent = Window(
-        top + int(rows[0]),
-        left + int(columns[0]),
-        top + int(rows[-1]) + 1,
-        left + int(columns[-1]) + 1,
-    )
+    top, left = part.extent.top + y, part.extent.left + x
+    extent = Window(top, left, top + height, left + width)
     return replace(part, extent=extent, packed=np.packbits(mask[extent.inside(part.extent)]))
