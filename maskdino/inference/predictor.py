@@ -10,6 +10,7 @@ Shape key: B images, Q queries, K classes, C channels, N objects, H, W pixels of
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 from collections import defaultdict
@@ -231,14 +232,9 @@ class MaskDINOPredictor:
 
     def with_options(self, **changes: Any) -> MaskDINOPredictor:
         """A predictor of the same network with other `PredictorOptions`, such as `tasks`."""
-        return MaskDINOPredictor(
-            self.network,
-            categories=self.categories,
-            inference=self.inference,
-            is_thing=self.is_thing,
-            options=replace(self.options, **changes),
-            configuration=self.configuration,
-        )
+        predictor = copy.copy(self)
+        predictor.options = replace(self.options, **changes)
+        return predictor
 
     def __call__(
         self, images: ImageSource | Iterable[ImageSource], channel_order: str = "RGB"
