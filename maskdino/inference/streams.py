@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from maskdino.inference.video import (
-    DEFAULT_RATE,
-    MAX_RATE,
     MICROSECONDS,
     TimedImage,
     VideoError,
+    rate_of,
+    reason_of,
     require_pyav,
     upright,
 )
@@ -73,8 +73,7 @@ class Stream:
         self.reopened = self.passed = 0
         self._container = self._connect()
         stream = self._container.streams.video[0]
-        rate = float(stream.average_rate or DEFAULT_RATE)
-        self.rate = rate if 0 < rate < MAX_RATE else DEFAULT_RATE
+        self.rate = rate_of(stream)
         self._length: float | None = None  # seconds; None: live
         if stream.duration and stream.time_base:
             self._length = float(stream.duration * stream.time_base)
@@ -99,7 +98,7 @@ class Stream:
                     yield upright(frame), max(seconds, 0.0)
                     last, progress = seconds, True
             except (self._av.error.FFmpegError, OSError) as error:
-                fault = getattr(error, "strerror", None) or str(error)
+                fault = reason_of(error)
             if self._length is not None and last >= self._length - 1.5 / self.rate:
                 return
             try:
@@ -175,8 +174,7 @@ class Stream:
         try:
             container = self._av.open(self._address, options=options, timeout=PATIENCE)
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise VideoError(f"cannot open {self.name}: {reason}") from error
+            raise VideoError(f"cannot open {self.name}: {reason_of(error)}") from error
         if not container.streams.video:
             container.close()
             raise VideoError(f"cannot open {self.name}: it has no video track")

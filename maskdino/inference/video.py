@@ -52,6 +52,17 @@ def require_pyav() -> ModuleType:
     return av
 
 
+def reason_of(error: Exception) -> str:
+    """What went wrong, without the path that FFmpeg and Python add."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def rate_of(stream: VideoStream) -> float:
+    """Frames per second, on average; the usual rate where there is none that makes sense."""
+    rate = float(stream.average_rate or DEFAULT_RATE)
+    return rate if 0 < rate < MAX_RATE else DEFAULT_RATE
+
+
 def upright(frame: VideoFrame) -> np.ndarray:
     """A decoded frame as (H, W, 3) uint8 RGB, turned as it is meant."""
     # Up to 16, PyAV follows the frame's own color space only where another one is named.
@@ -94,10 +105,9 @@ class VideoReader:
         except av.error.InvalidDataError as error:
             raise VideoError(f"cannot read video {path}: it is none, or is damaged") from error
         except (av.error.FFmpegError, OSError) as error:
-            raise VideoError(f"cannot read video {path}: {_reason(error)}") from error
+            raise VideoError(f"cannot read video {path}: {reason_of(error)}") from error
         self.frames: int | None = self._stream.frames or None
-        rate = float(self._stream.average_rate or DEFAULT_RATE)
-        self.rate = rate if rate < MAX_RATE else DEFAULT_RATE
+        self.rate = rate_of(self._stream)
 
     def __iter__(self) -> Iterator[TimedImage]:
         """Images and their times, which increase from 0."""
@@ -236,7 +246,7 @@ class VideoWriter:
             with suppress(OSError):
                 self._part.unlink(missing_ok=True)
             self._output = None
-            raise VideoError(f"cannot write {self.path}: {_reason(error)}") from error
+            raise VideoError(f"cannot write {self.path}: {reason_of(error)}") from error
 
 
 class Camera:
@@ -286,8 +296,3 @@ class Camera:
     def close(self) -> None:
         """Sets the camera free."""
         self._capture.release()
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, without the path that FFmpeg and Python add."""
-    return getattr(error, "strerror", None) or str(error)
