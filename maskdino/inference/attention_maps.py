@@ -96,7 +96,8 @@ def follow_queries(
     with _recorded(model) as record:
         _, pixel_embedding = model.predict(batch)
     frame = Frame((batch.shape[2], batch.shape[3]), size, (image.shape[0], image.shape[1]))
-    scores = model.inference.class_scores(_classes(model, record.states[-1])[0][0]).amax(-1)
+    class_logits, _ = model.heads.classes_and_masks(record.states[-1].content)
+    scores = model.inference.class_scores(class_logits[0]).amax(-1)
     chosen = _chosen(queries, scores)
     index = torch.tensor(chosen, device=scores.device)
     layers = [
@@ -141,10 +142,6 @@ def _attentions(model: MaskDINO) -> list[MultiScaleDeformableAttention]:
     return [module for module in modules if isinstance(module, MultiScaleDeformableAttention)]
 
 
-def _classes(model: MaskDINO, state: DecoderState) -> tuple[Tensor, Tensor | None]:
-    return model.heads.classes_and_masks(state.content)
-
-
 def _chosen(queries: int | Sequence[int], scores: Tensor) -> list[int]:
     if isinstance(queries, int):
         return scores.topk(min(queries, len(scores))).indices.tolist()
@@ -164,7 +161,7 @@ def _views(
 ) -> list[LayerView]:
     """All chosen queries at one layer."""
     state = record.states[layer]
-    class_logits, embeddings = _classes(model, state)
+    class_logits, embeddings = model.heads.classes_and_masks(state.content)
     scores, labels = model.inference.class_scores(class_logits[0, index]).max(-1)
     boxes = output_boxes(state.boxes[0, index], frame).cpu().numpy()
     rles: list[dict | None] = [None] * len(index)

@@ -18,7 +18,7 @@ from pycocotools import mask as mask_utils
 
 from maskdino.categories import Categories
 from maskdino.inference.labels import write_dataset
-from maskdino.inference.tracking import CERTAIN, Identity, Tracker
+from maskdino.inference.tracking import CERTAIN, Tracker
 from maskdino.ops.masks import Mask
 from maskdino.ops.rle import to_json
 from maskdino.ops.runs import encode_at
@@ -127,24 +127,6 @@ def draw_followed(
     return seen, draw_regions(result.image, regions)
 
 
-def identity_entries(
-    identities: Sequence[Identity], categories: Categories
-) -> list[dict[str, Any]]:
-    """Identities as plain values."""
-    return [
-        {
-            "id": x.number,
-            "category_id": categories.dataset_ids[x.label],
-            "category_name": categories.names[x.label],
-            "first_seconds": round(x.first, 3),
-            "last_seconds": round(x.last, 3),
-            "frames": x.sightings,
-            "score": round(x.score, 4),
-        }
-        for x in identities
-    ]
-
-
 def named_counts(tracker: Tracker, categories: Categories) -> dict[str, int]:
     """How many objects of each class there were, the most first; see `Tracker.counts`."""
     return {categories.names[label]: count for label, count in tracker.counts().most_common()}
@@ -188,10 +170,22 @@ class IdentityFile:
         """Completes the file; without a frame there is none."""
         if self._file is None:
             return
-        identities = identity_entries(list(tracker.identities.values()), self._categories)
+        categories = self._categories
+        identities = [
+            {
+                "id": x.number,
+                "category_id": categories.dataset_ids[x.label],
+                "category_name": categories.names[x.label],
+                "first_seconds": round(x.first, 3),
+                "last_seconds": round(x.last, 3),
+                "frames": x.sightings,
+                "score": round(x.score, 4),
+            }
+            for x in tracker.identities.values()
+        ]
         tail = {
             "identities": identities,
-            "counts": named_counts(tracker, self._categories),
+            "counts": named_counts(tracker, categories),
             "counted_from_frames": CERTAIN,
         }
         self._file.write("\n], " + json.dumps(tail)[1:] + "\n")
