@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,7 @@ def paint(image: np.ndarray, number: int, mask: np.ndarray | tuple, label: int =
     image[mask] = (number % 256, label, number // 256)
 
 
+@cache
 def drawn_scene() -> np.ndarray:
     """(300, 420, 3): blobs everywhere, a bar through all columns, and a ring over all slices."""
     image = np.zeros((300, 420, 3), np.uint8)
@@ -100,6 +102,7 @@ def drawn_scene() -> np.ndarray:
                 number += 1
                 paint(image, number, blob, label=number % 2)
     assert number > 60
+    image.setflags(write=False)
     return image
 
 
