@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
@@ -143,16 +144,15 @@ class PixelTransform(ImageTransform):
 
         Those without any become zeros.
         """
-        return np.array([self._move(row) for row in np.asarray(box, float)]).reshape(-1, 4)
+        boxes = [self._move(row) for row in np.asarray(box, float)]
+        return np.array(boxes, float).reshape(-1, 4)
 
-    def _move(self, box: np.ndarray) -> tuple[float, float, float, float]:
+    def _move(self, box: np.ndarray) -> tuple[int, int, int, int]:
         x0, y0, x1, y1 = box - 0.5  # of pixels, whose centers have whole numbers then
         inside = (self._columns >= x0) & (self._columns < x1) & ~self._empty
         inside &= (self._rows >= y0) & (self._rows < y1)
-        columns, rows = np.flatnonzero(inside.any(axis=0)), np.flatnonzero(inside.any(axis=1))
-        if not len(columns):
-            return 0.0, 0.0, 0.0, 0.0
-        return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+        left, top, width, height = cv2.boundingRect(inside.view(np.uint8))
+        return left, top, left + width, top + height
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """Is not known: polygons are drawn first (`split_at_pixels`)."""
