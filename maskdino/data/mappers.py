@@ -194,12 +194,9 @@ class PanopticMapper(Mapper):
         transforms = self.augmentations(aug_input)
         ids = [segment["id"] for segment in segments]
         indices = segment_indices(transforms.apply_segmentation(colors), ids)
-        present = np.flatnonzero(np.bincount(indices.ravel())[1:])
-
-        cropped = [masks.CroppedMask.around(indices == index + 1) for index in present]
-        classes = [segments[index]["category_id"] for index in present]
         example["image"] = _image_tensor(aug_input.image)
-        instances = _instances(indices.shape, classes, [mask.box() for mask in cropped], cropped)
+        instances = _instances_of_map(indices, [segment["category_id"] for segment in segments])
+        classes = instances.gt_classes.tolist()
         instances.gt_is_thing = torch.tensor(
             [c in self.thing_classes for c in classes], dtype=torch.bool
         )
@@ -246,13 +243,8 @@ class SemanticMapper(Mapper):
         check_same_size(image, labels, example["file_name"], name)
         aug_input = T.AugInput(image, sem_seg=labels)
         self.augmentations(aug_input)
-        labels = aug_input.sem_seg  # 0 to be ignored, else class + 1
-
-        classes = np.flatnonzero(np.bincount(labels.ravel())[1:])
-        cropped = [masks.CroppedMask.around(labels == index + 1) for index in classes]
-        boxes = [mask.box() for mask in cropped]
         example["image"] = _image_tensor(aug_input.image)
-        example["instances"] = _instances(labels.shape, classes.tolist(), boxes, cropped)
+        example["instances"] = _instances_of_map(aug_input.sem_seg, range(self.num_classes))
         return example
 
 
@@ -307,6 +299,14 @@ def _image_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.transpose(2, 0, 1).copy())
 
 
+def _instances_of_map(labels: np.ndarray, classes: Sequence[int]) -> Instances:
+    """The objects that a map (H, W) shows: 0 is none, else the place in `classes` + 1."""
+    present = np.flatnonzero(np.bincount(labels.ravel())[1:]).tolist()
+    cropped = [masks.CroppedMask.around(labels == place + 1) for place in present]
+    boxes = [mask.box() for mask in cropped]
+    return _instances(labels.shape, [classes[place] for place in present], boxes, cropped)
+
+
 def _instances(
     size: tuple[int, int],
     classes: Sequence[int],
@@ -316,7 +316,8 @@ def _instances(
     """Puts N objects together; `cropped` is None where the image has no masks."""
     instances = PinnableInstances(size)
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
-    instances.gt_boxes = Boxes(masks.boxes_tensor(boxes))
+    # Also (0, 4) where there are none.
+    instances.gt_boxes = Boxes(torch.tensor(np.array(boxes, np.float32).reshape(-1, 4)))
     if cropped is not None:
         instances.gt_masks = masks.pack(cropped, size)
         has_mask = [mask is not None for mask in cropped]

@@ -149,8 +149,3 @@ def _decode(rle: dict, size: tuple[int, int]) -> np.ndarray:
         return mask_util.decode(encode_segmentation(rle, size))
     except ValueError as error:
         raise DataError(f"an RLE mask cannot be decoded: {error}") from error
-
-
-def boxes_tensor(boxes: Sequence[Sequence[float] | None]) -> torch.Tensor:
-    """(N, 4) float32, for N = 0 as well."""
-    return torch.tensor(np.array(boxes, dtype=np.float32).reshape(-1, 4))
