@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
@@ -223,7 +224,7 @@ class TrainingData:
             _MappedDataset(self._records, self._mapper, seed),
             batch_sampler=_BatchSampler(stream, iteration * self._batch_size, self._share),
             num_workers=self._num_workers,
-            collate_fn=_as_list,
+            collate_fn=trivial_batch_collator,
             worker_init_fn=_left_alone_by_signals,
             pin_memory=self._pin_memory,
             # Of its own, so that workers draw nothing from the generator of the training.
@@ -287,10 +288,6 @@ def _repeat_factors(cfg: CfgNode, records: list[dict]) -> Tensor:
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; use 'TrainingSampler', "
         "'RepeatFactorTrainingSampler' or 'RandomSubsetTrainingSampler'."
     )
-
-
-def _as_list(batch: list[dict]) -> list[dict]:
-    return batch
 
 
 def _left_alone_by_signals(_worker: int) -> None:
