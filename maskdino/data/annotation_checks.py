@@ -96,7 +96,7 @@ def check_categories(categories: list[dict]) -> Iterator[Finding]:
         yield Finding("there are no classes", "'categories' is empty")
     for category in categories:
         name = category.get("name")
-        is_named = _is_text(name) or _is_number(name)
+        is_named = _is_text(name) or is_number(name)
         if not is_id(category.get("id")) or not is_named:
             yield Finding("category without id or name", ascii(category)[:200])
     for key in ("id", "name"):
@@ -136,7 +136,7 @@ def _image_problem(image: dict) -> tuple[str, str] | None:
     if not _is_text(image.get("file_name")):
         return "image without file name", f"image {image['id']!r}: {image.get('file_name')!a}"
     size: list[Any] = [image.get("height"), image.get("width")]
-    if not all(_is_number(side) and side >= 1 and side == int(side) for side in size):
+    if not all(is_number(side) and side >= 1 and side == int(side) for side in size):
         return (
             "image without height and width",
             f"image {image['id']!r} ({image['file_name']}) has {tuple(size)}",
@@ -202,10 +202,10 @@ def geometry_problem(
     if not box and not segmentation:
         return "neither box nor mask", f"bbox {box!r}, segmentation {segmentation!r}"
     area = annotation.get("area")
-    if area is not None and not (_is_number(area) and area >= 0):
+    if area is not None and not (is_number(area) and area >= 0):
         return "area is no number of pixels", repr(area)[:80]
     if box:
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
             return "box is not four numbers x, y, width, height", str(box)
         x, y, width, height = box
         if width <= 0 or height <= 0:
@@ -231,12 +231,12 @@ def _mask_problem(segmentation: Any, size: tuple[int, int], draw: bool) -> tuple
 
 
 def _polygons_problem(polygons: list) -> str | None:
-    if all(map(_is_number, polygons)):
+    if all(map(is_number, polygons)):
         return "a polygon must be in a list of its own: [[x, y, x, y, ...]]"
     for polygon in polygons:
         if _is_plain(polygon):
             continue
-        if not isinstance(polygon, list) or not all(map(_is_number, polygon)):
+        if not isinstance(polygon, list) or not all(map(is_number, polygon)):
             return f"a polygon must be a list of numbers, not {str(polygon)[:80]}"
         if len(polygon) < 6 or len(polygon) % 2:
             return f"a polygon has {len(polygon)} coordinates; at least 3 pairs are needed"
@@ -246,7 +246,7 @@ def _polygons_problem(polygons: list) -> str | None:
 
 
 def _is_plain(polygon: Any) -> bool:
-    """Whether nothing is wrong with a polygon; as fast as Python can tell."""
+    """Whether nothing is wrong with a polygon: a fast check, as most of them are in order."""
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         return False
     try:
@@ -290,8 +290,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value) and not re.search("[\ud800-\udfff]", value)
 
 
-def _is_number(value: Any) -> bool:
-    # Numbers with hundreds of digits are more than any that can be computed with.
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that can be computed with: not one of hundreds of digits."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)

@@ -5,14 +5,19 @@ Shape key: H, W pixels of an image.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from detectron2.data.catalog import Metadata
 
-from maskdino.data.annotation_checks import TOLERABLE, check_images, format_problem, is_id
+from maskdino.data.annotation_checks import (
+    TOLERABLE,
+    check_images,
+    format_problem,
+    is_id,
+    is_number,
+)
 from maskdino.data.folders import HOW_TO_ALLOW, check_names, leaves
 from maskdino.data.reading import DataError, check_same_size, read_map, segment_indices
 
@@ -114,8 +119,7 @@ def _segment_problem(segment: dict, known: Container, measured: bool) -> tuple[s
         return kind, f"category {ascii(category)[:80]}"
     if not isinstance(crowd, int) or crowd not in (0, 1):
         return "iscrowd is neither 0 nor 1", f"segment {segment['id']}: {ascii(crowd)[:80]}"
-    is_number = isinstance(area, int | float) and not isinstance(area, bool)
-    if measured and not (is_number and 0 <= area < math.inf):
+    if measured and not (is_number(area) and area >= 0):
         return "area is no number of pixels", f"segment {segment['id']}: {ascii(area)[:80]}"
     return None
 
