@@ -45,7 +45,7 @@ from maskdino.data.images import ImageError, load_image
 from maskdino.data.reading import read_json, read_map
 from maskdino.evaluation.files import PANOPTIC_FILE
 from maskdino.evaluation.report_images import PanopticImages, SemanticImages
-from maskdino.export.engines import open_session
+from maskdino.export.engines import OnnxRuntime
 from maskdino.export.onnx import ExportedMetadata
 from maskdino.inference.video import VideoError, VideoReader
 from maskdino.model_zoo.catalogue import RELEASED
@@ -221,11 +221,11 @@ def test_onnx_files_read_nothing_outside_their_folder(tmp_path: Path) -> None:
     for place in (folder / "beside.bin", tmp_path / "secret.bin"):
         place.write_bytes(np.ones(4, np.float32).tobytes())
     (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
-    assert open_session(external_model(folder / "m.onnx", "beside.bin"))
+    assert OnnxRuntime(external_model(folder / "m.onnx", "beside.bin"))
     for location in ("../secret.bin", str(tmp_path / "secret.bin"), "link.bin"):
         path = external_model(folder / "m.onnx", location)
         with pytest.raises(ValueError, match="onnxruntime cannot run"):
-            open_session(path)
+            OnnxRuntime(path)
 
 
 def coco_content(file_name: str) -> dict:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -112,10 +111,4 @@ def program_of_trace(traced: torch.export.ExportedProgram) -> Program:
 def program_of_onnx(content: bytes, options: ExportOptions) -> Program:
     """Runs an ONNX file's content in onnxruntime, on the CPU."""
     engine = OnnxRuntime(content)
-
-    def run(arguments: list[Tensor]) -> Outputs:
-        values = (value.cpu().numpy() for value in arguments)
-        found = engine.run(dict(zip(options.input_names, values, strict=True)))
-        return {name: torch.from_numpy(np.asarray(value)) for name, value in found.items()}
-
-    return run
+    return lambda arguments: engine.run(dict(zip(options.input_names, arguments, strict=True)))

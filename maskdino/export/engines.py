@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-
-if TYPE_CHECKING:
-    import onnxruntime
+from torch import Tensor
 
 Shape = tuple[int | None, ...]  # None: an axis that varies
 OPENVINO_DEVICES = {"cpu": "CPU", "xpu": "GPU"}  # PyTorch's names, and OpenVINO's
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """A loaded graph.
 
     Attributes:
@@ -30,58 +29,21 @@ class Engine(Protocol):
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
 
-    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs, by name."""
+    def run(self, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs by name, on the CPU, of inputs by name, on any device."""
+        values = self._compute({name: value.cpu().numpy() for name, value in feed.items()})
+        return {
+            name: torch.from_numpy(np.asarray(value))
+            for name, value in zip(self.outputs, values, strict=True)
+        }
+
+    @abstractmethod
+    def _compute(self, feed: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
+        """All outputs in their order."""
 
 
-def open_session(
-    model: str | os.PathLike | bytes,
-    device: torch.device | str = "cpu",
-    threads: int | None = None,
-) -> onnxruntime.InferenceSession:
-    """Loads an ONNX file, or its content, into onnxruntime.
-
-    Args:
-        model: path or content.
-        device: on which it computes.
-        threads: of the CPU; None: one for each core.
-
-    Raises:
-        ModuleNotFoundError: there is no onnxruntime.
-        FileNotFoundError: there is no such file.
-        ValueError: onnxruntime cannot read the file, or has no support for the device.
-    """
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("ONNX files need onnxruntime: pip install onnxruntime") from error
-    if not isinstance(model, bytes) and not Path(model).is_file():
-        raise FileNotFoundError(f"there is no ONNX file {model}")
-    device = torch.device(device)
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.type != "cpu":
-        wanted = f"{device.type.upper()}ExecutionProvider"
-        if wanted not in onnxruntime.get_available_providers():
-            raise ValueError(
-                f"this onnxruntime has no support for device {device}; "
-                "for CUDA install onnxruntime-gpu"
-            )
-        providers.insert(0, (wanted, {"device_id": device.index or 0}))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3  # what concerns the file is raised; the rest is of no use here
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=providers)
-    # onnxruntime has an exception of its own for each kind of failure, all plain RuntimeErrors or
-    # direct children of Exception.
-    except Exception as error:
-        name = "the exported program" if isinstance(model, bytes) else model
-        raise ValueError(f"onnxruntime cannot run {name}: {error}") from error
-
-
-class OnnxRuntime:
-    """An `Engine`; arguments and errors as of `open_session`."""
+class OnnxRuntime(Engine):
+    """Computes with onnxruntime."""
 
     def __init__(
         self,
@@ -89,7 +51,47 @@ class OnnxRuntime:
         device: torch.device | str = "cpu",
         threads: int | None = None,
     ) -> None:
-        self._session = open_session(model, device, threads)
+        """Loads an ONNX file, or its content.
+
+        Args:
+            model: path or content.
+            device: on which it computes.
+            threads: of the CPU; None: one for each core.
+
+        Raises:
+            ModuleNotFoundError: there is no onnxruntime.
+            FileNotFoundError: there is no such file.
+            ValueError: onnxruntime cannot read the file, or has no support for the device.
+        """
+        try:
+            import onnxruntime
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "ONNX files need onnxruntime: pip install onnxruntime"
+            ) from error
+        if not isinstance(model, bytes) and not Path(model).is_file():
+            raise FileNotFoundError(f"there is no ONNX file {model}")
+        device = torch.device(device)
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if device.type != "cpu":
+            wanted = f"{device.type.upper()}ExecutionProvider"
+            if wanted not in onnxruntime.get_available_providers():
+                raise ValueError(
+                    f"this onnxruntime has no support for device {device}; "
+                    "for CUDA install onnxruntime-gpu"
+                )
+            providers.insert(0, (wanted, {"device_id": device.index or 0}))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3  # what concerns the file is raised; the rest is of no use
+        source = model if isinstance(model, bytes) else str(model)
+        try:
+            self._session = onnxruntime.InferenceSession(source, options, providers=providers)
+        # onnxruntime has an exception of its own for each kind of failure, all plain RuntimeErrors
+        # or direct children of Exception.
+        except Exception as error:
+            name = "the exported program" if isinstance(model, bytes) else model
+            raise ValueError(f"onnxruntime cannot run {name}: {error}") from error
         self.metadata = self._session.get_modelmeta().custom_metadata_map
         self.inputs, self.outputs = (
             {
@@ -99,14 +101,12 @@ class OnnxRuntime:
             for values in (self._session.get_inputs(), self._session.get_outputs())
         )
 
-    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """See `Engine`."""
-        values = self._session.run(list(self.outputs), dict(feed))
-        return dict(zip(self.outputs, values, strict=True))
+    def _compute(self, feed: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
+        return self._session.run(list(self.outputs), feed)
 
 
-class OpenVino:
-    """An `Engine` that computes in float32, also where OpenVINO itself would take bfloat16."""
+class OpenVino(Engine):
+    """Computes with OpenVINO, in float32 also where OpenVINO itself would take bfloat16."""
 
     def __init__(
         self,
@@ -165,11 +165,9 @@ class OpenVino:
             for values in (model.inputs, model.outputs)
         )
 
-    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """See `Engine`."""
+    def _compute(self, feed: dict[str, np.ndarray]) -> Sequence[np.ndarray]:
         # By place: outputs of the compiled network also have the names of what was left out.
-        values = self._network(dict(feed)).to_tuple()
-        return dict(zip(self.outputs, values, strict=True))
+        return self._network(feed).to_tuple()
 
 
 ENGINES: dict[str, Callable[..., Engine]] = {"onnx": OnnxRuntime, "openvino": OpenVino}

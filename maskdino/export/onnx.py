@@ -113,8 +113,7 @@ class OnnxNetwork:
     def __call__(self, images: list[Tensor]) -> tuple[Predictions, Tensor | None, Size]:
         """See `maskdino.inference.predictor.Network`."""
         batch = self.batch(images)
-        values = self.engine.run({"images": batch.numpy()})
-        found = {name: torch.from_numpy(value) for name, value in values.items()}
+        found = self.engine.run({"images": batch})
         predictions = Predictions(
             found["class_logits"], found["boxes"], found.get("mask_embeddings")
         )

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> Report:
 
 def _all(network: OnnxNetwork, images: list[torch.Tensor]) -> None:
     for batch in images:
-        network.engine.run({"images": batch.numpy()})
+        network.engine.run({"images": batch})
 
 
 @torch.no_grad()
@@ -88,8 +88,7 @@ def _differences(
     agreement, beyond = Agreement(), 0.0
     for batch in images:
         expected = {name: value.cpu() for name, value in exact(batch.to(model.device)).items()}
-        values = network.engine.run({"images": batch.numpy()})
-        found = {name: torch.from_numpy(value) for name, value in values.items()}
+        found = network.engine.run({"images": batch})
         seen = (objects_of(model, "predictions", [batch], side) for side in (expected, found))
         for pair in zip(*seen, strict=True):
             agreement = agreement.and_of(*pair)
