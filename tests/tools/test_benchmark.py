@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -108,11 +107,15 @@ def test_families(repository: Path, tmp_path: Path, family: str, warm_python: st
         assert 1000 < int(step["operations"].replace(",", "")) < 3500
 
 
-def test_a_peer_that_is_not_there(repository: Path) -> None:
-    command = [sys.executable, "tools/benchmark.py", "data", "--peer", "nowhere:mapper"]
-    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "--peer nowhere:mapper: No module named 'nowhere'" in result.stderr
+def test_a_peer_that_is_not_there(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(repository / "tools")
+    report = importlib.import_module("benchmarks.report")
+    for name, reason in (
+        ("nowhere:mapper", "No module named 'nowhere'"),
+        ("json:mapper", "module 'json' has no attribute 'mapper'"),
+    ):
+        with pytest.raises(SystemExit, match=f"--peer {name}: {reason}"):
+            report.load_peer(name)
 
 
 def test_arguments_of_what_is_recomputed_are_kept(

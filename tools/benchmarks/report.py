@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.timing import table
-
 
 @dataclass(frozen=True)
 class Report:
@@ -32,6 +30,12 @@ class Report:
         """The same for programs."""
         rows = [dict(zip(self.headings, row, strict=True)) for row in self.rows]
         return {"about": self.about, "rows": rows}
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """Formats a table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def load_peer(name: str) -> Callable[..., Any]:

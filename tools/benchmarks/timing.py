@@ -121,9 +121,3 @@ def peak_mebibytes(run: Callable[[], object], device: str) -> float:
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    """Format a Markdown table."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.timing import table
+from benchmarks.report import table
 
 # Columns of each step's table; a line that has none of a step's is told of below the table.
 COLUMNS = {
