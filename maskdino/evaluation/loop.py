@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,26 +33,6 @@ PARTS = {
 }
 
 
-class _Evaluation:
-    """Hands results to an evaluator, and knows how long everything took."""
-
-    def __init__(self, evaluator: DatasetEvaluator, device: torch.device) -> None:
-        self._evaluator, self._device = evaluator, device
-        self.seconds: list[dict[str, float]] = []  # of each batch, by part
-
-    def take_in(self, inputs: list[dict], outputs: list[dict], clock: Clock, data: float) -> None:
-        """Evaluates a batch, in any thread, for which the model took as long as `clock` says."""
-        seconds = clock.seconds()
-        begin = time.perf_counter()
-        with _names(inputs), torch.no_grad():
-            if self._device.type == "cuda":
-                with torch.cuda.device(self._device):
-                    self._evaluator.process(inputs, outputs)
-            else:
-                self._evaluator.process(inputs, outputs)
-        self.seconds.append({**seconds, "data": data, "evaluation": time.perf_counter() - begin})
-
-
 def evaluate_images(
     model: nn.Module, loader: Iterable[list[dict]], evaluator: DatasetEvaluator
 ) -> dict[str, Any]:
@@ -69,9 +50,10 @@ def evaluate_images(
     logger.info("Evaluating %d batches of images.", number)
     evaluator.reset()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    evaluation = _Evaluation(evaluator, device)
+    hand_over = partial(_hand_over, evaluator, device)
+    seconds: list[dict[str, float]] = []  # of each batch, by part
     beside = ThreadPoolExecutor(1, "evaluation") if device.type == "cuda" else None
-    pending: deque[Future[None]] = deque()
+    pending: deque[Future[dict[str, float]]] = deque()
     begin = time.perf_counter()
     try:
         with inference_context(model), torch.no_grad():
@@ -79,26 +61,44 @@ def evaluate_images(
                 with _names(inputs), Clock(device, "network") as clock:
                     outputs = model(inputs)
                 if beside is None:
-                    evaluation.take_in(inputs, outputs, clock, waited)
+                    seconds.append(hand_over(inputs, outputs, clock, waited))
                 else:
-                    arguments = inputs, outputs, clock, waited
-                    pending.append(beside.submit(evaluation.take_in, *arguments))
+                    pending.append(beside.submit(hand_over, inputs, outputs, clock, waited))
                 while pending and (len(pending) > PENDING or pending[0].done()):
-                    pending.popleft().result()
+                    seconds.append(pending.popleft().result())
                 each = (time.perf_counter() - begin) / done
                 left = f"{each * (number - done):.0f} s left"
                 message = f"Evaluated {done} of {number}, {each:.3f} s each; {left}."
                 log_every_n_seconds(logging.INFO, message, n=5, name=__name__)
-        for batch in pending:
-            batch.result()
+        seconds += [batch.result() for batch in pending]
     finally:
         if beside is not None:
             beside.shutdown(cancel_futures=True)
-    _log_times(evaluation.seconds, time.perf_counter() - begin, beside=beside is not None)
+    _log_times(seconds, time.perf_counter() - begin, beside=beside is not None)
     begin = time.perf_counter()
     results = evaluator.evaluate()
     logger.info("The dataset's numbers took %.1f s.", time.perf_counter() - begin)
     return {} if results is None else results
+
+
+def _hand_over(
+    evaluator: DatasetEvaluator,
+    device: torch.device,
+    inputs: list[dict],
+    outputs: list[dict],
+    clock: Clock,
+    waited: float,
+) -> dict[str, float]:
+    """Gives a batch to the evaluator, in any thread; returns how many seconds each part took.
+
+    `clock` measured the model, and `waited` are the seconds before its images came.
+    """
+    seconds = clock.seconds()
+    begin = time.perf_counter()
+    there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with _names(inputs), torch.no_grad(), there:
+        evaluator.process(inputs, outputs)
+    return {**seconds, "data": waited, "evaluation": time.perf_counter() - begin}
 
 
 def _timed(loader: Iterable[list[dict]]) -> Iterator[tuple[list[dict], float]]:
@@ -111,7 +111,7 @@ def _timed(loader: Iterable[list[dict]]) -> Iterator[tuple[list[dict], float]]:
 
 @contextmanager
 def _names(inputs: list[dict]) -> Iterator[None]:
-    """Errors inside are logged with the images that they are of."""
+    """If an error ends the block, the log names the images of the batch."""
     try:
         yield
     except Exception:
