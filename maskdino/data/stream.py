@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -148,23 +149,18 @@ class _MappedDataset(Dataset[dict]):
             return self._mapper(self._records[index])
 
 
-class _ErrorsAsValues:
-    """A mapper that returns a `DataError` where `mapper` raises one, for `LoadedBatches`."""
-
-    def __init__(self, mapper: Mapper) -> None:
-        self._mapper = mapper
-
-    def __call__(self, record: dict) -> dict | DataError:
-        try:
-            return self._mapper(record)
-        except DataError as error:
-            return error
+def _mapped(mapper: Mapper, record: dict) -> dict | DataError:
+    """What the mapper makes of a record; a `DataError` is returned, for `LoadedBatches`."""
+    try:
+        return mapper(record)
+    except DataError as error:
+        return error
 
 
 class LoadedBatches:
-    """Batches from processes that load them: raises here what `_ErrorsAsValues` kept there.
+    """Batches from processes that load them; an error that `_mapped` returned there is raised here.
 
-    PyTorch would raise an error with the traceback of that process as its text instead.
+    PyTorch itself would raise one whose text is the traceback of that process.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -207,7 +203,7 @@ class TrainingData:
                 "SOLVER.ACCUMULATION_STEPS."
             )
         self._records = records
-        self._mapper = _ErrorsAsValues(mapper)
+        self._mapper = partial(_mapped, mapper)
         self._repeat_factors = repeat_factors
         self._batch_size = batch_size
         self._share = batch_size // shares
@@ -263,8 +259,9 @@ def build_test_data(cfg: CfgNode, dataset_name: str) -> LoadedBatches:
 
     Those that are evaluated in slices (TEST.SLICES) are left in their files.
     """
-    mapper = _ErrorsAsValues(_left_in_file if cfg.TEST.SLICES.SIZE else build_test_mapper(cfg))
-    return LoadedBatches(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+    mapper = _left_in_file if cfg.TEST.SLICES.SIZE else build_test_mapper(cfg)
+    loader = build_detection_test_loader(cfg, dataset_name, mapper=partial(_mapped, mapper))
+    return LoadedBatches(loader)
 
 
 def _left_in_file(record: dict) -> dict:
