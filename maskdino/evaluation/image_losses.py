@@ -7,28 +7,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from torch import Tensor
 from tqdm import tqdm
 
 from maskdino.integration.extensions import MAPPER_REGISTRY
 
 SEED = 0  # of the points at which masks are compared: the same for each image
-
-
-class Model(Protocol):
-    """What is asked of a model: `maskdino.model.MaskDINO` has it."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-
-    def matched_losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        """Weighted losses of training examples, by name."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +45,12 @@ class ImageLoss:
         return {name: 100 * loss / (self.total or math.nan) for name, loss in self.terms.items()}
 
 
-def image_losses(cfg: CfgNode, model: Model, dataset: str) -> list[ImageLoss]:
+def image_losses(cfg: CfgNode, model: Any, dataset: str) -> list[ImageLoss]:
     """Computes the loss of each image by itself, those with the largest first.
 
-    It is what training computes of the tested decoder layer, by the same mapper, matcher and
-    criterion, but of images as the evaluation sees them, without augmentation and noised queries,
-    and with the same points each time.
+    The model is a `maskdino.model.MaskDINO`. Its losses are those of training, of the decoder layer
+    that is tested, by the same mapper, matcher and criterion, but without augmentation and noised
+    queries, and at the same points for each image.
 
     Raises:
         DataError: an image or a label cannot be read, or the dataset has no labels.
