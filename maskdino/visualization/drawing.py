@@ -27,6 +27,7 @@ LUMINANCE = np.array([0.299, 0.587, 0.114])  # share of red, green and blue
 MIN_LUMINANCE = 0.4
 PIXELS_OF_A_PLACE = 1 << 20  # of a mask, at which the place of its label is found
 ROWS_AT_ONCE = 256
+GAP = 8  # pixels between images
 
 
 @dataclass(frozen=True)
@@ -197,38 +198,33 @@ def _some_pixels(mask: Mask, step: int) -> tuple[np.ndarray, np.ndarray]:
     return step * rows, step * columns
 
 
-def beside(panels: Sequence[tuple[str, np.ndarray]], *, gap: int = 8) -> np.ndarray:
-    """Puts images side by side on white, each below its caption.
-
-    Args:
-        panels: caption and image; images may differ in size.
-        gap: pixels between the images.
-    """
+def beside(panels: Sequence[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Puts images, which may differ in size, side by side on white, each below its caption."""
     size = max(12, min(28, max(image.shape[1] for _, image in panels) // 32))
     font = ImageFont.load_default(size=size)
     strip = size + 10
     height = strip + max(image.shape[0] for _, image in panels)
-    width = sum(image.shape[1] for _, image in panels) + gap * (len(panels) - 1)
+    width = sum(image.shape[1] for _, image in panels) + GAP * (len(panels) - 1)
     sheet = Image.new("RGB", (width, height), "white")
     drawing, x = ImageDraw.Draw(sheet), 0
     for caption, image in panels:
         text = _shortened(caption, image.shape[1], font)
         drawing.text((x + 2, 4), text, fill="black", font=font)
         sheet.paste(Image.fromarray(image), (x, strip))
-        x += image.shape[1] + gap
+        x += image.shape[1] + GAP
     return np.array(sheet)
 
 
-def below(images: Sequence[np.ndarray], *, gap: int = 8) -> np.ndarray:
+def below(images: Sequence[np.ndarray]) -> np.ndarray:
     """Puts images one below the other, on white."""
     width = max(image.shape[1] for image in images)
     padded = [
         cv2.copyMakeBorder(
-            image, 0, gap, 0, width - image.shape[1], cv2.BORDER_CONSTANT, value=(255,) * 3
+            image, 0, GAP, 0, width - image.shape[1], cv2.BORDER_CONSTANT, value=(255,) * 3
         )
         for image in images
     ]
-    return np.concatenate(padded)[: -gap or None]
+    return np.concatenate(padded)[:-GAP]
 
 
 def _shortened(text: str, width: int, font: Font) -> str:

@@ -94,14 +94,15 @@ def test_maps_are_drawn_as_their_masks_are(
     assert (drawn != enlarge(image, scale)).any(2).mean() > 0.5
 
 
-def test_images_below_and_beside_each_other() -> None:
+def test_images_below_and_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "GAP", 2)
     images = [noise(4, 9, 3), noise(6, 5, 3)]
-    sheet = below(images, gap=2)
+    sheet = below(images)
     assert sheet.shape == (12, 9, 3) and sheet.dtype == np.uint8
     assert (sheet[:4] == images[0]).all() and (sheet[6:, :5] == images[1]).all()
     assert (sheet[4:6] == 255).all() and (sheet[6:, 5:] == 255).all()
-    assert (below(images[:1], gap=0) == images[0]).all()
-    row = beside([("", image) for image in images], gap=2)
+    assert (below(images[:1]) == images[0]).all()
+    row = beside([("", image) for image in images])
     assert row.shape[1] == 16
     strip = row.shape[0] - 6
     assert (row[strip : strip + 4, :9] == images[0]).all() and (row[strip:, 11:] == images[1]).all()
