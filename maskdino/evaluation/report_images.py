@@ -1,6 +1,6 @@
 """The images of an evaluation: each is scored by itself, and the chosen ones are drawn.
 
-Nothing of an image is kept after its score but the score: evaluations may have many images.
+Of an image that was scored, only the score is kept: evaluations may have many images.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from tqdm import tqdm
 
+from maskdino.categories import Categories
 from maskdino.data.checks import check_known
 from maskdino.data.folders import inside
 from maskdino.data.reading import read_label_map, read_map
@@ -31,7 +32,7 @@ from maskdino.evaluation.panoptic import panoptic_metrics
 from maskdino.evaluation.semantic import count_pixels, semantic_metrics
 from maskdino.visualization.drawing import beside, draw_regions
 from maskdino.visualization.ground_truth import ground_truth_of
-from maskdino.visualization.results import Categories, ImageResult
+from maskdino.visualization.results import ImageResult
 
 MIN_PIXELS = 420  # of the longer side of a drawn image, as far as whole factors allow
 MAX_PIXELS = 720
@@ -48,6 +49,8 @@ class EvaluatedImages(ABC):
     """
 
     task: ClassVar[str]
+    file: ClassVar[str]  # what the evaluator of the task leaves
+    results_of: ClassVar[frozenset[str]]  # names of its results
     measure: str
 
     def __init__(
@@ -116,7 +119,8 @@ class EvaluatedImages(ABC):
 class InstanceImages(EvaluatedImages):
     """Objects."""
 
-    task = "instance"
+    task, file = "instance", files.INSTANCES_FILE
+    results_of = frozenset({"bbox", "segm"})
 
     def read(self) -> None:
         """See `EvaluatedImages.read`."""
@@ -124,7 +128,7 @@ class InstanceImages(EvaluatedImages):
         converted = self.folder / files.CONVERTED_FILE.format(self.metadata.name)
         path = str(self.metadata.get("json_file") or converted)
         self.ground_truth = read_annotations(path, self.metadata)
-        self.predictions = json.loads((self.folder / files.INSTANCES_FILE).read_text())
+        self.predictions = json.loads((self.folder / self.file).read_text())
         self._true, self._found = defaultdict(list), defaultdict(list)
         for annotation in self.ground_truth.get("annotations", ()):
             self._true[annotation["image_id"]].append(annotation)
@@ -166,12 +170,13 @@ class InstanceImages(EvaluatedImages):
 class PanopticImages(EvaluatedImages):
     """Segments of all pixels."""
 
-    task, measure = "panoptic", "PQ of each image"
+    task, file, measure = "panoptic", files.PANOPTIC_FILE, "PQ of each image"
+    results_of = frozenset({"panoptic_seg"})
 
     def read(self) -> None:
         """See `EvaluatedImages.read`."""
         content = json.loads(Path(self.metadata.panoptic_json).read_text())
-        predictions = json.loads((self.folder / files.PANOPTIC_FILE).read_text())
+        predictions = json.loads((self.folder / self.file).read_text())
         self._dataset_categories = {c["id"]: c for c in content["categories"]}
         self._true = {a["image_id"]: a for a in content["annotations"]}
         self._found = {a["image_id"]: a for a in predictions["annotations"]}
@@ -213,11 +218,12 @@ class PanopticImages(EvaluatedImages):
 class SemanticImages(EvaluatedImages):
     """Classes of all pixels."""
 
-    task, measure = "semantic", "mIoU of each image"
+    task, file, measure = "semantic", files.SEMANTIC_FILE, "mIoU of each image"
+    results_of = frozenset({"sem_seg"})
 
     def read(self) -> None:
         """See `EvaluatedImages.read`."""
-        self._found = json.loads((self.folder / files.SEMANTIC_FILE).read_text())
+        self._found = json.loads((self.folder / self.file).read_text())
         self.check_complete(self._found, "file_name")
 
     def score(self, record: dict) -> float:
@@ -238,14 +244,6 @@ class SemanticImages(EvaluatedImages):
         return inside(maps, self._found[record["file_name"]], maps)
 
 
-# What the evaluator of a task leaves, and under which names its results stand.
-KINDS: dict[type[EvaluatedImages], tuple[str, frozenset[str]]] = {
-    PanopticImages: (files.PANOPTIC_FILE, frozenset({"panoptic_seg"})),
-    InstanceImages: (files.INSTANCES_FILE, frozenset({"bbox", "segm"})),
-    SemanticImages: (files.SEMANTIC_FILE, frozenset({"sem_seg"})),
-}
-
-
 def find_images(
     dataset: str, folder: Path, results: Iterable[str], threshold: float
 ) -> list[EvaluatedImages]:
@@ -255,8 +253,8 @@ def find_images(
     """
     kinds = [
         kind
-        for kind, (name, keys) in KINDS.items()
-        if keys.intersection(results) and (folder / name).is_file()
+        for kind in (PanopticImages, InstanceImages, SemanticImages)
+        if kind.results_of.intersection(results) and (folder / kind.file).is_file()
     ]
     if not kinds:
         return []
