@@ -99,7 +99,7 @@ EVALUATORS: dict[str, dict[str, _Builder]] = {
     "cityscapes_sem_seg": {"semantic": _cityscapes_semantic},
     "cityscapes_panoptic_seg": _CITYSCAPES,
 }
-# What the evaluators measure beside these.
+# What each evaluator measures, by task.
 _OF_INSTANCES: dict[str, tuple[str, ...]] = {
     "bbox": coco_evaluation.METRICS,
     "segm": coco_evaluation.METRICS,
@@ -139,10 +139,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
 
 @contextmanager
 def masks_as_read(model: nn.Module, evaluator: DatasetEvaluator) -> Iterator[None]:
-    """Masks of objects come as run lengths while a model is judged, where all evaluators read them.
+    """Inside, the model gives masks as run lengths, if all evaluators read them.
 
-    Masks of pixels of an image of 24 megapixels with 100 objects are 2.4 GB. Evaluators of others,
-    which know detectron2's `pred_masks` alone, get these.
+    As pixels, those of 100 objects in an image of 24 megapixels are 2.4 GB. Evaluators of others
+    may know detectron2's `pred_masks` alone; then these are given.
 
     Args:
         model: a `MaskDINO`, perhaps in a wrapper for several processes; others are left alone.
@@ -171,9 +171,9 @@ def check_evaluators(cfg: CfgNode) -> None:
 
 
 def known_metrics(cfg: CfgNode, dataset_name: str) -> list[str] | None:
-    """Gives what the evaluation of a dataset measures, as "segm/AP", but for single classes.
+    """Names of what the evaluation of a dataset measures, such as "segm/AP"; not of single classes.
 
-    None if an evaluator of the user's takes part, who alone knows what it measures.
+    None if an evaluator of the user's takes part: what it measures is not known.
     """
     if _own_evaluators(cfg, dataset_name):
         return None
@@ -194,7 +194,7 @@ def _own_evaluators(cfg: CfgNode, dataset_name: str) -> list[str]:
 
 
 def _builders(cfg: CfgNode, dataset_name: str) -> list[_Builder]:
-    """Chooses evaluators of ours; there may be none beside those of the user's."""
+    """Chooses evaluators of ours; there may be none if the user has evaluators of their own."""
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     own = _own_evaluators(cfg, dataset_name)
     if kind not in EVALUATORS:

@@ -43,7 +43,7 @@ READ = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation"),
 }
 GEOMETRY = {"bbox": "bbox", "segm": "segmentation"}  # of a task -> its key in records
-LARGEST_ID = 1 << 62
+LARGEST_ID = 1 << 62  # of numbers that the libraries take for ids
 COCO_DETECTIONS = 100  # of an image that published numbers count
 ALL_DETECTIONS = 1 << 20  # of an image: as many as there are
 AREAS = ("all", "small", "medium", "large")
@@ -226,8 +226,12 @@ def average_precision(
 ) -> tuple[list[float], np.ndarray, list[int]]:
     """Compares predictions with the content of COCO's annotation file.
 
-    Those are records, at least one, with ``bbox`` or ``segmentation``, whichever the task, "bbox"
-    or "segm", needs. For the other arguments see `COCOInstanceEvaluator`.
+    Args:
+        ground_truth: that content.
+        records: predictions, at least one, with ``bbox`` or ``segmentation``, as the task needs.
+        task: "bbox" or "segm".
+        fast: see `COCOInstanceEvaluator`.
+        detections: likewise.
 
     Returns:
         The values of `METRICS` in percent (NaN where nothing could be measured), the precisions
@@ -298,7 +302,7 @@ def numbered(
 
 
 def _number(ground_truth: dict, predictions: list[dict], name: str, key: str) -> dict[int, Any]:
-    """Gives numbers to entries whose ids are none that faster-coco-eval takes (in place).
+    """Renumbers entries in place, unless faster-coco-eval takes all of their ids.
 
     Returns:
         The ids before, by those afterwards.

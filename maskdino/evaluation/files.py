@@ -1,4 +1,4 @@
-"""Where an evaluation leaves its predictions, below its output folder, for a later look."""
+"""Names of the files that evaluators write to their output folder, and reports read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 INSTANCES_FILE = "coco_instances_results.json"
-CONVERTED_FILE = "{}_coco_format.json"  # annotations of a dataset that has no such file itself
+CONVERTED_FILE = "{}_coco_format.json"  # annotations of a dataset that has no such file
 PANOPTIC_FILE = "predictions.json"  # in COCO's format of panoptic results
 PANOPTIC_FOLDER = "panoptic"  # its PNG files
 SEMANTIC_FILE = "sem_seg.json"  # file name of each image to that of its label map

@@ -63,7 +63,7 @@ class SlicedModel(nn.Module):
 
 
 class _Output(dict):
-    """What evaluators read; scores of classes (K, H, W) are made for those alone that ask."""
+    """What evaluators read; "sem_seg" (K, H, W) is made of the label map when it is asked for."""
 
     def __init__(self, result: ImageResult, num_classes: int, run_lengths: bool) -> None:
         super().__init__()

@@ -74,10 +74,10 @@ class Joiner:
         box: np.ndarray | None = None,
         features: np.ndarray | None = None,
     ) -> None:
-        """Adds what slice number `place` sees of an object, unless another slice sees all of it.
+        """Adds what slice number `place` sees of an object.
 
-        That one then decides, if fewer of its edges cut the object, also if it sees nothing: what
-        is seen at the edge is a guess.
+        It is left out if all of it lies in another slice, fewer of whose edges cut it: what is seen
+        at an edge is a guess, and the other slice decides, even if it sees nothing.
 
         Args:
             place: of the slice.

@@ -67,7 +67,7 @@ class ClassThresholds:
             )
 
     def least(self, otherwise: float) -> float:
-        """The score from which the model must give objects; `otherwise` is that of the rest."""
+        """The lowest threshold of all classes; `otherwise` is that of the classes not named."""
         return min([otherwise, *self.scores.values()])
 
     def select(self, result: ImageResult, otherwise: float) -> ImageResult:

@@ -38,7 +38,7 @@ class Wanted:
     def predict(
         self, predictor: MaskDINOPredictor, batch: list[tuple[Path, np.ndarray | TiledImage]]
     ) -> list[ImageResult]:
-        """Results of images, as they are written."""
+        """Results of images, without objects below the thresholds."""
         if predictor.options.slices is None:
             results = list(predictor.stream(x for _, x in batch if isinstance(x, np.ndarray)))
         else:

@@ -102,7 +102,7 @@ def refuse_to_replace(files: Iterable[Path], inputs: Iterable[Path], option: str
 
 
 def json_beside(path: Path) -> Path:
-    """Where the results of a drawn image go."""
+    """The JSON file of results beside a drawing."""
     return path.with_name(f"{path.name}.json")
 
 

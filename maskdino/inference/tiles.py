@@ -31,7 +31,7 @@ LARGE_PNG = 1 << 26
 PLAIN_MODES = frozenset(("L", "RGB", "RGBA", "YCbCr", "I;16", "I;16B", "F"))
 MAPPED_MODES = {"L": 1, "RGB": 3}  # and their channels of 8 bits
 CACHE = 256  # MiB that rasterio keeps of what it decoded: rows of slices overlap
-MUCH = 1 << 30  # bytes of an image in memory that are worth a word
+MUCH = 1 << 30  # bytes of an image in memory, of more of which a warning tells
 
 logger = logging.getLogger(__name__)
 _LIMIT = threading.Lock()
@@ -88,7 +88,7 @@ Reader = tuple[tuple[int, int], Callable[[slice, slice], np.ndarray]]
 
 @contextmanager
 def _of_any_size() -> Iterator[None]:
-    """Pillow refuses what looks like an attack; who asks for slices means the image to be large."""
+    """Inside, Pillow opens images of any size: whoever asks for slices expects large ones."""
     with _LIMIT:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -98,7 +98,7 @@ def _of_any_size() -> Iterator[None]:
 
 
 def _mapped(path: Path) -> Reader | None:
-    """Of a file whose pixels stand there as they are, row by row; None for all others."""
+    """Maps a file that holds its pixels without compression, row by row; None for all others."""
     try:
         with _of_any_size(), Image.open(path) as image:
             blocks, (width, height) = image.tile, image.size
@@ -133,7 +133,7 @@ def _is_plain(image: Image.Image, modes: Collection[str]) -> bool:
 
 
 def _in_windows(path: Path) -> Reader | None:
-    """By rasterio, where it is installed; None for what it would read whole, or otherwise."""
+    """Reads with rasterio, if installed, what that reads in parts and as Pillow does; else None."""
     if path.suffix.lower() not in IN_WINDOWS or importlib.util.find_spec("rasterio") is None:
         return None
     is_png = path.suffix.lower() == ".png"
@@ -170,7 +170,7 @@ def _in_windows(path: Path) -> Reader | None:
 
 
 def _decoded(path: Path) -> Reader | None:
-    """Of a file that Pillow decodes once, and keeps as it decoded it; None for unusual ones."""
+    """Decodes a file once with Pillow; None where its values are to be converted (`load_image`)."""
     size = 0, 0
     try:
         with _of_any_size(), Image.open(path) as image:

@@ -65,7 +65,7 @@ def rate_of(stream: VideoStream) -> float:
 
 def upright(frame: VideoFrame) -> np.ndarray:
     """A decoded frame as (H, W, 3) uint8 RGB, turned as it is meant."""
-    # Up to 16, PyAV follows the frame's own color space only where another one is named.
+    # PyAV up to 16 reads the frame's own color space only if that of the result is named.
     image = frame.reformat(format="rgb24", dst_colorspace="ITU601").to_ndarray()
     return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
 
