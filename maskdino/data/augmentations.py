@@ -155,7 +155,7 @@ class PixelTransform(ImageTransform):
         return left, top, left + width, top + height
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
-        """Is not known: polygons are drawn first (`split_at_pixels`)."""
+        """Raises NotImplementedError: polygons are drawn as masks before (`split_at_pixels`)."""
         raise NotImplementedError("points cannot follow an augmentation of pixels; masks can")
 
 

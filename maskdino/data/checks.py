@@ -36,7 +36,7 @@ from maskdino.integration.registration import register_postponed
 
 logger = logging.getLogger(__name__)
 
-# What the name of a missing path tells about the preparation that makes it.
+# Part of a missing path -> the preparation that makes it.
 _PREPARATIONS = {
     "annotations_detectron2": "ade20k",
     "ade20k_": "ade20k",
@@ -131,7 +131,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_packages(cfg: CfgNode, name: str, metadata: Metadata) -> None:
-    """What loading or evaluating a dataset imports, long after the start."""
+    """Raises where a package is missing that would be imported long after the start."""
     kind, is_test = metadata.get("evaluator_type", ""), name in cfg.DATASETS.TEST
     needed = []
     if kind == "cityscapes_instance" or (kind.startswith("cityscapes") and is_test):
@@ -189,9 +189,9 @@ def _check_paths(name: str, metadata: Metadata, unused: set[str]) -> None:
 
 
 def _check_maps(name: str, metadata: Metadata) -> None:
-    """Whether there are any semantic maps, where a folder is all that names them."""
+    """Raises where a folder holds no semantic maps; those of a list are where it says."""
     folder = metadata.get("sem_seg_root", "")
-    is_listed = metadata.get("json_file") is not None  # then they are where the list says
+    is_listed = metadata.get("json_file") is not None
     if metadata.get("evaluator_type") != "sem_seg" or is_listed or not PathManager.isdir(folder):
         return
     entries = PathManager.ls(folder)
@@ -260,7 +260,7 @@ def _num_classes(metadata: Metadata) -> int | None:
 
 
 def _check_loadable(content: dict, json_file: str) -> None:
-    """Raises where detectron2's reader of registered datasets fails; own data are rewritten."""
+    """Raises where detectron2 could not load the file of a registered dataset."""
     for name in ("images", "categories"):
         ids = [entry["id"] for entry in content[name]]
         if len({isinstance(x, str) for x in ids}) > 1:

@@ -45,9 +45,9 @@ def inside(
 
 
 def check_names(images: list[dict], folder: str, advice: str = HOW_TO_ALLOW) -> Iterator[Finding]:
-    """Checks that the files of images are in their folder; what is no name is left to others.
+    """Finds images whose file names lead out of the folder; what is no text is found elsewhere.
 
-    The advice says what to do about names that lead out of it.
+    The advice says what to do about them.
     """
     for index, image in enumerate(images):
         name = image.get("file_name")

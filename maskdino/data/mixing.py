@@ -159,8 +159,8 @@ def finish(scene: Scene, example: dict, min_visible: float) -> dict:
 class MixingMapper:
     """A mapper that mixes what another mapper, one of `maskdino.data.mappers`, makes of records.
 
-    Those are the dataset dicts of the training; other images are drawn as often as they are trained
-    on, by `repeat_factors` (N,).
+    The other images are drawn from `records`, all of the training, with probabilities in proportion
+    to `repeat_factors` (N,): as often as they are trained on.
 
     Raises:
         ValueError: `mapper` cannot make the tiles of a mosaic.
@@ -190,7 +190,7 @@ class MixingMapper:
             )
 
     def __call__(self, record: dict) -> dict:
-        """Makes an example of this record, whose other entries it keeps, and perhaps of others."""
+        """Makes an example of a record, perhaps mixed with others; it has this record's entries."""
         is_tiled, is_pasted = np.random.rand(2) < (self._tiling, self._pasting)
         example = self._mosaic(record) if is_tiled else self._mapper(record)
         return self._paste(example) if is_pasted else example

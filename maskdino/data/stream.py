@@ -288,7 +288,7 @@ def _repeat_factors(cfg: CfgNode, records: list[dict]) -> Tensor:
 
 
 def _left_alone_by_signals(_worker: int) -> None:
-    # Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job: the training still
-    # needs its workers, and ends them when it is ready. A second SIGTERM is meant.
+    # Ctrl-C reaches all processes of a terminal, and SIGTERM often all of a job. The training still
+    # needs its workers, and ends them itself: only a second SIGTERM ends a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))

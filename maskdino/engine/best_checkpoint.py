@@ -89,7 +89,7 @@ class History:
         return any(entry.iteration == iteration for entry in self.evaluations)
 
     def since_best(self) -> int:
-        """Counts evaluations after the best one; none as long as nothing was found (AP 0)."""
+        """Counts evaluations after the best one; 0 while that found nothing (AP 0)."""
         best, least = self.best, -math.inf if self.lower_is_better else 0.0
         if best is None or self.score(best) <= least:
             return 0

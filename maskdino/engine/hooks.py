@@ -46,7 +46,7 @@ class SaveAverage(HookBase):
         self._average = average
 
     def after_train(self) -> None:
-        """Saves after the last step; a resumed run that has nothing left to do makes up for it."""
+        """Saves after the last step, also in a resumed run that has no step left to make."""
         if self.trainer.iter >= self.trainer.max_iter:
             with self._average.applied():
                 self._checkpointer.save("model_final")

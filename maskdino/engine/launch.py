@@ -182,7 +182,7 @@ def _configure(processes: int, machines: int, machine_rank: int, url: str) -> La
 def _run_started(main: Callable[..., object], args: tuple, messages: SimpleQueue) -> None:
     """Runs ``main`` in a process that was started here."""
     if hasattr(os, "setpgrp"):
-        # The process that started it hears Ctrl-C, and passes it on: it would come twice.
+        # Ctrl-C reaches the process that started this one, which passes it on: else it comes twice.
         os.setpgrp()
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # before there is a training
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
@@ -193,7 +193,8 @@ def _run_started(main: Callable[..., object], args: tuple, messages: SimpleQueue
         _join_others(main, args)
     except Interrupted as error:
         messages.put((str(error), error.number))
-        # Returning waits for a word of the process that started it, which may wait for its end.
+        # On its return, torch waits for the process that started this one, which may be waiting for
+        # this one's end.
         end = threading.Timer(1, os._exit, (0,))
         end.daemon = True
         end.start()
@@ -201,8 +202,8 @@ def _run_started(main: Callable[..., object], args: tuple, messages: SimpleQueue
         messages.put((str(error), USER_ERROR))
         sys.exit(1)
     except Exception:
-        # Before this process is gone and the others fail for it, of which torch may report one. A
-        # pipe that nobody reads yet takes 64 KiB.
+        # Said now: when this process is gone the others fail too, and torch may report one of them.
+        # The pipe, which nobody reads yet, holds 64 KiB.
         rank, trace = os.environ["RANK"], traceback.format_exc()[-LONGEST:]
         messages.put((f"Process {rank} failed:\n{trace}", BUG))
         raise
@@ -224,7 +225,7 @@ def _join_others(main: Callable[..., object], args: tuple) -> None:
     try:
         main(*args)
     except Interrupted as error:  # of all of them, after the same step
-        # Without the frames, and what is there.
+        # Anew, without the traceback, whose frames hold the trainer.
         interruption = Interrupted(str(error), error.number)
     gc.collect()  # a trainer that lingers would keep the group's threads, beyond the end of Python
     torch.distributed.destroy_process_group()

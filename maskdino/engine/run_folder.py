@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 LOGGERS = ("fvcore", "detectron2", "maskdino")
-FAR = 1 << 30  # the byte that Windows locks, and then refuses to read: far behind the text
+FAR = 1 << 30  # the byte to lock on Windows, which refuses to read it: far behind the text
 # What a run leaves that another would go on with, or mix with its own.
 LEFT_BY_RUNS = ("model_*.pth", "metrics.json", LAST, "ema/*.pth", "best/*.pth", "best/history.json")
 

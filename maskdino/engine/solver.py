@@ -185,7 +185,7 @@ def build_gradient_clipper(cfg: CfgNode) -> GradientClipper:
 
 
 def _total_norm(gradients: list[Tensor], norm_type: float) -> Tensor:
-    """`torch.nn.utils.get_total_norm`, which sorts gradients by device and dtype before."""
+    """As `torch.nn.utils.get_total_norm`, which first groups gradients by device and dtype."""
     if not gradients:
         return torch.zeros(())
     norms = torch._foreach_norm(gradients, norm_type)

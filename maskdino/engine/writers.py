@@ -227,9 +227,9 @@ class WriteScalars(hooks.PeriodicWriter):
 
 
 class WriteFirst(WriteScalars):
-    """Calls those of the writers that must be ahead of the checkpoint of an iteration.
+    """Calls the writers whose lines must be written before the checkpoint of an iteration.
 
-    `WriteScalars` calls them again after the evaluation, whose results they lack till then.
+    `WriteScalars` calls them again after the evaluation, for its results.
     """
 
     def __init__(self, writers: list[EventWriter], period: int, evaluations: int = 0) -> None:

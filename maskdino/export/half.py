@@ -1,4 +1,4 @@
-"""Graphs that were traced under autocast: weights are stored in float16 where they are used so."""
+"""Graphs that were traced under autocast: weights that are used in float16 are stored so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "LayerNormalization")
 
 
 def store_in_half(model: onnx.ModelProto) -> None:
-    """Casts weights once, in the file, that the graph casts to float16 or multiplies with float16.
+    """Stores weights in float16 that the graph casts to it, or multiplies with values in float16.
 
     Args:
         model: with the types of its values (`value_info`); changed in place.

@@ -1,7 +1,7 @@
 """Whether two forms of a model see the same objects in the same images.
 
-Values that were rounded to half precision differ everywhere, by little. What counts is what becomes
-of them: which objects are found, and where.
+In half precision all values differ a little. What counts is the result: which objects are found,
+and where.
 
 Shape key: B images, N objects of one of them, P pixels of its masks.
 """

@@ -1,8 +1,8 @@
 """Post-processing of whole batches as one program of fixed shapes, for exported networks.
 
-`maskdino.postprocess`, whose formulas these are, treats one image at a time, and spends work only
-where there is something; a program that is traced once cannot choose, so here every query counts,
-and what is left out has the score 0.
+The formulas are those of `maskdino.postprocess`, which treats one image at a time and computes only
+what the result shows. A program that is traced once cannot choose what to compute: here all queries
+are computed, and what is left out of the result gets the score 0.
 
 Shape key: B images, Q queries, K classes, N detections, C channels; H, W pixels of the masks.
 """

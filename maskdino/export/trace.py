@@ -186,10 +186,10 @@ class ExportableNetwork(nn.Module):
 
 
 class _SameConv(Conv2dSame):
-    """timm's, of EfficientNets; divides whole numbers, whose results a tracer knows.
+    """timm's convolution of EfficientNets, with padding computed by divisions of whole numbers.
 
-    Of a fraction that is rounded up, and the larger of two paddings, it makes longer and longer
-    expressions: no backbone with these came to an end for any size.
+    timm rounds fractions up and takes the larger of two paddings. Of these the tracer makes longer
+    and longer expressions: for programs of any size, it did not come to an end.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -208,10 +208,10 @@ class _SameConv(Conv2dSame):
 
 
 def _in_units(images: Tensor, unit: int) -> Tensor:
-    """Images (B, 3, height, width) of whole units, as a tracer for any size sees them.
+    """Images (B, 3, height, width) as they are, but with sides that are products for the tracer.
 
-    Told of multiples only, it writes every map's size as nested remainders and parts of the side
-    and simplifies them again at each layer, for minutes; of units, they are plain products.
+    If it knows only that a side is a multiple of the unit, it writes every map's size as nested
+    remainders and quotients, and simplifies them at each layer, for minutes.
     """
     for axis in (2, 3):
         side = images.shape[axis] // unit * unit

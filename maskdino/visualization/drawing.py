@@ -128,7 +128,7 @@ def _area(region: Region) -> float:
 
 
 def _ordered(box: Sequence[float]) -> list[float]:
-    """A box that Pillow accepts: it refuses those whose second corner comes first."""
+    """The box with its corners in order, which Pillow asks for."""
     x0, y0, x1, y1 = box
     return [x0, y0, max(x0, x1), max(y0, y1)]
 
