@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -105,7 +106,7 @@ class TrainingGraphs:
             self._calls.clear()
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (half, *((tuple(x.shape), x.dtype, x.requires_grad) for x in inputs))
-        step = self._steps.get(key) or self._add(key, network, inputs, weights)
+        step = self._steps.get(key) or self._add(key, model, network, inputs, weights)
         if step is None:
             return network(*inputs)
         replayed = iter(_Replayed.apply(step, weights, *inputs, *weights))
@@ -123,6 +124,7 @@ class TrainingGraphs:
     def _add(
         self,
         key: Hashable,
+        model: nn.Module,
         network: Callable[..., Mapped],
         inputs: Sequence[Tensor],
         weights: Sequence[nn.Parameter],
@@ -137,7 +139,8 @@ class TrainingGraphs:
         try:
             if self._pool is None:
                 self._pool = new_pool()
-            self._steps[key] = capture_step(network, inputs, weights, self._pool)
+            with stand_ins(model, weights) as parameters:
+                self._steps[key] = capture_step(network, inputs, parameters, self._pool)
         except RuntimeError as error:
             self._say(str(error).partition("\n")[0])
         return self._steps.get(key)
@@ -210,6 +213,32 @@ def new_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
+@contextmanager
+def stand_ins(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Within, the model holds other parameters with the memory of these weights.
+
+    Autograd knows a weight on the stream of the step that read it first, as long as anybody holds
+    that step: `DistributedDataParallel` does for good. A capture must not depend on that stream.
+
+    Yields:
+        The stand-ins of the weights, in their order.
+    """
+    made = {weight: nn.Parameter(weight.detach()) for weight in weights}
+    places = [
+        (module._parameters, name, weight)
+        for module in model.modules()
+        for name, weight in module._parameters.items()
+        if weight in made
+    ]
+    for parameters, name, weight in places:
+        parameters[name] = made[weight]
+    try:
+        yield list(made.values())
+    finally:
+        for parameters, name, weight in places:
+            parameters[name] = weight
+
+
 def capture_step(
     network: Callable[..., Mapped],
     inputs: Sequence[Tensor],
@@ -221,7 +250,7 @@ def capture_step(
     Args:
         network: see `TrainingGraphs.__call__`.
         inputs: of the shapes to capture.
-        weights: those that have gradients.
+        weights: those that have gradients, of which no other step knows: see `stand_ins`.
         pool: see `new_pool`.
 
     Raises:

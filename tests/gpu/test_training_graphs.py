@@ -71,6 +71,17 @@ def test_steps_equal_those_kernel_by_kernel(
     assert len(steps[0].model.training_graphs) == 1
 
 
+def test_somebody_holds_what_autograd_knows_of_weights(cuda: torch.device) -> None:
+    """As `DistributedDataParallel` does: a capture must not wait for the stream of that time."""
+    steps = [make_step("instance", cuda, "float32", replays=replays) for replays in (True, False)]
+    held = [weight.view_as(weight).grad_fn for weight in steps[0].model.parameters()]
+    for number in range(CALLS_BEFORE + 2):
+        batch = make_batch("instance", (2, 3), seed=number)
+        found, expected = (run(step, [batch]) for step in steps)
+        assert found == pytest.approx(expected, rel=BOUNDS["float32"]), number
+    assert held and len(steps[0].model.training_graphs) == 1
+
+
 def test_several_batches_of_a_step(cuda: torch.device) -> None:
     steps = [
         make_step("instance", cuda, "float32", replays=replays, accumulation=3)

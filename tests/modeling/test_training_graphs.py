@@ -19,6 +19,7 @@ from maskdino.modeling.training_graphs import (
     Step,
     TrainingGraphs,
     capture_step,
+    stand_ins,
     tensors_of,
 )
 from tests.helpers import drawn_batch, tiny_cfg
@@ -46,10 +47,14 @@ class Runs:
     ) -> Step:
         self.shapes.append(tuple(inputs[0].shape))
         held = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-        sources = [*held, *weights]
+        model = network.__self__
+        assert weights == [x for x in model.parameters() if x.requires_grad]
+
+        def sources() -> list[Tensor]:
+            return [*held, *(x for x in model.parameters() if x.requires_grad)]
+
         result = network(*held).map(lambda x: x.detach().requires_grad_(x.requires_grad))
         output_gradients = [torch.zeros_like(x) for x in tensors_of(result) if x.requires_grad]
-        wanted = [x for x in sources if x.requires_grad]
         outputs: list[Tensor] = []
 
         def forward() -> None:
@@ -61,16 +66,17 @@ class Runs:
             outputs[:] = [x for x in found if x.requires_grad]
 
         def gradients_of_outputs() -> tuple[Tensor | None, ...]:
+            wanted = [x for x in sources() if x.requires_grad]
             return torch.autograd.grad(outputs, wanted, output_gradients, allow_unused=True)
 
         forward()
         self.forwards -= 1
         found = iter(gradients_of_outputs())
-        gradients = [next(found) if x.requires_grad else None for x in sources]
+        gradients = [next(found) if x.requires_grad else None for x in sources()]
 
         def backward() -> None:
             new = iter(gradients_of_outputs())
-            for kept, source in zip(gradients, sources, strict=True):
+            for kept, source in zip(gradients, sources(), strict=True):
                 grad = next(new) if source.requires_grad else None
                 assert (kept is None) == (grad is None)
                 if kept is not None:
@@ -292,6 +298,27 @@ def test_what_a_capture_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (source.grad is None) == (gradient is None)
         if gradient is not None:
             assert (gradient - source.grad).norm() <= 1e-4 * source.grad.norm()
+
+
+def test_a_capture_leaves_out_what_earlier_steps_know_of_weights() -> None:
+    """Whoever holds a step, as several processes do, holds the stream on which it ran."""
+    _, model = pair()
+    weights = list(model.parameters())
+    known = {weight.view_as(weight).grad_fn.next_functions[0][0] for weight in weights}
+    with pytest.raises(RuntimeError, match="full"), stand_ins(model, weights) as parameters:
+        losses = model(drawn_batch(SIZES, (2, 1)))
+        waiting, seen = [loss.grad_fn for loss in losses.values()], set()
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [following for following, _ in node.next_functions]
+        found = {id(node.variable) for node in seen if hasattr(node, "variable")}
+        assert found == {id(parameter) for parameter in parameters} and not seen & known
+        for parameter, weight in zip(parameters, weights, strict=True):
+            assert parameter.data_ptr() == weight.data_ptr() and parameter is not weight
+        raise RuntimeError("full")
+    assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
 
 
 def test_copies_begin_without_graphs(runs: Runs) -> None:
