@@ -109,7 +109,8 @@ class TrainingGraphs:
         step = self._steps.get(key) or self._add(key, model, network, inputs, weights)
         if step is None:
             return network(*inputs)
-        replayed = iter(_Replayed.apply(step, weights, *inputs, *weights))
+        self._keep_gradients(weights)
+        replayed = iter(_Replayed.apply(step, *inputs, *weights))
         return step.result.map(lambda _: next(replayed))
 
     def __deepcopy__(self, memo: dict) -> TrainingGraphs:
@@ -145,6 +146,18 @@ class TrainingGraphs:
             self._say(str(error).partition("\n")[0])
         return self._steps.get(key)
 
+    def _keep_gradients(self, weights: Sequence[nn.Parameter]) -> None:
+        """Moves gradients of passes before, to which this one adds: graphs write over each other's.
+
+        Autograd lets a weight's first gradient be where a graph has left it.
+        """
+        there = [weight for weight in weights if weight.grad is not None]
+        steps = self._steps.values() if there else ()
+        places = {x.data_ptr() for step in steps for x in step.gradients if x is not None}
+        for weight in there:
+            if weight.grad is not None and weight.grad.data_ptr() in places:
+                weight.grad = weight.grad.clone()
+
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
@@ -176,10 +189,8 @@ class _Replayed(torch.autograd.Function):
     """The forward pass of a step now, its backward pass in that of the losses."""
 
     @staticmethod
-    def forward(
-        ctx: Any, step: Step, weights: Sequence[Tensor], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.step, ctx.weights = step, weights
+    def forward(ctx: Any, step: Step, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.step = step
         for held, given in zip(step.inputs, tensors, strict=False):
             held.detach().copy_(given)
         step.forward()
@@ -198,14 +209,9 @@ class _Replayed(torch.autograd.Function):
         given = (grad for grad, has in zip(grads, ctx.differentiable, strict=True) if has)
         for held, grad in zip(step.output_gradients, given, strict=True):
             held.copy_(grad)
-        # A weight's gradient may be that of the last pass, in its place, which this pass adds to.
-        for weight, gradient in zip(ctx.weights, step.gradients[len(step.inputs) :], strict=True):
-            last = weight.grad
-            if last is not None and gradient is not None and last.data_ptr() == gradient.data_ptr():
-                weight.grad = last.clone()
         step.backward()
         found = (None if gradient is None else gradient.detach() for gradient in step.gradients)
-        return None, None, *found
+        return None, *found
 
 
 def new_pool() -> Any:

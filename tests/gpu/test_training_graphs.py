@@ -87,8 +87,11 @@ def test_several_batches_of_a_step(cuda: torch.device) -> None:
         make_step("instance", cuda, "float32", replays=replays, accumulation=3)
         for replays in (True, False)
     ]
-    for number in range(3):
-        batches = [make_batch("instance", (2, 3), seed=3 * number + i) for i in range(3)]
+    for number in range(5):
+        batches = [
+            make_batch("instance", (2, 3), seed=3 * number + i)[i % 2 :]  # two canvases
+            for i in range(3)
+        ]
         found, expected = (run(step, batches) for step in steps)
         assert found == pytest.approx(expected, rel=BOUNDS["float32"]), number
 

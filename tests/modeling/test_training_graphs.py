@@ -36,10 +36,14 @@ TASKS = {
 
 
 class Runs:
-    """What stands in for a capture: a step that computes anew where graphs would replay."""
+    """What stands in for a capture: a step that computes anew where graphs would replay.
+
+    Steps share memory: the forward pass of one writes over the gradients of all.
+    """
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
+        self.gradients: list[Tensor] = []
         self.forwards = 0
 
     def __call__(
@@ -58,21 +62,26 @@ class Runs:
         outputs: list[Tensor] = []
 
         def forward() -> None:
-            self.forwards += 1
             with torch.enable_grad():
                 found = tensors_of(network(*held))
             for kept, new in zip(tensors_of(result), found, strict=True):
                 kept.detach().copy_(new.detach())
             outputs[:] = [x for x in found if x.requires_grad]
 
+        def replay() -> None:
+            self.forwards += 1
+            for shared in self.gradients:
+                shared.fill_(float("nan"))
+            forward()
+
         def gradients_of_outputs() -> tuple[Tensor | None, ...]:
             wanted = [x for x in sources() if x.requires_grad]
             return torch.autograd.grad(outputs, wanted, output_gradients, allow_unused=True)
 
         forward()
-        self.forwards -= 1
         found = iter(gradients_of_outputs())
         gradients = [next(found) if x.requires_grad else None for x in sources()]
+        self.gradients += [x for x in gradients if x is not None]
 
         def backward() -> None:
             new = iter(gradients_of_outputs())
@@ -82,7 +91,7 @@ class Runs:
                 if kept is not None:
                     kept.copy_(grad)
 
-        return Step(held, forward, result, output_gradients, backward, gradients)
+        return Step(held, replay, result, output_gradients, backward, gradients)
 
 
 @pytest.fixture
@@ -147,6 +156,17 @@ def test_gradients_are_added_up(runs: Runs) -> None:
                 step(model, objects)
     assert runs.forwards == 1 + 2 + 3
     assert_equal_gradients(*models)
+
+
+def test_gradients_of_several_shapes_are_added_up(runs: Runs) -> None:
+    models, sizes = pair(), (SIZES, ((96, 64), (64, 64)))
+    for number in range(CALLS_BEFORE + 3):
+        for model in models:
+            model.zero_grad(set_to_none=True)
+            for of_batch in sizes if number % 2 else sizes[::-1]:
+                step(model, (2, 3), of_batch)
+        assert_equal_gradients(*models)
+    assert len(runs.shapes) == 2
 
 
 def test_weights_that_change_in_place_change_the_replay(runs: Runs) -> None:
