@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+from maskdino.inference.image import PreparedImage
 from maskdino.inference.predictor import MaskDINOPredictor, TorchNetwork
 from maskdino.model import MaskDINO
 from maskdino.modeling.attention import MultiScaleDeformableAttention
@@ -26,7 +27,7 @@ from maskdino.postprocess import Frame
 from maskdino.postprocess.frame import mask_limits, output_boxes, output_masks
 from maskdino.structures import SpatialShapes
 from maskdino.visualization.drawing import Region, draw_regions, line_width
-from maskdino.visualization.images import ImageSource, load_image, network_image
+from maskdino.visualization.images import ImageSource
 
 RED, GREEN, BLUE = (230, 30, 30), (30, 220, 30), (40, 90, 255)
 
@@ -89,13 +90,12 @@ def follow_queries(
     if not isinstance(predictor.network, TorchNetwork):
         raise ValueError("only a model in PyTorch shows its layers")
     model, options = predictor.network.model, predictor.options
-    image = load_image(source)
-    size, _ = options.sizes_of((image.shape[0], image.shape[1]))
-    tensor = network_image(image, size, options.image_format)
-    batch = model.preprocess([{"image": tensor}]).tensor
+    image = PreparedImage.read(0, source, "RGB", options)
+    batch = model.preprocess([{"image": image.tensor}]).tensor
     with _recorded(model) as record:
         _, pixel_embedding = model.predict(batch)
-    frame = Frame((batch.shape[2], batch.shape[3]), size, (image.shape[0], image.shape[1]))
+    height, width = image.tensor.shape[1:]
+    frame = Frame((batch.shape[2], batch.shape[3]), (height, width), image.size)
     class_logits, _ = model.heads.classes_and_masks(record.states[-1].content)
     scores = model.inference.class_scores(class_logits[0]).amax(-1)
     chosen = _chosen(queries, scores)
