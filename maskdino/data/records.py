@@ -24,7 +24,7 @@ from maskdino.data.datasets import (
 )
 from maskdino.data.reading import DataError, read_json
 from maskdino.integration.registration import when_configuration_is_read
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,6 @@ def write_record(folder: Path, datasets: Mapping[str, RecordedData]) -> None:
     are seen from the file: one of both holds after a move of either.
     """
     path = folder / RECORD
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {}
     for name, data in datasets.items():
         entry: dict[str, Any] = {}
@@ -96,8 +95,7 @@ def write_record(folder: Path, datasets: Mapping[str, RecordedData]) -> None:
             if place is not None:
                 entry |= _places(key, place, path.parent, folder)
         content[name] = entry | {"task": data.task, "categories": data.categories}
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1))
 
 
 def _places(key: str, place: Path, start: Path, folder: Path) -> dict[str, str]:

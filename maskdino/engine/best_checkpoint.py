@@ -24,7 +24,7 @@ from maskdino.checkpoint.ema import WeightAverage
 from maskdino.data import DataError
 from maskdino.evaluation.build import known_metrics
 from maskdino.metrics import before_class, flatten
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -106,10 +106,8 @@ class History:
 
     def write(self) -> None:
         """Writes the file, whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.path) as temporary:
-            entries = [asdict(entry) for entry in self.evaluations]
-            temporary.write_text(json.dumps(entries, indent=1))
+        entries = [asdict(entry) for entry in self.evaluations]
+        write_text(self.path, json.dumps(entries, indent=1))
 
 
 def check_best(cfg: CfgNode) -> None:

@@ -12,7 +12,6 @@ from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
@@ -24,7 +23,7 @@ from maskdino.evaluation.loop import evaluate_images
 from maskdino.evaluation.slices import SlicedModel
 from maskdino.evaluation.test_time_augmentation import AugmentedSemanticModel
 from maskdino.system.devices import settle_device
-from maskdino.system.files import write_errors, written_whole
+from maskdino.system.files import write_errors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +94,4 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> dict[str, Any]:
 
 def write_results(folder: str, results: dict) -> None:
     """Writes the numbers of an evaluation to `<folder>/inference/results.json`."""
-    target = os.path.join(folder, "inference")
-    PathManager.mkdirs(target)
-    with written_whole(os.path.join(target, "results.json")) as temporary:
-        temporary.write_text(json.dumps(results, indent=1))
+    write_text(os.path.join(folder, "inference", "results.json"), json.dumps(results, indent=1))

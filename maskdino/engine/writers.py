@@ -27,7 +27,7 @@ from detectron2.utils.events import EventWriter, TensorboardXWriter
 from maskdino.engine.hooks import ConsoleWriter
 from maskdino.engine.metrics_file import MetricsFile, latest_scalars
 from maskdino.integration.extensions import WRITER_REGISTRY
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text
 
 RUNS_FILE = "runs.json"  # name of the writer -> identity of its run
 
@@ -87,8 +87,7 @@ class RunWriter(EventWriter):
         path = self.folder / RUNS_FILE
         runs = json.loads(path.read_text()) if path.is_file() else {}
         runs[self.name] = self.open_run(runs.get(self.name) if goes_on else None)
-        with written_whole(path) as partial:
-            partial.write_text(json.dumps(runs, indent=1))
+        write_text(path, json.dumps(runs, indent=1))
         self._is_open = True
 
     def write(self) -> None:

@@ -15,7 +15,7 @@ from maskdino.data.images import save_png
 from maskdino.data.reading import colors_of_ids
 from maskdino.inference.labels import common_folder, name_below, write_dataset
 from maskdino.inference.sources import refuse_to_replace
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text
 from maskdino.visualization.results import ImageResult
 
 
@@ -71,9 +71,8 @@ class SemanticLabels(LabelImages):
 
     def write(self, _: Path) -> None:
         """Writes classes.txt, a name in a line."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.folder / "classes.txt") as temporary:
-            temporary.write_text("".join(f"{name}\n" for name in self.categories.names), "utf-8")
+        names = "".join(f"{name}\n" for name in self.categories.names)
+        write_text(self.folder / "classes.txt", names)
 
     def __str__(self) -> str:
         return f"{self.count} label images in {self.folder}"

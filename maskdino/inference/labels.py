@@ -22,7 +22,7 @@ from maskdino.categories import Categories
 from maskdino.checkpoint.pretrained import categories_to_list
 from maskdino.ops.rle import to_json
 from maskdino.ops.runs import crop_mask
-from maskdino.system.files import written_whole
+from maskdino.system.files import write_text
 from maskdino.visualization.results import ImageResult
 
 STEPS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # x, y: right, down, left, up
@@ -186,9 +186,7 @@ def write_dataset(
             {key: entry[key] for key in keys} for entry in categories_to_list(categories)
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+    write_text(path, json.dumps(content))
 
 
 def polygons_of(rle: dict, tolerance: float) -> list[list[float]]:
