@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +66,8 @@ class Collector:
         self.names = names
         self.by_name = names is None
         self.notes: list[str] = []
+        self.ignored: Counter[str] = Counter()  # shapes that no object is made of, by what they are
+        self._used: set[Path] = set()  # images
         self._images: dict[str | None, list[dict]] = defaultdict(list)
         self._objects: dict[str | None, list[dict]] = defaultdict(list)
         self._findings: dict[str | None, list[Finding]] = defaultdict(list)
@@ -79,6 +82,7 @@ class Collector:
         Returns:
             Its entry, or None if its size is unknown and it is unreadable.
         """
+        self._used.add(path)
         try:
             height, width = size or image_size(path)
         except DataError as error:
@@ -109,7 +113,7 @@ class Collector:
 
         Args:
             image: entry of its image.
-            category: its name, or its number where names were given.
+            category: its name or, where names were given, its number.
             where: file and line, for messages.
             box: (left, top, right, bottom) in pixels; None: that of the polygons.
             mask: polygons [[x, y, x, y, ...], ...], or run lengths.
@@ -132,18 +136,23 @@ class Collector:
         """Notes what is wrong and was left out: an error, unless the user consents."""
         self._findings[split].append(Unreadable(kind, detail))
 
-    def warn(self, split: str | None, kind: str, detail: str) -> None:
-        """Notes what is unusual."""
-        self._findings[split].append(Finding(kind, detail, fatal=False))
+    @contextmanager
+    def noting(self, split: str | None, kind: str) -> Iterator[None]:
+        """A DataError inside ends the block, and is noted as a problem."""
+        try:
+            yield
+        except DataError as error:
+            self.problem(split, kind, str(error))
 
     def note_unlabeled(self, images: Iterable[Path]) -> None:
         """Notes images that no file of labels is about."""
-        number = len(list(images))
+        number = sum(path not in self._used for path in images)
         if number:
             self.notes.append(f"{number} images have no file of labels: left out")
 
     def finish(self) -> Dataset:
         """The splits, with numbered classes."""
+        self.notes += [f"{n} shapes of {what}: left out" for what, n in self.ignored.items()]
         objects = [x for part in self._objects.values() for x in part]
         if self.names is None:
             found = sorted({str(x["category_id"]) for x in objects})

@@ -32,24 +32,19 @@ def read_cvat(tree: Tree, file: Path) -> Dataset:
     numbers = dict(enumerate(dict.fromkeys(names), start=1)) or None
     collector = Collector(KIND, tree, file, numbers)
     collector.by_name = True
-    ignored: dict[str, int] = {}
     for node in _nodes(root, "image"):
         where = f"{file}, line {node.line}"
         name, subset = node.get("name") or "", node.get("subset") or ""
         split = split_of(Path(subset)) or split_of(Path(name).parent)
-        try:
+        with collector.noting(split, "image is missing"):
             sides = numbers_of((node.get("height"), node.get("width")), where)
             # Exports of a project put a task's images into a folder of the subset.
             found = tree.find_image(f"{subset}/{name}" if subset else name, file, split)
             if found is None:
                 raise DataError(f"{where}: there is no image {name!r} in {tree.root}")
-        except DataError as error:
-            collector.problem(split, "image is missing", str(error))
-            continue
-        image = collector.add_image(split, found, file, (int(sides[0]), int(sides[1])))
-        if image is not None:
-            _add_shapes(collector, image, file, node, ignored)
-    collector.notes += [f"{n} shapes of type {kind!r}: left out" for kind, n in ignored.items()]
+            image = collector.add_image(split, found, file, (int(sides[0]), int(sides[1])))
+            if image is not None:
+                _add_shapes(collector, image, file, node)
     return collector.finish()
 
 
@@ -57,33 +52,28 @@ def _nodes(parent: Node, tag: str | None = None) -> Iterator[Node]:
     return (x for x in parent if isinstance(x, Node) and tag in (None, x.tag))
 
 
-def _add_shapes(
-    collector: Collector, image: dict, file: Path, parent: Node, ignored: dict[str, int]
-) -> None:
-    numbers = {name: number for number, name in (collector.names or {}).items()}
+def _add_shapes(collector: Collector, image: dict, file: Path, parent: Node) -> None:
+    known = (collector.names or {}).values()
     size = image["height"], image["width"]
     groups: dict[tuple[str, str], list[tuple[str, list[float]]]] = {}
     for node in _nodes(parent):
         if node.tag in NO_AREA:
-            ignored[node.tag] = ignored.get(node.tag, 0) + 1
+            collector.ignored[f"type {node.tag!r}"] += 1
             continue
         where = f"{collector.tree.relative(file)}:{node.line}"
         label = (node.get("label") or "").strip()
-        try:
-            if not label or (numbers and label not in numbers):
+        with collector.noting(image["split"], "shape is not readable"):
+            if not label or (known and label not in known):
                 raise DataError(f"{where}: label {label!r} is none of the labels in <meta>")
             box, mask = _geometry(node, size, where)
-        except DataError as error:
-            collector.problem(image["split"], "shape is not readable", str(error))
-            continue
-        group = node.get("group_id") or "0"
-        if node.tag == "polygon" and group != "0" and isinstance(mask, list):
-            groups.setdefault((label, group), []).append((where, mask[0]))
-        else:
-            collector.add_object(image, numbers.get(label, label), where, box=box, mask=mask)
+            group = node.get("group_id") or "0"
+            if node.tag == "polygon" and group != "0" and isinstance(mask, list):
+                groups.setdefault((label, group), []).append((where, mask[0]))
+            else:
+                collector.add_object(image, label, where, box=box, mask=mask)
     for (label, _), members in groups.items():
         polygons = [polygon for _, polygon in members]
-        collector.add_object(image, numbers.get(label, label), members[0][0], mask=polygons)
+        collector.add_object(image, label, members[0][0], mask=polygons)
 
 
 def _geometry(

@@ -7,7 +7,6 @@ import binascii
 import io
 import math
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,27 +40,21 @@ def read_labelme(tree: Tree, labels: Tree) -> Dataset:
     Shapes of one label and one group are parts of one object.
     """
     collector = Collector(KIND, tree, labels.root, None)
-    used, ignored = set(), Counter[str]()
     for path in labels.of(".json"):
         split = labels.split(path)
-        try:
+        with collector.noting(split, "file of labels cannot be used"):
             content = read_json(str(path), "utf-8-sig")
             if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
                 raise DataError(f"{path}: it has no list 'shapes': no file of LabelMe")
             found = _image_of(collector, path, content, split)
-        except DataError as error:
-            collector.problem(split, "file of labels cannot be used", str(error))
-            continue
-        used.add(found)
-        height, width = content.get("imageHeight"), content.get("imageWidth")
-        size = None
-        if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
-            size = height, width
-        image = collector.add_image(split, found, path, size)
-        if image is not None:
-            _add_shapes(collector, image, path, content["shapes"], ignored)
-    collector.note_unlabeled(path for path in tree.images if path not in used)
-    collector.notes += [f"{n} shapes of {kind}: left out" for kind, n in ignored.items()]
+            height, width = content.get("imageHeight"), content.get("imageWidth")
+            size = None
+            if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0:
+                size = height, width
+            image = collector.add_image(split, found, path, size)
+            if image is not None:
+                _add_shapes(collector, image, path, content["shapes"])
+    collector.note_unlabeled(tree.images)
     return collector.finish()
 
 
@@ -78,42 +71,35 @@ def _image_of(collector: Collector, path: Path, content: dict, split: str | None
     )
 
 
-def _add_shapes(
-    collector: Collector, image: dict, path: Path, shapes: list, ignored: Counter[str]
-) -> None:
+def _add_shapes(collector: Collector, image: dict, path: Path, shapes: list) -> None:
+    kind_of_problem = "shape is not readable"
     groups: dict[tuple, list[tuple[str, list[float], list[list[float]] | dict | None]]] = {}
     for index, shape in enumerate(shapes):
         where = f"{collector.tree.relative(path)}, shape {index + 1}"
-        try:
+        with collector.noting(image["split"], kind_of_problem):
             if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
                 raise DataError(f"{where}: it has no label")
             label, kind = shape["label"].strip(), str(shape.get("shape_type") or "polygon")
             if kind in NO_AREA or label in NO_CLASS:
-                ignored[f"type {kind!r}" if kind in NO_AREA else f"label {label!r}"] += 1
+                what = f"type {kind!r}" if kind in NO_AREA else f"label {label!r}"
+                collector.ignored[what] += 1
                 continue
             if not label or SURROGATE.search(label):
                 raise DataError(f"{where}: its label is {'no text' if label else 'empty'}")
             box, mask = _geometry(shape, kind, (image["height"], image["width"]), where)
-        except DataError as error:
-            collector.problem(image["split"], "shape is not readable", str(error))
-            continue
-        group = shape.get("group_id")
-        key = (label, index if group is None else f"group {group}")
-        groups.setdefault(key, []).append((where, box, mask))
+            group = shape.get("group_id")
+            key = (label, index if group is None else f"group {group}")
+            groups.setdefault(key, []).append((where, box, mask))
     for (label, _), members in groups.items():
         where, box, mask = members[0]
-        polygons: list[list[float]] = []
-        for _, own, part in members:
-            box = [f(a, b) for f, a, b in zip((min, min, max, max), box, own, strict=True)]
-            polygons += part if isinstance(part, list) else []
-        whole = len(members) > 1 and all(isinstance(part, list) for *_, part in members)
-        if len(members) == 1 or whole:
-            collector.add_object(
-                image, label, where, box=box, mask=polygons if whole or polygons else mask
-            )
+        parts = [part for *_, part in members if isinstance(part, list)]
+        if len(members) == 1:
+            collector.add_object(image, label, where, box=box, mask=mask)
+        elif len(parts) == len(members):
+            collector.add_object(image, label, where, mask=[x for part in parts for x in part])
         else:
             detail = f"{where}: group of {len(members)} shapes that are not all polygons"
-            collector.problem(image["split"], "shape is not readable", detail)
+            collector.problem(image["split"], kind_of_problem, detail)
 
 
 def _geometry(

@@ -26,25 +26,21 @@ def read_voc(tree: Tree, labels: Tree) -> Dataset:
     parsed: list[tuple[str | None, Path, Node]] = []
     for path in labels.of(".xml"):
         split = listed.get(path.stem, labels.split(path)) if listed else labels.split(path)
-        try:
+        with collector.noting(split, "file of labels cannot be read"):
             root = read_xml(path)
             if root.tag != "annotation":
                 raise DataError(f"{path}: its element is <{root.tag}>, not <annotation>")
-        except DataError as error:
-            collector.problem(split, "file of labels cannot be read", str(error))
-            continue
-        parsed.append((split, path, root))
+            parsed.append((split, path, root))
     corners = [x for *_, root in parsed for side in SIDES[:2] for x in root.iter(side)]
     zero = any((x.text or "").strip() in ("0", "0.0", "0.00") for x in corners)
     offset = 0.0 if zero else 1.0
     collector.notes.append(
         "boxes are taken as counted from " + ("0, since some begin there" if zero else "1")
     )
-    used = set()
     for split, path, root in parsed:
-        used.add(_read_file(collector, split, path, root, offset))
-    others = (path for path in tree.images if not _is_mask(path))
-    collector.note_unlabeled(path for path in others if path not in used)
+        with collector.noting(split, "file of labels without a usable image"):
+            _read_file(collector, split, path, root, offset)
+    collector.note_unlabeled(path for path in tree.images if not _is_mask(path))
     if any(map(_is_mask, tree.images)):
         collector.notes.append("the PNG masks in Segmentation* are not read: boxes alone are")
     return collector.finish()
@@ -69,30 +65,22 @@ def listed_splits(labels: Tree, *folders: str) -> dict[str, str]:
 
 def _read_file(
     collector: Collector, split: str | None, path: Path, root: Node, offset: float
-) -> Path | None:
-    """Reads one file; returns its image."""
+) -> None:
+    """Reads one file; DataError if there is no image of it."""
     tree = collector.tree
     names = [path.stem, root.value("filename") or ""]
-    try:
-        found = next((x for n in names if n and (x := tree.find_image(n, path, split))), None)
-        if found is None:
-            raise DataError(f"{path}: there is no image {names[1] or names[0]!r} in {tree.root}")
-        size = _size(root, str(path))
-    except DataError as error:
-        collector.problem(split, "file of labels without a usable image", str(error))
-        return None
-    image = collector.add_image(split, found, path, size)
+    found = next((x for n in names if n and (x := tree.find_image(n, path, split))), None)
+    if found is None:
+        raise DataError(f"{path}: there is no image {names[1] or names[0]!r} in {tree.root}")
+    image = collector.add_image(split, found, path, _size(root, str(path)))
     if image is None:
-        return found
+        return
     for node in root.findall("object"):
         assert isinstance(node, Node)
         where = f"{tree.relative(path)}:{node.line}"
-        try:
+        with collector.noting(split, "object is not readable"):
             name, box, mask = _object(node, where, offset)
             collector.add_object(image, name, where, box=box, mask=mask)
-        except DataError as error:
-            collector.problem(split, "object is not readable", str(error))
-    return found
 
 
 def _size(root: Node, where: str) -> tuple[int, int] | None:

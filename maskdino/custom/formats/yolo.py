@@ -217,30 +217,24 @@ def _label_of(image: Path, tree: Tree, labels: Tree) -> Path | None:
 
 def _read_labels(collector: Collector, image: dict, label: Path, keypoints: int) -> None:
     split, name = image["split"], collector.tree.relative(label)
-    try:
+    lines: list[str] = []
+    with collector.noting(split, "file of labels cannot be read"):
         lines = read_text(label).splitlines()
-    except DataError as error:
-        collector.problem(split, "file of labels cannot be read", str(error))
-        return
     for number, line in enumerate(lines, start=1):
         words = line.split()
         if not words:
             continue
         where = f"{name}:{number}"
-        try:
+        with collector.noting(split, "line is no YOLO label"):
             category, points = _parse(words, where, collector.names or {}, keypoints)
-        except DataError as error:
-            collector.problem(split, "line is no YOLO label", str(error))
-            continue
-        width, height = image["width"], image["height"]
-        scaled = [x * (height if i % 2 else width) for i, x in enumerate(points)]
-        if len(scaled) == 4:
-            x, y, w, h = scaled
-            collector.add_object(
-                image, category, where, box=(x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-            )
-        else:
-            collector.add_object(image, category, where, mask=[scaled])
+            width, height = image["width"], image["height"]
+            scaled = [x * (height if i % 2 else width) for i, x in enumerate(points)]
+            if len(scaled) == 4:
+                x, y, w, h = scaled
+                box = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
+                collector.add_object(image, category, where, box=box)
+            else:
+                collector.add_object(image, category, where, mask=[scaled])
 
 
 def _parse(
