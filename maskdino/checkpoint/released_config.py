@@ -139,6 +139,7 @@ NO_MEANING = {
         "of DeepLab",
     ),
 }
+MISSING = object()  # in place of the value of a key that there is not
 MAPPERS = {  # of the released code, by its name -> ours, whether with large-scale jitter
     "coco_instance_lsj": ("instance", True),
     "coco_instance_detr": ("instance", False),
@@ -196,7 +197,8 @@ def _ours(key: str, value: Any, cfg: CfgNode) -> dict[str, object]:
         return CONVERTED[key](value)
     if key in SAME_VALUE:
         return {SAME_VALUE[key]: value}
-    if key.startswith("MODEL.SWIN.") or (key not in NO_MEANING and _has(cfg, key)):
+    is_known = get_value(cfg, key, MISSING) is not MISSING
+    if key.startswith("MODEL.SWIN.") or (key not in NO_MEANING and is_known):
         return {key: value}
     return {}
 
@@ -226,12 +228,3 @@ def set_value(cfg: CfgNode, key: str, value: Any) -> None:
         return
     whole = isinstance(value, int) and isinstance(get_value(cfg, key), float)
     cfg.merge_from_list([key, float(value) if whole else value])
-
-
-def _has(cfg: CfgNode, key: str) -> bool:
-    node = cfg
-    for part in key.split("."):
-        if not isinstance(node, Mapping) or part not in node:
-            return False
-        node = node[part]
-    return True

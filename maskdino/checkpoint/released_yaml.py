@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import ast
 import operator
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from maskdino.config.loading import read_yaml
+from maskdino.config.loading import read_nested
 
 _OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -117,37 +116,12 @@ def _calculated(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
 _Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _calculated)
 
 
-def read_released_yaml(path: Path, _above: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_released_yaml(path: Path) -> dict[str, Any]:
     """The nested values of a file, with those of its `_BASE_` files below them.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: a file is no YAML, or asks for more than numbers; one line with file and line.
+        FileNotFoundError: there is no such file.
+        ValueError: a file cannot be read, is no YAML, or asks for more than numbers; one line with
+            file and line.
     """
-    path = Path(path).expanduser()
-    if os.path.realpath(path) in _above:
-        raise ValueError(f"{path} is its own _BASE_")
-    try:
-        values = read_yaml(str(path), _Loader)
-    except OSError as error:
-        named = f"{_above[-1]} names it as _BASE_, but " if _above else ""
-        reason = error.strerror or error
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"{named}configuration {path} cannot be read: {reason}") from error
-    bases = values.pop("_BASE_", [])
-    merged: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        if not isinstance(base, str):
-            raise ValueError(f"{path}: _BASE_ is {base!r}; it must be the path of a file")
-        below = path.parent / Path(base).expanduser()
-        _merge(read_released_yaml(below, (*_above, os.path.realpath(path))), merged)
-    _merge(values, merged)
-    return merged
-
-
-def _merge(values: Mapping[str, Any], into: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(value, into[key])
-        else:
-            into[key] = value
+    return read_nested(str(Path(path).expanduser()), _Loader)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.config.compat import guess_version
 
 from maskdino.config.defaults import RECOMPUTE_BEFORE, add_maskdino_config
 from maskdino.integration.extensions import extend_config, read_header
@@ -57,6 +58,8 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
         given = flatten(loaded) | given
         names = [name for name in flatten(loaded) if not name.startswith(_OPEN_NODES)]
         _check_keys(names, known, f"in {config_file}", read_header(config_file) or _OWN_KEYS)
+        for name in RECOMPUTE_BEFORE:
+            _leave_out(loaded, name)
         try:
             _merge_file(cfg, config_file, loaded)
             _check_given(cfg, whole)
@@ -78,7 +81,10 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
 
 
 def _heed_old_keys(cfg: CfgNode, given: Mapping[str, Any]) -> None:
-    """Sets MODEL.MASK_DINO.RECOMPUTE where keys that it replaces are on, and it is not given."""
+    """Sets MODEL.MASK_DINO.RECOMPUTE where keys that it replaces are on, and it is not given.
+
+    These keys are not merged: yacs would say that they are ignored.
+    """
     for key, value in RECOMPUTE_BEFORE.items():
         if str(given.get(key)) == "True" and "MODEL.MASK_DINO.RECOMPUTE" not in given:
             logger.warning("%s is read as MODEL.MASK_DINO.RECOMPUTE %s", key, value)
@@ -86,11 +92,20 @@ def _heed_old_keys(cfg: CfgNode, given: Mapping[str, Any]) -> None:
             return
 
 
+def _leave_out(values: dict[str, Any], key: str) -> None:
+    """Removes a dotted key from nested values, if it is there (in place)."""
+    first, _, rest = key.partition(".")
+    if rest and isinstance(values.get(first), dict):
+        _leave_out(values[first], rest)
+    elif not rest:
+        values.pop(first, None)
+
+
 def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
     """Sets single values, whose keys are known (in place); ValueError for a wrong type."""
     usual = cfg.clone()
     try:
-        cfg.merge_from_list(_with_floats(cfg, overrides))
+        cfg.merge_from_list(_words_to_merge(cfg, overrides))
     except (AssertionError, ValueError, TypeError, KeyError, RecursionError) as error:
         words = " ".join(map(ascii, overrides))[:200]
         raise ValueError(f"{one_line(error)} (on the command line: {words})") from error
@@ -116,10 +131,10 @@ def _check_given(cfg: CfgNode, usual: CfgNode, prefix: str = "") -> None:
 
 
 def _merge_file(cfg: CfgNode, config_file: str, loaded: dict[str, Any]) -> None:
-    version = loaded.get("VERSION", cfg.VERSION)
+    version = loaded["VERSION"] if "VERSION" in loaded else guess_version(loaded, config_file)
     if not isinstance(version, int) or version > cfg.VERSION:
         raise ValueError(f"VERSION is {version!r}; it must be at most {cfg.VERSION}")
-    if loaded.get("VERSION") != cfg.VERSION:  # detectron2 knows how to read older ones
+    if version < cfg.VERSION:  # detectron2 knows how to read older ones
         cfg.merge_from_file(config_file, allow_unsafe=False)
         return
     _make_floats(loaded, cfg)
@@ -135,15 +150,14 @@ def _make_floats(values: dict[str, Any], like: CfgNode) -> None:
             values[name] = float(value)
 
 
-def _with_floats(cfg: CfgNode, overrides: Sequence[str]) -> list[Any]:
-    """The same for keys and values in turn."""
-    result: list[Any] = list(overrides)
-    for index in range(0, len(result), 2):
-        node: Any = cfg
-        for part in result[index].split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, float) and re.fullmatch(r"[+-]?\d+", str(result[index + 1])):
-            result[index + 1] = float(result[index + 1])
+def _words_to_merge(cfg: CfgNode, overrides: Sequence[str]) -> list[Any]:
+    """Keys and values in turn, with the same floats, and without keys of `_heed_old_keys`."""
+    result: list[Any] = []
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        if key not in RECOMPUTE_BEFORE:
+            is_float = isinstance(get_value(cfg, key), float)
+            whole = is_float and re.fullmatch(r"[+-]?\d+", str(value))
+            result += key, float(value) if whole else value
     return result
 
 
@@ -151,20 +165,20 @@ def _make_open_keys(cfg: CfgNode, names: Sequence[str]) -> None:
     """Gives the keys of open nodes a place, as a list of values can only replace what is there."""
     for name in names:
         if name.startswith(_OPEN_NODES):
-            *nodes, last = name.split(".")
-            node = cfg
-            for part in nodes:
-                node = node[part]
-            node.setdefault(last, None)
+            parent, _, last = name.rpartition(".")
+            node = get_value(cfg, parent)
+            if isinstance(node, CfgNode):  # else merging the value says what is wrong
+                node.setdefault(last, None)
 
 
 def read_file(config_file: str) -> dict[str, Any]:
-    """The nested values of a YAML file, with those of its `_BASE_`."""
-    _check_yaml(config_file)
+    """The nested values of a YAML file, with those of its `_BASE_`; errors as of `read_nested`."""
     try:
-        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
-    except AssertionError as error:
-        raise ValueError(f"{config_file}: {one_line(error)}") from error
+        loaded = read_nested(config_file)
+    except ValueError as error:
+        if ":python/" in str(error):
+            raise ValueError(f"{error}; {_CONVERT}") from error
+        raise
     nodes = loaded.get("MODEL")
     nodes = nodes if isinstance(nodes, dict) else {}
     if "MaskDINO" in nodes:
@@ -188,38 +202,65 @@ def read_yaml(path: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dic
         mark = error.problem_mark or error.context_mark
         where = f"{path}, line {mark.line + 1}" if mark else path
         problem = error.problem or error.context
-        hint = f"; {_CONVERT}" if ":python/" in str(problem) else ""
-        raise ValueError(f"{where}: {problem}{hint}") from error
+        raise ValueError(f"{where}: cannot be read as YAML: {problem}") from error
     except RecursionError as error:
-        raise ValueError(f"{path} is nested too deeply") from error
-    except (yaml.YAMLError, ValueError) as error:  # the latter of texts, numbers and dates
-        raise ValueError(f"{path} is no YAML: {one_line(error)}") from error
+        raise ValueError(f"{path} cannot be read as YAML: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of texts, numbers and dates
+        raise ValueError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         kind = "nothing" if content is None else f"a single {type(content).__name__}"
-        raise ValueError(f"{path} holds {kind}; a configuration holds keys and values (KEY: VALUE)")
+        raise ValueError(f"{path} holds {kind}, but must hold keys and values (KEY: VALUE)")
     return content
 
 
-def _check_yaml(path: str, within: tuple[str, ...] = ()) -> None:
-    """Checks that a file, named as `_BASE_` by others, and every `_BASE_` of it, is YAML."""
-    if path in within:
+def read_nested(
+    path: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader, within: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The nested values of a YAML file, over those of its `_BASE_`, or of several, in their order.
+
+    Args:
+        path: of the file.
+        loader: what YAML's tags mean.
+        within: files that name this one as `_BASE_`, the outermost first.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file cannot be read, is no YAML, or names a `_BASE_` that cannot be one.
+    """
+    if os.path.realpath(path) in map(os.path.realpath, within):
         raise ValueError(f"{path} is its own _BASE_: {' -> '.join([*within, path])}")
     named = f"{within[-1]} names it as _BASE_, but " if within else ""
     try:
-        content = read_yaml(path)
+        values = read_yaml(path, loader)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{named}there is no configuration {path}") from error
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"{named}configuration {path} cannot be read: {reason}") from error
-    bases = content.get("_BASE_", [])
+    bases = values.pop("_BASE_", [])
+    merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or base.startswith("http://"):
             hint = "the path of a file, or https://, which nobody can change on its way"
             raise ValueError(f"{path}: _BASE_ is {base!r}; it must be {hint}")
-        if not base.startswith("https://"):
+        if base.startswith("https://"):
+            below = CfgNode.load_yaml_with_base(base, allow_unsafe=False)
+        else:
             found = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-            _check_yaml(os.path.normpath(found), (*within, path))
+            below = read_nested(os.path.normpath(found), loader, (*within, path))
+        _merge(below, merged, path)
+    _merge(values, merged, path)
+    return merged
+
+
+def _merge(values: Mapping[str, Any], into: dict[str, Any], path: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and key in into:
+            if not isinstance(into[key], dict):
+                raise ValueError(f"{path}: {key} has keys, but is {into[key]!r} in its _BASE_")
+            _merge(value, into[key], path)
+        else:
+            into[key] = value
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -252,11 +293,14 @@ def _keys_ending_alike(name: str, known: Mapping[str, Any]) -> list[str]:
     return sorted(alike, key=lambda key: "MASK_DINO" not in key)[:3]
 
 
-def get_value(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
+def get_value(cfg: CfgNode, key: str, default: Any = None) -> Any:
+    """The value of a dotted key; the default where there is no such key."""
+    node: Any = cfg
     for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
+        if not isinstance(node, Mapping) or part not in node:
+            return default
+        node = node[part]
+    return node
 
 
 def complete_config(cfg: CfgNode) -> CfgNode:

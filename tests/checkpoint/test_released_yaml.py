@@ -70,7 +70,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_bases_lie_below(tmp_path: Path) -> None:
-    write(tmp_path / "root.yaml", "A: {x: 1, y: 1}\nB: 1\n")
+    write(tmp_path / "root.yaml", "A: {x: 1, y: 1}\nB: {c: 1}\n")
     write(
         tmp_path / "sizes.yaml",
         'A: {z: !!python/object/apply:eval ["[int(x * 2.5) for x in range(3)]"]}\n',
@@ -86,13 +86,16 @@ def test_bases_lie_below(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("A: 1\nB: !!python/object/apply:os.system ['touch TOUCHED']\n", "line 2: could not deter"),
-        ("A: 1\nB: !!python/object/apply:eval ['open(1)']\n", "line 2: 'open.*is refused"),
-        ("B: !!python/object/apply:eval {args: ['1']}\n", "line 1: an expression is wanted"),
-        ("B: !!python/object/apply:eval ['1', '2']\n", "line 1: an expression is wanted"),
-        ("A: !!python/name:os.system\n", "line 1: could not determine"),
+        (
+            "A: 1\nB: !!python/object/apply:os.system ['touch TOUCHED']\n",
+            "line 2: .*could not deter",
+        ),
+        ("A: 1\nB: !!python/object/apply:eval ['open(1)']\n", "line 2: .*'open.*is refused"),
+        ("B: !!python/object/apply:eval {args: ['1']}\n", "line 1: .*an expression is wanted"),
+        ("B: !!python/object/apply:eval ['1', '2']\n", "line 1: .*an expression is wanted"),
+        ("A: !!python/name:os.system\n", "line 1: .*could not determine"),
         ("A: [1\nB: 2\n", "line 2: "),
-        ("A: \x00\n", "is no YAML"),
+        ("A: \x00\n", "cannot be read as YAML"),
         ("- 1\n", "holds a single list"),
         ("", "holds nothing"),
         ("_BASE_: file.yaml\n", "is its own _BASE_"),

@@ -147,7 +147,7 @@ def test_forks_are_converted_without_weights(fork: Path, tmp_path: Path) -> None
         ("MODEL: {SEM_SEG_HEAD: {COMMON_STRIDE: 2}}", "COMMON_STRIDE is 2: only 4"),
         ("MODEL: {SEM_SEG_HEAD: {MASK_DIM: 128}}", "MASK_DIM is 128: only MODEL.MaskDINO.HIDDEN"),
         ("SOLVER: {MAX_ITER: many}", "SOLVER.MAX_ITER is 'many': Type mismatch"),
-        ("A: !!python/object/apply:os.getcwd []", "line 1: could not determine a constructor"),
+        ("A: !!python/object/apply:os.getcwd []", "line 1: cannot be read as YAML: could not"),
     ],
 )
 def test_other_configurations_end_with_one_line(text: str, message: str, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_released_configuration_as_it_is_is_sent_here(fork: Path) -> None:
     with pytest.raises(ValueError, match=line):
         load_config(str(fork))
     (fork.parent / "base.yaml").write_text(BASE)
-    line = r"base\.yaml, line 8: could not determine.*apply:eval.*tools/convert_released\.py"
+    line = r"base\.yaml, line 8: .*could not determine.*apply:eval.*tools/convert_released\.py"
     with pytest.raises(ValueError, match=line):
         load_config(str(fork))
     fork.write_text("MODEL: {MASK_FORMER: {NHEADS: 8}}")

@@ -118,9 +118,10 @@ def test_whole_numbers_are_numbers(tmp_path: Path) -> None:
         ("_BASE_: 3\n", "_BASE_ is 3"),
         ("_BASE_: [3]\n", "_BASE_ is 3"),
         ("_BASE_: lost.yaml\n", "names it as _BASE_, but there is no configuration"),
+        ("_BASE_: base.yaml\nSEED: {A: 3}\n", "SEED has keys, but is 7 in its _BASE_"),
         ("MODEL: 3\n", "MODEL"),
         ("3: 4\n", "Unknown configuration key 3"),
-        ("OUTPUT_DIR: \x01\n", "is no YAML"),
+        ("OUTPUT_DIR: \x01\n", "cannot be read as YAML"),
         ("[" * 5000, "nested too deeply|line "),
         ("VERSION: 2\nSOLVER: {MAX_ITER: many}\n", "mine.yaml.*MAX_ITER"),
     ],
@@ -128,6 +129,7 @@ def test_whole_numbers_are_numbers(tmp_path: Path) -> None:
 def test_files_that_are_no_configurations(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(content.replace("{folder}", tmp_path.name))
+    (tmp_path / "base.yaml").write_text("SEED: 7\n")
     with pytest.raises((ValueError, KeyError, FileNotFoundError), match=message) as error:
         load_config(str(path))
     assert "mine.yaml" in str(error.value)
@@ -136,5 +138,5 @@ def test_files_that_are_no_configurations(content: str, message: str, tmp_path: 
 def test_binary_files(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"\xff\xfe\x00\x01\x80")
-    with pytest.raises(ValueError, match=r"mine\.yaml is no YAML"):
+    with pytest.raises(ValueError, match=r"mine\.yaml cannot be read as YAML"):
         load_config(str(path))

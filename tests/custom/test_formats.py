@@ -365,9 +365,13 @@ WRONG: list[tuple[Callable, Callable[[Path], None], str]] = [
     (
         written.write_yolo,
         put("data.yaml", "names: [a\nb: c"),
-        r"data\.yaml, line 2: no well-formed",
+        r"data\.yaml, line 2: cannot be read as YAML",
     ),
-    (written.write_yolo, put("data.yaml", "names: !!python/name:os.system"), "no well-formed YAML"),
+    (
+        written.write_yolo,
+        put("data.yaml", "names: !!python/name:os.system"),
+        "cannot be read as YAML",
+    ),
     (written.write_yolo, put("data.yaml", "names: 3"), "'names' must list the classes"),
     (written.write_yolo, put("data.yaml", "names: {a: 1}"), "must be class numbers"),
     (written.write_yolo, put("data.yaml", "names: [[a], b]"), "must be a single word"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from maskdino.config import loading
 from maskdino.custom.formats.collect import Collector, Dataset, numbers_of
 from maskdino.custom.formats.files import (
     TEST,
@@ -77,7 +78,7 @@ def _read_settings(settings: Path) -> tuple[dict[int, str], dict[Path, str | Non
         keypoints = 0
         if isinstance(shape, list) and [type(x) for x in shape] == [int, int]:
             keypoints = shape[0] * shape[1]
-        written = yaml.load(read_text(settings), yaml.BaseLoader).get("names")  # all texts
+        written = read_yaml(settings, yaml.BaseLoader).get("names")  # all texts
         names = _names(content.get("names"), written, content.get("nc"), settings)
         return names, _listed_images(content, settings), keypoints
     lines = [line.strip() for line in read_text(settings).splitlines()]
@@ -103,22 +104,14 @@ def label_files(tree: Tree) -> list[Path]:
     ]
 
 
-def read_yaml(path: Path) -> dict:
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dict:
     """The content of a YAML file, which has keys and values; its tags make no objects."""
     try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or "not readable"
-        raise DataError(f"{path}{line}: no well-formed YAML: {reason}") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: YAML that is nested too deeply") from error
-    except (ValueError, OverflowError) as error:  # 2001-02-31, a number of 5,000 digits
-        raise DataError(f"{path}: a value that YAML cannot read: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} must hold keys and values, such as 'names: [apple, nut]'")
-    return content
+        return loading.read_yaml(str(path), loader)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(str(error)) from error
 
 
 def _names(names: Any, written: Any, number: Any, settings: Path) -> dict[int, str]:
