@@ -67,7 +67,7 @@ RULES = (
         ("ops", "structures"),
         outside=(*TENSORS, "detectron2.config", "detectron2.structures"),
     ),
-    Rule("backbones", ("integration", "ops")),
+    Rule("backbones", ("integration", "ops", "system.errors")),
     Rule("data", ("categories", "integration", "ops.rle", "structures", "system")),
     Rule(
         "model",

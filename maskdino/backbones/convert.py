@@ -22,6 +22,7 @@ from torch import Tensor
 from maskdino.backbones.packaged import PREFIX, read_packaged
 from maskdino.backbones.timm_backbone import TimmBackbone
 from maskdino.backbones.vit import PlainViTBackbone
+from maskdino.system.errors import BROKEN, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,16 +67,16 @@ def read_tensors(path: str) -> Mapping[str, Any]:
     """Reads a file of tensors (.pth, .bin, .safetensors); nothing in it is executed.
 
     Raises:
-        ValueError: if there is no such file, or it holds something else.
+        ValueError: if there is no such file, or it holds something else; in one line.
     """
     try:
         if path.endswith(".safetensors"):
             return load_file(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as weights: {error}") from error
+    except (OSError, UnpicklingError, SafetensorError, *BROKEN) as error:
+        raise ValueError(f"{path} holds no weights, or was cut off: {reason_of(error)}") from error
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} holds no state dict, but {type(checkpoint).__name__}")
+        raise ValueError(f"{path} holds no weights, but {type(checkpoint).__name__}")
     return checkpoint
 
 
@@ -107,8 +108,8 @@ def convert_backbone(
 
     Args:
         checkpoint: names and tensors, or a dictionary that holds them as "model", "state_dict" or
-            both; a leading "module." or "backbone." of the names is dropped. Tensors of a whole
-            detector beside `backbone.*` are left out.
+            both, or their average, which is preferred; a leading "module." or "backbone." of the
+            names is dropped. Tensors of a whole detector beside `backbone.*` are left out.
         backbone: where the weights belong; only names and shapes are read, so the "meta" device
             serves.
 
@@ -200,8 +201,16 @@ def _part(name: str) -> str:
 
 
 def _unwrapped(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    for key in ("model_ema", "teacher", "state_dict", "model", "state_dict"):
-        checkpoint = checkpoint.get(key, checkpoint)
+    for key in ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "state_dict"):
+        inner = checkpoint.get(key)
+        checkpoint = inner if isinstance(inner, Mapping) else checkpoint
+    wrong = [
+        str(name)
+        for name, value in checkpoint.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if wrong or not checkpoint:
+        raise ValueError(f"it holds no weights, but {', '.join(wrong[:3]) or 'nothing'}")
     tensors = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
     prefix = "backbone."
     if any(name.startswith(prefix) for name in tensors):

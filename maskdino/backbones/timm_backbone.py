@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from maskdino.backbones.freeze import freeze_stages
 from maskdino.backbones.swin import pad_before_shift, swin_arguments
+from maskdino.system.errors import reason_of
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 logger = logging.getLogger(__name__)
@@ -189,10 +190,10 @@ def _pretrained(name: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, features_only=True, pretrained=True, **options)
     except (OSError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConnectionError(
-            f"timm's weights of {name!r} cannot be loaded ({reason}); without network, name a file "
-            "in MODEL.TIMM.WEIGHTS, or set MODEL.TIMM.PRETRAINED False to start from random weights"
+            f"timm's weights of {name!r} cannot be loaded ({reason_of(error)}); without network, "
+            "name a file in MODEL.TIMM.WEIGHTS, or set MODEL.TIMM.PRETRAINED False to start from "
+            "random weights"
         ) from error
 
 

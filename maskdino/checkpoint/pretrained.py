@@ -28,6 +28,7 @@ from maskdino.checkpoint.reading import CheckpointError
 from maskdino.checkpoint.tensor_files import SUFFIX, read_texts, write_tensors
 from maskdino.integration.extensions import config_header
 from maskdino.metrics import flatten
+from maskdino.system.errors import reason_of
 from maskdino.system.files import write_text
 
 WEIGHTS = f"model{SUFFIX}"
@@ -274,8 +275,7 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ConnectionError(
             f"there is no folder {name}, nor can a model of this name be downloaded from the "
-            f"Hugging Face Hub ({reason})"
+            f"Hugging Face Hub ({reason_of(error)})"
         ) from error

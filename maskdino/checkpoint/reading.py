@@ -6,9 +6,7 @@ import functools
 import logging
 import os
 import pickle
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from maskdino.checkpoint.tensor_files import SUFFIX, read_tensors
-from maskdino.system.errors import UserError
+from maskdino.system.errors import BROKEN, UserError, reason_of
 
 logger = logging.getLogger(__name__)
 
 LAST = "last_checkpoint"  # the file that names the checkpoint to go on from
 ZIP = b"PK\x03\x04"  # how a zip file begins, to PyTorch too
-# What reading a file of any other content may raise.
-BROKEN = (
-    EOFError,
-    RuntimeError,
-    LookupError,
-    ValueError,
-    AttributeError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 # What a pickle of numpy arrays (ImageNet weights of detectron2's model zoo) may contain.
 _PICKLE_GLOBALS = {
     "_codecs": {"encode"},
@@ -203,17 +188,11 @@ def _read_torch(path: str, device: str) -> dict[str, Any]:
             f"{path} holds more than tensors and plain values, and is not loaded, because that "
             "could run code; "
             f'save its weights alone, as torch.save({{"model": model.state_dict()}}, path) '
-            f"({_refused(error)})"
+            f"({reason_of(error)})"
         ) from error
     except BROKEN as error:
-        said = str(error).strip().partition("\n")[0][:200]
+        said = reason_of(error)[:200]
         raise CheckpointError(f"{path} is no checkpoint, or was cut off: {said}") from error
-
-
-def _refused(error: pickle.UnpicklingError) -> str:
-    """What PyTorch did not load, without its advice, which has many lines."""
-    said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return said.partition(" was not an allowed")[0].partition("\n")[0]
 
 
 def _read_safetensors(path: str, device: str) -> dict[str, Tensor]:

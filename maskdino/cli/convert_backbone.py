@@ -8,34 +8,15 @@ ResNet needs no conversion: detectron2 reads `detectron2://ImageNetPretrained/to
 itself.
 """
 
-from pickle import UnpicklingError
-
 import torch
-from safetensors import SafetensorError
-from timm.models import load_state_dict
-from torch import Tensor
 
 from maskdino.backbones import TimmBackbone, build_backbone, convert_backbone
-from maskdino.checkpoint.reading import BROKEN, fetch
+from maskdino.backbones.convert import read_tensors
+from maskdino.checkpoint.reading import fetch
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
-from maskdino.config.loading import one_line
 from maskdino.model_zoo import find_config
 from maskdino.system.files import written_whole
-
-
-def _read(source: str) -> dict[str, Tensor]:
-    """The weights of a file."""
-    try:
-        state = load_state_dict(fetch(source), device="cpu")
-    except (SafetensorError, UnpicklingError, *BROKEN) as error:
-        raise CommandError(
-            f"{source} holds no weights, or was cut off: {one_line(error)}"
-        ) from error
-    wrong = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
-    if wrong or not state:
-        raise CommandError(f"{source} holds no weights, but {', '.join(wrong[:3]) or 'nothing'}")
-    return state
 
 
 @errors_in_one_line()
@@ -49,7 +30,7 @@ def main(words: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(words)
 
-    state = _read(arguments.source)
+    state = read_tensors(fetch(arguments.source))
     cfg = load_config(str(find_config(arguments.config_file)), ["MODEL.TIMM.PRETRAINED", "False"])
     backbone = build_backbone(cfg)
     if not isinstance(backbone, TimmBackbone):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from maskdino.cli.common import CommandError, make_parser
 from maskdino.system import program
+from maskdino.system.errors import reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -87,17 +88,12 @@ class Findings:
         try:
             print(f"  {what}: {check()}")
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what is asked for
-            self.note(f"{what}: {type(error).__name__}: {first_line(error)}")
+            self.note(f"{what}: {type(error).__name__}: {reason_of(error)}")
 
     def note(self, fault: str) -> None:
         """Notes something that is wrong."""
         self.faults.append(fault)
         print(f"  BROKEN {fault}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return str(error).strip().partition("\n")[0]
 
 
 def check_packages(findings: Findings) -> None:
@@ -113,7 +109,7 @@ def check_packages(findings: Findings) -> None:
         try:
             findings.modules[name] = importlib.import_module(name)
         except Exception as error:  # noqa: BLE001 - packages fail in their own ways
-            findings.note(f"{name} cannot be imported ({first_line(error)}): {package.mend}")
+            findings.note(f"{name} cannot be imported ({reason_of(error)}): {package.mend}")
     for name in SHOWN:
         if name in findings.modules:
             print(f"  {name} {version_of(findings.modules[name])}")

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from maskdino.system.allocator import keep_large_blocks
+from maskdino.system.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ def find_device(name: str | torch.device, what: str = KEY) -> torch.device:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError, ImportError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{what} is {device}, which cannot be used here: {reason}") from error
+            raise ValueError(
+                f"{what} is {device}, which cannot be used here: {reason_of(error)}"
+            ) from error
     return device
 
 

@@ -115,3 +115,20 @@ def test_misfits_are_named() -> None:
     assert "body.patch_embed.norm.bias (13,) instead of (12,)" in message
     with pytest.raises(ValueError, match="'stages.0.weight'"):
         swin_rules(["layers.0.blocks.0.norm1.weight", "stages.0.weight"])
+
+
+def test_an_average_of_weights_is_preferred() -> None:
+    backbone = backbone_of("resnet10t")
+    own = timm.create_model("resnet10t").state_dict()
+    average = {name: torch.full_like(value, 3) for name, value in own.items()}
+    for content in ({"state_dict": own, "state_dict_ema": average}, {"model_ema": average, **own}):
+        converted = convert_backbone(content, backbone)
+        assert all((value == 3).all() for value in converted.values())
+    converted = convert_backbone({"state_dict": own, "model_ema": None}, backbone)
+    assert converted["body.conv1.0.weight"].equal(own["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, {0: torch.ones(1)}, {"model": {"a": "b"}}])
+def test_what_holds_no_weights_is_refused(content: dict) -> None:
+    with pytest.raises(ValueError, match="holds no weights, but (nothing|epoch|0|a)$"):
+        convert_backbone(content, backbone_of("resnet10t"))

@@ -109,7 +109,7 @@ def test_weights_of_another_model_and_unreadable_files(tmp_path: Path) -> None:
         vit("vit_tiny_patch16_224", WEIGHTS=str(other))
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     for file in ("broken.pth", "missing.pth", "missing.safetensors"):
-        with pytest.raises(ValueError, match=rf"MODEL\.TIMM\.WEIGHTS: .*{file} cannot be read"):
+        with pytest.raises(ValueError, match=rf"MODEL\.TIMM\.WEIGHTS: .*{file} holds no weights"):
             vit("vit_tiny_patch16_224", WEIGHTS=str(tmp_path / file))
 
 
