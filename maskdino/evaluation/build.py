@@ -49,22 +49,21 @@ def _semantic(_: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
     return SemanticEvaluator(dataset_name, folder)
 
 
-class CityscapesInstances(CityscapesInstanceEvaluator):
-    """Detectron2's evaluator of instances, with any NumPy."""
+class _AnyNumPy:
+    """Lets detectron2's evaluators of Cityscapes run with any NumPy."""
 
     def evaluate(self) -> dict | None:
         """See detectron2's; leaves no file `matches.json` in the current folder."""
         with cityscapes_scripts():
-            return super().evaluate()
+            return super().evaluate()  # type: ignore[misc]
 
 
-class CityscapesClasses(CityscapesSemSegEvaluator):
-    """Detectron2's evaluator of semantic maps, with any NumPy."""
+class CityscapesInstances(_AnyNumPy, CityscapesInstanceEvaluator):
+    """Evaluates instances."""
 
-    def evaluate(self) -> dict | None:
-        """See detectron2's."""
-        with cityscapes_scripts():
-            return super().evaluate()
+
+class CityscapesClasses(_AnyNumPy, CityscapesSemSegEvaluator):
+    """Evaluates semantic maps."""
 
 
 def _cityscapes_instance(_: CfgNode, dataset_name: str, __: str) -> DatasetEvaluator:
@@ -100,10 +99,7 @@ EVALUATORS: dict[str, dict[str, _Builder]] = {
     "cityscapes_panoptic_seg": _CITYSCAPES,
 }
 # What each evaluator measures, by task.
-_OF_INSTANCES: dict[str, tuple[str, ...]] = {
-    "bbox": coco_evaluation.METRICS,
-    "segm": coco_evaluation.METRICS,
-}
+_OF_INSTANCES: dict[str, tuple[str, ...]] = dict.fromkeys(("bbox", "segm"), coco_evaluation.METRICS)
 METRICS: dict[_Builder, dict[str, tuple[str, ...]]] = {
     _coco: _OF_INSTANCES,
     _lvis: {

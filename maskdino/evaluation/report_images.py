@@ -295,7 +295,8 @@ def overlaps(predicted: ImageResult, truth: ImageResult, task: str) -> np.ndarra
     elif predicted.rles is not None and truth.rles is not None:
         shapes = [list(result.rles or ()) for result in results]
     else:
-        shapes = [_xywh(np.asarray(result.boxes)) for result in results]
+        boxes = [BoxMode.convert(x.boxes, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS) for x in results]
+        shapes = [x.astype(np.float64) for x in boxes]
     size = [len(shape) for shape in shapes]
     return np.asarray(mask_utils.iou(*shapes, [0] * size[1])) if all(size) else np.zeros(size)
 
@@ -305,7 +306,3 @@ def _colors_of_best(overlap: np.ndarray) -> list[int]:
     number = overlap.shape[1]
     covers = overlap.max(1, initial=0) >= 0.5
     return [int(row.argmax()) if covers[i] else number + i for i, row in enumerate(overlap)]
-
-
-def _xywh(boxes: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).astype(np.float64)
