@@ -39,9 +39,10 @@ class PanopticEvaluator(COCOPanopticEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """Takes in predictions; DataError if PQ cannot be measured on a map of the annotations."""
-        for image in inputs:
+        for image, output in zip(inputs, outputs, strict=True):
             if "segments_info" in image:
-                read_segments(image, (image["height"], image["width"]), measured=True)
+                height, width = output["panoptic_seg"][0].shape
+                read_segments(image, (height, width), measured=True)
         super().process(inputs, outputs)
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:

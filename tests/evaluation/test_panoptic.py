@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOPanopticEvaluator
 from panopticapi.evaluation import PQStat, pq_compute
 
+from maskdino.data import DataError
 from maskdino.data.datasets import register_panoptic_folder
 from maskdino.evaluation.panoptic import PanopticEvaluator, panoptic_metrics
 from tests.data.synthetic import COCO_IDS, Scene, make_scenes, write_coco
@@ -89,6 +90,21 @@ def test_pictures_of_one_name_stay_apart(dataset: str, tmp_path: Path) -> None:
     assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
     files = sorted(path.name for path in (tmp_path / "panoptic").iterdir())
     assert files == ["same.png", "same_2.png", "same_3.png"]
+
+
+def test_records_need_not_tell_the_size(dataset: str) -> None:
+    """Those of Cityscapes do not, where slices are predicted and no mapper has read the image."""
+    evaluator = PanopticEvaluator(dataset, None)
+    evaluator.reset()
+    for record, scene in zip(DatasetCatalog.get(dataset), SCENES, strict=True):
+        ids, segments = shifted(scene, 0, THINGS | STUFF)
+        known = {key: record[key] for key in record if key not in ("height", "width")}
+        evaluator.process([known], [{"panoptic_seg": (ids, segments)}])
+        with pytest.raises(
+            DataError, match=r"\.png has \(height, width\) \(48, 64\), .* \(47, 64\)"
+        ):
+            evaluator.process([known], [{"panoptic_seg": (ids[1:], segments)}])
+    assert evaluator.evaluate()["panoptic_seg"]["PQ"] == 100
 
 
 def test_nothing_stays_without_a_folder(
