@@ -125,6 +125,7 @@ RULES = (
             "ops",
             "postprocess",
             "structures",
+            "system",
             "visualization",
         ),
     ),

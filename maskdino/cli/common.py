@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -40,14 +41,25 @@ def errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt as error:
         print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(getattr(error, "status", INTERRUPTED))
-    except (UserError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {_of_system(error)}")
     except UnicodeEncodeError as error:  # JSON and YAML can hold halves of characters
         sys.exit(f"error: {error.object!a} cannot be written in {error.encoding}: {error.reason}")
     except (KeyError, ValueError, ImportError) as error:
         if not was_raised(error):
             raise
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refuses: the file and the reason, without the reason's number."""
+    if error.strerror is None or error.filename is None or error.filename2 is not None:
+        return str(error)
+    text = f"{error.filename}: {error.strerror}"
+    full_or_locked = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return f"{text}; make room, or name another folder" if full_or_locked else text
 
 
 def was_raised(error: BaseException) -> bool:

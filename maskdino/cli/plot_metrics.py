@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.evaluation.charts import draw_lines
+from maskdino.system.files import write_errors
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name -> iterations, values
 
@@ -104,5 +105,6 @@ def main(words: list[str] | None = None) -> None:
     if not choose_panels(curves):
         raise CommandError(f"{source} holds no metrics yet")
     target = args.output or args.output_dir / "metrics.png"
-    plot(curves, str(args.output_dir), target)
+    with write_errors(target):
+        plot(curves, str(args.output_dir), target)
     print(f"{len(curves)} curves read, image written to {target}")

@@ -32,6 +32,7 @@ from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
 from maskdino.model_zoo import find_config
+from maskdino.system.files import write_errors
 from maskdino.visualization.drawing import below, beside, enlarge
 from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of_example
 from maskdino.visualization.images import load_image
@@ -217,7 +218,8 @@ def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(words)
     cfg = load_config(str(find_config(args.config_file)), args.opts)
-    args.output.mkdir(parents=True, exist_ok=True)
     draw = {"data": draw_data, "predictions": draw_predictions, "attention": draw_attention}
-    paths = draw[args.view](args, cfg)
+    with write_errors(args.output):
+        args.output.mkdir(parents=True, exist_ok=True)
+        paths = draw[args.view](args, cfg)
     print(f"{counted(len(paths), 'figure')} in {args.output}")

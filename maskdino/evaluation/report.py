@@ -31,6 +31,7 @@ from maskdino.evaluation.files import LOSSES_FILE
 from maskdino.evaluation.image_losses import ImageLoss, write_losses
 from maskdino.evaluation.report_images import EvaluatedImages, InstanceImages, find_images
 from maskdino.metrics import PER_CLASS, of_classes_together
+from maskdino.system.files import write_text
 
 CURVE_THRESHOLDS = {0.5: 0, 0.75: 5, 0.9: 8}  # IoU and its place among COCO's ten
 MAX_CLASSES = 20  # of a drawn confusion matrix
@@ -91,8 +92,7 @@ def write_report(
         galleries=[_gallery(images, num_images) for images in evaluated],
         losses=_losses(losses, evaluated, num_images) if losses else None,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

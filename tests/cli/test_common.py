@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -29,6 +30,10 @@ def fail_with_value() -> object:
     return int("many")
 
 
+def fail_to_write(number: int) -> None:
+    raise OSError(number, os.strerror(number), "o.png")
+
+
 def fail_in_a_worker() -> None:
     with ProcessPoolExecutor(1) as pool:
         pool.submit(fail_with_key).result()
@@ -41,7 +46,9 @@ def fail_in_a_worker() -> None:
         (lambda: refuse(KeyError), "SOLVER.MAX_ITER is -1"),
         (lambda: refuse(ImportError), "SOLVER.MAX_ITER is -1"),
         (lambda: refuse(CommandError), "SOLVER.MAX_ITER is -1"),
-        (lambda: Path("/nowhere/at all").read_text(), ".*No such file.*'/nowhere/at all'"),
+        (lambda: Path("/nowhere/at all").read_text(), "/nowhere/at all: No such file or directory"),
+        (lambda: fail_to_write(errno.ENOSPC), "o.png: .*; make room, or name another folder"),
+        (lambda: fail_to_write(errno.EACCES), "o.png: Permission denied"),
         (lambda: __import__("no_such_package"), "No module named 'no_such_package'"),
         (lambda: load_config(str(CONFIG), ["SOLVER.MAX_ITERS", "1"]), ".*SOLVER.MAX_ITERS.*"),
     ],
