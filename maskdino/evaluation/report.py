@@ -105,9 +105,14 @@ def _read_results(dataset: str, folder: Path) -> dict[str, dict]:
     results = json.loads(source.read_text())
     # One level more where several datasets were evaluated.
     if any(isinstance(value, dict) for metrics in results.values() for value in metrics.values()):
-        if dataset not in results:
-            raise ValueError(f"{source} holds results of {', '.join(results)}, not of {dataset}")
-        return results[dataset]
+        evaluated, results = list(results), results.get(dataset, {})
+    else:  # of one dataset, whose name is that of the folder of its predictions
+        evaluated = sorted(path.name for path in source.parent.iterdir() if path.is_dir())
+    if evaluated and dataset not in evaluated:
+        raise ValueError(
+            f"{source} holds results of {', '.join(evaluated)}, not of {dataset}: evaluate that "
+            f"first, with DATASETS.TEST \"('{dataset}',)\""
+        )
     return results
 
 

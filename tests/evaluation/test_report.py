@@ -205,6 +205,13 @@ def test_without_an_evaluation(tmp_path: Path) -> None:
         write_report(tmp_path / "r.html", "nuclei_val", tmp_path)
 
 
+def test_the_one_dataset_that_was_evaluated_is_no_other(tmp_path: Path) -> None:
+    (tmp_path / "inference" / "nuclei_val").mkdir(parents=True)
+    (tmp_path / "inference" / "results.json").write_text(json.dumps({"bbox": {"AP": 11.1}}))
+    with pytest.raises(ValueError, match="holds results of nuclei_val, not of nuclei_train: eval"):
+        write_report(tmp_path / "r.html", "nuclei_train", tmp_path)
+
+
 def test_several_datasets(tmp_path: Path) -> None:
     assert report_paths(["a"], tmp_path) == {"a": tmp_path / "report.html"}
     paths = report_paths(["a", "b"], tmp_path)
@@ -214,5 +221,5 @@ def test_several_datasets(tmp_path: Path) -> None:
     (tmp_path / "inference" / "results.json").write_text(json.dumps(results))
     pages = [write_report(path, name, tmp_path).read_text() for name, path in paths.items()]
     assert ["11.1" in page for page in pages] == [True, False]
-    with pytest.raises(ValueError, match="holds results of a, b, not of nuclei_val"):
+    with pytest.raises(ValueError, match="holds results of a, b, not of nuclei_val: evaluate"):
         write_report(tmp_path / "r.html", "nuclei_val", tmp_path)
