@@ -109,6 +109,8 @@ def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         parser.error("--slice is of images, not of --webcam")
     if args.track and args.task == "semantic":
         parser.error("--track is of objects, not of --task semantic")
+    if args.max_detections is not None and args.max_detections < 1:
+        parser.error(f"--max-detections {args.max_detections}: it must be 1 or more")
     if args.every < 1:
         parser.error(f"--every {args.every}: it must be 1 or more")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maskdino.system.errors import UserError
 from maskdino.system.files import written_whole
@@ -86,6 +86,8 @@ def _from_file(path: str) -> np.ndarray:
         raise ImageError(f"image {path} is a folder") from error
     except ImageError as error:
         raise ImageError(f"image {path}: {error}") from error
+    except UnidentifiedImageError as error:  # whose text shows a Python object
+        raise ImageError(f"cannot read image {path}: cannot identify its format") from error
     except BROKEN as error:
         raise ImageError(f"cannot read image {path}: {error}") from error
 

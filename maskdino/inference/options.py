@@ -49,10 +49,12 @@ class PredictorOptions:
             raise ValueError(f"tasks are {self.tasks}; they must be of {', '.join(TASKS)}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold {self.confidence_threshold} is not in [0, 1]")
-        if self.batch_size < 1 or self.shortest < 0 or self.longest < 1:
+        if self.batch_size < 1:
+            raise ValueError(f"the batch size is {self.batch_size}; it must be at least 1")
+        if self.shortest < 0 or self.longest < 1:
             raise ValueError(
-                f"batch size {self.batch_size} and sizes {self.shortest}, {self.longest} must be "
-                "positive"
+                f"images are read with edges of {self.shortest} to {self.longest} pixels "
+                "(size, INPUT.MIN_SIZE_TEST, INPUT.MAX_SIZE_TEST): they must be positive"
             )
 
     @staticmethod

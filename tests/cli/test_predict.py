@@ -77,7 +77,7 @@ def test_broken_images_are_named_and_the_others_drawn(
     assert run("--input", folder, tmp_path / "gone.png", "--json") == 1
     printed = capsys.readouterr()
     assert "2 of 4 files drawn" in printed.out
-    assert "broken.png" in printed.err
+    assert "broken.png: cannot identify its format\n" in printed.err
     assert "gone.png does not exist" in printed.err
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["a.png", "a.png.json", "b.jpg", "b.jpg.json"]
@@ -130,6 +130,13 @@ def test_arguments_that_do_not_fit(
 ) -> None:
     assert run(*words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_no_objects_at_all_are_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--config-file F --input a.png --output out --max-detections 0"
+    with pytest.raises(SystemExit):
+        predict.parse_arguments(words.split())
+    assert "--max-detections 0: it must be 1 or more" in capsys.readouterr().err
 
 
 def test_weights_go_before_the_configuration(
@@ -502,6 +509,8 @@ def test_large_images_in_slices(
         (["--track"], "--track and --every are of videos, streams and cameras"),
         (["--track", "--task", "semantic"], "--track is of objects, not of --task semantic"),
         (["--every", "0"], "--every 0: it must be 1 or more"),
+        (["--size", "-1"], "edges of -1 to -1 pixels (size, INPUT.MIN_SIZE_TEST"),
+        (["--batch-size", "0"], "the batch size is 0; it must be at least 1"),
     ],
 )
 def test_labels_and_slices_that_do_not_fit(

@@ -289,5 +289,5 @@ def test_wrong_arguments_are_named(cfg: CfgNode, tmp_path: Path) -> None:
     [{"confidence_threshold": 1.5}, {"tasks": ("depth",)}, {"tasks": ()}, {"batch_size": 0}],
 )
 def test_options_out_of_range(model: MaskDINO, cfg: CfgNode, wrong: dict) -> None:
-    with pytest.raises(ValueError, match=r"1\.5|depth|tasks are|batch size 0"):
+    with pytest.raises(ValueError, match=r"1\.5|depth|tasks are|batch size is 0"):
         MaskDINOPredictor.from_model(model, cfg, **wrong)
