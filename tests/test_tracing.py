@@ -1,4 +1,4 @@
-"""Tracing of whole models: torch.jit.trace, detectron2's TracingAdapter, fvcore's counters."""
+"""Tracing and compiling of whole models, detectron2's TracingAdapter, fvcore's counters."""
 
 from __future__ import annotations
 
@@ -92,3 +92,14 @@ def test_detectron2s_adapter_traces() -> None:
     torch.testing.assert_close(instances.scores, expected["scores"], rtol=1e-4, atol=1e-4)
     assert torch.equal(instances.pred_masks, expected["pred_masks"])
     assert tuple(instances.image_size) == SIZE
+
+
+@pytest.mark.parametrize("name", ["instances", "boxes"])
+@torch.no_grad()
+def test_the_network_compiles_as_one_program(name: str) -> None:
+    model, first, _ = model_and_images(name)
+    compiled = torch.compile(model.predict, backend="eager", dynamic=False, fullgraph=True)
+    found, expected = compiled(first[None]), model.predict(first[None])
+    for part in ("class_logits", "boxes"):
+        ours, theirs = (getattr(predictions, part) for predictions, _ in (found, expected))
+        torch.testing.assert_close(ours, theirs)

@@ -97,7 +97,9 @@ def _unrounded(
     head: nn.Module, content: Tensor, compute: Callable[..., Any] | None = None, *others: Any
 ) -> Any:
     """`head(content)`, or `compute(content, *others)`, in the type of the head's weights."""
-    device, compute = content.device.type, compute or head
+    device = content.device.type
+    if compute is None:  # PyTorch 2.11 cannot compile `compute or head`
+        compute = head
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta tensors: shapes alone
         return compute(content, *others)
     with torch.autocast(device, enabled=False):
