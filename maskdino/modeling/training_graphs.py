@@ -311,5 +311,16 @@ def capture_step(
 
 def _gradients(
     outputs: Sequence[Tensor], sources: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(outputs, sources, gradients, allow_unused=True)
+) -> list[Tensor | None]:
+    """Of each source in a place of its own: autograd gives both parts of a sum the same tensor.
+
+    Autograd itself copies what several weights are given; of a graph's gradients it cannot know.
+    """
+    places, own = set[int](), list[Tensor | None]()
+    for gradient in torch.autograd.grad(outputs, sources, gradients, allow_unused=True):
+        if gradient is not None and gradient.data_ptr() in places:
+            gradient = gradient.clone()
+        if gradient is not None:
+            places.add(gradient.data_ptr())
+        own.append(gradient)
+    return own

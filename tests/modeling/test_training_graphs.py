@@ -22,6 +22,7 @@ from maskdino.modeling.training_graphs import (
     stand_ins,
     tensors_of,
 )
+from maskdino.structures import Predictions
 from tests.helpers import drawn_batch, tiny_cfg
 
 SIZES = ((64, 64), (64, 48))
@@ -277,16 +278,16 @@ class Idle:
         pass
 
 
-def test_what_a_capture_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA stood in for by nothing, so that all runs at once: on the inputs and gradients there."""
-    modes = []
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Captures run at once, as nothing stands in for CUDA; returns their modes."""
+    found: list[str] = []
 
-    def graph(_: object, **how: object) -> contextlib.AbstractContextManager:
-        modes.append(how["capture_error_mode"])
+    def graph(_: object, **how: str) -> contextlib.AbstractContextManager:
+        found.append(how["capture_error_mode"])
         return contextlib.nullcontext()
 
     monkeypatch.setattr(torch.random, "fork_rng", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "zeros_like", torch.ones_like)  # gradients before the backward pass
     for name in ("stream", "device"):
         monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
     for name in ("synchronize", "empty_cache"):
@@ -294,9 +295,15 @@ def test_what_a_capture_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CUDAGraph", "Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, Idle)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    return found
+
+
+def test_what_a_capture_holds(modes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs, results and gradients of the passes."""
+    monkeypatch.setattr(torch, "zeros_like", torch.ones_like)  # gradients before the backward pass
     cached, gradients = [], training_graphs._gradients
 
-    def watched(*args: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def watched(*args: Sequence[Tensor]) -> list[Tensor | None]:
         cached.append(torch.is_autocast_cache_enabled())
         return gradients(*args)
 
@@ -318,6 +325,16 @@ def test_what_a_capture_holds(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (source.grad is None) == (gradient is None)
         if gradient is not None:
             assert (gradient - source.grad).norm() <= 1e-4 * source.grad.norm()
+
+
+@pytest.mark.usefixtures("modes")
+def test_gradients_of_a_sum_do_not_share_memory() -> None:
+    """Clipping changes each weight's gradient in place."""
+    weights = [nn.Parameter(torch.randn(3)) for _ in range(3)]
+    boxes = torch.randn(3)
+    held = capture_step(lambda x: Predictions(sum(weights), x, None), [boxes], weights, "pool")
+    of_boxes, *gradients = held.gradients
+    assert of_boxes is None and len({x.data_ptr() for x in gradients}) == 3
 
 
 def test_a_capture_leaves_out_what_earlier_steps_know_of_weights() -> None:
