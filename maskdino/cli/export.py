@@ -1,7 +1,6 @@
 r"""Exports a trained model to ONNX, to torch.export, or to ONNX with TensorRT's plugin.
 
-    maskdino export --config-file F --images photos/*.jpg --output maskdino.onnx \
-        --opts MODEL.WEIGHTS W
+    maskdino export --config-file F --weights W --images photos/*.jpg --output maskdino.onnx
     ... --size 800 1344 --output fixed.onnx               # one canvas only, exported sooner
     ... --outputs instance --output instances.onnx        # with post-processing
     ... --sampling gather --output gather.onnx            # for engines that sample wrongly
@@ -26,6 +25,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import os
 import time
 import warnings
 from collections import Counter
@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maskdino.checkpoint.loading import load_trained
-from maskdino.cli.common import errors_in_one_line, make_parser
+from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.export.check import (
     ALLOWED_SHARE,
     BOUND,
@@ -233,10 +233,20 @@ def check_packages(args: argparse.Namespace) -> None:
         )
 
 
+def check_output(path: Path) -> None:
+    """Makes the folder of a file that is written minutes later; refuses what cannot be written."""
+    if path.is_dir():
+        raise CommandError(f"--output {path} is a folder: give a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise CommandError(f"cannot write into {path.parent}: give another --output")
+
+
 def run(args: argparse.Namespace) -> None:
     """Exports, checks and writes."""
     check_packages(args)
-    cfg = read_config(args.config_file, None, args.opts, whole=True)
+    cfg = read_config(args.config_file, args.weights, args.opts, whole=True)
+    check_output(args.output)
     cfg.MODEL.DEVICE = str(pick_device(args.device, cfg.MODEL.DEVICE))
     cfg.MODEL.MASK_DINO.TEST.PRECISION = "float32"  # in which programs are traced and compared
     model = build_model(cfg).eval()
@@ -248,11 +258,11 @@ def run(args: argparse.Namespace) -> None:
     sizes = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     batches = image_batches(args.images, model, options, sizes, cfg.INPUT.FORMAT)
     traced, content = export(model, options, args.format, args.opset, cfg.dump())
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(args.output) as partial:
         if content is None:
             torch.export.save(traced, partial)
-            program = program_of_trace(torch.export.load(partial))
+            with partial.open("rb") as file:  # by its name torch would not know the format
+                program = program_of_trace(torch.export.load(file))
         else:
             partial.write_bytes(content)
             plugin = options.plugin
@@ -269,6 +279,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help="path or name")
+    add("--weights", metavar="FILE", help="checkpoint, or 'released' (MODEL.WEIGHTS)")
     add("--output", required=True, type=Path, metavar="FILE")
     add("--images", required=True, nargs="+", metavar="FILE", help="for the check")
     add_import_option(parser)

@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(folder: Path, output: str, *more: str) -> list[str]:
     pictures = [str(folder / "wide.png"), str(folder / "high.png")]
     words = ["--config-file", str(folder / "config.yaml"), "--output", str(folder / output)]
-    weights = ["--opts", "MODEL.WEIGHTS", str(folder / "weights.pth")]
+    weights = ["--weights", str(folder / "weights.pth")]
     return [*words, "--images", *pictures, *more, *weights]
 
 
@@ -284,6 +284,16 @@ def test_missing_engine_is_named_before_the_model_is_read(
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit, match="no.yaml"):  # needs none of them
         export.main([*needed, "--format", "torch"])
+
+
+def test_where_nothing_can_be_written_is_said_before_the_model_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=f"error: --output {folder} is a folder: give a file"):
+        export.main(arguments(folder, ""))
+    monkeypatch.setattr(export.os, "access", lambda *_: False)
+    with pytest.raises(SystemExit, match=f"cannot write into {folder}: give another --output"):
+        export.main(arguments(folder, "a.onnx"))
 
 
 @pytest.mark.parametrize(
