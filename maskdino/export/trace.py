@@ -309,7 +309,7 @@ def to_onnx(
 
     names = [spec.arg.name for spec in program.graph_signature.output_specs]
     outputs = list(torch.utils._pytree.tree_unflatten(names, program.call_spec.out_spec))
-    half = options.precision == "float16"
+    half, knows_batch = options.precision == "float16", traces_any_size()
     exported: Any = torch.onnx.export(
         program,
         dynamo=True,
@@ -318,15 +318,19 @@ def to_onnx(
         output_names=outputs,
         external_data=False,
         verbose=False,
-        optimize=not half,
+        optimize=not half and knows_batch,
         custom_translation_table=plugin_translation() if options.plugin else None,
     )
     model = exported.model_proto
     if half:
         store_in_half(model)  # or batch norms would find casts, not weights to be put into
+    if not knows_batch:
+        _forget_batch(model)
+    if half or not knows_batch:
         exported.model = onnx_ir.from_proto(model)
         exported.optimize()
         model = exported.model_proto
+    if half:
         store_in_half(model)
     for node in model.graph.node:
         del node.metadata_props[:]  # where in the sources each came from
@@ -334,6 +338,13 @@ def to_onnx(
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     return model
+
+
+def _forget_batch(model: onnx.ModelProto) -> None:
+    """Drops shapes in which PyTorch 2.6 puts the batch of the trace for any, after a resize."""
+    del model.graph.value_info[:]
+    for value in model.graph.output:
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
 
 
 def _name_axes(model: onnx.ModelProto) -> None:
