@@ -195,6 +195,8 @@ def _decoded(path: Path) -> Reader | None:
         return None  # `load_image` says what is wrong
 
     def read(rows: slice, columns: slice) -> np.ndarray:
-        return np.asarray(image.crop((columns.start, rows.start, columns.stop, rows.stop)))
+        with _of_any_size():  # Pillow before 13 asks for the size of a part, too
+            part = image.crop((columns.start, rows.start, columns.stop, rows.stop))
+        return np.asarray(part)
 
     return (height, width), read

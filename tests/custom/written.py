@@ -118,8 +118,9 @@ def write_label_studio_yolo(sample: Sample, root: Path) -> None:
     for kind in ("images", "labels"):
         for path in (root / kind).glob("*/*"):
             path.rename(root / kind / path.name)
-        for folder in (root / kind).glob("*/"):
-            folder.rmdir()
+        for folder in (root / kind).iterdir():
+            if folder.is_dir():
+                folder.rmdir()
     (root / "classes.txt").write_text("\n".join(sample.names) + "\n")
     (root / "notes.json").write_text(json.dumps({"categories": [], "info": {"version": "1.0"}}))
 

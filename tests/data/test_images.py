@@ -74,8 +74,10 @@ def test_modes_of_pillow(mode: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{suffix}"
     try:
         Image.fromarray(rgba()).convert("RGB").convert(mode).save(path)
+        with Image.open(path) as image:
+            image.load()  # not all that it writes can it read: YCbCr in TIFF before Pillow 13
     except (OSError, ValueError):
-        pytest.skip(f"Pillow writes no {mode} into {suffix}")
+        pytest.skip(f"Pillow writes, or reads, no {mode} in {suffix}")
     np.testing.assert_array_equal(read_image(str(path), "RGB"), load_image(path))
 
 

@@ -110,7 +110,7 @@ def test_loaders_pin_images_and_masks(
     """What is large reaches pinned memory in the loader's thread, not in the training."""
     mapper = build_train_mapper(make_cfg(*UNCHANGED))
     copied = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: copied.append(x) or x.clone())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x, _=None: copied.append(x) or x.clone())
     given = (annotation(), annotation()), (annotation(segmentation=[]),)
     examples = [mapper(make_dict(*annotations)) for annotations in given]
     loaded = pin_memory(examples)
