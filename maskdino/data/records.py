@@ -109,15 +109,24 @@ def _places(key: str, place: Path, start: Path, folder: Path) -> dict[str, str]:
     return {key: str(place), key + MOVED: seen}
 
 
+class OtherFileError(DataError):
+    """A file has the name of a record, but is somebody's own."""
+
+
 def read_record(path: Path) -> dict[str, RecordedData]:
     """Reads such a file; DataError if it is none, or lacks one of the two datasets."""
     index = read_json(str(path))
+    if not isinstance(index, dict) or not {TRAIN_NAME, VALIDATION_NAME} & index.keys():
+        raise OtherFileError(
+            f"{path} is no record of data that train-custom prepared: to train on such data, begin "
+            "anew, with another --output"
+        )
     try:
         return {name: _read(index[name], path.parent) for name in (TRAIN_NAME, VALIDATION_NAME)}
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} does not name the data that were prepared: give another --output, or begin "
-            "anew"
+            f"{path} does not name the data that train-custom prepared: to train on them, begin "
+            "anew, with another --output"
         ) from error
 
 
@@ -159,12 +168,15 @@ def register_record(path: Path, *, replace: bool = False) -> None:
 def register_beside(config_file: str | os.PathLike) -> None:
     """Registers the data that are recorded beside a configuration, if there is such a file.
 
-    One that cannot be read is left out with a warning: whoever predicts needs no data.
+    One that cannot be read is left out with a warning: whoever predicts needs no data. A file of
+    this name that somebody else wrote is none of ours.
     """
     path = Path(config_file).parent / RECORD
     if os.path.isfile(path):  # not Path.is_file, which fails where the folder cannot be read
         try:
             register_record(path.absolute())
+        except OtherFileError:
+            pass
         except DataError as error:
             logger.warning("The data of the run are not known: %s", error)
 
