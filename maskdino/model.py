@@ -13,7 +13,7 @@ from detectron2.structures import ImageList
 from torch import Tensor, nn
 
 from maskdino.backbones import build_backbone
-from maskdino.backbones.recompute import recompute_first_stages
+from maskdino.backbones.resnet import recompute_first_stages
 from maskdino.categories import Categories
 from maskdino.config import complete_config
 from maskdino.integration.registration import offer_to

@@ -48,8 +48,8 @@ from maskdino.evaluation.report_images import PanopticImages, SemanticImages
 from maskdino.export.engines import OnnxRuntime
 from maskdino.export.onnx import ExportedMetadata
 from maskdino.inference.video import VideoError, VideoReader
+from maskdino.model_zoo import load_pretrained
 from maskdino.model_zoo.catalogue import RELEASED
-from maskdino.model_zoo.pretrained import load_pretrained
 from tests.helpers import tiny_cfg, tiny_model
 
 GOES_OUT = ("../secret.png", "a/../../secret.png", "{outside}/secret.png")

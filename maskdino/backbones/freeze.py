@@ -16,8 +16,7 @@ def freeze_stages(body: Any, freeze_at: int) -> None:
     Raises:
         ValueError: if `freeze_at` is outside 0..5 or its stage is none of the model's.
     """
-    if not 0 <= freeze_at <= 5:
-        raise ValueError(f"MODEL.BACKBONE.FREEZE_AT must be 0, 1, 2, 3, 4 or 5, got {freeze_at}")
+    check_freeze_at(freeze_at)
     if freeze_at == 0:
         return
     stage = _stage_name(body, stride=2 ** max(freeze_at, 2))
@@ -30,6 +29,12 @@ def freeze_stages(body: Any, freeze_at: int) -> None:
     frozen = [n for n in names[: last + 1] if not any(_is_inside(other, n) for other in trained)]
     if frozen:  # timm takes an empty list for "everything"
         freeze(body, frozen)
+
+
+def check_freeze_at(freeze_at: int) -> None:
+    """Raises a ValueError for a number that counts no stages."""
+    if not 0 <= freeze_at <= 5:
+        raise ValueError(f"MODEL.BACKBONE.FREEZE_AT must be 0, 1, 2, 3, 4 or 5, got {freeze_at}")
 
 
 def _is_inside(name: str, parent: str) -> bool:

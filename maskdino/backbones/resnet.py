@@ -11,16 +11,20 @@ Shape key: B images, C channels, H, W of a map.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock
+from detectron2.modeling import Backbone
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from torch import Tensor, nn
 
 from maskdino.backbones.frozen_norm import FrozenNorm
+from maskdino.integration.compat import change_class
 from maskdino.ops.constants import is_traced
 from maskdino.ops.ms_deform_attn import has_compiled
+from maskdino.ops.recompute import recomputed
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,9 +73,24 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 
 def fuse_blocks(module: nn.Module) -> nn.Module:
     """Makes each of detectron2's own blocks one of these (in place), and returns the module."""
-    for child in module.modules():
-        child.__class__ = FUSED.get(type(child), type(child))
+    change_class(module, FUSED)
     return module
+
+
+def recompute_first_stages(backbone: Backbone, level: str) -> None:
+    """Lets a ResNet recompute its stem and its first stage at the level "all" (in place).
+
+    Their maps are the largest, and their products the smallest. Names of weights stay. Other
+    backbones stay as they are: those of timm have a key of their own,
+    `MODEL.TIMM.ACTIVATION_CHECKPOINT`.
+    """
+    if isinstance(backbone, ResNet) and level == "all":
+        for part in (backbone.stem, backbone.stages[0]):
+            part.forward = partial(_recomputed, part)
+
+
+def _recomputed(part: nn.Module, images: Tensor) -> Tensor:
+    return recomputed(partial(type(part).forward, part), images, when=part.training)
 
 
 def _block(x: Tensor, convolutions: Sequence[Conv2d], shortcut: Conv2d | None) -> Tensor:

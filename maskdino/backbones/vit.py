@@ -19,6 +19,7 @@ from timm.models import group_parameters, is_model_in_modules
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from maskdino.backbones.freeze import check_freeze_at
 from maskdino.backbones.timm_backbone import (
     STRIDES,
     checked_out_features,
@@ -161,10 +162,7 @@ class PlainViTBackbone(Backbone):
                 block.register_forward_hook(self._windows.join)
 
     def _freeze(self, freeze_at: int) -> None:
-        if not 0 <= freeze_at <= 5:
-            raise ValueError(
-                f"MODEL.BACKBONE.FREEZE_AT must be 0, 1, 2, 3, 4 or 5, got {freeze_at}"
-            )
+        check_freeze_at(freeze_at)
         if freeze_at == 0:
             return
         blocks = len(self.body.model.blocks)

@@ -5,15 +5,16 @@ model = model_zoo.get("coco/instance/maskdino_R50.yaml", trained=True)
 """
 
 from .catalogue import RELEASED, ReleasedModel, find_released
-from .pretrained import build_pretrained, load_pretrained
 from .zoo import (
     RELEASED_WEIGHTS,
+    build_pretrained,
     download,
     find_config,
     get,
     get_checkpoint_url,
     get_config,
     get_config_file,
+    load_pretrained,
     read_config,
 )
 from .zoo import list_configs as list

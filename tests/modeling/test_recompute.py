@@ -11,7 +11,7 @@ import torch
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor
 
-from maskdino.backbones.recompute import recompute_first_stages
+from maskdino.backbones.resnet import recompute_first_stages
 from maskdino.model import MaskDINO
 from maskdino.modeling import encoder, layers
 from maskdino.ops import _library
