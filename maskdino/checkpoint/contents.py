@@ -25,21 +25,17 @@ PARTS = {  # beside the weights, by their names in a file
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: `size` bytes, and `numbers` by type in so many tensors.
-
-    The rows of the class head, the steps of training and what it says of its model are None where
-    the file does not tell.
-    """
+    """What a file of weights holds."""
 
     path: str
-    size: int
-    kind: str
-    tensors: int
-    numbers: Mapping[str, int]
-    class_scores: int | None
-    beside: tuple[str, ...]
-    iterations: int | None
-    facts: Facts | None
+    size: int  # bytes
+    kind: str  # of what the weights are, in words
+    tensors: int  # how many
+    numbers: Mapping[str, int]  # how many, by their type
+    class_scores: int | None  # of the class head; None: there is none
+    beside: tuple[str, ...]  # what else is in the file, in words
+    iterations: int | None  # steps of training behind the weights; None: not told
+    facts: Facts | None  # what the file says of its model; None: nothing
 
     def lines(self) -> list[str]:
         """All of it, to be printed."""

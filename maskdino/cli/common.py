@@ -65,7 +65,8 @@ def _of_system(error: OSError) -> str:
 def was_raised(error: BaseException) -> bool:
     """Whether a check raised an error: a `raise` statement of this process, or a failed import.
 
-    Raised anew, with the traceback of another process in its text or cause, does not count.
+    An error of another process, which is raised here once more with that process's traceback in
+    its text or its cause, counts as a fault of the program.
     """
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("maskdino"):
         return True

@@ -33,11 +33,11 @@ TOLERANCE = 1e-4  # of float32, between two forms of the operator
 
 @dataclass(frozen=True)
 class Package:
-    """A package that is used: what is imported, how it is installed, and, but for all, what for."""
+    """A package that is used."""
 
-    module: str
-    use: str = ""
-    command: str = ""
+    module: str  # that is imported
+    use: str = ""  # what it is for; "": every command
+    command: str = ""  # that installs it; "": pip, by the name of the module
 
     @property
     def mend(self) -> str:

@@ -34,11 +34,11 @@ CHOICES = ("best", "averaged", "last")
 
 @dataclass(frozen=True)
 class Chosen:
-    """Weights of a training: whether averaged, and the steps behind them; None: not known."""
+    """The weights that are published."""
 
-    path: str
-    averaged: bool | None = None
-    iterations: int | None = None
+    path: str  # of the checkpoint
+    averaged: bool | None = None  # whether they are an average (EMA); None: not known
+    iterations: int | None = None  # steps of training behind them; None: not known
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

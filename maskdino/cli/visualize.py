@@ -40,8 +40,8 @@ from maskdino.visualization.results import ImageResult
 
 CONFIDENCE = 0.4  # least score of what is drawn
 COLUMNS = 5  # decoder layers in a row
-LAYER_PIXELS = 380  # as the next one, for decoder layers
 PANEL_PIXELS = 560  # smaller images are enlarged to about this, so that lines look thin
+LAYER_PIXELS = 380  # likewise, in figures of decoder layers
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:

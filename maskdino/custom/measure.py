@@ -43,19 +43,19 @@ FULL = 0.9  # share of all cores' time from which programs wait for one another
 
 @dataclass(frozen=True)
 class Memory:
-    """What a training step needs, in MB: whatever the batch, and for each image more."""
+    """What a training step needs."""
 
-    fixed_mb: float
-    image_mb: float
+    fixed_mb: float  # MB, whatever the size of the batch
+    image_mb: float  # MB more for each image
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a step and an evaluation take on this machine, in seconds."""
+    """How fast this machine is."""
 
-    step: float
-    evaluation: float
-    others: float = 0.0  # cores that other programs took from it meanwhile
+    step: float  # seconds of a training step
+    evaluation: float  # seconds of an evaluation
+    others: float = 0.0  # cores that other programs took while that was measured
 
 
 def total_seconds(iterations: int, eval_period: int, step: float, evaluation: float) -> float:

@@ -28,7 +28,7 @@ EPOCHS = (12, 300)  # least and most
 CPU_MINUTES = 60  # a training without a GPU is planned to take about this long
 EVALUATIONS = 20  # at most, in a training
 SEMANTIC_QUERIES = 100  # enough for the classes of an image
-RARE = 0.05  # share of mixed images that the number of queries does not follow, as of full ones
+RARE = 0.05  # mixing of fewer images than this adds no queries, as the fullest images add none
 STEPS_PER_EPOCH = 8  # small data: rather smaller batches than fewer steps
 
 
@@ -124,7 +124,7 @@ def mixed_objects(cfg: CfgNode, number: int) -> int:
     pasting, mosaic = cfg.INPUT.COPY_PASTE, cfg.INPUT.MOSAIC
     total = float(number)
     if mosaic.PROBABILITY > RARE:
-        # Of four images, of which each shows what an even quarter has room for.
+        # Four images, each of which shows as many objects as have room in a quarter of the mosaic.
         total *= 4 * min(1.0, 1 / (mosaic.MIN_SCALE + mosaic.MAX_SCALE)) ** 2
     if pasting.PROBABILITY > RARE:
         total += min(number, pasting.MAX_OBJECTS)

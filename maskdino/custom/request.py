@@ -14,7 +14,7 @@ class Request:
     """What is to be trained, and on what."""
 
     output: Path  # folder for everything that comes of it
-    # Folder that holds all, or its file of settings; None: the next four say where it is.
+    # Folder that holds images and labels, or its file of settings; None: they are named one by one.
     data: Path | None = None
     # train_json, train_images: annotations, and the folder of their images.
     train_json: Path | None = None

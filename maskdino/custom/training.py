@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training compares its pace with, in seconds; `epoch` is its number of iterations."""
+    """What was planned of the time of a training, with which it compares itself."""
 
-    epoch: int
-    step: float | None
-    evaluation: float
+    epoch: int  # iterations
+    step: float | None  # seconds; None: not measured
+    evaluation: float  # seconds
 
     def write(self, folder: Path) -> None:
         """Writes it to the folder of a run."""

@@ -8,7 +8,7 @@ import platform
 
 import torch
 
-# What users set who decide themselves how memory is allocated.
+# How variables begin by which users decide how memory is allocated.
 DECISIONS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -18,11 +18,12 @@ NEVER = -1
 def keep_large_blocks(device: torch.device) -> bool:
     """Lets glibc keep large blocks that are freed, where a process computes on the CPU.
 
-    By default each tensor of 32 MiB and more is a mapping of its own, and the system fills its
-    pages with zeros, one by one as they are first written, in every step again. Kept, they are
-    those of a tensor that is gone. The process then stays as large as it once was.
+    By default a tensor of 32 MiB or more is allocated as a mapping of its own, which is given back
+    when the tensor is freed: in each step the system makes its pages again, and fills them with
+    zeros. Blocks that are kept serve the next tensors as they are. The process then stays as large
+    as it once was.
 
-    What the user decided by the environment is left alone.
+    Where the user has set one of `DECISIONS`, nothing is changed.
 
     Returns:
         Whether this process now keeps its blocks.

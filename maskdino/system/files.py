@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maskdino.system.errors import WriteError
 
-MARK = ".maskdino-"  # in the name of a file that is being written, before the process that writes
+MARK = ".maskdino-"  # in names of files that are being written: NAME.maskdino-PROCESS
 # What the system says where there is no room, or no permission.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 

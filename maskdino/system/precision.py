@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 KEY = "MODEL.MASK_DINO.TEST.PRECISION"
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "auto")
-EVERYWHERE = ("auto", "float32")  # what every device knows, which need not be asked
+EVERYWHERE = ("auto", "float32")  # possible on every device
 FIRST_WITH_TF32 = (8, 0)  # compute capability
 
 

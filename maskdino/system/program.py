@@ -13,7 +13,7 @@ from collections.abc import MutableMapping
 from pathlib import Path
 
 VERSION = "0.2.0"
-# What users set who decide themselves how threads wait for work.
+# Variables by which users decide how threads wait for work; where one is set, nothing is changed.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPINS = "1000"
 NO_DETECTRON2 = (
@@ -27,7 +27,7 @@ SCRIPTS = ("tools", "demo", "datasets")  # folders of the repository
 def is_command() -> bool:
     """Whether this process was started as `maskdino` or as `python -m maskdino`.
 
-    Processes that it starts are started otherwise, and count as importing the package.
+    A process that such a command starts, as a worker of a data loader, is none.
     """
     words = sys.orig_argv
     if sys.argv[:1] == ["-m"]:  # as long as Python looks for the module

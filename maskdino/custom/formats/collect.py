@@ -34,8 +34,8 @@ class Unreadable(Finding):
 class Part:
     """The data of one split."""
 
-    data: Annotations  # the annotations
-    # What was wrong with the files that they came from.
+    data: Annotations
+    # What was wrong with the files that the data came from.
     findings: list[Finding] = field(default_factory=list)
     by_name: bool = False  # whether classes have names alone, so that their numbers can be chosen
 
