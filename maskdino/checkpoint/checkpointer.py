@@ -13,6 +13,7 @@ from maskdino.checkpoint.reading import (
     LAST,
     CheckpointError,
     find_resumption,
+    is_of_backbone,
     read_checkpoint,
     shapes_of,
 )
@@ -220,7 +221,7 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
             for name in unexpected
             if _part(name) in parts and not name.endswith("num_batches_tracked")
         ]
-        if wrong and not all(name.startswith("backbone.") for name in known):
+        if wrong and not is_of_backbone(known):
             raise _misfit(wrong)
 
 
@@ -239,7 +240,7 @@ def _part(name: str) -> str:
 
 def _may_lack(name: str, known: set[str]) -> bool:
     """Whether a file may lack this weight: it holds a backbone alone, or lacks the whole part."""
-    if all(other.startswith("backbone.") for other in known):
+    if is_of_backbone(known):
         return not name.startswith("backbone.")
     part = _part(name)
     is_part = any(name.startswith(prefix) for prefix in PARTS)

@@ -10,8 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from maskdino.checkpoint.pretrained import ABOUT, Facts, texts_of
-from maskdino.checkpoint.reading import iterations_of, read_checkpoint, shapes_of
-from maskdino.checkpoint.released_weights import FOREIGN, is_released
+from maskdino.checkpoint.reading import (
+    is_of_backbone,
+    iterations_of,
+    read_checkpoint,
+    shapes_of,
+)
+from maskdino.checkpoint.released_weights import foreign_model, is_released
 from maskdino.metrics import of_classes_together
 
 CLASS_HEADS = ("heads.class_head.weight", "sem_seg_head.predictor.class_embed.weight")
@@ -106,11 +111,10 @@ def contents_of(path: str) -> Contents:
 def _kind(names: list[str], *, heuristic: bool) -> str:
     if is_released(names):
         return "a Mask DINO, under the names of the released code"
-    for model, pattern in FOREIGN:
-        if any(pattern.fullmatch(name) for name in names):
-            return f"the weights of {model}"
+    if (model := foreign_model(names)) is not None:
+        return f"the weights of {model}"
     if any(name.startswith("heads.class_head.") for name in names):
         return "a Mask DINO"
-    if heuristic or all(name.startswith("backbone.") for name in names):
+    if heuristic or is_of_backbone(names):
         return "a backbone"
     return f"tensors of no known model, such as {names[0]}"

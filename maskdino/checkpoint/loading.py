@@ -12,7 +12,13 @@ from torch import nn
 
 from maskdino.checkpoint.checkpointer import MaskDINOCheckpointer
 from maskdino.checkpoint.ema import build_average
-from maskdino.checkpoint.reading import CheckpointError, fetch, read_checkpoint, shapes_of
+from maskdino.checkpoint.reading import (
+    CheckpointError,
+    fetch,
+    is_of_backbone,
+    read_checkpoint,
+    shapes_of,
+)
 from maskdino.checkpoint.released_weights import (
     EMPTY_MASKS,
     LARGEST_PROPOSALS,
@@ -72,7 +78,7 @@ def _decided_by(weights: str, whole: bool) -> dict[str, str]:
     refuse_foreign(state, path)
     if is_released(state):
         return ReleasedStructure.from_shapes(shapes_of(state)).decided
-    backbone = data.get("matching_heuristics") or all(n.startswith("backbone.") for n in state)
+    backbone = data.get("matching_heuristics") or is_of_backbone(state)
     if whole and backbone:
         raise not_whole(weights)
     return {}

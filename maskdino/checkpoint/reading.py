@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,11 @@ def _what(value: object) -> str:
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shapes of tensors, by name."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def is_of_backbone(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are those of a backbone, and of nothing else."""
+    return all(name.startswith("backbone.") for name in names)
 
 
 def iterations_of(data: Mapping[str, Any]) -> int | None:

@@ -87,13 +87,18 @@ FOREIGN = tuple(
 
 def refuse_foreign(names: Iterable[str], path: str) -> None:
     """Checks that the tensors of a file are not of another known model."""
+    model = foreign_model(names)
+    if model is not None:
+        raise CheckpointError(
+            f"{path} holds the weights of {model}, which no Mask DINO can take; give weights of "
+            "Mask DINO, or of a backbone alone"
+        )
+
+
+def foreign_model(names: Iterable[str]) -> str | None:
+    """The other known model whose tensors have such names, if there is one."""
     names = list(names)
-    for model, pattern in FOREIGN:
-        if any(pattern.fullmatch(name) for name in names):
-            raise CheckpointError(
-                f"{path} holds the weights of {model}, which no Mask DINO can take; give weights "
-                "of Mask DINO, or of a backbone alone"
-            )
+    return next((model for model, pattern in FOREIGN if any(map(pattern.fullmatch, names))), None)
 
 
 def is_released(names: Iterable[str]) -> bool:

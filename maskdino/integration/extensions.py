@@ -15,7 +15,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -99,28 +99,22 @@ def add_import_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--import",
         dest="imports",
-        action=_Import,
+        action="append",
+        type=_imported,
         metavar="MODULE",
         help="import your own module or .py file first (may be repeated)",
     )
 
 
-class _Import(argparse.Action):
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,  # noqa: ARG002 - bound by argparse
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,  # noqa: ARG002 - bound by argparse
-    ) -> None:
-        word = str(values)
-        try:
-            import_extension(word)
-        except ExtensionError as error:
-            if error.__cause__ is not None:
-                traceback.print_exception(error.__cause__)
-            sys.exit(f"error: {error}")
-        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or []), word])
+def _imported(word: str) -> str:
+    """Imports a module that the command line names, or ends the command."""
+    try:
+        import_extension(word)
+    except ExtensionError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        sys.exit(f"error: {error}")
+    return word
 
 
 def import_extension(word: str | os.PathLike[str]) -> ModuleType:

@@ -197,14 +197,10 @@ def _check_sha256(model: ReleasedModel, path: str) -> None:
     if model.sha256 is None:
         logger.warning("%s is used unchecked: no checksum of it is known", model.file)
         return
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != model.sha256:
+    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if found != model.sha256:
         raise ValueError(
-            f"{path} has sha256 {digest.hexdigest()} instead of {model.sha256}; "
-            "delete it and download it again"
+            f"{path} has sha256 {found} instead of {model.sha256}; delete it and download it again"
         )
 
 
