@@ -27,6 +27,7 @@ _CONVERT = (
 # Nodes of a file whose keys another library defines: arguments of a timm model, released Swin
 # configurations.
 _OPEN_NODES = ("MODEL.TIMM.ARGS.", "MODEL.SWIN.")
+_SECURE = "https://"  # how addresses begin that nobody can change on their way
 _LARGEST = 10**300  # of whole numbers that can be floats
 _LONGEST = 250  # characters of both ends of what other packages say
 _OWN_KEYS = " A module of your own that adds it, in add_config(cfg), is imported with --import."
@@ -189,14 +190,15 @@ def read_file(config_file: str) -> dict[str, Any]:
 
 
 def read_yaml(path: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> dict[Any, Any]:
-    """The keys and values of a file, which has some.
+    """The keys and values of a file, or of what an address gives, which has some.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is no YAML, or none with keys; one line with file and, if known, line.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        is_address = path.startswith(_SECURE)
+        with CfgNode._open_cfg(path) if is_address else open(path, encoding="utf-8") as file:
             content = yaml.load(file, loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -243,12 +245,10 @@ def read_nested(
         if not isinstance(base, str) or base.startswith("http://"):
             hint = "the path of a file, or https://, which nobody can change on its way"
             raise ValueError(f"{path}: _BASE_ is {base!r}; it must be {hint}")
-        if base.startswith("https://"):
-            below = CfgNode.load_yaml_with_base(base, allow_unsafe=False)
-        else:
-            found = os.path.join(os.path.dirname(path), os.path.expanduser(base))
-            below = read_nested(os.path.normpath(found), loader, (*within, path))
-        _merge(below, merged, path)
+        if not base.startswith(_SECURE):
+            base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+        found = base if base.startswith(_SECURE) else os.path.normpath(base)
+        _merge(read_nested(found, loader, (*within, path)), merged, path)
     _merge(values, merged, path)
     return merged
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 
@@ -43,6 +44,28 @@ def test_keys_that_recompute_replaces(
     said = [record.message for record in caplog.records if "VERSION" not in record.message]
     assert len(said) == (expected != "none" and "RECOMPUTE:" not in given)
     assert all("is read as" in message for message in said)
+
+
+def test_bases_at_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base of one is another beside it, or is named in full."""
+    here, there = "https://example.com/configs/", "https://example.org/"
+    files = {
+        f"{here}base.yaml": f"SOLVER: {{MAX_ITER: 7}}\n_BASE_: [sub/low.yaml, {there}other.yaml]\n",
+        f"{here}sub/low.yaml": "SEED: 3\nSOLVER: {MAX_ITER: 5, IMS_PER_BATCH: 5}\n",
+        f"{there}other.yaml": "SEED: 4\n",
+    }
+    monkeypatch.setattr(CfgNode, "_open_cfg", lambda name: io.StringIO(files[name]))
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"VERSION: 2\n_BASE_: {here}base.yaml\nOUTPUT_DIR: out\n")
+    cfg = load_config(str(path))
+    assert (cfg.SEED, cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (4, 7, 5)
+    for content, message in (
+        ("SEED: [\n", r"other\.yaml, line 2: cannot be read as YAML"),
+        ("_BASE_: http://example.org/a.yaml\n", r"other\.yaml: _BASE_ is 'http:.*https://"),
+    ):
+        files[f"{there}other.yaml"] = content
+        with pytest.raises(ValueError, match=message):
+            load_config(str(path))
 
 
 def test_old_keys_on_the_command_line(caplog: pytest.LogCaptureFixture) -> None:
