@@ -174,8 +174,7 @@ def apply_batch(
     """Sets batch size and learning rate, after `apply_data` (in place)."""
     batch = request.batch_size
     if batch is None:
-        if memory is None:
-            raise ValueError("a batch size must be asked for where no memory was measured")
+        assert memory is not None  # it is measured unless batch size and epochs were asked for
         batch = _batch_size(cfg.SOLVER.IMS_PER_BATCH, summary, machine, memory)
     set_batch(cfg, batch)
 
@@ -232,8 +231,7 @@ def _epochs(
     minutes = request.minutes or (CPU_MINUTES if machine.device == "cpu" else None)
     if minutes is None:
         return epochs
-    if pace is None:
-        raise ValueError("epochs must be asked for where no time was measured")
+    assert pace is not None  # likewise
     epoch = per_epoch * pace.step
     # Each epoch is evaluated, unless they are many.
     few = 60 * minutes / (epoch + pace.evaluation)

@@ -34,14 +34,9 @@ def ellipse(center: tuple[float, float], radii: tuple[float, float]) -> list[flo
 def turned(points: list[float], center: tuple[float, float], degrees: float) -> list[float]:
     """Points [x, y, x, y, ...], turned clockwise (y points down) about a center."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    offsets = [
-        (x - center[0], y - center[1]) for x, y in zip(points[::2], points[1::2], strict=True)
-    ]
-    return [
-        value
-        for x, y in offsets
-        for value in (center[0] + x * cos - y * sin, center[1] + x * sin + y * cos)
-    ]
+    x, y = np.reshape(points, (-1, 2)).T - np.reshape(center, (2, 1))
+    pairs = center[0] + x * cos - y * sin, center[1] + x * sin + y * cos
+    return np.stack(pairs, axis=1).ravel().tolist()
 
 
 def placed(mask: np.ndarray, left: int, top: int, size: tuple[int, int], where: str) -> dict:
