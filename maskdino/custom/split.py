@@ -46,10 +46,10 @@ def split(data: Annotations) -> tuple[Annotations, Annotations]:
             left.subtract(own)
     if not chosen:
         raise DataError(
-            f"{data.json_file}: none of its {len(data.images)} images can be set aside without "
-            f"taking the only one of a class{', or has masks of all objects' * has_masks}; give "
-            "more images, or some to validate on: in a folder 'val', or with --val-json and "
-            "--val-images"
+            f"{data.json_file}: no image can be set aside for validation (of {len(data.images)}): "
+            f"each has no objects{', has objects without masks' * has_masks}, or is the only one "
+            "of a class; give more images, or some to validate on: in a folder 'val', or with "
+            "--val-json and --val-images"
         )
     rest = {image["id"] for image in data.images} - chosen
     return data.only(rest), data.only(chosen)
