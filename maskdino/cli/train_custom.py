@@ -10,6 +10,7 @@ What follows from the data and this machine is printed, and is in OUT/config.yam
 """
 
 import argparse
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
 from maskdino.system.devices import configured_device
 
+PREDICTED = 0.5  # least score of `maskdino predict`
 # Options of model and schedule that a plan is made of, and nothing later.
 PLANNED = ("config_file", "weights", "boxes_only", "epochs", "minutes", "batch_size", "image_size")
 
@@ -121,7 +123,10 @@ def finish(run: Run, num_pictures: int) -> None:
     if num_pictures > 0:
         (dataset,) = load_config(str(run.config)).DATASETS.TEST
         predictor = MaskDINOPredictor.from_config(
-            run.config, str(run.best_weights), confidence_threshold=CONFIDENCE, dataset=dataset
+            run.config,
+            str(run.best_weights),
+            confidence_threshold=run.shown_from(CONFIDENCE),
+            dataset=dataset,
         )
         draw_comparisons(predictor, dataset, run.drawings, num_pictures)
     for path, what in (
@@ -135,6 +140,11 @@ def finish(run: Run, num_pictures: int) -> None:
     ):
         if path.exists():
             print(f"{path}: {what}")
+    if run.best_weights.exists():
+        words = ["--config-file", str(run.config), "--weights", str(run.best_weights)]
+        if (threshold := run.shown_from(PREDICTED)) < PREDICTED:
+            words += ["--confidence-threshold", f"{threshold:g}"]
+        print(f"to use it: maskdino predict {shlex.join(words)} --input FOLDER --output drawn")
 
 
 @errors_in_one_line()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import json
 import logging
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +27,7 @@ from maskdino.data import DataError
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
 from maskdino.engine.evaluating import write_results
 from maskdino.engine.run_folder import check_folder, locked, open_logs
+from maskdino.evaluation.files import INSTANCES_FILE
 from maskdino.evaluation.report import write_report
 from maskdino.integration.extensions import config_header
 from maskdino.model_zoo import read_config
@@ -75,6 +79,19 @@ class Run:
         title += f"evaluations (iteration {best.iteration + 1}):"
         return f"{title}\n{results_text(best, summary)}"
 
+    def shown_from(self, usual: float) -> float:
+        """The score from which on objects are shown: the usual one, or less after short trainings.
+
+        Their scores are low: as many objects of the last evaluation are shown as there are.
+        """
+        path = self.output / "inference" / plan.VALIDATION_NAME / INSTANCES_FILE
+        if not path.is_file():  # of another task
+            return usual
+        scores = [found["score"] for found in json.loads(path.read_text(encoding="utf-8"))]
+        number = summarize(prepared_data(self.output, plan.VALIDATION_NAME)).objects
+        least = min(heapq.nlargest(number, scores), default=usual)
+        return min(usual, math.floor(100 * least) / 100)
+
     def write_report(self) -> None:
         """Writes a page about the last evaluation, whose predictions are there, if there was one.
 
@@ -84,7 +101,8 @@ class Run:
         evaluations = self._history(cfg).evaluations
         if evaluations:
             write_results(str(self.output), evaluations[-1].results)
-            write_report(self.report, cfg.DATASETS.TEST[0], self.output)
+            threshold = self.shown_from(0.5)
+            write_report(self.report, cfg.DATASETS.TEST[0], self.output, threshold=threshold)
 
     def _history(self, cfg: CfgNode) -> History:
         judged = cfg.SOLVER.BEST

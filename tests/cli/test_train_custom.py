@@ -71,8 +71,28 @@ def test_from_files_to_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     later = ["--output", out, "--resume", "--num-pictures", 0, "--epochs", 9, "SOLVER.MAX_ITER", 9]
     train_custom.main([str(word) for word in later])
     again = capsys.readouterr().out
-    assert printed.splitlines()[-1] in again
+    assert "to use it: maskdino predict --config-file" in printed.splitlines()[-1]
+    assert printed.splitlines()[-2] in again
     assert "Not used, since the plan is made: --epochs SOLVER.MAX_ITER 9\n" in again
+
+
+def test_after_a_short_training_as_many_objects_are_shown_as_there_are(tmp_path: Path) -> None:
+    drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
+    run = train_custom.prepare(train_custom.parse_arguments(words(drawn, out)))
+    assert run.shown_from(0.5) == 0.5  # nothing is known
+    validation = json.loads((out / "data" / "custom_val.json").read_text())
+    number = len(validation["annotations"])
+    assert number > 1
+    found = out / "inference" / "custom_val" / "coco_instances_results.json"
+    found.parent.mkdir(parents=True)
+    for scores, threshold in (
+        ([0.1, 0.9] + (number - 1) * [0.377], 0.37),
+        (3 * number * [0.9], 0.5),
+        ([0.2], 0.2),
+        ([], 0.5),
+    ):
+        found.write_text(json.dumps([{"score": score} for score in scores]))
+        assert run.shown_from(0.5) == threshold
 
 
 def forget() -> None:
