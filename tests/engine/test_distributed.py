@@ -104,7 +104,10 @@ def test_two_processes_train_masks_alone(tmp_path: Path) -> None:
 def test_two_machines_train_as_one(
     alone: Path, tmp_path: Path, repository: Path, warm_python: str
 ) -> None:
-    """Two launchers that know each other by address alone, as on two machines."""
+    """Two launchers that know each other by address alone, as on two machines.
+
+    Their processes are spawned, as those of users, and not copied.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"

@@ -241,15 +241,11 @@ def assert_equal_runs(found: Path, expected: Path) -> None:
     assert results[0]["segm"] == pytest.approx(results[1]["segm"], abs=0.05, nan_ok=True)
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_two_processes_train_as_one(
-    single_process_run: Path,
-    tmp_path: Path,
-    accumulation_steps: int,
-    request: pytest.FixtureRequest,
+    single_process_run: Path, tmp_path: Path, accumulation_steps: int
 ) -> None:
-    if accumulation_steps > 1:  # once they start as users' do
-        request.getfixturevalue("forked")
     cfg = tiny_config(tmp_path, *PLAIN, *EMA, "SOLVER.ACCUMULATION_STEPS", accumulation_steps)
     launch(train_in_process, cfg, processes=2)
     assert_equal_runs(tmp_path, single_process_run)
