@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 RECORD = os.path.join("data", "datasets.json")  # in the folder of a configuration
 TRAIN_NAME, VALIDATION_NAME = "custom_train", "custom_val"
 KEY = "record"  # of the metadata of what is registered here: the path of the file
-MOVED = "_from_here"  # ends the key of a second path, which holds where both were moved alike
+MOVED = "_from_here"  # ends the key of a second path, seen from the file: for both moved alike
 _registered: dict[str, RecordedData] = {}
 
 

@@ -85,7 +85,7 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 
 def name_below(root: Path, path: Path) -> Path:
-    """The path relative to the `common_folder`, also where it leads through "..": without these."""
+    """The path relative to the `common_folder`, without the ".." that it may have."""
     return Path(os.path.abspath(path)).relative_to(root)
 
 

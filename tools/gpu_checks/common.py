@@ -82,7 +82,7 @@ def milliseconds(run: Run, call: Callable[[], object], repeats: int = 10) -> flo
     for _ in range(warm):
         call()
     times = []
-    gc.collect()  # recorded launches are many objects, and to walk through them is not the call's
+    gc.collect()  # its walks through the many objects of recorded launches are no time of the call
     gc.disable()
     try:
         for _ in range(3):
