@@ -10,11 +10,10 @@ Shape key: B images, Q queries, K class logits, H, W of mask maps, S tokens.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import importlib.util
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -69,23 +68,22 @@ class Side:
 def side_by_side(run: Run) -> None:
     """Runs both sides, one after the other.
 
-    Both processes import what they need at once; the second waits for the word.
+    Both processes import what they need at once, and begin when they are sent the run.
     """
     if run.peer is None:
         run.say(skipped="no --peer")
         return
     with tempfile.TemporaryDirectory() as scratch:
         sides = {name: _start(run, name, scratch) for name in SIDES}
+        sent = replace(run, out=run.out.resolve(), peer=run.peer.resolve())
         for name, process in sides.items():
-            process.communicate(b"go\n")
+            process.communicate(pickle.dumps(sent))
             if process.returncode:
                 run.say(side=name, FAILED=f"ended with status {process.returncode}")
 
 
 def _start(run: Run, side: str, scratch: str) -> subprocess.Popen:
     command = [sys.executable, "-W", "ignore", "-m", "gpu_checks.peers", side, scratch]
-    command += ["--out", str(run.out.resolve()), "--device", run.device]
-    command += ["--peer", str(run.peer.resolve()), *(["--dry"] if run.dry else [])]
     first = run.peer.resolve() if side == "released" else ROOT
     paths = [str(first), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
@@ -313,18 +311,11 @@ def _noise(run: Run, side: Side) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """One side, in the process that `side_by_side` started."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("side", choices=SIDES)
-    parser.add_argument("scratch", type=Path, help="folder that both sides share")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--peer", type=Path, required=True)
-    parser.add_argument("--dry", action="store_true")
-    args = parser.parse_args()
-    run = Run("peer", args.out, args.device, args.dry, args.peer)
-    if sys.stdin.readline():
-        compare(run, SIDES[args.side](run, args.scratch), args.scratch)
+    """One side, in a process that `side_by_side` started: its name, and a folder of both sides."""
+    side, scratch = sys.argv[1], Path(sys.argv[2])
+    if sent := sys.stdin.buffer.read():
+        run = pickle.loads(sent)
+        compare(run, SIDES[side](run, scratch), scratch)
 
 
 if __name__ == "__main__":
