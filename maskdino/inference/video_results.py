@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +19,6 @@ from pycocotools import mask as mask_utils
 from maskdino.categories import Categories
 from maskdino.inference.labels import write_dataset
 from maskdino.inference.tracking import CERTAIN, Tracker
-from maskdino.ops.masks import Mask
 from maskdino.ops.rle import to_json
 from maskdino.ops.runs import encode_at
 from maskdino.visualization.drawing import Region, color_of, draw_regions
@@ -33,7 +32,7 @@ class Seen:
     """An object in a frame.
 
     Attributes:
-        number: its identity.
+        number: its identity; 0: none is known.
         label: class number.
         score: in [0, 1], or None.
         box: x0, y0, x1, y1 in pixels.
@@ -76,45 +75,44 @@ def follow(
     Returns:
         The objects that have one, and what to draw, in colors that stay an object's.
     """
-    panoptic = result.boxes is None
-    regions = result.regions("panoptic" if panoptic else "instance")
-    rles: Mapping[int, dict] | Sequence[dict] | None = result.rles
-    if panoptic:
-        segments = result.segments or ()
-        label_of = [int(segment["category_id"]) for segment in segments]
-        score_of = [segment.get("score") for segment in segments]
-        followed = [i for i, label in enumerate(label_of) if result.categories.is_thing[label]]
-        masks = [region.mask for region in regions if region.mask is not None]  # all have one
-        boxes = np.array([(m.left, m.top, m.right, m.bottom) for m in masks], np.float64)
-        rles = {i: _rle_of(masks[i], result.size) for i in followed}
-    else:
-        assert result.boxes is not None and result.class_ids is not None
-        label_of = result.class_ids.tolist()
-        score_of = [None] * len(label_of) if result.scores is None else result.scores.tolist()
-        boxes, followed = result.boxes, list(range(len(label_of)))
-    scores = [score_of[i] for i in followed]
+    regions = result.regions("panoptic" if result.boxes is None else "instance")
+    things = _things(result, regions)
+    scores, rles = [x.score for x in things.values()], [x.rle for x in things.values()]
     numbers = tracker.update(
-        boxes[followed],
-        np.array([label_of[i] for i in followed], np.int64),
+        np.array([x.box for x in things.values()], np.float64).reshape(-1, 4),
+        np.array([x.label for x in things.values()], np.int64),
         None if None in scores else np.array(scores, np.float64),
-        rles=None if rles is None else [rles[i] for i in followed],
+        rles=None if None in rles else rles,  # type: ignore[arg-type]
         image=result.image,
         size=result.size,
         seconds=seconds,
     )
-    seen, drawn = [], {i: region for i, region in enumerate(regions) if i not in followed}
-    for i, number in zip(followed, numbers, strict=True):
+    seen, drawn = [], {i: region for i, region in enumerate(regions) if i not in things}
+    for (i, thing), number in zip(things.items(), numbers, strict=True):
         if number:
-            box = tuple(float(x) for x in boxes[i])
-            rle = None if rles is None else rles[i]
-            seen.append(Seen(number, label_of[i], score_of[i], box, rle))  # type: ignore[arg-type]
+            seen.append(replace(thing, number=number))
             label = f"#{number} {regions[i].label}" if named else regions[i].label
             drawn[i] = replace(regions[i], color=color_of(number), label=label)
     return seen, [drawn[i] for i in sorted(drawn)]
 
 
-def _rle_of(mask: Mask, size: tuple[int, int]) -> dict:
-    return encode_at(mask.columns(mask.left, mask.right), (mask.top, mask.left), size)
+def _things(result: ImageResult, regions: Sequence[Region]) -> dict[int, Seen]:
+    """Objects, or things among the segments, by the place of their region; without identities."""
+    found = {}
+    if result.boxes is not None and result.class_ids is not None:
+        scores = [None] * len(result) if result.scores is None else result.scores.tolist()
+        for i, (label, box) in enumerate(zip(result.class_ids, result.boxes, strict=True)):
+            rle = None if result.rles is None else result.rles[i]
+            found[i] = Seen(0, int(label), scores[i], tuple(box.tolist()), rle)
+        return found
+    for i, (segment, region) in enumerate(zip(result.segments or (), regions, strict=True)):
+        label, mask = int(segment["category_id"]), region.mask
+        if result.categories.is_thing[label] and mask is not None:  # all segments have one
+            box = float(mask.left), float(mask.top), float(mask.right), float(mask.bottom)
+            pixels = mask.columns(mask.left, mask.right)
+            rle = encode_at(pixels, (mask.top, mask.left), result.size)
+            found[i] = Seen(0, label, segment.get("score"), box, rle)
+    return found
 
 
 def draw_followed(
