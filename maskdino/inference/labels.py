@@ -25,7 +25,7 @@ from maskdino.ops.runs import crop_mask
 from maskdino.system.files import write_text
 from maskdino.visualization.results import ImageResult
 
-STEPS = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # x, y: right, down, left, up
+STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # x, y: right, down, left, up
 
 
 class ClassThresholds:
@@ -229,28 +229,24 @@ def _outlines(mask: np.ndarray) -> Iterator[np.ndarray]:
         (inner & ~padded[2:, 1:-1], (1, 1)),
         (inner & ~padded[1:-1, :-2], (0, 1)),
     )
-    leaving: dict[tuple[int, int], list[int]] = {}
+    leaving: dict[tuple[int, int], list[int]] = {}  # directions of the outlines from a corner on
     for direction, (side, corner) in enumerate(sides):
         for y, x in np.argwhere(side).tolist():
             leaving.setdefault((x + corner[0], y + corner[1]), []).append(direction)
     while leaving:
         start = place = next(iter(leaving))
-        heading, corners = -1, []
-        while heading < 0 or place != start or (place in leaving and len(leaving[place]) > 0):
-            choices = leaving.get(place)
-            if not choices:
-                break
+        heading, corners = -1, list[tuple[int, int]]()
+        while not corners or place != start:
+            choices = leaving[place]
             turned = (heading + 1) % 4  # to the right, around the same pixel
-            direction = turned if heading >= 0 and turned in choices else choices[0]
+            direction = turned if turned in choices else choices[0]
             choices.remove(direction)
             if not choices:
                 del leaving[place]
             if direction != heading:
                 corners.append(place)
-            heading = direction
-            place = place[0] + int(STEPS[direction, 0]), place[1] + int(STEPS[direction, 1])
-            if place == start:
-                break
+            heading, (right, down) = direction, STEPS[direction]
+            place = place[0] + right, place[1] + down
         yield np.array(corners, np.int32)
 
 
