@@ -92,8 +92,7 @@ class AugmentedSemanticModel(nn.Module):
             scores = scores.flip(-1) if flipped else scores
             total = scores if total is None else total.add_(scores)
             number += 1
-        if total is None:
-            raise ValueError("there is no size to test at")  # the constructor refuses that
+        assert total is not None  # the constructor refuses to have no size
         return total / number
 
     def _versions(self, image: np.ndarray) -> Iterator[tuple[Tensor, bool]]:
