@@ -209,9 +209,8 @@ def polygons_of(rle: dict, tolerance: float) -> list[list[float]]:
             continue
         inside = tuple(float(x) for x in hole[0])
         around = [i for i, x in enumerate(outer) if cv2.pointPolygonTest(x, inside, False) >= 0]
-        if around:  # of several that stand inside one another, the smallest
-            i = min(around, key=lambda i: _area(outer[i]))
-            rings[i] = _with_hole(rings[i], _simplified(hole, tolerance))
+        i = min(around, key=lambda i: _area(outer[i]))  # outlines may stand inside one another
+        rings[i] = _with_hole(rings[i], _simplified(hole, tolerance))
     return [(ring + (left, top)).astype(float).ravel().tolist() for ring in rings]
 
 
