@@ -49,7 +49,7 @@ class Scene:
         return self.image.shape[1], self.image.shape[2]
 
     def take(self, index: np.ndarray) -> Scene:
-        """Some of the objects, by numbers or flags."""
+        """The scene with some of its objects, given by numbers or flags."""
         return replace(self, **{name: getattr(self, name)[index] for name in OF_OBJECTS})
 
     def fitted(self, size: tuple[int, int]) -> Scene:
@@ -67,7 +67,7 @@ class Scene:
 
 
 def scene_of(example: dict) -> Scene:
-    """Takes an example of a mapper apart; DataError if it has what is not understood here."""
+    """The scene of an example of a mapper; DataError if that has fields that are not known here."""
     objects = example["instances"]
     fields = objects.get_fields()
     masks = fields.get("gt_masks")
@@ -99,7 +99,7 @@ def scene_of(example: dict) -> Scene:
 
 
 def paste(scene: Scene, other: Scene, chosen: np.ndarray) -> Scene:
-    """Lays objects of another scene, by their numbers, over a scene, at the place where they are.
+    """Lays chosen objects of another scene, given by numbers, over a scene, where they are there.
 
     They hide what is below them, but not one another.
     """
@@ -128,7 +128,7 @@ def assemble(tiles: Sequence[tuple[Scene, int, int]], size: tuple[int, int]) -> 
 
 
 def finish(scene: Scene, example: dict, min_visible: float) -> dict:
-    """Puts an example together, of a scene, and of what is neither "image" nor "instances".
+    """Makes an example of a scene, with the further entries of an example of a mapper.
 
     Things of whose area a smaller share than `min_visible` is left are dropped, and stuff where
     nothing is. Boxes of objects that lost pixels are those of what is left, within the box as it

@@ -119,7 +119,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
 
 
 class _LogStream:
-    """A log that fills up neither ends a training nor buries the console under tracebacks."""
+    """A log file; on a full disk, lines are left out, and the training goes on."""
 
     def __init__(self, path: str) -> None:
         self.name = path

@@ -198,9 +198,10 @@ class TrainStep:
             )
 
     def _spoil_gradient(self) -> None:
-        """Lets the scaler leave the step out: an infinite loss may have a finite gradient.
+        """Makes the gradient infinite, so that the scaler leaves the step out.
 
-        The means over processes tell, so that all do.
+        An infinite loss may have a finite gradient. The means over processes decide, so that all
+        processes do the same.
         """
         logger.warning(
             "Losses that are not finite in float16: %s, on the images %s. The step is left out.",

@@ -83,7 +83,7 @@ class RunWriter(EventWriter):
         self._is_open = False
 
     def start(self, *, goes_on: bool) -> None:
-        """Opens the run, before the first step, that of before where the training goes on."""
+        """Opens a run before the first step; if the training goes on, that of before."""
         path = self.folder / RUNS_FILE
         runs = json.loads(path.read_text()) if path.is_file() else {}
         runs[self.name] = self.open_run(runs.get(self.name) if goes_on else None)

@@ -319,7 +319,7 @@ def _number(ground_truth: dict, predictions: list[dict], name: str, key: str) ->
 
 
 def _json_of(records: list[dict]) -> Iterator[str]:
-    """A list in JSON, in parts: `json.dump` takes twice as long, all at once as much memory."""
+    """A list as JSON in parts: `json.dump` takes twice as long, one text much memory."""
     yield "["
     for begin in range(0, len(records), RECORDS_AT_ONCE):
         yield ", " * bool(begin) + json.dumps(records[begin : begin + RECORDS_AT_ONCE])[1:-1]

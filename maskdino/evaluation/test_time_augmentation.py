@@ -32,7 +32,7 @@ class AugmentedSemanticModel(nn.Module):
         flip: bool,
         image_format: str,
     ) -> None:
-        """Takes what the versions are made by, as TEST.AUG has it; the model predicts `sem_seg`.
+        """Takes the settings of TEST.AUG, and a model that predicts `sem_seg`.
 
         Sizes are pixels: shortest edges, at least one (ValueError), and the limit of the longest.
         """

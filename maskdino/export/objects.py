@@ -42,7 +42,7 @@ class Objects:
     shapes: Tensor
 
     def least(self, score: float) -> Objects:
-        """Those of a score and more."""
+        """Those with at least this score."""
         chosen = self.scores >= score
         return Objects(self.labels[chosen], self.scores[chosen], self.shapes[chosen])
 
@@ -63,7 +63,7 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Of the objects of both together, those that are the same."""
+        """Objects that are the same, as a share of the objects of both forms."""
         return self.same / max(self.expected + self.new, 1)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Agreement:
         )
 
     def and_of(self, expected: Objects, found: Objects) -> Agreement:
-        """With the objects of one more image."""
+        """The agreement with the objects of one more image counted in."""
         ours, theirs = expected.least(LEAST_SCORE), found.least(LEAST_SCORE)
         new = len(theirs.labels) - _pairs(theirs, expected.least(LEAST_SCORE - LEEWAY))
         same = _pairs(ours, found.least(LEAST_SCORE - LEEWAY))
@@ -81,7 +81,7 @@ class Agreement:
 
 
 def _pairs(some: Objects, others: Objects) -> int:
-    """How many of some objects are among others, each of which counts once."""
+    """How many of some objects have a partner among others, each of which has one at most."""
     if some.shapes.dtype == torch.bool:
         ours, theirs = (objects.shapes.float() for objects in (some, others))
         common = ours @ theirs.T

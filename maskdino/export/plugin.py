@@ -39,7 +39,7 @@ def plugin_attention(
 
 
 def _int32(numbers: Sequence[int], like: Tensor) -> Tensor:
-    """Filled, so that a size that varies stays a variable."""
+    """(n,) int32; filled number by number, so that a size that varies stays a variable."""
     return torch.cat([like.new_full((1,), number, dtype=torch.int32) for number in numbers])
 
 

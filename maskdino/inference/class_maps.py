@@ -36,7 +36,7 @@ class LargeMap:
     """
 
     def __init__(self, size: tuple[int, int], dtype: np.dtype | type) -> None:
-        """Takes the room.
+        """Makes the array.
 
         Raises:
             WriteError: there is no room for the file.
@@ -152,7 +152,7 @@ class MeanScores:
     """Scores of all classes of each pixel: means over slices, weighted as in `ClassMap`."""
 
     def __init__(self, size: tuple[int, int], slices: Sequence[Slice], number: int) -> None:
-        """Takes the memory.
+        """Makes the arrays.
 
         Args:
             size: (H, W).

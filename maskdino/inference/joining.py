@@ -50,7 +50,7 @@ class Joiner:
     """
 
     def __init__(self, size: tuple[int, int], slices: Sequence[Slice]) -> None:
-        """Begins without any.
+        """Begins without objects.
 
         Args:
             size: (H, W).

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LargeResult(ImageResult):
-    """As of other images, but drawn scaled down where an edge is longer than LONGEST_DRAWN.
+    """A result that is drawn scaled down, if an edge of its image is longer than LONGEST_DRAWN.
 
     Attributes:
         tiled: the image, of which parts are read.
@@ -49,7 +49,7 @@ class LargeResult(ImageResult):
         return replace(self, class_scores=None).scaled_down(LONGEST_DRAWN).draw(task, **drawing)
 
     def scaled_down(self, longest: int) -> ImageResult:
-        """The result of the image as it is at 1/f of its size, both edges at most `longest` pixels.
+        """The result at 1/f of the image's size, at which both edges are at most `longest` pixels.
 
         Masks hold the small pixels of which they cover half, maps what is in their middle.
         """

@@ -110,7 +110,7 @@ def _large(result: ImageResult, image: TiledImage, name: str) -> LargeResult:
 
 @lru_cache(maxsize=1)
 def _say_that_it_fits(size: int) -> None:
-    """Once, not for each image of a folder."""
+    """Warns once, not for each image of a folder."""
     logger.warning("images that fit into one slice of %d pixels are predicted as they are", size)
 
 
@@ -158,7 +158,7 @@ class _Objects:
 
 
 def _mask_of_box(box: np.ndarray, size: tuple[int, int]) -> dict:
-    """A box in place of the mask that a model of boxes does not give."""
+    """The box as a mask, for models that give boxes alone."""
     mask = np.zeros(size, np.uint8)
     x0, y0, x1, y1 = box.round().astype(int)
     mask[y0:y1, x0:x1] = 1

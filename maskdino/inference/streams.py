@@ -114,7 +114,7 @@ class Stream:
             self._container.close()
 
     def _frames(self, last: float) -> Iterator[tuple[VideoFrame, float]]:
-        """Whole frames of this connection, with their own times: those after `last`, or in time."""
+        """Whole frames and their own times: those after `last`; of live streams, those in time."""
         stream = self._container.streams.video[0]
         unit = float(stream.time_base or 0)  # not of the frame: what is flushed has none
         start = (stream.start_time or 0) * unit

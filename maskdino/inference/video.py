@@ -128,7 +128,7 @@ class VideoReader:
         self._container.close()
 
     def _whole_frames(self) -> Iterator[VideoFrame]:
-        """The frames of which the decoder had to make nothing up."""
+        """The frames that are decoded without an error."""
         for packet in self._packets():
             try:
                 frames = packet.decode()
@@ -151,7 +151,7 @@ class VideoReader:
             self._failed += 1  # what comes after it cannot be found
 
     def _time(self, frame: VideoFrame, last: float) -> float:
-        """When a frame comes; where the file's answer makes no sense, as at a constant rate."""
+        """The time of a frame; if that of the file makes no sense, as at a constant rate."""
         begin, length = self._stream.start_time or 0, self._container.duration
         if frame.time is not None:
             seconds = frame.time - begin * float(self._stream.time_base)
@@ -235,7 +235,7 @@ class VideoWriter:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """An error removes the file, and its message names it."""
+        """If an error ends the block, the file is removed, and the error names it."""
         expected = (self._av.error.FFmpegError, OSError, ValueError)
         try:
             yield
@@ -276,7 +276,7 @@ class Camera:
         self._capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest image, not the oldest
 
     def __iter__(self) -> Iterator[TimedImage]:
-        """Images and their times by the clock; a lost one is made good by the next.
+        """Images and their times by the clock; those that cannot be read are passed over.
 
         Raises:
             VideoError: the camera gave no image for a while.

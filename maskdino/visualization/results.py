@@ -290,7 +290,7 @@ class ImageResult:
         return {"category_id": ids[label], "category_name": names[label], "bbox": box}
 
     def _known(self, field: str) -> Any:
-        """What the result must have."""
+        """A field that the caller needs; ValueError if the result has none."""
         value = getattr(self, field)
         if value is None:
             raise ValueError(f"the result of {self.name} has no {field}; it holds {self.tasks}")
