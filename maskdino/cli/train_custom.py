@@ -110,6 +110,9 @@ def prepare(args: argparse.Namespace) -> Run:
     configured_device(load_config(None, args.opts).MODEL.DEVICE, args.num_gpus)
     same = {x.name for x in fields(Request)} & vars(args).keys()
     other = {"config": args.config_file, "processes": args.num_gpus, "overrides": args.opts}
+    known = args.epochs and args.batch_size
+    measured = "" if known else ", and measuring memory and time, which takes a minute or so"
+    print(f"Reading the data{measured} ...", flush=True)
     run, text = plan_run(Request(**{name: getattr(args, name) for name in same}, **other))
     print(text, flush=True)
     return run

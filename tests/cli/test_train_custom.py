@@ -41,6 +41,7 @@ def test_from_files_to_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     drawn, out = write_drawn(tmp_path / "drawn"), tmp_path / "out"
     train_custom.main(words(drawn, out))
     printed = capsys.readouterr().out
+    assert printed.startswith("Reading the data ...\n")
     assert "5 to train on, 1 to validate on (set aside by a hash of the file names)" in printed
     assert "masks AP75" in printed
     for name in ("all", "person", "car"):
