@@ -28,6 +28,7 @@ from maskdino.config import load_config
 from maskdino.data import build_train_mapper
 from maskdino.data.checks import check_known
 from maskdino.data.mixing import build_mixing
+from maskdino.evaluation.files import unique_pngs
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
@@ -147,13 +148,12 @@ def draw_comparisons(
     """Writes predictions beside ground truth, of images from all over the dataset."""
     output.mkdir(parents=True, exist_ok=True)
     records = spread(DatasetCatalog.get(dataset), number)
-    paths = []
-    results = predictor.stream(record["file_name"] for record in records)
-    for record, predicted in zip(records, results, strict=True):
+    files = [record["file_name"] for record in records]
+    paths = [output / name for name in unique_pngs(files)]
+    for record, predicted, path in zip(records, predictor.stream(files), paths, strict=True):
         truth = ground_truth_of(record, predictor.categories)
         sheet = comparison(truth, predicted, predictor.options.confidence_threshold)
-        paths.append(output / f"{Path(record['file_name']).stem}.png")
-        Image.fromarray(sheet).save(paths[-1])
+        Image.fromarray(sheet).save(path)
     return paths
 
 
@@ -168,7 +168,7 @@ def draw_attention(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
         args.config_file, args.weights, device=args.device, dataset=dataset, opts=args.opts
     )
     paths = []
-    for name in names:
+    for name, target in zip(names, unique_pngs(names), strict=True):
         image = load_image(name)
         scale = max(1, math.ceil(LAYER_PIXELS / max(image.shape[:2])))
         for query, layers in follow_queries(predictor, name, args.queries or args.num_queries):
@@ -178,7 +178,7 @@ def draw_attention(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
                 heading = f"layer {view.layer}" if view.layer else "selected query"
                 panels.append((f"{heading}: {label} {view.score:.2f}", view.draw(image, scale)))
             rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
-            paths.append(args.output / f"{Path(name).stem}_query{query}.png")
+            paths.append(args.output / f"{Path(target).stem}_query{query}.png")
             Image.fromarray(below([beside(row) for row in rows])).save(paths[-1])
     return paths
 

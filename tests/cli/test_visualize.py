@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,11 +44,17 @@ def test_views_of_the_nuclei(config: Path, tmp_path: Path, capsys: pytest.Captur
     assert len(list(output.iterdir())) == 2
     visualize.main(["predictions", *common, "--confidence-threshold", "0", "--device", "cpu"])
     assert len(list(output.iterdir())) == 4
-    one = next((REPOSITORY / "datasets/nuclei/val").glob("*.png"))
-    visualize.main(["attention", *common, "--input", str(one), "--num-queries", "1"])
-    (followed,) = output.glob("*_query*.png")
-    assert np.array(Image.open(followed)).std() > 10
-    assert "1 figure in" in capsys.readouterr().out
+    files = [tmp_path / folder / "one.png" for folder in "ab"]  # one name
+    for file, source in zip(
+        files, (REPOSITORY / "datasets/nuclei/val").glob("*.png"), strict=False
+    ):
+        file.parent.mkdir()
+        shutil.copy(source, file)
+    visualize.main(["attention", *common, "--input", *map(str, files), "--num-queries", "1"])
+    followed = sorted(output.glob("*_query*.png"))
+    assert [path.name.rpartition("_")[0] for path in followed] == ["one_2", "one"]
+    assert np.array(Image.open(followed[0])).std() > 10
+    assert "2 figures in" in capsys.readouterr().out
 
 
 def test_errors_are_sentences(config: Path, tmp_path: Path) -> None:
