@@ -60,7 +60,8 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
         names = [name for name in flatten(loaded) if not name.startswith(_OPEN_NODES)]
         _check_keys(names, known, f"in {config_file}", read_header(config_file) or _OWN_KEYS)
         for name in RECOMPUTE_BEFORE:
-            _leave_out(loaded, name)
+            parent, _, last = name.rpartition(".")
+            get_value(loaded, parent, {}).pop(last, None)
         try:
             _merge_file(cfg, config_file, loaded)
             _check_given(cfg, whole)
@@ -91,15 +92,6 @@ def _heed_old_keys(cfg: CfgNode, given: Mapping[str, Any]) -> None:
             logger.warning("%s is read as MODEL.MASK_DINO.RECOMPUTE %s", key, value)
             cfg.MODEL.MASK_DINO.RECOMPUTE = value
             return
-
-
-def _leave_out(values: dict[str, Any], key: str) -> None:
-    """Removes a dotted key from nested values, if it is there (in place)."""
-    first, _, rest = key.partition(".")
-    if rest and isinstance(values.get(first), dict):
-        _leave_out(values[first], rest)
-    elif not rest:
-        values.pop(first, None)
 
 
 def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
@@ -293,9 +285,8 @@ def _keys_ending_alike(name: str, known: Mapping[str, Any]) -> list[str]:
     return sorted(alike, key=lambda key: "MASK_DINO" not in key)[:3]
 
 
-def get_value(cfg: CfgNode, key: str, default: Any = None) -> Any:
-    """The value of a dotted key; the default where there is no such key."""
-    node: Any = cfg
+def get_value(node: Any, key: str, default: Any = None) -> Any:
+    """The value of a dotted key in nested mappings; the default where there is no such key."""
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
             return default

@@ -48,8 +48,11 @@ def configured_device(name: str, processes: int = 1) -> torch.device:
         logger.info("%s is %s, but %s: computing on the CPU.", KEY, name, _no_gpu_at_all())
         return torch.device("cpu")
     device = find_device(name)
-    if processes > 1:
-        _check_not_shared(device, processes)
+    if processes > 1 and _is_numbered_gpu(device):
+        raise ValueError(
+            f"{KEY} is {device}, but each of {processes} processes needs a GPU of its own: use "
+            "'cuda'"
+        )
     return device
 
 
@@ -73,11 +76,9 @@ def settle_device(cfg: CfgNode) -> CfgNode:
     Raises:
         ValueError: there is no such device here, or several processes would share it.
     """
-    device = configured_device(cfg.MODEL.DEVICE)
+    device = configured_device(cfg.MODEL.DEVICE, comm.get_local_size())
     keep_large_blocks(device)
     if _is_numbered_gpu(device):
-        if comm.get_local_size() > 1:
-            _check_not_shared(device, comm.get_local_size())
         torch.cuda.set_device(device)
     if str(device) == cfg.MODEL.DEVICE:
         return cfg
@@ -100,14 +101,6 @@ def _parsed(name: str | torch.device, what: str) -> torch.device:
 
 def _is_numbered_gpu(device: torch.device) -> bool:
     return device.type == "cuda" and device.index is not None
-
-
-def _check_not_shared(device: torch.device, processes: int) -> None:
-    if _is_numbered_gpu(device):
-        raise ValueError(
-            f"{KEY} is {device}, but each of {processes} processes needs a GPU of its own: use "
-            "'cuda'"
-        )
 
 
 def _missing_gpu(device: torch.device) -> str:

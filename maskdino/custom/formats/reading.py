@@ -32,8 +32,7 @@ def read_own_data(request: Request) -> OwnData:
     if request.data is not None:
         dataset = read_dataset(request.data, None, request)
         train, validation = _chosen(dataset)
-        notes += dataset.notes
-        notes.insert(0, _recognized(dataset))
+        notes = [_recognized(dataset), *dataset.notes]
     elif request.train_json is None or request.train_images is None:
         raise DataError("there are no training data: name a folder, or annotations and images")
     else:
@@ -126,11 +125,11 @@ def _settings(files: list[Path], labels: Tree) -> Path | None:
     named = settings or [path for path in files if path.name in yolo.NAME_FILES]
     if not named:  # a folder labels/train is below them
         return next(iter(labels.above(("data.yaml", *yolo.NAME_FILES))), None)
-    depth = min((len(path.parts) for path in named), default=0)
+    depth = min(len(path.parts) for path in named)
     top = [path for path in named if len(path.parts) == depth]
     if len(top) > 1 and len({path.read_bytes() for path in top}) > 1:
         raise DataError(f"{labels.root} holds several files of class names: {_some(top)}: give one")
-    return top[0] if top else None
+    return top[0]
 
 
 def _some(files: list[Path]) -> str:
@@ -212,7 +211,7 @@ def _recognized(dataset: Dataset) -> str:
         elif masks < len(objects):
             text += f", {len(objects) - masks} boxes"
         unused = ", not used" if split == TEST else ""
-        texts.append(f"{split}: {text}{unused}" if split else f"{text}")
+        texts.append(f"{split}: {text}{unused}" if split else text)
     if task == "semantic":
         return f"{dataset.source} holds label images (semantic segmentation): {'; '.join(texts)}"
     return f"{dataset.source} is in the format of {dataset.kind}: {'; '.join(texts)}"

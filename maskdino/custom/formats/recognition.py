@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def json_kind(path: Path) -> str | None:
         captions = any("caption" in x for x in some)
         return None if captions else coco.KIND
     if "_via_img_metadata" in content or any(
-        isinstance(x, dict) and "regions" in x for x in chain(content.values())
+        isinstance(x, dict) and "regions" in x for x in content.values()
     ):
         return "via"
     return "supervisely" if "objects" in content and "size" in content else None

@@ -25,7 +25,7 @@ def read_voc(tree: Tree, labels: Tree) -> Dataset:
     listed = listed_splits(labels, "Main", "ImageSets")
     parsed: list[tuple[str | None, Path, Node]] = []
     for path in labels.of(".xml"):
-        split = listed.get(path.stem, labels.split(path)) if listed else labels.split(path)
+        split = listed.get(path.stem, labels.split(path))
         with collector.noting(split, "file of labels cannot be read"):
             root = read_xml(path)
             if root.tag != "annotation":
