@@ -56,8 +56,10 @@ _PATHS = (
 )
 
 
-def check_datasets(cfg: CfgNode) -> None:
+def check_datasets(cfg: CfgNode, *, is_evaluation: bool = False) -> None:
     """Checks that every dataset of cfg.DATASETS is there, complete, and fits the model.
+
+    An evaluation needs those of cfg.DATASETS.TEST alone.
 
     Raises:
         DataError: an unknown name, a missing folder, file or package, a number of classes that is
@@ -65,7 +67,8 @@ def check_datasets(cfg: CfgNode) -> None:
             folder.
     """
     register_postponed()
-    train, test = tuple(cfg.DATASETS.TRAIN), tuple(cfg.DATASETS.TEST)
+    train = () if is_evaluation else tuple(cfg.DATASETS.TRAIN)
+    test = tuple(cfg.DATASETS.TEST)
     with_masks = {}
     for name in dict.fromkeys(train + test):
         _check_name(name)

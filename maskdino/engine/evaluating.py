@@ -79,7 +79,7 @@ def evaluate_weights(cfg: CfgNode, resume: bool) -> dict[str, Any]:
     ones; evaluations during training are without, as they would take ten times as long.
     """
     cfg = settle_device(cfg)
-    check_datasets(cfg)
+    check_datasets(cfg, is_evaluation=True)
     model = build_model(cfg)
     run = MaskDINOCheckpointer(model, cfg.OUTPUT_DIR)
     load_trained(model, cfg, run.get_checkpoint_file() if resume and run.has_checkpoint() else None)

@@ -115,6 +115,7 @@ def check_other_commands(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (train, config, ["--eval-only", *overrides, str(again)]),
         (report, str(again / "config.yaml"), []),  # the folder of an evaluation, which knows them
         (train, config, ["--eval-only", *overrides, str(out), "TEST.DETECTIONS_PER_IMAGE", "3"]),
+        (train, config, ["--eval-only", *overrides, drawn, "DATASETS.TRAIN", "('elsewhere',)"]),
         (analyze, config, ["--dataset", "custom_val"]),
         (visualize, config, [*folder]),
         (visualize, config, ["--weights", weights, *folder]),

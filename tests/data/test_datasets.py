@@ -135,6 +135,10 @@ def test_nuclei_are_complete(make_cfg: Callable) -> None:
     cfg.MODEL.MASK_DINO.NUM_CLASSES = 1
     assert Categories.from_config(cfg).dataset_ids == (1,)  # as their file says, which is not read
     check_datasets(cfg)
+    cfg.DATASETS.TRAIN = ("of_the_training",)
+    check_datasets(cfg, is_evaluation=True)
+    with pytest.raises(DataError, match="'of_the_training' is not registered"):
+        check_datasets(cfg)
     assert len(DatasetCatalog.get("nuclei_train")) == 80
     assert sum(len(d["annotations"]) for d in DatasetCatalog.get("nuclei_val")) == 615
 
