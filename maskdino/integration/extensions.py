@@ -63,9 +63,9 @@ class ExtensionRegistry(Registry):
     def find(self, name: str) -> Any:
         """Gives what was registered under a name; ValueError if nothing was."""
         if name not in self:
-            known = ", ".join(sorted(known for known, _ in self)) or "nothing"
+            known = ", ".join(sorted(known for known, _ in self)) or "so far nothing"
             raise ValueError(
-                f"{self.key} names {name!r}, which is not registered; there is {known}. "
+                f"{self.key} names {name!r}, which is not registered (registered: {known}). "
                 "A module of your own that registers it is imported with --import."
             )
         return self.get(name)

@@ -172,7 +172,7 @@ def test_registry_tells_what_it_holds() -> None:
     registry.register(lambda: 2, name="second")
     assert registry.find("first")() == 1
     with pytest.raises(
-        ValueError, match="MODEL.THING names 'third', .* is first, second.*--import"
+        ValueError, match="MODEL.THING names 'third', .*registered: first, second.*--import"
     ):
         registry.check(["first", "third"])
 
