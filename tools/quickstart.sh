@@ -57,3 +57,5 @@ say "  model_final.pth      the trained model; ema/model_final.pth: its averaged
 say "  predictions/         $(find "$pictures" -type f | wc -l) pictures, predictions beside the ground truth"
 say "  metrics.json         losses and results over time; log.txt: the log"
 say "  $(last_evaluation)"
+say "to use it: source ${VENV:-.venv}/bin/activate, then"
+say "  maskdino predict --config-file $output/config.yaml --weights $weights --input FOLDER --output drawn"

@@ -169,4 +169,4 @@ install_requirements
 install_detectron2
 install_panopticapi
 install_project
-say "$venv is ready"
+say "$venv is ready; 'source $venv/bin/activate' lets a terminal use it"
