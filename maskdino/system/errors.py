@@ -37,5 +37,5 @@ def reason_of(error: BaseException) -> str:
     """
     text, _, advice = str(error).strip().partition("\n\nCheck the documentation of torch.load")
     lines = text.strip().splitlines() or [type(error).__name__]
-    line = lines[-1 if advice else 0].strip().removeprefix("WeightsUnpickler error: ")
-    return line.partition(". Please use")[0]
+    line = lines[-1 if advice else 0].rpartition("WeightsUnpickler error: ")[2]
+    return line.strip().partition(". Please use")[0]

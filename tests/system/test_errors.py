@@ -25,6 +25,23 @@ def test_the_first_line_or_the_type() -> None:
     assert reason_of(ConnectionResetError()) == "ConnectionResetError"
 
 
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ("\n\t(2) Or do this.\n\tWeightsUnpickler error: ", "Unsupported global: GLOBAL a.b"),
+        (" Please file an issue: WeightsUnpickler error: ", "Unsupported operand 194"),
+        (" Please file an issue: WeightsUnpickler error: \n\n", "Unsupported operand 149"),
+        ("\n\n\n", "Trying to load unsupported GLOBAL posix.system"),
+    ],
+)
+def test_refusals_of_several_releases(before: str, reason: str) -> None:
+    advice = "\n\nCheck the documentation of torch.load to learn more."
+    text = (
+        f"Weights only load failed. It will likely succeed.{before}{reason}. Please use c.{advice}"
+    )
+    assert reason_of(pickle.UnpicklingError(text)) == reason
+
+
 @pytest.mark.parametrize("evil", [Runs(os.system), Runs(os.path.join), Runs])
 def test_pytorchs_refusals_without_their_advice(evil: object, tmp_path: Path) -> None:
     """It advises to load files that could run code."""
