@@ -301,8 +301,8 @@ def _boxes_around(shapes: np.ndarray, width: int) -> np.ndarray:
     """(N, 4) float32: x0, y0, x1, y1 around the pixels of shapes (N, H, B), which have some."""
     rows = np.bitwise_or.reduce(shapes, axis=2) > 0
     columns = np.unpackbits(np.bitwise_or.reduce(shapes, axis=1), axis=1, count=width)
-    sides = []
-    for flags in (columns, rows):
-        sides.append((flags.argmax(axis=1), flags.shape[1] - flags[:, ::-1].argmax(axis=1)))
-    (x0, x1), (y0, y1) = sides
+    (x0, x1), (y0, y1) = (
+        (flags.argmax(axis=1), flags.shape[1] - flags[:, ::-1].argmax(axis=1))
+        for flags in (columns, rows)
+    )
     return np.stack([x0, y0, x1, y1], axis=1).astype(np.float32)

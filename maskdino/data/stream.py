@@ -113,13 +113,10 @@ class ShuffledStream:
         if not bool(self._fraction.any()):
             size = int(self._whole.sum())
             return position // size, position // size * size
-        begin = 0
-        for number in itertools.count():  # epochs differ in length: walk
-            size = len(self.epoch(number))
-            if position < begin + size:
-                return number, begin
-            begin += size
-        raise AssertionError("unreachable")
+        number = begin = 0
+        while position >= begin + (size := len(self.epoch(number))):  # epochs differ in length
+            number, begin = number + 1, begin + size
+        return number, begin
 
 
 class _BatchSampler(Sampler[list[Location]]):
