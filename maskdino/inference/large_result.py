@@ -6,7 +6,7 @@ Shape key: H, W pixels of the image; f the whole factor by which it is scaled do
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,11 @@ class LargeResult(ImageResult):
         tiled: the image, of which parts are read.
     """
 
-    tiled: TiledImage | None = None
+    tiled: TiledImage = field(kw_only=True)
 
     @property
     def image(self) -> np.ndarray:
         """(H, W, 3) uint8 RGB, all of it."""
-        assert self.tiled is not None
         return self.tiled.part(*(slice(0, edge) for edge in self.size))
 
     def draw(self, task: str | None = None, **drawing: Any) -> np.ndarray:
@@ -54,7 +53,6 @@ class LargeResult(ImageResult):
         Masks hold the small pixels of which they cover half, maps what is in their middle.
         """
         factor = self._factor(longest)
-        assert self.tiled is not None
         size = -(-self.size[0] // factor), -(-self.size[1] // factor)
         rows, columns = (
             np.minimum(np.arange(n) * factor + factor // 2, whole - 1)
