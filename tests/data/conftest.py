@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,14 @@ from detectron2.config import CfgNode
 from PIL import Image
 
 from maskdino.config import load_config
+from tests.catalogs import own_datasets
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    with own_datasets():
+        yield
 
 
 @pytest.fixture

@@ -39,12 +39,8 @@ def coco(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """A dataset name of the test's own; catalogues are global."""
-    name = f"test/{request.node.name}"
-    yield name
-    if name in DatasetCatalog.list():
-        DatasetCatalog.remove(name)
-    MetadataCatalog.pop(name, None)
+    """A dataset name of the test's own."""
+    return f"test/{request.node.name}"
 
 
 def change(path: Path, function: Callable[[dict], None]) -> None:

@@ -282,12 +282,10 @@ def test_images_are_drawn_as_often_as_they_are_trained_on(make_cfg: Callable) ->
 
 
 @pytest.fixture
-def registered(make_records: Callable, request: pytest.FixtureRequest) -> str:
+def registered(make_records: Callable) -> str:
     records = make_records(5, "polygons")
     DatasetCatalog.register("mixing_test", lambda: records)
     MetadataCatalog.get("mixing_test").thing_classes = ["triangle"]
-    request.addfinalizer(lambda: MetadataCatalog.pop("mixing_test"))
-    request.addfinalizer(lambda: DatasetCatalog.remove("mixing_test"))
     return "mixing_test"
 
 

@@ -146,12 +146,9 @@ def changing_mapper(record: dict) -> dict:
     return record
 
 
-def test_mappers_may_change_their_records(
-    make_cfg: Callable, request: pytest.FixtureRequest
-) -> None:
+def test_mappers_may_change_their_records(make_cfg: Callable) -> None:
     """Each is read anew from one block of memory, which processes share."""
     DatasetCatalog.register("changed", lambda: [{"image_id": index} for index in range(2)])
-    request.addfinalizer(lambda: DatasetCatalog.remove("changed"))
     cfg = make_cfg("DATASETS.TRAIN", "('changed',)", "SOLVER.IMS_PER_BATCH", 2)
     cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS = "cpu", 0
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
@@ -204,9 +201,7 @@ def test_errors_of_loading_processes_lose_their_traceback(num_workers: int, tmp_
     )
 
 
-def test_errors_of_an_evaluation_lose_their_traceback(
-    make_cfg: Callable, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_errors_of_an_evaluation_lose_their_traceback(make_cfg: Callable, tmp_path: Path) -> None:
     image = tmp_path / "image.png"
     Image.new("RGB", (40, 30)).save(image)
     records = [
@@ -214,7 +209,6 @@ def test_errors_of_an_evaluation_lose_their_traceback(
     ]
     records[1]["file_name"] = str(tmp_path / "lost.png")
     DatasetCatalog.register("lost_test", lambda: records)
-    request.addfinalizer(lambda: DatasetCatalog.remove("lost_test"))
     batches = build_test_data(make_cfg("DATALOADER.NUM_WORKERS", 1), "lost_test")
     assert len(batches) == 2
     loaded = iter(batches)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Iterator
 
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
 
 from maskdino.engine import launch
+from tests.catalogs import own_datasets
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    with own_datasets():
+        yield
 
 
 @pytest.fixture

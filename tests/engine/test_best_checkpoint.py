@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
 from maskdino.data import DataError
@@ -229,12 +229,10 @@ def test_values_of_an_evaluation() -> None:
 
 
 @pytest.fixture
-def unnamed() -> Iterator[str]:
+def unnamed() -> str:
     """A dataset whose evaluator type is not known."""
     DatasetCatalog.register("unnamed", lambda: [])
-    yield "unnamed"
-    DatasetCatalog.remove("unnamed")
-    MetadataCatalog.remove("unnamed")
+    return "unnamed"
 
 
 def test_names_are_checked_before_anything_is_built(tmp_path: Path, unnamed: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ SETTINGS = {
 
 
 @pytest.fixture(params=["polygons", "run lengths"])
-def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[dict]]:
+def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> list[dict]:
     """The annotations of a registered dataset of four images."""
     drawn = write_drawn(tmp_path / "drawn", 4)
     drawn.content["info"] = {}  # which detectron2's evaluator wants
@@ -66,9 +65,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[dic
     drawn.write()
     register_coco_folder(NAME, drawn.json_file, drawn.images)
     DatasetCatalog.get(NAME)  # fills in the map of category ids
-    yield drawn.content["annotations"]
-    DatasetCatalog.remove(NAME)
-    MetadataCatalog.remove(NAME)
+    return drawn.content["annotations"]
 
 
 def test_script_trains_and_evaluates_as_it_is_printed(

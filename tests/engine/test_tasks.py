@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from maskdino.cli.prepare import coco_semantic, instances_from_panoptic
@@ -48,17 +48,7 @@ NARROW = {
 
 
 @pytest.fixture
-def names() -> Iterator[list[str]]:
-    """Names of datasets to be forgotten after the test."""
-    registered: list[str] = []
-    yield registered
-    for name in registered:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
-@pytest.fixture
-def drawn(tmp_path: Path, names: list[str]) -> Callable[..., str]:
+def drawn(tmp_path: Path) -> Callable[..., str]:
     """Writes scenes in COCO's panoptic format and registers them, with all that can be derived."""
 
     def make(scenes: list[Scene], kinds: tuple[str, ...] = tuple(NAMES)) -> str:
@@ -85,7 +75,6 @@ def drawn(tmp_path: Path, names: list[str]) -> Callable[..., str]:
             instances_json=instances,
             sem_seg_root=folder / "semantic",
         )
-        names.append(name)
         return name
 
     return make
@@ -164,7 +153,7 @@ def test_segment_that_its_map_lacks(drawn: Callable[..., str], tmp_path: Path) -
 
 
 @pytest.fixture
-def label_maps(tmp_path: Path, names: list[str]) -> tuple[str, Path]:
+def label_maps(tmp_path: Path) -> tuple[str, Path]:
     """Two scenes as semantic maps, with ignored pixels: (name, folder of the maps)."""
     for number, scene in enumerate(make_scenes(2, (64, 96), 3)):
         labels = np.full(scene.size, 255, np.uint8)
@@ -176,7 +165,6 @@ def label_maps(tmp_path: Path, names: list[str]) -> tuple[str, Path]:
     name = "drawn_semantic"
     images = tmp_path / "images"
     register_semantic_folder(name, tmp_path / "labels", images, NAMES, image_ext="png")
-    names.append(name)
     return name, tmp_path / "labels"
 
 
@@ -222,7 +210,7 @@ def test_maps_of_ignored_pixels_alone(label_maps: tuple[str, Path], tmp_path: Pa
 
 
 @pytest.fixture
-def boxes_and_masks(tmp_path: Path, names: list[str]) -> str:
+def boxes_and_masks(tmp_path: Path) -> str:
     """Two scenes; the annotations of the first have boxes only, one of the second lacks a mask."""
     folder = write_coco(tmp_path, {"val": make_scenes(2, (64, 96), 4)})
     path = folder / "annotations" / "instances_val2017.json"
@@ -233,7 +221,6 @@ def boxes_and_masks(tmp_path: Path, names: list[str]) -> str:
     content["annotations"][-2]["segmentation"] = []
     path.write_text(json.dumps(content))
     register_coco_folder("drawn_mixed", path, folder / "val2017")
-    names.append("drawn_mixed")
     return "drawn_mixed"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,12 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["own", None])
-def untyped(request: pytest.FixtureRequest) -> Iterator[str]:
+def untyped(request: pytest.FixtureRequest) -> str:
     """A dataset whose type is none of ours."""
     metadata = MetadataCatalog.get("untyped")
     if request.param:
         metadata.set(evaluator_type=request.param)
-    yield "untyped"
-    MetadataCatalog.remove("untyped")
+    return "untyped"
 
 
 def config(folder: Path, *names: str) -> CfgNode:

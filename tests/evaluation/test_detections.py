@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 
 from maskdino.config import load_config
@@ -35,15 +34,13 @@ RECORDS = [
 
 
 @pytest.fixture
-def dense(tmp_path: Path) -> Iterator[str]:
+def dense(tmp_path: Path) -> str:
     """A dataset of one image with 200 objects."""
     path = tmp_path / "dense.json"
     path.write_text(json.dumps(CONTENT))
     register_coco_folder("dense", path, tmp_path)
     DatasetCatalog.get("dense")
-    yield "dense"
-    DatasetCatalog.remove("dense")
-    MetadataCatalog.remove("dense")
+    return "dense"
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -59,7 +59,7 @@ OBJECTS = [
 
 
 @pytest.fixture(params=[True, False], ids=["masks", "boxes"])
-def dataset(request: pytest.FixtureRequest, tmp_path: Path):
+def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, bool]:
     """A dataset of two images and four objects: (name, has masks)."""
     content = {
         "images": [
@@ -75,9 +75,7 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path):
     name = f"fruits_{request.param}"
     register_coco_instances(name, {}, str(path), str(tmp_path))
     DatasetCatalog.get(name)  # fills in the map of category ids
-    yield name, request.param
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+    return name, request.param
 
 
 def predictions(image: int, classes: dict[int, int], with_masks: bool) -> Instances:
@@ -186,12 +184,9 @@ def test_what_annotations_leave_out_is_filled_in(tmp_path: Path) -> None:
     assert coco_evaluation.read_annotations(str(path), Metadata()) == expected
 
 
-def test_annotations_are_converted_for_each_evaluation(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_annotations_are_converted_for_each_evaluation(tmp_path: Path) -> None:
     """Those that stand in the folder may be of other data."""
     name, boxes = "fruits_without_a_file", [[5, 5, 20, 10]]
-    request.addfinalizer(lambda: (DatasetCatalog.remove(name), MetadataCatalog.remove(name)))
     image = {"file_name": "1.png", "image_id": 1, "height": SIZE[0], "width": SIZE[1]}
     kind = {"bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
     DatasetCatalog.register(
@@ -372,24 +367,6 @@ def test_fast_numbers_are_pycocotools_on_coco(
     assert_fast_equals_pycocotools(ground_truth)
 
 
-@pytest.fixture
-def typed_dataset():
-    """Makes a dataset name of the given evaluator type."""
-    names = []
-
-    def make(kind: str | None) -> str:
-        name = f"typed_{kind}"
-        metadata = MetadataCatalog.get(name)
-        if kind:
-            metadata.set(evaluator_type=kind)
-        names.append(name)
-        return name
-
-    yield make
-    for name in names:
-        MetadataCatalog.remove(name)
-
-
 @pytest.mark.parametrize(("choice", "named"), [("auto", "faster_coco_eval"), ("pycocotools",) * 2])
 def test_who_computes_is_chosen_and_said(
     dataset: tuple[str, bool],
@@ -432,11 +409,12 @@ def test_evaluators_of_a_dataset(dataset: tuple[str, bool], tmp_path: Path) -> N
     assert [type(e) for e in evaluators._evaluators] == [COCOInstanceEvaluator]
 
 
-def test_unknown_type_and_nothing_to_evaluate(typed_dataset: Callable[[str | None], str]) -> None:
+def test_unknown_type_and_nothing_to_evaluate() -> None:
     with pytest.raises(ValueError, match="evaluator type None; known types are coco, "):
-        build_evaluator(load_config(), typed_dataset(None))
+        build_evaluator(load_config(), "untyped")
+    MetadataCatalog.get("typed").evaluator_type = "sem_seg"
     with pytest.raises(ValueError, match=r"serves semantic, the model does \['instance'\]"):
-        build_evaluator(load_config(), typed_dataset("sem_seg"))
+        build_evaluator(load_config(), "typed")
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ QUERIES = 12
 
 
 @pytest.fixture
-def labels(tmp_path: Path) -> Iterator[Callable[[Callable[[dict], None]], None]]:
+def labels(tmp_path: Path) -> Callable[[Callable[[dict], None]], None]:
     """Registers six images under NAME anew, after a change of their annotations (by image id)."""
 
     def register(change: Callable[[dict], None]) -> None:
@@ -48,8 +48,7 @@ def labels(tmp_path: Path) -> Iterator[Callable[[Callable[[dict], None]], None]]
         drawn.write()
         register_coco_folder(NAME, drawn.json_file, drawn.images)
 
-    yield register
-    forget()
+    return register
 
 
 def forget() -> None:
@@ -168,12 +167,8 @@ def test_what_is_not_a_number_comes_first(labels: Callable) -> None:
 @pytest.mark.parametrize("mapper", ["panoptic", "semantic"])
 def test_labels_of_other_tasks(mapper: str, tmp_path: Path) -> None:
     test_report_images.register(tmp_path)
-    try:
-        cfg = cfg_of(mapper, NUM_CLASSES=4)
-        found = image_losses(cfg, MaskDINO(cfg).eval(), test_report_images.NAME)
-    finally:
-        DatasetCatalog.remove(test_report_images.NAME)
-        MetadataCatalog.remove(test_report_images.NAME)
+    cfg = cfg_of(mapper, NUM_CLASSES=4)
+    found = image_losses(cfg, MaskDINO(cfg).eval(), test_report_images.NAME)
     assert [Path(loss.record["file_name"]).stem for loss in found] != []
     kinds = [[shape.name for shape, _ in scene.visible()] for scene in test_report_images.SCENES]
     expected = [len(kind if mapper == "panoptic" else set(kind)) for kind in kinds]

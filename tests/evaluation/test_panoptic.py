@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +24,14 @@ SCENES = make_scenes(3, (48, 64), 4)
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> Iterator[str]:
+def dataset(tmp_path: Path) -> str:
     folder = write_coco(tmp_path, {"val": SCENES})
     annotations = folder / "annotations" / "panoptic_val2017.json"
     categories = json.loads(annotations.read_text())["categories"]
     assert [c["id"] for c in categories] == [COCO_IDS[name] for name in (*THINGS, *STUFF)]
     maps = folder / "panoptic_val2017"
     register_panoptic_folder("drawn_quality", annotations, folder / "val2017", maps, categories)
-    yield "drawn_quality"
-    DatasetCatalog.remove("drawn_quality")
-    MetadataCatalog.remove("drawn_quality")
+    return "drawn_quality"
 
 
 def shifted(scene: Scene, shift: int, kinds: dict[str, int]) -> tuple[torch.Tensor, list[dict]]:

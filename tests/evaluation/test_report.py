@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from maskdino.data import register_coco_folder
@@ -115,12 +115,8 @@ def test_masks_that_were_not_measured_are_left_out(tmp_path: Path, records: list
     }
     (tmp_path / "a.json").write_text(json.dumps(content))
     register_coco_folder("bare", tmp_path / "a.json", tmp_path)
-    try:
-        found = [{**box, "score": 0.9, "segmentation": records[0]["segmentation"]}]
-        page = page_of(tmp_path, found, "bare", {"bbox": {"AP": 100.0}})
-    finally:
-        DatasetCatalog.remove("bare")
-        MetadataCatalog.remove("bare")
+    found = [{**box, "score": 0.9, "segmentation": records[0]["segmentation"]}]
+    page = page_of(tmp_path, found, "bare", {"bbox": {"AP": 100.0}})
     assert "bbox: precision over recall" in page
 
 

@@ -1,7 +1,6 @@
 """Tests of maskdino.evaluation.semantic."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +35,10 @@ def maps(tmp_path: Path) -> list[np.ndarray]:
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, maps: list[np.ndarray]) -> Iterator[str]:  # noqa: ARG001 - files
+def dataset(tmp_path: Path, maps: list[np.ndarray]) -> str:  # noqa: ARG001 - files
     name = "drawn_labels"
     register_semantic_folder(name, tmp_path / "labels", tmp_path / "images", NAMES, image_ext="png")
-    yield name
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+    return name
 
 
 def scores(labels: np.ndarray) -> torch.Tensor:
@@ -130,8 +127,6 @@ def test_pictures_of_one_name_and_many_classes(tmp_path: Path) -> None:
         SemanticEvaluator("large", None).process(
             [{"file_name": pairs[0]["file_name"]}], [{"sem_seg": torch.zeros(256, 8, 9)}]
         )
-    DatasetCatalog.remove("large")
-    MetadataCatalog.remove("large")
 
 
 def test_perfect_and_nothing_known() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from maskdino.config.checks import ConfigError, check_values
@@ -29,13 +27,11 @@ from tests.inference.test_sliced import Oracle
 
 
 @pytest.fixture
-def mosaic(tmp_path: Path) -> Iterator[tuple[str, int]]:
+def mosaic(tmp_path: Path) -> tuple[str, int]:
     """A dataset of one image, and its number of nuclei."""
     number = write_mosaic(tmp_path, colors=True, every=3)
     register_coco_folder("mosaic_of_nuclei", str(tmp_path / "mosaic.json"), str(tmp_path))
-    yield "mosaic_of_nuclei", number
-    DatasetCatalog.remove("mosaic_of_nuclei")
-    MetadataCatalog.remove("mosaic_of_nuclei")
+    return "mosaic_of_nuclei", number
 
 
 def test_what_reaches_over_the_border_of_an_image_is_cut_off() -> None:
