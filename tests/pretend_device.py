@@ -170,6 +170,7 @@ class PretendDevice(TorchDispatchMode):
             "get_device_capability": lambda *_: (9, 0),
             "synchronize": lambda *_: self.wait("synchronize"),
             "current_stream": _Stream,
+            "is_current_stream_capturing": lambda: False,
             "device": _current_device,
             "Event": _Event,
         }

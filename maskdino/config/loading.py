@@ -33,7 +33,9 @@ _LONGEST = 250  # characters of both ends of what other packages say
 _OWN_KEYS = " A module of your own that adds it, in add_config(cfg), is imported with --import."
 
 
-def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
+def load_config(
+    config_file: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()
+) -> CfgNode:
     """Reads a configuration: detectron2's and our defaults, a YAML file, then single values.
 
     Nothing in the file is executed. The data of a run, which are recorded beside its configuration
@@ -54,6 +56,7 @@ def load_config(config_file: str | None = None, overrides: Sequence[str] = ()) -
     extend_config(cfg)
     known, whole = flatten(cfg) | RECOMPUTE_BEFORE, cfg.clone()
     given = dict(zip(overrides[::2], overrides[1::2], strict=False))
+    config_file = os.fspath(config_file or "")
     if config_file:
         loaded = read_file(config_file)
         given = flatten(loaded) | given

@@ -57,7 +57,7 @@ def test_bases_at_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(CfgNode, "_open_cfg", lambda name: io.StringIO(files[name]))
     path = tmp_path / "mine.yaml"
     path.write_text(f"VERSION: 2\n_BASE_: {here}base.yaml\nOUTPUT_DIR: out\n")
-    cfg = load_config(str(path))
+    cfg = load_config(path)
     assert (cfg.SEED, cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (4, 7, 5)
     for content, message in (
         ("SEED: [\n", r"other\.yaml, line 2: cannot be read as YAML"),
