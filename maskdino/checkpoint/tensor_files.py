@@ -40,9 +40,7 @@ def write_tensors(
     try:
         with written_whole(path) as temporary:
             temporary.touch()
-            mode = (
-                temporary.stat().st_mode
-            )  # as of any file: the package's are for their owner alone
+            mode = temporary.stat().st_mode  # as of any file; the package's own are private
             save_file(whole, temporary, {"format": "pt", **texts})
             temporary.chmod(mode)
     except (OSError, SafetensorError) as error:  # the package's own writer raises the latter
