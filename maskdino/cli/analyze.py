@@ -21,7 +21,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskdino.cli.common import errors_in_one_line, make_parser
+from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.data.checks import check_known
 from maskdino.engine.trainer import MaskDINOTrainer
@@ -161,6 +161,8 @@ def main(words: list[str] | None = None) -> None:
         print(f"Mean over the {sizes.total()} images of {args.dataset}:")
     else:
         height, width = args.size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        if min(height, width) < 1:
+            raise CommandError(f"an image of {height} x {width} pixels: give a --size of 1 or more")
         sizes = Counter({(height, width): 1})
         print(f"One image of {height} x {width} pixels:")
     print_table(count_parameters(build_on_meta(cfg)), count_multiply_adds(cfg, sizes))

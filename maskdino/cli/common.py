@@ -55,9 +55,10 @@ def errors_in_one_line() -> Iterator[None]:
 
 def _of_system(error: OSError) -> str:
     """What the system refuses: the file and the reason, without the reason's number."""
-    if error.strerror is None or error.filename is None or error.filename2 is not None:
+    if error.strerror is None or error.filename is None:
         return str(error)
-    text = f"{error.filename}: {error.strerror}"
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    text = f"{' -> '.join(names)}: {error.strerror}"
     full_or_locked = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     return f"{text}; make room, or name another folder" if full_or_locked else text
 

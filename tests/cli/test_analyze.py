@@ -56,3 +56,9 @@ def test_paper_model(repository: Path, queries: int, expected: float) -> None:
     counts = analyze.count_multiply_adds(cfg, Counter({(800, 1120): 1}))
     total = sum(count for part, count in counts.items() if part != analyze.SAMPLING)
     assert total == pytest.approx(expected, rel=0.02)
+
+
+def test_an_image_without_pixels_is_refused() -> None:
+    words = ["--config-file", "nuclei/instance/maskdino_tiny", "--size", "0", "100"]
+    with pytest.raises(SystemExit, match="error: an image of 0 x 100 pixels: give a --size of 1"):
+        analyze.main(words)

@@ -49,6 +49,10 @@ def fail_in_a_worker() -> None:
         (lambda: Path("/nowhere/at all").read_text(), "/nowhere/at all: No such file or directory"),
         (lambda: fail_to_write(errno.ENOSPC), "o.png: .*; make room, or name another folder"),
         (lambda: fail_to_write(errno.EACCES), "o.png: Permission denied"),
+        (
+            lambda: os.replace("/nowhere/a", "/nowhere/b"),
+            "/nowhere/a -> /nowhere/b: No such file.*",
+        ),
         (lambda: __import__("no_such_package"), "No module named 'no_such_package'"),
         (lambda: load_config(str(CONFIG), ["SOLVER.MAX_ITERS", "1"]), ".*SOLVER.MAX_ITERS.*"),
     ],

@@ -66,7 +66,7 @@ def read_dataset(path: Path, images: Path | None, request: Request) -> Dataset:
         DataError: there is nothing that can be read, or more than one thing.
     """
     if not path.exists():
-        raise DataError(f"there is no {path}")
+        raise DataError(f"{path}: there is no such file or folder")
     labels = Tree(path if path.is_dir() else path.parent)
     tree = labels if images is None else Tree(images)
     if path.is_file():
