@@ -32,6 +32,7 @@ MAX_RATE = 1000  # files of browsers give their unit of time as a rate
 TIME_UNIT = Fraction(1, 120_000)  # seconds; all usual rates, 24/1.001 to 60, are a multiple of it
 MICROSECONDS = 1_000_000  # in one second
 CAMERA_PATIENCE = 5.0  # seconds in which a camera may give no image
+SILENT = 0  # of what OpenCV says
 BT709, LIMITED_RANGE = 1, 1  # FFmpeg's numbers for the colors and the range of HD video
 
 
@@ -266,7 +267,8 @@ class Camera:
             VideoError: there is none.
         """
         self.name = f"camera {number}"
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # said once, below
+        of = cv2 if hasattr(cv2, "setLogLevel") else cv2.utils.logging  # OpenCV 4, and 5
+        of.setLogLevel(SILENT)  # said once, below
         self._capture = cv2.VideoCapture(number)
         if not self._capture.isOpened():
             raise VideoError(

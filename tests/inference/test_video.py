@@ -6,6 +6,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -62,9 +63,10 @@ def test_colors(tmp_path: Path) -> None:
     image = colors.repeat(16, axis=0).repeat(16, axis=1)
     with closing(VideoWriter(tmp_path / "clip.mp4")) as writer:
         writer.write(image, 0)
-    for found in (read(tmp_path / "clip.mp4")[1][0], frames_of(tmp_path / "clip.mp4")[1][0]):
-        centers = found[8::16, 8::16].astype(int) - colors
-        assert np.abs(centers).mean() < 4
+    other = 4 if int(cv2.__version__.partition(".")[0]) >= 5 else 10  # OpenCV 4 ignores BT.709
+    for reader, bound in ((read, 4), (frames_of, other)):
+        found = reader(tmp_path / "clip.mp4")[1][0]
+        assert np.abs(found[8::16, 8::16].astype(int) - colors).mean() < bound
 
 
 @pytest.mark.parametrize("size", [(47, 63), (49, 64), (1, 1)])
