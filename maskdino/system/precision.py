@@ -58,8 +58,10 @@ def inference_precision(name: str, device: torch.device) -> str:
         return "float32" if dtype is None else str(dtype).removeprefix("torch.")
     known = _known_precisions(device)
     if name not in known:
+        is_gpu = device.type == "cuda"
+        what = torch.cuda.get_device_name(device) if is_gpu else f"the device {device}"
         raise ValueError(
-            f"{KEY} is {name}, which {_described(device)} does not compute in; "
+            f"{KEY} is {name}, which {what} does not compute in; "
             f"use auto or one of {', '.join(known)}"
         )
     return name
@@ -134,10 +136,6 @@ def _known_precisions(device: torch.device) -> tuple[str, ...]:
     has_tf32 = torch.cuda.get_device_capability(device) >= FIRST_WITH_TF32
     own = (("tf32", has_tf32), ("bfloat16", _has_bfloat16(device)))
     return ("float32", *(name for name, there in own if there), "float16")
-
-
-def _described(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -46,17 +47,13 @@ class Evidence:
     """Files by the format that they speak for."""
 
     # Of the formats that are read: `yolo.KIND` and so on.
-    files: dict[str, list[Path]] = field(default_factory=dict)
+    files: dict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))
     # What files of other formats are, by path.
     others: dict[Path, str] = field(default_factory=dict)
     # Why files could not be looked into, by path.
     errors: dict[Path, DataError] = field(default_factory=dict)
     # What the folder holds beside the format that was chosen, as lines of text.
     unused: list[str] = field(default_factory=list)
-
-    def add(self, kind: str, path: Path) -> None:
-        """Adds a file."""
-        self.files.setdefault(kind, []).append(path)
 
 
 def recognize(tree: Tree) -> Evidence:
@@ -73,8 +70,8 @@ def recognize(tree: Tree) -> Evidence:
     labels = semantic.label_images(tree)
     if labels:
         evidence.files[semantic.KIND] = labels
-    for path in _yolo_files(tree, is_semantic=bool(labels)):
-        evidence.add(yolo.KIND, path)
+    if found := _yolo_files(tree, is_semantic=bool(labels)):
+        evidence.files[yolo.KIND] = found
     if not evidence.files:
         for path in tree.of(*UNREAD_SUFFIXES):
             evidence.others.setdefault(path, UNREAD_SUFFIXES[path.suffix.lower()])
@@ -160,7 +157,7 @@ def _look(evidence: Evidence, path: Path, kind_of: Any) -> None:
     if kind in OTHERS:
         evidence.others[path] = OTHERS[kind]
     elif kind is not None:
-        evidence.add(kind, path)
+        evidence.files[kind].append(path)
 
 
 def json_kind(path: Path) -> str | None:
