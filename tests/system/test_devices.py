@@ -103,7 +103,7 @@ class Stop(Exception):
 def test_trainings_and_evaluations_settle_their_device(
     gpus: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise Stop
 
     for module in ("trainer", "evaluating"):
