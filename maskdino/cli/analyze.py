@@ -155,7 +155,7 @@ def main(words: list[str] | None = None) -> None:
     add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(words)
-    cfg = load_config(str(find_config(args.config_file)), args.opts)
+    cfg = load_config(find_config(args.config_file), args.opts)
     if args.dataset:
         sizes = sizes_of_dataset(cfg, args.dataset)
         print(f"Mean over the {sizes.total()} images of {args.dataset}:")

@@ -31,7 +31,7 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
 
     state = read_tensors(fetch(arguments.source))
-    cfg = load_config(str(find_config(arguments.config_file)), ["MODEL.TIMM.PRETRAINED", "False"])
+    cfg = load_config(find_config(arguments.config_file), ["MODEL.TIMM.PRETRAINED", "False"])
     backbone = build_backbone(cfg)
     if not isinstance(backbone, TimmBackbone):
         raise CommandError(

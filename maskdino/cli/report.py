@@ -73,7 +73,7 @@ def build_trained(args: argparse.Namespace) -> tuple[CfgNode, MaskDINO]:
 def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(words)
-    cfg, losses_of = load_config(str(find_config(args.config_file)), args.opts), None
+    cfg, losses_of = load_config(find_config(args.config_file), args.opts), None
     paths = find_paths(args, cfg)
     if args.weights is not None:
         losses_of = partial(image_losses, *build_trained(args))

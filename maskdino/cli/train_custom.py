@@ -93,7 +93,7 @@ def prepare(args: argparse.Namespace) -> Run:
     """Plans a new run, or finds the one that goes on."""
     run = Run(args.output)
     if args.resume and run.is_planned():
-        configured_device(load_config(str(run.config)).MODEL.DEVICE, args.num_gpus)
+        configured_device(load_config(run.config).MODEL.DEVICE, args.num_gpus)
         print(f"Going on with the run in {run.output}, as {run.config} says.")
         options = [f"--{name.replace('_', '-')}" for name in PLANNED if getattr(args, name)]
         if options or args.opts:
@@ -124,7 +124,7 @@ def finish(run: Run, num_pictures: int) -> None:
     register_prepared(run.output)  # several processes have done so in their own memory
     run.write_report()
     if num_pictures > 0:
-        (dataset,) = load_config(str(run.config)).DATASETS.TEST
+        (dataset,) = load_config(run.config).DATASETS.TEST
         predictor = MaskDINOPredictor.from_config(
             run.config,
             str(run.best_weights),

@@ -217,7 +217,7 @@ def draw_data(args: argparse.Namespace, cfg: CfgNode) -> list[Path]:
 def main(words: list[str] | None = None) -> None:
     """Runs the command."""
     args = parse_arguments(words)
-    cfg = load_config(str(find_config(args.config_file)), args.opts)
+    cfg = load_config(find_config(args.config_file), args.opts)
     draw = {"data": draw_data, "predictions": draw_predictions, "attention": draw_attention}
     with write_errors(args.output):
         args.output.mkdir(parents=True, exist_ok=True)

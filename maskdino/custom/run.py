@@ -71,7 +71,7 @@ class Run:
 
     def results(self) -> str:
         """A table of the best evaluation."""
-        best = self._history(load_config(str(self.config))).best
+        best = self._history(load_config(self.config)).best
         if best is None:
             return "no evaluation yet"
         summary = summarize(prepared_data(self.output, plan.VALIDATION_NAME))
@@ -97,7 +97,7 @@ class Run:
 
         The datasets must be registered.
         """
-        cfg = load_config(str(self.config))
+        cfg = load_config(self.config)
         evaluations = self._history(cfg).evaluations
         if evaluations:
             write_results(str(self.output), evaluations[-1].results)
@@ -235,7 +235,7 @@ def train_run(run: Run, resume: bool, early_stop: int) -> None:
     open_logs(run.output)
     logger.info("The whole configuration is in %s", run.config)
     register_prepared(run.output)
-    cfg = load_config(str(run.config))
+    cfg = load_config(run.config)
     cfg.OUTPUT_DIR = str(run.output)  # the folder may have been moved
     judge_by_task(cfg)  # as runs of earlier versions do not say
     cfg.SOLVER.BEST.PATIENCE = early_stop or cfg.SOLVER.BEST.PATIENCE

@@ -142,7 +142,7 @@ def read_config(
             there are none; if no checkpoint to resume from can be read; or the configuration is a
             LazyConfig.
     """
-    cfg = load_config(str(find_config(config)), overrides)
+    cfg = load_config(find_config(config), overrides)
     check_values(cfg)
     if weights is None and not cfg.MODEL.WEIGHTS and Path(config, WEIGHTS).is_file():
         weights = Path(config, WEIGHTS)
