@@ -25,7 +25,7 @@ from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
 from maskdino.system.devices import configured_device
 
-PREDICTED = 0.5  # least score of `maskdino predict`
+PREDICTED = 0.5  # least score of `maskdino predict`, and of reports
 # Options of model and schedule that a plan is made of, and nothing later.
 PLANNED = ("config_file", "weights", "boxes_only", "epochs", "minutes", "batch_size", "image_size")
 
@@ -122,13 +122,14 @@ def finish(run: Run, num_pictures: int) -> None:
     """Prints the result, draws predictions, and tells where everything is."""
     print(f"\n{run.results()}\n")
     register_prepared(run.output)  # several processes have done so in their own memory
-    run.write_report()
+    lowest = run.lowest_shown()
+    run.write_report(min(PREDICTED, lowest))
     if num_pictures > 0:
         (dataset,) = load_config(run.config).DATASETS.TEST
         predictor = MaskDINOPredictor.from_config(
             run.config,
             str(run.best_weights),
-            confidence_threshold=run.shown_from(CONFIDENCE),
+            confidence_threshold=min(CONFIDENCE, lowest),
             dataset=dataset,
         )
         draw_comparisons(predictor, dataset, run.drawings, num_pictures)
@@ -145,8 +146,8 @@ def finish(run: Run, num_pictures: int) -> None:
             print(f"{path}: {what}")
     if run.best_weights.exists():
         words = ["--config-file", str(run.config), "--weights", str(run.best_weights)]
-        if (threshold := run.shown_from(PREDICTED)) < PREDICTED:
-            words += ["--confidence-threshold", f"{threshold:g}"]
+        if lowest < PREDICTED:
+            words += ["--confidence-threshold", f"{lowest:g}"]
         print(f"to use it: maskdino predict {shlex.join(words)} --input FOLDER --output drawn")
 
 

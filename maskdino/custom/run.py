@@ -79,29 +79,29 @@ class Run:
         title += f"evaluations (iteration {best.iteration + 1}):"
         return f"{title}\n{results_text(best, summary)}"
 
-    def shown_from(self, usual: float) -> float:
-        """The score from which on objects are shown: the usual one, or less after short trainings.
+    def lowest_shown(self) -> float:
+        """The score from which on the last evaluation has as many objects as there are.
 
-        Their scores are low: as many objects of the last evaluation are shown as there are.
+        Where it is lower than the usual threshold, as after short trainings, it takes its place. 1
+        where it is not known.
         """
         path = self.output / "inference" / plan.VALIDATION_NAME / INSTANCES_FILE
         if not path.is_file():  # of another task
-            return usual
+            return 1.0
         scores = [found["score"] for found in json.loads(path.read_text(encoding="utf-8"))]
         number = summarize(prepared_data(self.output, plan.VALIDATION_NAME)).objects
-        least = min(heapq.nlargest(number, scores), default=usual)
-        return min(usual, math.floor(100 * least) / 100)
+        least = min(heapq.nlargest(number, scores), default=1.0)
+        return math.floor(100 * least) / 100
 
-    def write_report(self) -> None:
+    def write_report(self, threshold: float) -> None:
         """Writes a page about the last evaluation, whose predictions are there, if there was one.
 
-        The datasets must be registered.
+        Objects with lower scores than the threshold are not shown. The datasets must be registered.
         """
         cfg = load_config(self.config)
         evaluations = self._history(cfg).evaluations
         if evaluations:
             write_results(str(self.output), evaluations[-1].results)
-            threshold = self.shown_from(0.5)
             write_report(self.report, cfg.DATASETS.TEST[0], self.output, threshold=threshold)
 
     def _history(self, cfg: CfgNode) -> History:
