@@ -13,8 +13,8 @@ from maskdino.inference.video import (
     MICROSECONDS,
     TimedImage,
     VideoError,
+    ffmpeg_reason,
     rate_of,
-    reason_of,
     require_pyav,
     upright,
 )
@@ -98,7 +98,7 @@ class Stream:
                     yield upright(frame), max(seconds, 0.0)
                     last, progress = seconds, True
             except (self._av.error.FFmpegError, OSError) as error:
-                fault = reason_of(error)
+                fault = ffmpeg_reason(error)
             if self._length is not None and last >= self._length - 1.5 / self.rate:
                 return
             try:
@@ -174,7 +174,7 @@ class Stream:
         try:
             container = self._av.open(self._address, options=options, timeout=PATIENCE)
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(f"cannot open {self.name}: {reason_of(error)}") from error
+            raise VideoError(f"cannot open {self.name}: {ffmpeg_reason(error)}") from error
         if not container.streams.video:
             container.close()
             raise VideoError(f"cannot open {self.name}: it has no video track")

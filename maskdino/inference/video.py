@@ -53,7 +53,7 @@ def require_pyav() -> ModuleType:
     return av
 
 
-def reason_of(error: Exception) -> str:
+def ffmpeg_reason(error: Exception) -> str:
     """What went wrong, without the path that FFmpeg and Python add."""
     return getattr(error, "strerror", None) or str(error)
 
@@ -106,7 +106,7 @@ class VideoReader:
         except av.error.InvalidDataError as error:
             raise VideoError(f"cannot read video {path}: it is none, or is damaged") from error
         except (av.error.FFmpegError, OSError) as error:
-            raise VideoError(f"cannot read video {path}: {reason_of(error)}") from error
+            raise VideoError(f"cannot read video {path}: {ffmpeg_reason(error)}") from error
         self.frames: int | None = self._stream.frames or None
         self.rate = rate_of(self._stream)
 
@@ -247,7 +247,7 @@ class VideoWriter:
             with suppress(OSError):
                 self._part.unlink(missing_ok=True)
             self._output = None
-            raise VideoError(f"cannot write {self.path}: {reason_of(error)}") from error
+            raise VideoError(f"cannot write {self.path}: {ffmpeg_reason(error)}") from error
 
 
 class Camera:

@@ -151,12 +151,12 @@ class TrainingGraphs:
 
         Autograd lets a weight's first gradient be where a graph has left it.
         """
-        there = [weight for weight in weights if weight.grad is not None]
+        there = [(weight, weight.grad) for weight in weights if weight.grad is not None]
         steps = self._steps.values() if there else ()
         places = {x.data_ptr() for step in steps for x in step.gradients if x is not None}
-        for weight in there:
-            if weight.grad is not None and weight.grad.data_ptr() in places:
-                weight.grad = weight.grad.clone()
+        for weight, gradient in there:
+            if gradient.data_ptr() in places:
+                weight.grad = gradient.clone()
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
