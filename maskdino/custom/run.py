@@ -26,7 +26,7 @@ from maskdino.custom.training import CustomTrainer, Plan
 from maskdino.data import DataError
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
 from maskdino.engine.evaluating import write_results
-from maskdino.engine.run_folder import check_folder, locked, open_logs
+from maskdino.engine.run_folder import check_folder, locked, open_logs, removed_if_unused
 from maskdino.evaluation.files import INSTANCES_FILE
 from maskdino.evaluation.report import write_report
 from maskdino.integration.extensions import config_header
@@ -128,13 +128,14 @@ def plan_run(request: Request) -> tuple[Run, str]:
         if request.config is None
         else read_start(request.config, request)
     )
-    check_folder(request.output, resume=True)
-    with locked(request.output):  # two plans would write over each other's files
-        if run.is_planned():
-            raise DataError(
-                f"{run.output} holds a run: go on with --resume, or choose another folder"
-            )
-        text = _plan(cfg, run, machine, request)
+    with removed_if_unused(request.output):
+        check_folder(request.output, resume=True)
+        with locked(request.output):  # two plans would write over each other's files
+            if run.is_planned():
+                raise DataError(
+                    f"{run.output} holds a run: go on with --resume, or choose another folder"
+                )
+            text = _plan(cfg, run, machine, request)
     return run, text
 
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from detectron2.utils import comm
@@ -116,6 +116,26 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         finally:
             # Left empty rather than removed: another process may have opened it to wait.
             file.truncate(0)
+
+
+@contextmanager
+def removed_if_unused(folder: str | os.PathLike) -> Iterator[None]:
+    """On an error, removes a folder that is made inside, if nothing but a free lock is in it.
+
+    So it does with the folders above it that are made inside.
+    """
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # not empty, or never made
+            lock = folder / LOCK
+            if made and os.listdir(folder) == [LOCK] and not lock.stat().st_size:
+                lock.unlink()
+            for path in made:
+                path.rmdir()
+        raise
 
 
 class _LogStream:

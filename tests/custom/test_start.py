@@ -15,7 +15,7 @@ from maskdino.custom.measure import Memory, Pace
 from maskdino.custom.prepare import prepared_data
 from maskdino.custom.run import OFFLINE_CONFIG, fit_pace, read_default, read_start
 from maskdino.data import DataError
-from maskdino.engine.run_folder import RunError
+from maskdino.engine.run_folder import LOCK, RunError
 from tests.custom.drawn import write_drawn
 from tests.engine.test_run_folder import hold
 from tests.helpers import tiny_cfg
@@ -117,3 +117,25 @@ def test_a_folder_in_use_or_planned_meanwhile_is_not_planned_again(tmp_path: Pat
         plan_run(request)
     assert (out / "config.yaml").read_text() == "of the other run"
     assert not (out / "data").exists()
+
+
+def test_data_that_cannot_be_used_leave_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    request = Request(data=tmp_path / "empty", output=tmp_path / "made" / "out")
+    with pytest.raises(DataError, match="empty"):
+        plan_run(request)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    request.output.mkdir(parents=True)  # what was there before stays
+    with pytest.raises(DataError, match="empty"):
+        plan_run(request)
+    assert [path.name for path in request.output.iterdir()] == [LOCK]
+    # So does the list of what is wrong, which the message names.
+    drawn = write_drawn(tmp_path / "drawn")
+    next(drawn.images.glob("*.png")).unlink()
+    request = Request(
+        train_json=drawn.json_file, train_images=drawn.images, output=tmp_path / "listed"
+    )
+    with pytest.raises(DataError, match=r"The whole list is in .*listed/data/check\.txt") as error:
+        plan_run(request)
+    assert "image file is missing" in str(error.value)
+    assert (request.output / "data" / "check.txt").is_file()

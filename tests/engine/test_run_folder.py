@@ -13,7 +13,7 @@ import pytest
 
 from maskdino.cli import train
 from maskdino.engine import run_folder
-from maskdino.engine.run_folder import LOCK, RunError, check_folder, locked
+from maskdino.engine.run_folder import LOCK, RunError, check_folder, locked, removed_if_unused
 from maskdino.system.files import MARK
 from tests.engine.stand_in import tiny_config
 
@@ -85,6 +85,17 @@ def test_a_run_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     check_folder(tmp_path, resume=False, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", LOCK]
+
+
+def test_only_a_folder_that_nobody_uses_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "above" / "out"
+    for lock, left in (("", []), ('{"process": 1}', ["above"])):
+        with pytest.raises(KeyboardInterrupt), removed_if_unused(folder):
+            folder.mkdir(parents=True)
+            (folder / LOCK).write_text(lock)
+            raise KeyboardInterrupt
+        assert [path.name for path in tmp_path.iterdir()] == left
+    assert (folder / LOCK).read_text() == lock
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
