@@ -197,7 +197,11 @@ def _check_sha256(model: ReleasedModel, path: str) -> None:
     if model.sha256 is None:
         logger.warning("%s is used unchecked: no checksum of it is known", model.file)
         return
-    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):  # the whole may be of a gigabyte
+            digest.update(piece)
+    found = digest.hexdigest()
     if found != model.sha256:
         raise ValueError(
             f"{path} has sha256 {found} instead of {model.sha256}; delete it and download it again"

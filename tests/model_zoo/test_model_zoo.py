@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import hashlib
 import logging
+import tracemalloc
 import urllib.error
 from pathlib import Path
 
@@ -139,6 +140,15 @@ def test_download_checks_the_checksum(
     path.write_bytes(b"other bytes")
     with pytest.raises(ValueError, match=f"instead of {known.sha256}"):
         model_zoo.download(R50)
+
+    content = 500_000 * b"seven b"  # more than is read at a time, and no multiple of it
+    path.write_bytes(content)
+    known = dataclasses.replace(model, sha256=hashlib.sha256(content).hexdigest())
+    tracemalloc.start()
+    assert model_zoo.download(R50) == str(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(content)
 
 
 def test_get_builds_and_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
