@@ -98,8 +98,15 @@ def file_problem(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
     found = (width, height) if turned else (height, width)
     if found == size:
         return None
+    kind = "image has another size than its annotations say"
+    if turned and size == (height, width):
+        kind += (
+            ": they have that of the stored pixels, before the EXIF orientation is applied. If the "
+            "objects are drawn on these pixels, remove the orientation from the file (exiftool "
+            "-Orientation= FILE); if not, correct the size in the annotations"
+        )
     hint = " (its EXIF data turn it by 90 degrees)" if turned else ""
-    return "image has another size than its annotations say", f"{found}{hint}, not {size}"
+    return kind, f"{found}{hint}, not {size}"
 
 
 def _check_geometry(data: Annotations, sizes: dict, wrong: set[int | None]) -> Iterator[Finding]:

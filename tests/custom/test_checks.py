@@ -155,7 +155,11 @@ def test_turned_image_has_its_upright_size(tmp_path: Path, orientation: int) -> 
     assert file_problem(path, upright) is None
     kind, detail = file_problem(path, upright[::-1])
     assert kind.startswith("image has another size")
-    assert ("EXIF" in detail) == (orientation >= 5)
+    assert ("EXIF" in detail) == ("exiftool -Orientation=" in kind) == (orientation >= 5)
+    assert "exiftool" not in file_problem(path, (9, 9))[0]
+    del exif[0x0112]  # as the advice says
+    Image.new("RGB", (40, 30)).save(path, exif=exif)
+    assert file_problem(path, (30, 40)) is None
 
 
 def test_one_pixel_image(tmp_path: Path) -> None:
