@@ -10,16 +10,17 @@ Shape key: B images, H, W pixels of the padded canvas.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from maskdino.ops.constants import holding_constants
+from maskdino.ops.graph_memory import GraphMemory
 from maskdino.structures import Predictions
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ Network = Callable[[Tensor], Results]
 class CudaGraphs:
     """Graphs of one network; the least recently used are forgotten.
 
-    Copies of this object, and so of a model that holds it, begin without graphs.
+    Several threads may call it. Copies of this object, and so of a model that holds it, begin without
+    graphs.
     """
 
     def __init__(self, most: int = MOST_GRAPHS) -> None:
@@ -44,7 +46,8 @@ class CudaGraphs:
         self._calls: Counter[int] = Counter()  # by hash: a key may hold a network that was replaced
         self._model: nn.Module | None = None
         self._hooks: tuple[dict, ...] = ()  # of its modules, and of all
-        self._pool: Any = None
+        self._memory: dict[torch.device, GraphMemory] = {}
+        self._lock = threading.Lock()  # a graph has one place for its images and one for results
         self._works = True
 
     def __call__(
@@ -70,13 +73,11 @@ class CudaGraphs:
             return network(images)
         weights = next(model.parameters()).data_ptr()
         full_key = (tuple(images.shape), images.dtype, images.device, weights, key)
-        if full_key not in self._graphs:
-            self._calls[hash(full_key)] += 1
-            early = self._calls[hash(full_key)] <= CALLS_BEFORE
-            if early or not self._add(full_key, network, images):
-                return network(images)
-        self._graphs.move_to_end(full_key)
-        return self._graphs[full_key](images)
+        with self._lock:
+            if full_key in self._graphs or self._add(full_key, network, images):
+                self._graphs.move_to_end(full_key)
+                return self._graphs[full_key](images)
+        return network(images)
 
     def __deepcopy__(self, memo: dict) -> CudaGraphs:
         return CudaGraphs(self._most)
@@ -88,11 +89,14 @@ class CudaGraphs:
         return len(self._graphs)
 
     def _add(self, key: Hashable, network: Network, images: Tensor) -> bool:
-        """Captures; a network that cannot be captured runs without from then on."""
+        """Captures what comes again; what cannot be captured runs without from then on."""
+        self._calls[hash(key)] += 1
+        if self._calls[hash(key)] <= CALLS_BEFORE or not self._works:
+            return False
         try:
-            if self._pool is None:
-                self._pool = new_pool()
-            self._graphs[key] = capture(network, images, self._pool)
+            if images.device not in self._memory:
+                self._memory[images.device] = GraphMemory(images.device)
+            self._graphs[key] = capture(network, images, self._memory[images.device])
         except RuntimeError as error:
             self._works = False
             self._graphs.clear()
@@ -107,18 +111,13 @@ class CudaGraphs:
         return True
 
 
-def new_pool() -> Any:
-    """Memory that graphs share: they run one after the other."""
-    return torch.cuda.graph_pool_handle()
-
-
-def capture(network: Network, images: Tensor, pool: Any) -> Network:
+def capture(network: Network, images: Tensor, memory: GraphMemory) -> Network:
     """Captures a network as a CUDA graph.
 
     Args:
         network: see `CudaGraphs.__call__`.
         images: an input of the shape to capture.
-        pool: see `new_pool`.
+        memory: of the graph and others.
 
     Returns:
         A function that replays the graph on other images of this shape, and copies the results.
@@ -134,23 +133,20 @@ def capture(network: Network, images: Tensor, pool: Any) -> Network:
         holding_constants() as constants,
     ):
         held = images.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        memory.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(memory.stream):
             network(held)  # libraries set themselves up outside of the capture
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().wait_stream(memory.stream)
         # Weights that autocast converted before are not the graph's own, nor its own others'.
         torch.clear_autocast_cache()
         try:
-            # Other threads, such as those that load images, may go on meanwhile.
-            mode = "thread_local"
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            with memory.captured() as graph:
                 predictions, pixel_embedding = network(held)
         finally:
             torch.clear_autocast_cache()
 
     def replay(images: Tensor, _kept: object = constants) -> Results:
+        memory.take_turn()
         held.copy_(images)
         graph.replay()
         embedding = None if pixel_embedding is None else pixel_embedding.clone()

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskdino.modeling.layers import is_hooked
 from maskdino.ops.constants import holding_constants
+from maskdino.ops.graph_memory import GraphMemory
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class TrainingGraphs:
         self._steps: dict[Hashable, Step] = {}
         self._calls: Counter[Hashable] = Counter()
         self._weights: tuple[int, ...] = ()  # where they are
-        self._pool: Any = None
+        self._memory: GraphMemory | None = None
         self._said: set[str] = set()
 
     def __call__(self, model: nn.Module, network: Callable[..., T], *inputs: Tensor) -> T:
@@ -101,7 +102,7 @@ class TrainingGraphs:
         kind = inputs[0].device.type
         places = tuple(weight.data_ptr() for weight in weights)
         if places != self._weights:  # others are trained, or they have moved
-            self._weights, self._pool = places, None
+            self._weights, self._memory = places, None
             self._steps.clear()
             self._calls.clear()
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -138,10 +139,10 @@ class TrainingGraphs:
         if self._calls[key] != CALLS_BEFORE + 1:
             return None
         try:
-            if self._pool is None:
-                self._pool = new_pool()
+            if self._memory is None:
+                self._memory = GraphMemory(inputs[0].device)
             with stand_ins(model, weights) as parameters:
-                self._steps[key] = capture_step(network, inputs, parameters, self._pool)
+                self._steps[key] = capture_step(network, inputs, parameters, self._memory)
         except RuntimeError as error:
             self._say(str(error).partition("\n")[0])
         return self._steps.get(key)
@@ -214,11 +215,6 @@ class _Replayed(torch.autograd.Function):
         return None, *found
 
 
-def new_pool() -> Any:
-    """Memory that graphs share: one step is under way at a time."""
-    return torch.cuda.graph_pool_handle()
-
-
 @contextmanager
 def stand_ins(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Within, the model holds other parameters with the memory of these weights.
@@ -249,7 +245,7 @@ def capture_step(
     network: Callable[..., Mapped],
     inputs: Sequence[Tensor],
     weights: Sequence[nn.Parameter],
-    pool: Any,
+    memory: GraphMemory,
 ) -> Step:
     """Captures the two passes of a network as CUDA graphs.
 
@@ -257,7 +253,7 @@ def capture_step(
         network: see `TrainingGraphs.__call__`.
         inputs: of the shapes to capture.
         weights: those that have gradients, of which no other step knows: see `stand_ins`.
-        pool: see `new_pool`.
+        memory: of the graphs and others: one step is under way at a time.
 
     Raises:
         RuntimeError: something in the network waits for the GPU, or cannot be captured.
@@ -281,25 +277,21 @@ def capture_step(
         # Also what is computed again in the backward pass converts weights as they are then.
         torch.autocast(device.type, enabled=False, cache_enabled=False),
     ):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        memory.stream.wait_stream(torch.cuda.current_stream())
         # Graphs cannot use what the allocator keeps of the steps before.
         torch.cuda.empty_cache()
-        with torch.cuda.stream(stream):  # libraries set themselves up outside of the capture
+        with torch.cuda.stream(memory.stream):  # libraries set themselves up before the capture
             with autocast():
                 outputs = [x for x in tensors_of(network(*held)) if x.requires_grad]
             _gradients(outputs, sources, [torch.zeros_like(x) for x in outputs])
             del outputs
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads, such as those that load images, may go on meanwhile.
-        how: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(forward, **how), autocast():
+        with memory.captured() as forward, autocast():
             result = network(*held)
         outputs = [x for x in tensors_of(result) if x.requires_grad]
         output_gradients = [torch.zeros_like(x) for x in outputs]
-        with torch.cuda.graph(backward, **how):
+        with memory.captured() as backward:
             found = iter(_gradients(outputs, sources, output_gradients))
     gradients = [next(found) if x.requires_grad else None for x in (*held, *weights)]
     # Without the program that made it, which is in the graphs.

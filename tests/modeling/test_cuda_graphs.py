@@ -6,8 +6,10 @@ import copy
 import gc
 import logging
 import pickle
+import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -40,7 +42,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes in the order in which they are captured; replays do not call the network."""
     shapes: list[tuple[int, ...]] = []
 
-    def capture(network: Callable, images: Tensor, _pool: object) -> Callable:
+    def capture(network: Callable, images: Tensor, _: object) -> Callable:
         shapes.append(tuple(images.shape))
         model = network.__self__
 
@@ -53,7 +55,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return replay
 
     monkeypatch.setattr(cuda_graphs, "capture", capture)
-    monkeypatch.setattr(cuda_graphs, "new_pool", lambda: "pool")
+    monkeypatch.setattr(cuda_graphs, "GraphMemory", lambda device: device)
     return shapes
 
 
@@ -137,13 +139,41 @@ def test_a_network_that_cannot_be_captured_runs_without(
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(cuda_graphs, "capture", capture)
-    monkeypatch.setattr(cuda_graphs, "new_pool", lambda: "pool")
+    monkeypatch.setattr(cuda_graphs, "GraphMemory", lambda device: device)
     model, graphs = Network(), CudaGraphs()
     with caplog.at_level(logging.WARNING):
         found = {call(graphs, model, size) for size in (5, 5, 5, 5, 5)}
     assert len(found) == 1 and model.calls == 5 and len(graphs) == 0
     (record,) = caplog.records
     assert "operation not permitted" in record.getMessage() and "more" not in record.getMessage()
+
+
+def test_threads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph reads images where it always does: what a thread put there must be its own still."""
+
+    def capture(network: Callable, images: Tensor, _: object) -> Callable:
+        held = images.clone()
+
+        def replay(images: Tensor) -> tuple[Predictions, None]:
+            held.copy_(images)
+            time.sleep(0.01)  # another thread goes on
+            return network(held)
+
+        return replay
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "GraphMemory", lambda device: device)
+    model, graphs = Network(), CudaGraphs()
+
+    @torch.no_grad()
+    def predicted(number: int) -> bool:
+        images = torch.full((1, 3, 2, 5), float(number))
+        found = graphs(model, model.predict, images, None)[0].boxes
+        return bool(found.equal(model.predict(images)[0].boxes))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(predicted, range(12)))
+    assert len(graphs) == 1
 
 
 @pytest.mark.usefixtures("captured")

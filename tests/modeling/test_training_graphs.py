@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ class Runs:
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     stand_in = Runs()
     monkeypatch.setattr(training_graphs, "capture_step", stand_in)
-    monkeypatch.setattr(training_graphs, "new_pool", lambda: "pool")
+    monkeypatch.setattr(training_graphs, "GraphMemory", lambda device: device)
     return stand_in
 
 
@@ -250,7 +250,7 @@ def test_what_cannot_be_captured_trains_as_it_is(
         raise RuntimeError("out of memory\nand more")
 
     monkeypatch.setattr(training_graphs, "capture_step", fails)
-    monkeypatch.setattr(training_graphs, "new_pool", lambda: "pool")
+    monkeypatch.setattr(training_graphs, "GraphMemory", lambda device: device)
     models = pair()
     for _ in range(CALLS_BEFORE + 3):
         found, expected = (step(model, (2, 1)) for model in models)
@@ -278,27 +278,30 @@ class Idle:
         pass
 
 
+class Memory:
+    """Captures run at once, as nothing stands in for CUDA."""
+
+    def __init__(self) -> None:
+        self.stream, self.captures = Idle(), 0
+
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[Idle]:
+        self.captures += 1
+        yield Idle()
+
+
 @pytest.fixture
-def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Captures run at once, as nothing stands in for CUDA; returns their modes."""
-    found: list[str] = []
-
-    def graph(_: object, **how: str) -> contextlib.AbstractContextManager:
-        found.append(how["capture_error_mode"])
-        return contextlib.nullcontext()
-
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setattr(torch.random, "fork_rng", lambda _: contextlib.nullcontext())
     for name in ("stream", "device"):
         monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name in ("CUDAGraph", "Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, Idle)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    return found
+    monkeypatch.setattr(torch.cuda, "current_stream", Idle)
+    return Memory()
 
 
-def test_what_a_capture_holds(modes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_capture_holds(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs, results and gradients of the passes."""
     monkeypatch.setattr(torch, "zeros_like", torch.ones_like)  # gradients before the backward pass
     cached, gradients = [], training_graphs._gradients
@@ -312,8 +315,8 @@ def test_what_a_capture_holds(modes: list[str], monkeypatch: pytest.MonkeyPatch)
     content = torch.randn(2, 6, 64, requires_grad=True)
     inputs = torch.randn(2, 3, 64, 64), content, torch.randn(2, 6, 4), torch.arange(6) // 3
     weights = list(model.parameters())
-    held = capture_step(model._network, inputs, weights, "pool")
-    assert modes == ["thread_local", "thread_local"]
+    held = capture_step(model._network, inputs, weights, memory)
+    assert memory.captures == 2
     assert cached == [False, False] and torch.is_autocast_cache_enabled()
     assert all(torch.equal(a, b) and a is not b for a, b in zip(held.inputs, inputs, strict=True))
     expected = tensors_of(model._network(*inputs))
@@ -327,12 +330,11 @@ def test_what_a_capture_holds(modes: list[str], monkeypatch: pytest.MonkeyPatch)
             assert (gradient - source.grad).norm() <= 1e-4 * source.grad.norm()
 
 
-@pytest.mark.usefixtures("modes")
-def test_gradients_of_a_sum_do_not_share_memory() -> None:
+def test_gradients_of_a_sum_do_not_share_memory(memory: Memory) -> None:
     """Clipping changes each weight's gradient in place."""
     weights = [nn.Parameter(torch.randn(3)) for _ in range(3)]
     boxes = torch.randn(3)
-    held = capture_step(lambda x: Predictions(sum(weights), x, None), [boxes], weights, "pool")
+    held = capture_step(lambda x: Predictions(sum(weights), x, None), [boxes], weights, memory)
     of_boxes, *gradients = held.gradients
     assert of_boxes is None and len({x.data_ptr() for x in gradients}) == 3
 

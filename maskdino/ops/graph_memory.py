@@ -1,0 +1,84 @@
+"""Memory of CUDA graphs, and captures that leave nothing behind where they fail."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# Who begins to capture waits for the GPU, which breaks off what others capture.
+_one_at_a_time = threading.Lock()
+
+
+class GraphMemory:
+    """Memory that graphs of one GPU share: they run one after the other.
+
+    What was freed on a stream the allocator keeps for that stream, so all are captured on one.
+
+    Args:
+        device: the GPU, with its index.
+
+    Attributes:
+        stream: of captures, and of what is to be computed once before: libraries set themselves up
+            for a stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self._last: torch.cuda.Stream | None = None
+        self._left: list[torch.cuda.CUDAGraph] = []
+
+    @contextmanager
+    def captured(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """Captures what is asked for within, where the device is the current one.
+
+        Raises:
+            RuntimeError: something within waits for the GPU, or cannot be captured.
+        """
+        graph, cause = torch.cuda.CUDAGraph(), None
+        # Where a capture cannot be ended, `torch.cuda.graph` leaves its stream the current one.
+        with _one_at_a_time, torch.cuda.stream(self.stream):
+            try:
+                # Other threads, such as those that load images, may go on meanwhile.
+                mode = "thread_local"
+                with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode=mode):
+                    try:
+                        yield graph
+                    except RuntimeError as error:
+                        cause = error  # the error of the capture's end says less
+                        raise
+            except RuntimeError as error:
+                self._unwind(graph)
+                raise cause or error from None
+
+    def _unwind(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends a capture for PyTorch too, which does not where CUDA has found it invalid.
+
+        Else its allocator would keep unused memory where there is no other, and generators of older
+        releases (2.11 for one) would draw no more numbers.
+        """
+        names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # before 2.8
+        end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+        try:
+            end(self._device.index, self._pool)
+        except RuntimeError:  # it has ended
+            return
+        torch._C._cuda_releasePool(self._device.index, self._pool)
+        # Pinned memory is not told: it asks this graph further on, and would refuse the same pool.
+        self._left.append(graph)
+        self._pool = torch.cuda.graph_pool_handle()
+        # Generators begin and end with a capture, whichever.
+        mode = "thread_local"
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self.stream, capture_error_mode=mode):
+            torch.zeros(1, device=self._device)
+
+    def take_turn(self) -> None:
+        """Before a replay: lets the current stream wait for the one of the replay before."""
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream

@@ -1,0 +1,78 @@
+"""Captures on a GPU: those that fail, memory that is shared, replays of several threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from maskdino.modeling.cuda_graphs import CALLS_BEFORE
+from maskdino.ops.graph_memory import GraphMemory
+from tests.gpu.cases import error_of, make_batch, make_cfg, make_model
+
+pytestmark = pytest.mark.gpu
+
+LARGE = 1 << 26  # bytes
+
+
+@pytest.fixture
+def memory(cuda: torch.device) -> GraphMemory:
+    return GraphMemory(torch.ones(1, device=cuda).device)
+
+
+def test_a_capture_that_waits_leaves_nothing_behind(memory: GraphMemory) -> None:
+    stream, x = torch.cuda.current_stream(), torch.ones(4, device="cuda")
+    for _ in range(2):
+        with pytest.raises(RuntimeError), memory.captured():
+            (x + 1).sum().item()
+        assert torch.cuda.current_stream() == stream
+        assert torch.rand(3, device="cuda").sum().item() > 0
+    with memory.captured() as graph:
+        y = x + 1
+    graph.replay()
+    assert y.tolist() == [2.0] * 4
+
+
+def test_a_graph_of_before_replays_after_a_failure(memory: GraphMemory) -> None:
+    x = torch.ones(4, device="cuda")
+    with memory.captured() as graph:
+        y = x + torch.rand_like(x)
+    with pytest.raises(RuntimeError), memory.captured():
+        x.sum().item()
+    torch.manual_seed(0)
+    graph.replay()
+    torch.manual_seed(0)
+    assert y.equal(x + torch.rand_like(x))
+
+
+def test_graphs_share_memory(memory: GraphMemory) -> None:
+    x = torch.ones(LARGE // 4, device="cuda")
+    reserved, results = [torch.cuda.memory_reserved()], []
+    for _ in range(3):
+        with memory.captured():
+            results.append((x + 1).sum())
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[-1] - reserved[0] < 2 * LARGE
+
+
+def test_threads_on_streams_of_their_own(cuda: torch.device) -> None:
+    model = make_model(make_cfg("instance", TEST__PRECISION="float32")).eval().to(cuda)
+    batches = [model.preprocess(make_batch("instance", seed=seed)).tensor for seed in range(8)]
+    with torch.no_grad():
+        expected = [model.predict(images)[0].boxes for images in batches]
+        model.predict_precisely(batches[0])  # makes what all of them read
+    torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def error(number: int) -> float:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = model.predict_precisely(batches[number])[0].boxes
+            torch.cuda.current_stream().synchronize()
+        return error_of(found, expected[number])
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(CALLS_BEFORE + 3):
+            assert max(threads.map(error, range(8))) < 1e-4
+    assert len(model._graphs) == 1

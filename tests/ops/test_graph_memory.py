@@ -1,0 +1,136 @@
+"""Captures that fail, and replays on several streams; something stands in for CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from maskdino.ops.graph_memory import GraphMemory
+
+GPU = torch.device("cuda", 1)
+
+
+class Stream:
+    def __init__(self, device: object = None) -> None:
+        self.device, self.waits_for = device, []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits_for.append(other)
+
+
+class Cuda:
+    """What PyTorch (2.6 to 2.14) does of a capture, also where CUDA has found it invalid.
+
+    Attributes:
+        current: stream.
+        open: pools for which a capture allocates.
+        draws: whether generators draw numbers outside of a capture.
+        invalid: whether the capture that is under way is.
+    """
+
+    def __init__(self) -> None:
+        self.usual = self.current = Stream(GPU)
+        self.open: list[object] = []
+        self.refused: list[object] = []  # pools whose captures pinned memory does not know to end
+        self.draws, self.invalid = True, False
+        self.pools = 0
+
+    def graph_pool_handle(self) -> tuple[int, int]:
+        self.pools += 1
+        return 0, self.pools
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(
+        self, _: object, pool: object, stream: Stream, *, capture_error_mode: str
+    ) -> Iterator[None]:
+        assert capture_error_mode == "thread_local" and pool not in self.refused
+        before, self.current = self.current, stream
+        self.open.append(pool)
+        self.draws = False
+        try:
+            yield
+        finally:
+            if self.invalid:
+                self.invalid = False
+                self.refused.append(pool)
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.end(GPU.index, pool)
+            self.draws, self.current = True, before
+
+    def end(self, device: int, pool: object) -> None:
+        if pool not in self.open:
+            raise RuntimeError("not currently recording to mempool_id")
+        assert device == GPU.index
+        self.open.remove(pool)
+
+    def wait(self) -> None:
+        """Of the host, for the GPU: CUDA finds the capture invalid."""
+        self.invalid = True
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.fixture(params=["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    it = Cuda()
+    for name in ("graph", "graph_pool_handle", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(it, name))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: it.current)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
+    monkeypatch.setattr(torch._C, request.param, it.end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: None, raising=False)
+    return it
+
+
+def test_captures_are_made_on_one_stream(cuda: Cuda) -> None:
+    memory = GraphMemory(GPU)
+    for _ in range(2):
+        with memory.captured() as graph:
+            assert cuda.current is memory.stream is not cuda.usual and graph is not None
+        assert cuda.current is cuda.usual
+    assert memory.stream.device == GPU
+
+
+def test_a_capture_that_fails_leaves_nothing_behind(cuda: Cuda) -> None:
+    memory = GraphMemory(GPU)
+    for _ in range(2):  # the second as if there had been no first
+        with pytest.raises(RuntimeError, match="not permitted"), memory.captured():
+            cuda.wait()
+        assert cuda.current is cuda.usual and cuda.draws and not cuda.open
+    with memory.captured():
+        pass
+
+
+def test_what_fails_beside_cuda_ends_the_capture(cuda: Cuda) -> None:
+    memory = GraphMemory(GPU)
+    for error in (RuntimeError("out of memory"), TypeError("a number")):
+        with pytest.raises(type(error), match=str(error)), memory.captured():
+            raise error
+        assert cuda.current is cuda.usual and cuda.draws and not cuda.open
+    with memory.captured():
+        pass
+    assert cuda.pools == 1
+
+
+def test_streams_take_turns(cuda: Cuda) -> None:
+    memory, other = GraphMemory(GPU), Stream(GPU)
+    memory.take_turn()
+    memory.take_turn()
+    assert not cuda.usual.waits_for
+    with cuda.stream(other):
+        memory.take_turn()
+    memory.take_turn()
+    assert other.waits_for == [cuda.usual] and cuda.usual.waits_for == [other]
