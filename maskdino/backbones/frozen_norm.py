@@ -26,7 +26,7 @@ class FrozenNorm(FrozenBatchNorm2d):
         super().__init__(num_features, eps)
         self._made_of: tuple[Tensor, ...] = ()
         self._versions: tuple[object, ...] = ()
-        self._scale_and_shift: tuple[Tensor, Tensor] | None = None
+        self._kept: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # a CUDA graph may read them
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape and dtype."""
@@ -39,15 +39,17 @@ class FrozenNorm(FrozenBatchNorm2d):
     def constants(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scale and shift, each (1, C, 1, 1), kept until a buffer changes."""
         buffers = (self.weight, self.bias, self.running_mean, self.running_var)
-        versions = (dtype, *(buffer._version for buffer in buffers))
+        versions = tuple(buffer._version for buffer in buffers)
         same = len(self._made_of) and all(map(operator.is_, buffers, self._made_of))
-        kept = self._scale_and_shift
-        if kept is None or not same or versions != self._versions:
+        if not same or versions != self._versions:
+            self._made_of, self._versions = buffers, versions
+            self._kept.clear()
+        if dtype not in self._kept:
             scale = self.weight * (self.running_var + self.eps).rsqrt()
             shift = self.bias - self.running_mean * scale
-            kept = scale.view(1, -1, 1, 1).to(dtype), shift.view(1, -1, 1, 1).to(dtype)
-            self._scale_and_shift, self._made_of, self._versions = kept, buffers, versions
-        return kept
+            scale, shift = (x.view(1, -1, 1, 1).to(dtype) for x in (scale, shift))
+            self._kept[dtype] = scale, shift
+        return self._kept[dtype]
 
 
 def keep_frozen_norms(module: nn.Module) -> nn.Module:

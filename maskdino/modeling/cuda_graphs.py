@@ -36,8 +36,7 @@ Network = Callable[[Tensor], Results]
 class CudaGraphs:
     """Graphs of one network; the least recently used are forgotten.
 
-    Several threads may call it. Copies of this object, and so of a model that holds it, begin without
-    graphs.
+    Several threads may call it. Copies of it, and so of a model that holds it, begin without any.
     """
 
     def __init__(self, most: int = MOST_GRAPHS) -> None:

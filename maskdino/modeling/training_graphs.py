@@ -75,7 +75,7 @@ class TrainingGraphs:
         self._most = most
         self._steps: dict[Hashable, Step] = {}
         self._calls: Counter[Hashable] = Counter()
-        self._weights: tuple[int, ...] = ()  # where they are
+        self._read: tuple[int, ...] = ()  # where weights are, and the state of buffers
         self._memory: GraphMemory | None = None
         self._said: set[str] = set()
 
@@ -100,9 +100,11 @@ class TrainingGraphs:
             return network(*inputs)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         kind = inputs[0].device.type
-        places = tuple(weight.data_ptr() for weight in weights)
-        if places != self._weights:  # others are trained, or they have moved
-            self._weights, self._memory = places, None
+        # Of buffers, such as those of frozen norms, modules keep what follows from them.
+        buffers = [state for x in model.buffers() for state in (x.data_ptr(), x._version)]
+        read = (*(weight.data_ptr() for weight in weights), *buffers)
+        if read != self._read:  # others are trained, or something has moved or was loaded
+            self._read, self._memory = read, None
             self._steps.clear()
             self._calls.clear()
         half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

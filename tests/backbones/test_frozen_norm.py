@@ -62,7 +62,9 @@ def test_half_precision_is_rounded_once() -> None:
     found = norm(x)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, norm(x.float()).bfloat16(), atol=0.03, rtol=0.01)
+    first = norm.constants(torch.bfloat16)
     assert norm(x.float()).dtype == torch.float32  # constants of each dtype
+    assert norm.constants(torch.bfloat16) is first  # a CUDA graph may read them
 
 
 def test_constants_follow_the_weights() -> None:

@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from maskdino.backbones.frozen_norm import FrozenNorm
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
 from maskdino.modeling.training_graphs import CALLS_BEFORE, TrainingGraphs
@@ -111,6 +112,21 @@ def test_other_sizes_and_evaluation_in_between(cuda: torch.device) -> None:
                     step.model(batch)
                 step.model.train()
     assert len(steps[0].model.training_graphs) == 2
+
+
+def test_norms_that_are_loaded_anew_count(cuda: torch.device) -> None:
+    """A graph reads what a frozen norm made of its buffers, as long as that stays."""
+    steps = [make_step("instance", cuda, "float32", replays=replays) for replays in (True, False)]
+    batches = [make_batch("instance", (2, 3), seed=1), make_batch("instance", (2, 3), seed=1)[1:]]
+    norms = [m for s in steps for m in s.model.modules() if isinstance(m, FrozenNorm)]
+    assert norms
+    for number in range(2 * (CALLS_BEFORE + 2)):
+        if number == CALLS_BEFORE + 1:
+            for norm in norms:
+                norm.weight.mul_(1.1)
+        batch = batches[number == CALLS_BEFORE + 1]  # another canvas, which runs as it is
+        found, expected = (run(step, [batch]) for step in steps)
+        assert found == pytest.approx(expected, rel=BOUNDS["float32"]), number
 
 
 def test_a_network_that_waits_trains_on(

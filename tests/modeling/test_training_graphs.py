@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maskdino.backbones.frozen_norm import FrozenNorm
 from maskdino.model import MaskDINO
 from maskdino.modeling import training_graphs
 from maskdino.modeling.training_graphs import (
@@ -182,6 +183,20 @@ def test_weights_that_change_in_place_change_the_replay(runs: Runs) -> None:
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert found != pytest.approx(before, rel=1e-2)
     assert len(runs.shapes) == 1
+
+
+def test_buffers_that_change_make_graphs_anew(runs: Runs) -> None:
+    """A replay passes over modules, which keep what follows from their buffers."""
+    models = pair()
+    for model in models:
+        model.backbone.layers[0] = nn.Sequential(model.backbone.layers[0], FrozenNorm(16))
+    for scale in (1.0, 3.0):
+        for model in models:
+            model.backbone.layers[0][1].weight.fill_(scale)
+        for _ in range(CALLS_BEFORE + 1):
+            found, expected = (step(model, (2, 1)) for model in models)
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert len(runs.shapes) == 2 and len(models[0].training_graphs) == 1
 
 
 def test_the_shapes_that_come_again_first_have_graphs(
