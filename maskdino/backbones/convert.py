@@ -239,6 +239,6 @@ def _check_complete(converted: Mapping[str, Tensor], wanted: Mapping[str, Tensor
         if name in wanted and tensor.shape != wanted[name].shape
     ]
     problems = {"missing": missing, "left over": left, "of another shape": shapes}
-    found = [f"{len(n)} weights {what} ({', '.join(n[:3])})" for what, n in problems.items() if n]
+    found = [f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in problems.items() if n]
     if found:
         raise ValueError(f"the file does not fit the backbone: {'; '.join(found)}")

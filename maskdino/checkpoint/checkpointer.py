@@ -28,6 +28,7 @@ from maskdino.checkpoint.released_weights import (
 from maskdino.model import MaskDINO
 from maskdino.modeling.query_selection import UnifiedQuerySelection
 from maskdino.system.files import write_text, written_whole
+from maskdino.system.words import counted
 
 # Tensors whose size depends on the classes or the number of learned queries: fine-tuning may start
 # them anew.
@@ -228,7 +229,8 @@ class MaskDINOCheckpointer(DetectionCheckpointer):
 def _misfit(wrong: list[str]) -> ValueError:
     shown = "\n  ".join(wrong[:20] + [f"... and {len(wrong) - 20} more"] * (len(wrong) > 20))
     return ValueError(
-        f"the checkpoint does not fit the model of this config; {len(wrong)} tensors differ:\n"
+        "the checkpoint does not fit the model of this config; it differs in "
+        f"{counted(len(wrong), 'tensor')}:\n"
         f"  {shown}\nUse the config that the checkpoint was made with (tools/convert_released.py "
         "makes one for released files), or change MODEL.WEIGHTS."
     )

@@ -18,6 +18,7 @@ from maskdino.checkpoint.reading import (
 )
 from maskdino.checkpoint.released_weights import foreign_model, is_released
 from maskdino.metrics import of_classes_together
+from maskdino.system.words import counted
 
 CLASS_HEADS = ("heads.class_head.weight", "sem_seg_head.predictor.class_embed.weight")
 PARTS = {  # beside the weights, by their names in a file
@@ -48,7 +49,7 @@ class Contents:
         rows = {
             "file": f"{self.path}, {self.size / 2**20:.1f} MiB",
             "holds": self.kind,
-            "numbers": f"{types}, in {self.tensors} tensors",
+            "numbers": f"{types}, in {counted(self.tensors, 'tensor')}",
         }
         if self.facts is not None:
             rows |= _told(self.facts)

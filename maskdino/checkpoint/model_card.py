@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 
 from maskdino.metrics import of_classes_together
 from maskdino.system.program import VERSION
+from maskdino.system.words import counted
 
 if TYPE_CHECKING:
     from maskdino.checkpoint.pretrained import Facts
@@ -34,7 +35,7 @@ TEMPLATE = """\
 
 Mask DINO ([arXiv 2206.02777](https://arxiv.org/abs/2206.02777)) for {{ tasks | join(", ") }}.
 Backbone {{ backbone }}, {{ queries }} queries, {{ parameters }} million parameters,
-{{ number }} class{{ "es" if number != 1 }}.
+{{ classes }}.
 {{ weights }}
 
 ## Data
@@ -47,7 +48,7 @@ The configuration names no data that it was trained on.
 {% if names %}
 Its classes: {{ names | join(", ") }}.
 {% else %}
-Its {{ number }} classes are listed in `categories.json`.
+Its {{ classes }} are listed in `categories.json`.
 {% endif %}
 
 ## Results
@@ -125,7 +126,7 @@ def model_card(cfg: CfgNode, facts: Facts, parameters: int) -> str:
         facts=facts,
         tasks=tasks_of(cfg),
         backbone=_backbone(cfg),
-        number=len(categories),
+        classes=counted(len(categories), "class"),
         names=categories.names if len(categories) <= MOST_CLASSES else (),
         queries=cfg.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES,
         parameters=f"{parameters / 1e6:.1f}",
@@ -178,7 +179,7 @@ def _weights(facts: Facts) -> str:
     """What is known of the weights, in sentences."""
     told = []
     if facts.iterations is not None:
-        told.append(f"It was trained for {facts.iterations} steps.")
+        told.append(f"It was trained for {counted(facts.iterations, 'step')}.")
     if facts.averaged is not None:
         is_or_not = "are averaged over the training (EMA)" if facts.averaged else "are not averaged"
         told.append(f"Its weights {is_or_not}.")

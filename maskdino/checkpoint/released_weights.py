@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskdino.backbones.convert import is_unused_in_swin, swin_rules
 from maskdino.checkpoint.reading import CheckpointError, shapes_of
+from maskdino.system.words import counted
 
 ENCODER = "sem_seg_head.pixel_decoder."
 DECODER = "sem_seg_head.predictor."
@@ -194,7 +195,7 @@ def our_names(names: Mapping[str, object], structure: ReleasedStructure) -> dict
             unknown.append(name)
     if unknown:
         raise KeyError(
-            f"{len(unknown)} tensors have no place in Mask DINO: "
+            f"no place in Mask DINO for {counted(len(unknown), 'tensor')}: "
             f"{', '.join(sorted(unknown)[:8])} ..."
         )
     return ours

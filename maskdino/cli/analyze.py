@@ -28,6 +28,7 @@ from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.integration.extensions import add_import_option
 from maskdino.model import MaskDINO
 from maskdino.model_zoo import find_config
+from maskdino.system.words import counted
 from maskdino.visualization.images import padded_size
 
 SAMPLING = "deformable sampling"
@@ -158,7 +159,7 @@ def main(words: list[str] | None = None) -> None:
     cfg = load_config(find_config(args.config_file), args.opts)
     if args.dataset:
         sizes = sizes_of_dataset(cfg, args.dataset)
-        print(f"Mean over the {sizes.total()} images of {args.dataset}:")
+        print(f"Mean over {counted(sizes.total(), 'image')} of {args.dataset}:")
     else:
         height, width = args.size or (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         if min(height, width) < 1:

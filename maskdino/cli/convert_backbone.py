@@ -17,6 +17,7 @@ from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
 from maskdino.model_zoo import find_config
 from maskdino.system.files import written_whole
+from maskdino.system.words import counted
 
 
 @errors_in_one_line()
@@ -48,4 +49,4 @@ def main(words: list[str] | None = None) -> None:
     data = {"model": prefixed, "__author__": "timm", "matching_heuristics": False}
     with written_whole(arguments.target) as path:
         torch.save(data, path)
-    print(f"{len(prefixed)} weights written to {arguments.target}")
+    print(f"{counted(len(prefixed), 'weight')} written to {arguments.target}")

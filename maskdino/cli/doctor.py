@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from maskdino.cli.common import CommandError, make_parser
 from maskdino.system import program
 from maskdino.system.errors import reason_of
+from maskdino.system.words import counted
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +192,7 @@ def check_model(device: torch.device) -> str:
     scores = result["instances"].scores
     if not len(scores) or not scores.isfinite().all():
         raise ArithmeticError("its scores are no numbers")
-    return f"{len(scores)} objects scored by {name} with random weights"
+    return f"{counted(len(scores), 'object')} scored by {name} with random weights"
 
 
 def examine() -> Findings:

@@ -71,6 +71,7 @@ from maskdino.model import MaskDINO
 from maskdino.model_zoo import read_config
 from maskdino.system.devices import pick_device
 from maskdino.system.files import written_whole
+from maskdino.system.words import counted
 from maskdino.visualization.images import fitting_size, load_image, network_image, network_size
 
 FORMATS = ("onnx", "torch", "tensorrt")
@@ -267,7 +268,8 @@ def run(args: argparse.Namespace) -> None:
             partial.write_bytes(content)
             plugin = options.plugin
             program = program_of_trace(traced) if plugin else program_of_onnx(content, options)
-        print(f"{len(args.images)} images, and a batch of two, program against model:", flush=True)
+        images = counted(len(args.images), "image")
+        print(f"{images}, and a batch of two, program against model:", flush=True)
         check(model, options, program, batches)
         if content is not None:
             check_graph(content, options, attention_layers(model))

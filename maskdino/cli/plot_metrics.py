@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.evaluation.charts import draw_lines
 from maskdino.system.files import write_errors
+from maskdino.system.words import counted
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name -> iterations, values
 
@@ -107,4 +108,4 @@ def main(words: list[str] | None = None) -> None:
     target = args.output or args.output_dir / "metrics.png"
     with write_errors(target):
         plot(curves, str(args.output_dir), target)
-    print(f"{len(curves)} curves read, image written to {target}")
+    print(f"{counted(len(curves), 'curve')} read, image written to {target}")

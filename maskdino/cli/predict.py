@@ -36,6 +36,7 @@ from maskdino.inference.video_results import WEAK, VideoLabels
 from maskdino.integration.extensions import add_import_option
 from maskdino.system.allocator import keep_large_blocks
 from maskdino.system.signals import INTERRUPTED
+from maskdino.system.words import counted
 from maskdino.visualization.images import ImageError
 from maskdino.visualization.results import ImageResult
 
@@ -271,7 +272,8 @@ def _write_labels(
         return
     labels.write(path)
     if isinstance(labels, VideoLabels):
-        print(f"{len(labels.annotations)} objects of {len(labels.videos)} videos in {path}")
+        objects, videos = len(labels.annotations), len(labels.videos)
+        print(f"{counted(objects, 'object')} of {counted(videos, 'video')} in {path}")
     elif isinstance(labels, CocoLabels):
         print(f"{labels} in {path}; its images are below {labels.root}")
     else:
@@ -309,7 +311,7 @@ def main(words: list[str] | None = None) -> int:
     finally:
         _write_labels(labels or of_videos, args.coco)
     if args.output is not None:
-        print(f"{drawn} of {len(outputs) + len(streams)} files drawn, in {args.output}")
+        print(f"{drawn} of {counted(len(outputs) + len(streams), 'file')} drawn, in {args.output}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -25,6 +25,7 @@ from maskdino.inference.video_results import (
     draw_followed,
     named_counts,
 )
+from maskdino.system.words import counted
 from maskdino.visualization.results import ImageResult
 
 Item = TypeVar("Item")
@@ -144,8 +145,8 @@ def draw_video(
         raise VideoError(f"cannot read video {path}: none of its frames can be decoded")
     if reader.skipped == 0:
         return ""
-    total = reader.decoded + reader.skipped
-    return f"video {path}: {reader.skipped} of {total} frames are damaged or missing, and skipped"
+    frames = counted(reader.decoded + reader.skipped, "frame")
+    return f"video {path}: skipped {reader.skipped} of {frames}, damaged or missing"
 
 
 def draw_stream(
@@ -157,9 +158,11 @@ def draw_stream(
             print(f"{stream.name}: Ctrl-C ends, and leaves {target}", file=sys.stderr)
         _draw_all_there_is(predictor, stream, target, stream.rate / wanted.every, wanted)
         if stream.reopened:
-            print(f"{stream.name}: broke off, and was opened again {stream.reopened} times")
+            times = counted(stream.reopened, "time")
+            print(f"{stream.name}: broke off, and was opened again {times}")
         if stream.passed:
-            print(f"{stream.name}: {stream.passed} images came too late, and were passed over")
+            late = counted(stream.passed, "image")
+            print(f"{stream.name}: passed over {late} that came too late")
 
 
 def draw_camera(

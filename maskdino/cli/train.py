@@ -36,6 +36,7 @@ from maskdino.integration.extensions import add_import_option, config_header
 from maskdino.system.devices import configured_device, settle_device
 from maskdino.system.files import write_text
 from maskdino.system.precision import check_precision
+from maskdino.system.words import counted
 
 logger = logging.getLogger("maskdino.train_net")
 
@@ -101,7 +102,7 @@ def set_up(cfg: CfgNode, *, is_evaluation: bool = False) -> CfgNode:
         logger.info("detectron2 %s, torch %s, Python %s", *versions)
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         device = torch.cuda.get_device_name() if on_gpu else "the CPU, in float32"
-        logger.info("%d process(es) on %s", comm.get_world_size(), device)
+        logger.info("%s on %s", counted(comm.get_world_size(), "process"), device)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     return cfg
 

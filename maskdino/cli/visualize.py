@@ -34,6 +34,7 @@ from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.integration.extensions import add_import_option
 from maskdino.model_zoo import find_config
 from maskdino.system.files import write_errors
+from maskdino.system.words import counted
 from maskdino.visualization.drawing import below, beside, enlarge
 from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of_example
 from maskdino.visualization.images import load_image
@@ -90,11 +91,6 @@ def spread(records: list[dict], number: int) -> list[dict]:
 def enlargement(size: tuple[int, int]) -> int:
     """Whole factor that brings an image near to `PANEL_PIXELS`."""
     return max(1, round(PANEL_PIXELS / max(size)))
-
-
-def counted(number: int, what: str) -> str:
-    """Such as "1 object", or "2 objects"."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def in_pixels(size: Sequence[int]) -> str:

@@ -23,6 +23,7 @@ from maskdino.data.annotation_checks import (
 from maskdino.data.folders import WITHIN, check_names
 from maskdino.data.images import BROKEN, decode, orientation
 from maskdino.ops.rle import encode_segmentation
+from maskdino.system.words import counted
 
 TINY = 4  # pixels of the shorter side
 RARE = 10  # objects of a class
@@ -53,7 +54,8 @@ def check(data: Annotations, *, need_all_masks: bool = False) -> list[Finding]:
         findings += _check_geometry(data, sizes, {finding.annotation for finding in wrong})
         findings += _check_masks_complete(data, fatal=need_all_masks)
     if not data.objects():
-        findings.append(Finding("there are no objects", f"{len(data.annotations)} annotations"))
+        annotations = counted(len(data.annotations), "annotation")
+        findings.append(Finding("there are no objects", annotations))
     return [*findings, *_warnings(data)]
 
 
@@ -172,9 +174,9 @@ def _warnings(data: Annotations) -> Iterator[Finding]:
     by_category = Counter(str(x.get("category_id")) for x in data.objects())
     counts = {x["name"]: by_category[str(x["id"])] for x in data.categories}
     yield from warn("class without objects", (n for n, c in counts.items() if c == 0))
-    noun = "images" if data.task == "semantic" else "objects"
+    noun = "image" if data.task == "semantic" else "object"
     few = RARE if data.maps is None else min(RARE, len(data.images))
-    rare = (f"{name}: {count} {noun}" for name, count in counts.items() if 0 < count < few)
+    rare = (f"{name}: {counted(count, noun)}" for name, count in counts.items() if 0 < count < few)
     yield from warn("rare class", rare)
     things = {x["name"]: counts[x["name"]] for x in data.categories if x.get("isthing", True)}
     present = [count for count in things.values() if count]

@@ -12,6 +12,7 @@ from maskdino.custom.measure import Memory, Pace, total_seconds
 from maskdino.custom.plan import Machine
 from maskdino.custom.prepare import PreparedData
 from maskdino.engine.best_checkpoint import Evaluation
+from maskdino.system.words import counted
 
 MOST_LISTED = 10  # classes
 BUSY = 0.2  # cores of other programs that are worth a word
@@ -29,7 +30,7 @@ QUALITIES = {
     "panoptic": "Panoptic quality",
     "semantic": "Intersection over union",
 }
-COUNTED = {"instance": "objects", "panoptic": "segments", "semantic": "images"}
+COUNTED = {"instance": "object", "panoptic": "segment", "semantic": "image"}
 
 
 def plan_text(
@@ -41,19 +42,19 @@ def plan_text(
     pace: Pace | None,
 ) -> str:
     """The choices that were made, one in a line, each with what it follows from."""
-    solver, size = cfg.SOLVER, cfg.INPUT.LSJ.SIZE[0]
+    solver, size, period = cfg.SOLVER, cfg.INPUT.LSJ.SIZE[0], cfg.TEST.EVAL_PERIOD
     queries = cfg.MODEL.MASK_DINO.QUERY_SELECTION.NUM_QUERIES
     images = f"{data.train.images} to train on, {data.validation.images} to validate on"
     if data.was_split:
         images += " (set aside by a hash of the file names)"
     kind = "the GPU" if machine.device == "cuda" else "the CPU"
     room = f"{machine.processes} x {kind}, {machine.memory_mb / 1024:.1f} GB free"
-    batch = f"{solver.IMS_PER_BATCH} images"
-    schedule = f"{epochs} {'epochs' if epochs > 1 else 'epoch'}, {solver.MAX_ITER} iterations"
+    batch = counted(solver.IMS_PER_BATCH, "image")
+    schedule = f"{counted(epochs, 'epoch')}, {counted(solver.MAX_ITER, 'iteration')}"
     if memory is not None:
         batch += f"; a step needs {memory.fixed_mb:.0f} MB and {memory.image_mb:.0f} MB per image"
     if pace is not None:
-        steps, period = solver.MAX_ITER, cfg.TEST.EVAL_PERIOD
+        steps = solver.MAX_ITER
         total = total_seconds(steps, period, pace.step, pace.evaluation)
         evaluations = _time(total - steps * pace.step)
         schedule += f", about {_time(total)}, of which {evaluations} in evaluations"
@@ -73,7 +74,7 @@ def plan_text(
         ("batch", batch),
         ("learning rate", f"{solver.BASE_LR:g}, {_decay(cfg)}"),
         ("schedule", schedule),
-        ("evaluation", f"every {cfg.TEST.EVAL_PERIOD} iterations: {QUALITIES[data.train.task]}"),
+        ("evaluation", f"every {counted(period, 'iteration')}: {QUALITIES[data.train.task]}"),
         ("starts from", _start(cfg)),
     ]
     return tabulate(rows, tablefmt="plain", disable_numparse=True)
@@ -100,8 +101,8 @@ def _time(seconds: float) -> str:
 
 def _fullness(train: Summary) -> str:
     most, many = train.most_objects, train.many_objects
-    noun = "classes" if train.task == "semantic" else COUNTED[train.task]
-    return f"19 of 20 images have at most {many} {noun}; the fullest has {most}"
+    noun = "class" if train.task == "semantic" else COUNTED[train.task]
+    return f"19 of 20 images have at most {counted(many, noun)}; the fullest has {most}"
 
 
 def _decay(cfg: CfgNode) -> str:
@@ -127,7 +128,8 @@ def results_text(evaluation: Evaluation, validation: Summary) -> str:
         if task in evaluation.results
         for metric, of_class in metrics.items()
     ]
-    head = ["", COUNTED[validation.task], *(title + metric for title, _, metric, _ in columns)]
+    titles = (title + metric for title, _, metric, _ in columns)
+    head = ["", f"{COUNTED[validation.task]}s", *titles]
     number = validation.images if validation.task == "semantic" else validation.objects
     together = (values.get(metric) for _, values, metric, _ in columns)
     rows = [head, ["all", str(number), *map(_percent, together)]]

@@ -32,6 +32,7 @@ from maskdino.evaluation.report import write_report
 from maskdino.integration.extensions import config_header
 from maskdino.model_zoo import read_config
 from maskdino.system.files import write_text
+from maskdino.system.words import counted
 
 NO_WEIGHTS = "none"
 DEFAULT_CONFIGS = {"cuda": "custom/maskdino_R50", "cpu": "custom/maskdino_small"}
@@ -182,7 +183,7 @@ def fit_pace(cfg: CfgNode, machine: plan.Machine, request: Request, images: int)
         batch = cfg.SOLVER.IMS_PER_BATCH
         if request.batch_size or batch <= machine.processes:
             raise DataError(
-                f"a batch of {batch} images does not fit in {machine.processes} x "
+                f"a batch of {counted(batch, 'image')} does not fit in {machine.processes} x "
                 f"{machine.memory_mb:.0f} MB; give a smaller --batch-size or --image-size"
             )
         plan.set_batch(cfg, batch // 2)

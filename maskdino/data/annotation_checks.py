@@ -12,6 +12,7 @@ from typing import Any
 from pycocotools import mask as mask_util
 
 from maskdino.ops.rle import counts_of_text, encode_segmentation
+from maskdino.system.words import counted
 
 MALFORMED, NO_PIXEL = "mask is malformed", "no pixel of the image belongs to it"
 LISTS = ("images", "annotations", "categories")
@@ -239,7 +240,8 @@ def _polygons_problem(polygons: list) -> str | None:
         if not isinstance(polygon, list) or not all(map(is_number, polygon)):
             return f"a polygon must be a list of numbers, not {str(polygon)[:80]}"
         if len(polygon) < 6 or len(polygon) % 2:
-            return f"a polygon has {len(polygon)} coordinates; at least 3 pairs are needed"
+            coordinates = counted(len(polygon), "coordinate")
+            return f"a polygon has {coordinates}; at least 3 pairs are needed"
         if max(map(abs, polygon)) >= MAX_COORDINATE:
             return f"a polygon has coordinates beyond {MAX_COORDINATE:g} pixels"
     return None

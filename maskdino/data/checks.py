@@ -33,6 +33,7 @@ from maskdino.data.reading import DataError, read_json
 from maskdino.data.records import KEY as RECORD_KEY
 from maskdino.data.records import RECORD, TRAIN_NAME, VALIDATION_NAME
 from maskdino.integration.registration import register_postponed
+from maskdino.system.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -212,8 +213,8 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_traine
     if number is not None and number != num_classes:
         file = "" if content is None else f" ({metadata.json_file})"
         raise DataError(
-            f"dataset {name!r}{file} has {number} classes, but MODEL.MASK_DINO.NUM_CLASSES is "
-            f"{num_classes}"
+            f"dataset {name!r}{file} has {counted(number, 'class')}, but "
+            f"MODEL.MASK_DINO.NUM_CLASSES is {num_classes}"
         )
     if content is None:
         return True
@@ -305,6 +306,6 @@ def _check_coco(content: dict, json_file: str, image_root: str) -> None:
         missing = names - set(PathManager.ls(folder) if PathManager.isdir(folder) else ())
         if missing:
             raise DataError(
-                f"{json_file} lists {len(missing)} images that are not in {folder}, for example "
-                f"{', '.join(sorted(missing)[:3])}"
+                f"{json_file} lists {counted(len(missing), 'image')} missing from {folder}, for "
+                f"example {', '.join(sorted(missing)[:3])}"
             )

@@ -31,6 +31,7 @@ from maskdino.data.reading import (
 )
 from maskdino.data.transforms import Always, build_augmentations
 from maskdino.integration.extensions import MAPPER_REGISTRY
+from maskdino.system.words import counted
 
 
 class PinnableInstances(Instances):
@@ -91,7 +92,8 @@ class Mapper:
     def _check_class(self, category: int) -> int:
         if not 0 <= category < self.num_classes:
             raise DataError(
-                f"category {category} is outside of the {self.num_classes} classes of the model"
+                f"category {category} is outside of the model's "
+                f"{counted(self.num_classes, 'class')}"
             )
         return category
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from maskdino.data.mappers import build_test_mapper
 from maskdino.data.mixing import build_mixing
 from maskdino.data.reading import DataError
+from maskdino.system.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,9 @@ class ShuffledStream:
 
     def __init__(self, repeat_factors: Tensor, seed: int) -> None:
         if not float(repeat_factors.sum()) > 0:
-            raise ValueError(f"No image to train on: {len(repeat_factors)} images, none repeated.")
+            raise ValueError(
+                f"No image to train on: {counted(len(repeat_factors), 'image')}, none repeated."
+            )
         self._whole = repeat_factors.floor()
         self._fraction = repeat_factors - self._whole
         self._seed = seed
@@ -196,7 +199,7 @@ class TrainingData:
         if batch_size < 1 or batch_size % shares:
             raise ValueError(
                 f"SOLVER.IMS_PER_BATCH is {batch_size}; it must be a positive multiple of "
-                f"{comm.get_world_size()} processes x {accumulation_steps} "
+                f"{counted(comm.get_world_size(), 'process')} x {accumulation_steps} "
                 "SOLVER.ACCUMULATION_STEPS."
             )
         self._records = records

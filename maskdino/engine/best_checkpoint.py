@@ -25,6 +25,7 @@ from maskdino.data import DataError
 from maskdino.evaluation.build import known_metrics
 from maskdino.metrics import before_class, flatten
 from maskdino.system.files import write_text
+from maskdino.system.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +227,8 @@ class BestCheckpoint(HookBase):
         if comm.all_gather(stale)[0]:
             self.trainer.stopped = True
             logger.info(
-                "Stopped: %d evaluations in a row were not better than the best.", self._patience
+                "Stopped: %s in a row without a better result.",
+                counted(self._patience, "evaluation"),
             )
 
 

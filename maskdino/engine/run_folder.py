@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from maskdino.checkpoint.reading import LAST
 from maskdino.system.errors import UserError
 from maskdino.system.files import clear_left
+from maskdino.system.words import counted
 
 try:
     import fcntl
@@ -75,7 +76,7 @@ def check_folder(folder: str | os.PathLike, *, resume: bool, overwrite: bool = F
         with locked(folder):  # not that of a run that is still at work
             for path in left:
                 path.unlink(missing_ok=True)
-        logger.warning("%d files of the run that was in %s are removed.", len(left), folder)
+        logger.warning("removed %s of the run that was in %s", counted(len(left), "file"), folder)
 
 
 @contextmanager

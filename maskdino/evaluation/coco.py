@@ -28,6 +28,7 @@ from maskdino.data.reading import read_json
 from maskdino.evaluation.files import CONVERTED_FILE, INSTANCES_FILE
 from maskdino.ops.host import pack_masks, to_host
 from maskdino.ops.rle import box_and_area, encode_mask, encode_packed, to_json
+from maskdino.system.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +166,10 @@ class COCOInstanceEvaluator(DatasetEvaluator):
             for record in instances_to_records(output["instances"], image["image_id"]):
                 category = self._category_of_class.get(record["category_id"])
                 if category is None:
+                    number = counted(len(self._category_of_class), "class")
                     raise ValueError(
                         f"The model predicts class {record['category_id']}, but the dataset "
-                        f"'{self._metadata.name}' has {len(self._category_of_class)} classes; "
+                        f"'{self._metadata.name}' has {number}; "
                         "MODEL.MASK_DINO.NUM_CLASSES must fit."
                     )
                 record["category_id"] = category
@@ -189,11 +191,11 @@ class COCOInstanceEvaluator(DatasetEvaluator):
         if not records:
             logger.warning("No instance was predicted in '%s': AP is 0.", self._metadata.name)
         if self._detections != COCO_DETECTIONS:
-            counted = f"up to {self._detections} detections of an image (TEST.DETECTIONS_PER_IMAGE)"
+            which = f"up to {self._detections} detections of an image (TEST.DETECTIONS_PER_IMAGE)"
             if self._detections == ALL_DETECTIONS:
-                counted = "all detections of an image"
+                which = "all detections of an image"
             logger.warning(
-                "AP and AR count %s; published numbers on COCO count %d.", counted, COCO_DETECTIONS
+                "AP and AR count %s; published numbers on COCO count %d.", which, COCO_DETECTIONS
             )
         return {task: self._evaluate_task(task, records) for task in self._tasks}
 

@@ -20,6 +20,7 @@ from detectron2.utils.logger import log_every_n_seconds
 from torch import nn
 
 from maskdino.ops.clock import Clock
+from maskdino.system.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def evaluate_images(
         process.
     """
     number = len(loader)  # type: ignore[arg-type]
-    logger.info("Evaluating %d batches of images.", number)
+    logger.info("Evaluating %s of images.", counted(number, "batch"))
     evaluator.reset()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     hand_over = partial(_hand_over, evaluator, device)

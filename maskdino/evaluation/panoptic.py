@@ -19,6 +19,7 @@ from detectron2.utils.logger import create_small_table
 from maskdino.data.panoptic_checks import read_segments
 from maskdino.evaluation.files import PANOPTIC_FILE, PANOPTIC_FOLDER, unique_pngs
 from maskdino.metrics import of_classes_together
+from maskdino.system.words import counted
 
 if TYPE_CHECKING:
     from panopticapi.evaluation import PQStat
@@ -65,8 +66,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         absent = [a["image_id"] for a in content["annotations"] if a["image_id"] not in predictions]
         if absent:
             raise ValueError(
-                f"{len(absent)} images of {self._metadata.panoptic_json} were not predicted, for "
-                f"example {absent[:3]}"
+                f"no prediction for {counted(len(absent), 'image')} of "
+                f"{self._metadata.panoptic_json}, for example {absent[:3]}"
             )
         categories = {category["id"]: category for category in content["categories"]}
         own = self._output_dir

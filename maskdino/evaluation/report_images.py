@@ -30,13 +30,14 @@ from maskdino.evaluation import files
 from maskdino.evaluation.coco import read_annotations
 from maskdino.evaluation.panoptic import panoptic_metrics
 from maskdino.evaluation.semantic import count_pixels, semantic_metrics
+from maskdino.system.words import counted
 from maskdino.visualization.drawing import beside, draw_regions
 from maskdino.visualization.ground_truth import ground_truth_of
 from maskdino.visualization.results import ImageResult
 
 MIN_PIXELS = 420  # of the longer side of a drawn image, as far as whole factors allow
 MAX_PIXELS = 720
-NOUNS = {"instance": "objects", "panoptic": "segments", "semantic": "classes"}
+NOUNS = {"instance": "object", "panoptic": "segment", "semantic": "class"}
 IMAGE_KEYS = ("file_name", "height", "width")
 
 
@@ -103,7 +104,7 @@ class EvaluatedImages(ABC):
             regions = result.regions(self.task, own)
             image = Image.fromarray(draw_regions(result.image, regions, scale=scale))
             image.thumbnail((MAX_PIXELS, MAX_PIXELS))
-            panels.append((f"{kind}: {len(regions)} {NOUNS[self.task]}", np.array(image)))
+            panels.append((f"{kind}: {counted(len(regions), NOUNS[self.task])}", np.array(image)))
         return beside(panels)
 
     def check_complete(self, predicted: Iterable, key: str) -> None:
@@ -111,8 +112,8 @@ class EvaluatedImages(ABC):
         missing = [r[key] for r in self.records if r[key] not in predicted]
         if missing:
             raise ValueError(
-                f"{self.folder} has no {self.task} prediction for {len(missing)} images, for "
-                f"example {missing[:3]}: evaluate again"
+                f"{self.folder} has no {self.task} prediction for "
+                f"{counted(len(missing), 'image')}, for example {missing[:3]}: evaluate again"
             )
 
 

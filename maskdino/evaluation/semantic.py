@@ -22,6 +22,7 @@ from PIL import Image
 from maskdino.data.reading import DataError, read_label_map
 from maskdino.evaluation.files import SEMANTIC_FILE, SEMANTIC_FOLDER, unique_pngs
 from maskdino.metrics import of_classes_together
+from maskdino.system.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,8 @@ class SemanticEvaluator(DatasetEvaluator):
                 classes, classes_of_model = output["sem_seg"].argmax(0), len(output["sem_seg"])
             if classes_of_model != number:
                 raise ValueError(
-                    f"The model predicts {classes_of_model} classes, but the dataset has {number}; "
-                    "MODEL.MASK_DINO.NUM_CLASSES must fit."
+                    f"The model predicts {counted(classes_of_model, 'class')}, but the dataset has "
+                    f"{number}; MODEL.MASK_DINO.NUM_CLASSES must fit."
                 )
             if classes.shape != labels.shape:
                 raise DataError(

@@ -16,6 +16,7 @@ from maskdino.data.reading import colors_of_ids
 from maskdino.inference.labels import common_folder, name_below, write_dataset
 from maskdino.inference.sources import refuse_to_replace
 from maskdino.system.files import write_text
+from maskdino.system.words import counted
 from maskdino.visualization.results import ImageResult
 
 
@@ -75,7 +76,7 @@ class SemanticLabels(LabelImages):
         write_text(self.folder / "classes.txt", names)
 
     def __str__(self) -> str:
-        return f"{self.count} label images in {self.folder}"
+        return f"{counted(self.count, 'label image')} in {self.folder}"
 
 
 class PanopticLabels(LabelImages):
@@ -116,4 +117,5 @@ class PanopticLabels(LabelImages):
     def __str__(self) -> str:
         number = sum(len(entry["segments_info"]) for entry in self.annotations)
         beside = f"{self.folder}; its images are below {self.root}"
-        return f"{number} segments of {self.count} images in {self.path} and {beside}"
+        of = f"{counted(number, 'segment')} of {counted(self.count, 'image')}"
+        return f"{of} in {self.path} and {beside}"

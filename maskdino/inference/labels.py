@@ -23,6 +23,7 @@ from maskdino.checkpoint.pretrained import categories_to_list
 from maskdino.ops.rle import to_json
 from maskdino.ops.runs import crop_mask
 from maskdino.system.files import write_text
+from maskdino.system.words import counted
 from maskdino.visualization.results import ImageResult
 
 STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # x, y: right, down, left, up
@@ -153,7 +154,8 @@ class CocoLabels:
         return {"bbox": mask_utils.toBbox(rle).tolist(), "area": area, "segmentation": shape}
 
     def __str__(self) -> str:
-        return f"{len(self.annotations)} objects of {len(self.images)} images"
+        objects, images = len(self.annotations), len(self.images)
+        return f"{counted(objects, 'object')} of {counted(images, 'image')}"
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""

@@ -7,6 +7,8 @@ import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from maskdino.system.words import counted
+
 # Suffixes, as Pillow and FFmpeg know them.
 _IMAGES = "jpg jpeg jpe jfif jp2 png webp avif gif bmp dib tif tiff tga pbm pgm pnm ppm"
 _VIDEOS = "avi flv m4v mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
@@ -44,7 +46,7 @@ def _of_folder(folder: Path) -> list[Path]:
     known = [path for path in files if path.suffix.lower() in IMAGES | VIDEOS]
     if not known:
         raise ValueError(
-            f"the folder {folder} holds no image or video ({len(files)} other files); "
+            f"the folder {folder} holds no image or video ({counted(len(files), 'other file')}); "
             f"known suffixes are {' '.join(sorted(IMAGES | VIDEOS))}"
         )
     return known

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 
 from maskdino.system.allocator import keep_large_blocks
 from maskdino.system.errors import reason_of
+from maskdino.system.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def _missing_gpu(device: torch.device) -> str:
     if (device.index or 0) < found:
         return ""
     names = "cuda:0" if found == 1 else f"cuda:0 to cuda:{found - 1}"
-    return f"PyTorch finds {found} GPU{'s' * (found > 1)} here: {names}"
+    return f"PyTorch finds {counted(found, 'GPU')} here: {names}"
 
 
 def _no_gpu_at_all() -> str:

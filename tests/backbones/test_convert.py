@@ -110,8 +110,8 @@ def test_misfits_are_named() -> None:
     with pytest.raises(ValueError, match="does not fit") as error:
         convert_backbone(published, backbone)
     message = str(error.value)
-    assert "1 weights missing (body.patch_embed.proj.bias)" in message
-    assert "1 weights left over (body.layers_3.blocks.9.norm1.bias)" in message
+    assert "1 missing (body.patch_embed.proj.bias)" in message
+    assert "1 left over (body.layers_3.blocks.9.norm1.bias)" in message
     assert "body.patch_embed.norm.bias (13,) instead of (12,)" in message
     with pytest.raises(ValueError, match="'stages.0.weight'"):
         swin_rules(["layers.0.blocks.0.norm1.weight", "stages.0.weight"])

@@ -243,7 +243,7 @@ class TestVideos:
         for path, line in zip(clips[:2], told, strict=False):
             left = len(frames_of(tmp_path / "out" / f"{path.stem}.mp4")[1])
             assert line == (
-                f"error: video {path}: {30 - left} of 30 frames are damaged or missing, and skipped"
+                f"error: video {path}: skipped {30 - left} of 30 frames, damaged or missing"
             )
         assert told[2] == f"error: cannot read video {clips[2]}: it is none, or is damaged"
 

@@ -124,7 +124,7 @@ def check_other_commands(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
         view = [] if command is not visualize else ["predictions" if weights in more else "data"]
         command.main([*view, "--config-file", of, *more])
     printed = capsys.readouterr().out
-    assert "Mean over the 1 images of custom_val" in printed
+    assert "Mean over 1 image of custom_val" in printed
     assert printed.count(f"1 figure in {drawn}") == 2
     assert (again / "report.html").is_file()
     # An evaluation in the folder of the run leaves the training's configuration alone.

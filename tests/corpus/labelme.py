@@ -106,7 +106,7 @@ def contents() -> Iterator[Fault]:
     mark = lambda f: f.update({LABELS: b"\xef\xbb\xbf" + f[LABELS]})  # noqa: E731
     yield fine("byte order mark", mark)
     yield fine("more keys", whole(mine={"a": [1]}, flags=None, version=3, lineColor=[0]))
-    yield fine("no file of an image", drop(LABELS), EVERYTHING - FIRST, "1 images have no file")
+    yield fine("no file of an image", drop(LABELS), EVERYTHING - FIRST, "1 image without a file")
     yield of_image("image lost", drop("images/a.png"), r"a\.json", "no image", UNUSABLE)
     inside = both(drop("images/a.png"), whole(imageData="AAAA"))
     yield of_image("image inside of the file", inside, "labelme_export_json", UNUSABLE)

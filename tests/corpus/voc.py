@@ -99,7 +99,7 @@ def whole() -> Iterator[Fault]:
     yield fine("latin-1, declared", both(latin, to_latin))
     mark = lambda f: f.update({LABELS: b"\xef\xbb\xbf" + f[LABELS]})  # noqa: E731
     yield fine("byte order mark", mark)
-    yield fine("no file of an image", drop(LABELS), EVERYTHING - FIRST, "1 images have no file")
+    yield fine("no file of an image", drop(LABELS), EVERYTHING - FIRST, "1 image without a file")
     yield fine("no objects", put(LABELS, "<annotation/>"), EVERYTHING - FIRST)
     lost = "without a usable image"
     yield of_image("image lost", drop("images/a.png"), r"labels/a\.xml", "no image 'a.png'", lost)

@@ -111,8 +111,17 @@ def boxes() -> Iterator[Fault]:
     yield fine("tabs", text(LABELS, " ", "\t", 99))
     yield fine("spaces around", line(lambda x: f"   {x}   "))
     yield fine("byte order mark", lambda f: f.update({LABELS: b"\xef\xbb\xbf" + f[LABELS]}))
-    yield fine("no labels of an image", drop(LABELS), EVERYTHING - FIRST, "1 images have no file")
-    yield fine("labels without image", put("labels/e.txt", "0 .5 .5 .1 .1"), said="have no image")
+    yield fine(
+        "no labels of an image",
+        drop(LABELS),
+        EVERYTHING - FIRST,
+        "1 image without a file",
+    )
+    yield fine(
+        "labels without image",
+        put("labels/e.txt", "0 .5 .5 .1 .1"),
+        said="of labels without an image",
+    )
     yield fine("labels empty", put(LABELS, b""), EVERYTHING - FIRST)
     unread = "file of labels cannot be read"
     for name, data in (
@@ -180,7 +189,7 @@ def settings() -> Iterator[Fault]:
         ("names with no date", "names: [2001-02-31, person]\n", "cannot be read"),
         ("names of 5000 digits", f"names: [{'9' * 5000}, b]\n", "cannot be read"),
         ("names twice", "names: [car, car]\n", "car"),
-        ("nc of another", "names: [car, person]\nnc: 3\n", "nc is 3, but there are 2"),
+        ("nc of another", "names: [car, person]\nnc: 3\n", "nc is 3, but 'names' has 2"),
         ("nc true", "names: [car, person]\nnc: true\n", "nc is True"),
         ("nc a text", "names: [car, person]\nnc: two\n", "nc is"),
         ("nc a fraction", "names: [car, person]\nnc: 2.5\n", "nc is"),

@@ -249,7 +249,7 @@ def test_yolo_keypoints_absent_labels_and_lists(tmp_path: Path, drawn: Sample) -
     first = own.train.data.annotations[0]
     assert (first["bbox"], first["category_id"]) == ([24.0, 12.0, 16.0, 24.0], 1)
     assert first["id"] == "labels/train/scene_0.txt:1"
-    assert "1 images have no file of labels: taken as without objects" in own.notes
+    assert "1 image without a file of labels: taken as without objects" in own.notes
     assert [x["name"] for x in own.train.data.categories] == ["fig", "nut"]
 
 
@@ -272,8 +272,8 @@ def test_shapes_of_labelme(tmp_path: Path) -> None:
     assert abs(area - np.pi * 100) < 4
     assert pair["segmentation"] == [[1, 1, 9, 1, 9, 9], [21, 1, 29, 1, 29, 9]]
     assert pair["bbox"] == [1, 1, 28, 8]
-    assert "1 shapes of type 'point': left out" in own.notes
-    assert "1 shapes of label '__ignore__': left out" in own.notes
+    assert "1 shape of type 'point': left out" in own.notes
+    assert "1 shape of label '__ignore__': left out" in own.notes
 
 
 def test_shapes_of_cvat(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_shapes_of_cvat(tmp_path: Path) -> None:
     bar, egg = own.train.data.annotations
     np.testing.assert_allclose(bar["bbox"], [28, 2, 4, 20], atol=1e-9)
     np.testing.assert_allclose(egg["bbox"], [26, 8, 8, 24], atol=0.2)
-    assert "1 shapes of type 'points': left out" in own.notes
+    assert "1 shape of type 'points': left out" in own.notes
 
 
 def test_ellipses_and_turns() -> None:
@@ -375,7 +375,7 @@ WRONG: list[tuple[Callable, Callable[[Path], None], str]] = [
     (written.write_yolo, put("data.yaml", "names: 3"), "'names' must list the classes"),
     (written.write_yolo, put("data.yaml", "names: {a: 1}"), "must be class numbers"),
     (written.write_yolo, put("data.yaml", "names: [[a], b]"), "must be a single word"),
-    (written.write_yolo, put("data.yaml", "names: [a]\nnc: 2"), "nc is 2, but there are 1 names"),
+    (written.write_yolo, put("data.yaml", "names: [a]\nnc: 2"), "nc is 2, but 'names' has 1"),
     (written.write_yolo, put("data.yaml", "names: [a]\ntrain: lost"), "train: there is no lost"),
     (
         written.write_yolo,
@@ -492,7 +492,7 @@ def test_one_line_says_what_is_wrong(
             '{"images": [], "categories": [], "annotations": [{"segments_info": []}]}',
             "holds COCO's panoptic segmentation annotations, but there is no image in",
         ),
-        ("a.png", "", "1 images, but no annotations.*in folders named labels or masks"),
+        ("a.png", "", "1 image, but no annotations.*in folders named labels or masks"),
         ("a.csv", "a.png,1,2,3,4", r"tables: convert them"),
         ("a.zip", "", r"archives: unpack them \(a\.zip\)"),
         (

@@ -199,7 +199,7 @@ BROKEN = [
     (edit("images", file_name=5), "image without file name: image 2"),
     (drop("images", "id"), "image without id"),
     (edit("images", id=1), "several images with one id: image 1"),
-    (edit("images", file_name="lost.jpg"), "1 images that are not in .*train2017.*lost.jpg"),
+    (edit("images", file_name="lost.jpg"), "1 image missing from .*train2017.*lost.jpg"),
     (drop("categories", "id"), "category without id"),
     (lambda c: c.pop("images"), "not in COCO's format: it lacks images"),
     (lambda c: c.update(annotations=None), "'annotations' must be a list of objects"),
@@ -384,7 +384,7 @@ def test_names_packages_and_classes_are_checked(
 ) -> None:
     with pytest.raises(DataError, match="'nuclei_trian' .*did you mean nuclei_train.*--import"):
         check_datasets(make_cfg("DATASETS.TRAIN", ("nuclei_trian",)))
-    with pytest.raises(DataError, match="has 1 classes.*NUM_CLASSES is 80"):
+    with pytest.raises(DataError, match="has 1 class,.*NUM_CLASSES is 80"):
         check_datasets(
             make_cfg("DATASETS.TEST", ("nuclei_val",), "MODEL.MASK_DINO.NUM_CLASSES", 80)
         )

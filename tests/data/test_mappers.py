@@ -183,7 +183,7 @@ def test_photos_are_turned_upright(make_cfg: Callable, tmp_path: Path) -> None:
 def test_errors_name_the_file(make_cfg: Callable, make_dict: Callable, tmp_path: Path) -> None:
     mapper = build_train_mapper(make_cfg(*UNCHANGED))
     for wrong, message in (
-        (annotation(category_id=1), "category 1 is outside of the 1 classes"),
+        (annotation(category_id=1), "category 1 is outside of the model's 1 class"),
         (annotation(segmentation={"size": [9, 9], "counts": [81]}), r"\[9, 9\].*\(60, 80\)"),
         (annotation(segmentation=[], bbox=[0, 0, float("nan"), 5]), "not finite"),
         ({"category_id": 0}, "bbox"),

@@ -168,7 +168,7 @@ def test_processes_that_load_have_one_thread_and_outlive_an_interrupt() -> None:
 
 
 def test_batch_that_does_not_divide_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"IMS_PER_BATCH is 4; .* 1 processes x 3"):
+    with pytest.raises(ValueError, match=r"IMS_PER_BATCH is 4; .* 1 process x 3"):
         data(accumulation_steps=3)
 
 

@@ -149,5 +149,5 @@ def test_classes_without_a_match_count_for_zero() -> None:
 def test_image_that_was_not_predicted(dataset: str) -> None:
     evaluator = PanopticEvaluator(dataset, None)
     evaluator.reset()
-    with pytest.raises(ValueError, match=r"3 images of .*json were not predicted, .* \[1, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"no prediction for 3 images of .*json, .* \[1, 2, 3\]"):
         evaluator.evaluate()

@@ -14,6 +14,7 @@ from benchmarks.drawn import drawn_input, drawn_model
 from benchmarks.report import Report
 from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.model import MaskDINO
+from maskdino.system.words import counted
 
 NAME = "launches"
 HELP = "operations of a step and of inference, which are launches on a GPU"
@@ -93,7 +94,8 @@ def _inference(model: MaskDINO, inputs: list[dict]) -> list[str]:
     results()
     with Counting() as counting:
         found = results()
-    return _row("an image to results", counting, f"{len(found[0].get('instances', ()))} objects")
+    objects = counted(len(found[0].get("instances", ())), "object")
+    return _row("an image to results", counting, objects)
 
 
 def _row(what: str, first: Counting, result: str, *others: Counting) -> list[str]:

@@ -23,6 +23,7 @@ from maskdino.data.images import BROKEN
 from maskdino.data.reading import read_json
 from maskdino.ops.rle import encode_mask, to_json
 from maskdino.system.files import write_text
+from maskdino.system.words import counted
 
 VOID = 255  # in maps of classes: no class
 
@@ -92,7 +93,8 @@ def make_maps(
     missing = [item for item in sources.items() if overwrite or not item[0].exists()]
     run(make, missing, workers, what)
     kept = len(sources) - len(missing)
-    print(f"{what}: {len(missing)} maps made, {kept} were there (--overwrite makes them anew)")
+    made = counted(len(missing), "map")
+    print(f"{what}: {made} made, {kept} there before (--overwrite makes them anew)")
 
 
 def save_json(path: Path, content: dict) -> None:

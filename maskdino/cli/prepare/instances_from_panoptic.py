@@ -16,6 +16,7 @@ from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare import common
 from maskdino.data.folders import inside
 from maskdino.data.reading import ids_of_colors
+from maskdino.system.words import counted
 
 
 def convert(annotation: dict, panoptic: Path, things: frozenset[int]) -> list[dict]:
@@ -48,7 +49,8 @@ def prepare(json_file: Path, panoptic: Path, output: Path, workers: int, overwri
     annotations = [{"id": number, **instance} for number, instance in enumerate(flat, start=1)]
     result = {"images": content["images"], "categories": categories, "annotations": annotations}
     common.save_json(output, result)
-    print(f"{output}: {len(annotations)} instances of {len(categories)} categories")
+    of = counted(len(categories), "category", "categories")
+    print(f"{output}: {counted(len(annotations), 'instance')} of {of}")
 
 
 @errors_in_one_line()

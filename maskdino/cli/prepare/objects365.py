@@ -16,6 +16,7 @@ from PIL import Image
 
 from maskdino.cli.common import errors_in_one_line
 from maskdino.cli.prepare import common
+from maskdino.system.words import counted
 
 SPLITS = ("train", "val")
 
@@ -50,9 +51,8 @@ def prepare(folder: Path, split: str, max_images: int | None, workers: int) -> d
         partial(is_readable, folder=images_folder), found, workers, f"{split}: reading"
     )
     images = [image for image, good in zip(found, readable, strict=True) if good]
-    print(
-        f"{split}: {len(found) - len(images)} images cannot be read or have another size: left out"
-    )
+    left = counted(len(found) - len(images), "image")
+    print(f"{split}: {left} unreadable or of another size: left out")
     if not images:
         raise common.PreparationError(f"no image of {source} is in {images_folder}")
     ids = {image["id"] for image in images}

@@ -22,6 +22,7 @@ from maskdino.custom.formats.files import (
 )
 from maskdino.data import DataError
 from maskdino.data.folders import leaves
+from maskdino.system.words import counted
 
 KIND = "COCO"
 PROBED = 50  # images by which the folder of all is found
@@ -79,8 +80,8 @@ def with_images(
         images.append(image if path is None else {**image, "file_name": tree.relative(path)})
     if not number and names:
         raise DataError(
-            f"{label}: none of its {len(names)} images, such as {names[0]!r}, is in {tree.root}: "
-            "put them there, or name their folder with --train-images"
+            f"{label}: of {counted(len(names), 'image')}, such as {names[0]!r}, none is in "
+            f"{tree.root}: put them there, or name their folder with --train-images"
         )
     return replace(data, image_root=tree.root, images=images)
 

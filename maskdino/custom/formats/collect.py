@@ -18,6 +18,7 @@ from maskdino.custom.checks import Finding
 from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, image_size
 from maskdino.data import DataError
 from maskdino.data.folders import leaves
+from maskdino.system.words import counted
 
 
 @dataclass(frozen=True)
@@ -148,11 +149,12 @@ class Collector:
         """Notes images that no file of labels is about."""
         number = sum(path not in self._used for path in images)
         if number:
-            self.notes.append(f"{number} images have no file of labels: left out")
+            self.notes.append(f"{counted(number, 'image')} without a file of labels: left out")
 
     def finish(self) -> Dataset:
         """The splits, with numbered classes."""
-        self.notes += [f"{n} shapes of {what}: left out" for what, n in self.ignored.items()]
+        ignored = self.ignored.items()
+        self.notes += [f"{counted(n, 'shape')} of {what}: left out" for what, n in ignored]
         objects = [x for part in self._objects.values() for x in part]
         if self.names is None:
             found = sorted({str(x["category_id"]) for x in objects})

@@ -13,6 +13,7 @@ from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree
 from maskdino.custom.formats.recognition import OTHERS, json_kind, recognize, the_kind, xml_kind
 from maskdino.custom.request import Request
 from maskdino.data import DataError
+from maskdino.system.words import counted
 
 
 @dataclass
@@ -189,9 +190,8 @@ def _chosen(dataset: Dataset) -> tuple[Part, Part | None]:
         train.findings += rest.findings
         if rest.data.images:
             some = ", ".join(str(image.get("file_name")) for image in rest.data.images[:3])
-            dataset.notes.append(
-                f"{len(rest.data.images)} images are in no split, such as {some}: left out"
-            )
+            images = counted(len(rest.data.images), "image")
+            dataset.notes.append(f"{images} in no split, such as {some}: left out")
     return train, parts.get(VALIDATION)
 
 
@@ -203,13 +203,13 @@ def _recognized(dataset: Dataset) -> str:
         objects = part.data.annotations
         masks = sum(bool(x.get("segmentation")) for x in objects)
         bare = len(part.data.images) - len(Counter(x.get("image_id") for x in objects))
-        text = f"{len(part.data.images)} images"
+        text = counted(len(part.data.images), "image")
         text += f" ({bare} without objects)" if bare > 0 else ""
-        text += f", {masks} masks" if masks else ""
+        text += f", {counted(masks, 'mask')}" if masks else ""
         if task != "instance":
-            text += f", {len(objects)} segments" if task == "panoptic" else ""
+            text += f", {counted(len(objects), 'segment')}" if task == "panoptic" else ""
         elif masks < len(objects):
-            text += f", {len(objects) - masks} boxes"
+            text += f", {counted(len(objects) - masks, 'box')}"
         unused = ", not used" if split == TEST else ""
         texts.append(f"{split}: {text}{unused}" if split else text)
     if task == "semantic":

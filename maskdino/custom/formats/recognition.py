@@ -15,6 +15,7 @@ from maskdino.custom.formats.xml import read_xml
 from maskdino.custom.request import TASKS
 from maskdino.data import DataError
 from maskdino.data.reading import read_json
+from maskdino.system.words import counted
 
 SNIFFED = 3  # files of a kind in a folder that are looked into
 LARGE = 64 * 2**20  # bytes; only COCO has JSON files that large, which are not read twice
@@ -121,7 +122,7 @@ def the_kind(evidence: Evidence, tree: Tree, task: str | None = None) -> str:
     kinds = (coco.KIND, yolo.KIND, voc.KIND, labelme.KIND, cvat.KIND, *TASK_OF)
     formats = ", ".join(kinds)
     images = (
-        f"{len(tree.images)} images, but no annotations"
+        f"{counted(len(tree.images), 'image')}, but no annotations"
         if tree.images
         else "no images and no annotations"
     )

@@ -9,6 +9,7 @@ from maskdino.custom.formats.collect import Collector, Dataset, numbers_of
 from maskdino.custom.formats.files import TEST, TRAIN, VALIDATION, Tree, read_text, split_of
 from maskdino.custom.formats.xml import Node, read_xml
 from maskdino.data import DataError
+from maskdino.system.words import counted
 
 KIND = "Pascal VOC"
 SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -123,7 +124,8 @@ def _polygon(node: Node, where: str, offset: float) -> list[list[float]]:
         points += numbers_of((x, node.value(f"y{number}")), where)
         number += 1
     if number < 4:
-        raise DataError(f"{where}: <polygon> has {number - 1} corners; at least 3 are needed")
+        corners = counted(number - 1, "corner")
+        raise DataError(f"{where}: <polygon> has {corners}; at least 3 are needed")
     read = {f"{axis}{i}" for axis in "xy" for i in range(1, number)}
     tags = (child.tag for child in node)
     rest = [tag for tag in tags if CORNER.fullmatch(tag) and tag not in read and node.value(tag)]

@@ -23,6 +23,7 @@ from maskdino.custom.formats.files import (
     read_text,
 )
 from maskdino.data import DataError
+from maskdino.system.words import counted
 
 KIND = "YOLO"
 NAME_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels")
@@ -52,7 +53,7 @@ def read_yolo(tree: Tree, labels: Tree, settings: Path | None) -> Dataset:
     used = {path: _label_of(path, tree, labels) for path in listed}
     if not any(used.values()):
         raise DataError(
-            f"{settings}: none of {len(used)} images has a file of labels; it is looked for in "
+            f"{settings}: {counted(len(used), 'image')} and no file of labels; it is looked for in "
             "a folder 'labels' beside 'images', or beside the image"
         )
     for path, label in used.items():
@@ -61,12 +62,14 @@ def read_yolo(tree: Tree, labels: Tree, settings: Path | None) -> Dataset:
             _read_labels(collector, image, label, keypoints)
     without = sum(label is None for label in used.values())
     if without:
-        collector.notes.append(f"{without} images have no file of labels: taken as without objects")
+        images = counted(without, "image")
+        collector.notes.append(f"{images} without a file of labels: taken as without objects")
     paired = {path.with_suffix("").name for path in (*tree.images, *used)}
     lost = [path for path in label_files(labels) if path.stem not in paired]
     if lost:
         some = ", ".join(map(tree.relative, lost[:3]))
-        collector.notes.append(f"{len(lost)} files of labels have no image, such as {some}")
+        files = counted(len(lost), "file")
+        collector.notes.append(f"{files} of labels without an image, such as {some}")
     return collector.finish()
 
 
@@ -125,7 +128,7 @@ def _names(names: Any, written: Any, number: Any, settings: Path) -> dict[int, s
     if any(name is None or isinstance(name, list | dict) for name in names.values()):
         raise DataError(f"{settings}: each of 'names' must be a single word or text")
     if number is not None and (isinstance(number, bool) or number != len(names)):
-        raise DataError(f"{settings}: nc is {number}, but there are {len(names)} names")
+        raise DataError(f"{settings}: nc is {number}, but 'names' has {len(names)}")
     numbers = [int(key) for key in names]
     if not len(set(numbers)) == len(numbers) == len(written):
         raise DataError(f"{settings}: 'names' holds a class number twice")
@@ -240,8 +243,8 @@ def _parse(
     if len(words) < 5 or len(words) % 2 == 0:
         hint = "; a score after the box must be removed" if len(words) == 6 else ""
         raise DataError(
-            f"{where}: {len(words)} values, but a class and 4 for a box, or 6 or more (an even "
-            f"number) for a polygon, are needed{hint}"
+            f"{where}: {counted(len(words), 'value')}, but a class and 4 for a box, or 6 or more "
+            f"(an even number) for a polygon, are needed{hint}"
         )
     if category not in names:
         raise DataError(
