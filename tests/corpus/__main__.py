@@ -1,10 +1,8 @@
-"""Runs the corpus and counts the outcomes; shows what is wrong.
-
-python -m tests.corpus [WORDS THAT A CASE'S NAME HOLDS ...]
-"""
+"""Runs the corpus and counts the outcomes; shows what is wrong."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
@@ -17,7 +15,10 @@ from tests.corpus.ways import WAYS
 
 
 def main(words: list[str]) -> int:
-    """Runs the cases whose names hold all words."""
+    """Runs the cases whose names hold all words; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m tests.corpus", description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="that the names of cases hold")
+    words = parser.parse_args(words).words
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     slowest: list[tuple[float, str]] = []
     for case in all_cases():
@@ -30,6 +31,8 @@ def main(words: list[str]) -> int:
         counts[case.kind, case.way][found.partition(":")[0] or "as it must be"] += 1
         if found:
             say(f"{case.id}: {_short(found)}")
+    if not counts:
+        parser.error(f"no case has {words} in its name")
     for (kind, way), outcomes in sorted(counts.items()):
         say(f"{kind:16}{way:20}{outcomes.total():5}  {dict(outcomes)}")
     total = sum(counts.values(), Counter())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.corpus.__main__ import main
 from tests.corpus.case import Case, Refused, judge, sample
 from tests.corpus.cases import all_cases
 from tests.corpus.ways import WAYS
@@ -32,6 +33,14 @@ def test_all(kind: str, way: str, tmp_path: Path) -> None:
             folder.mkdir()
             wrong[case.id] = judge(case, WAYS[case.way], folder)
     assert {name: fault for name, fault in wrong.items() if fault} == {}
+
+
+def test_words_that_name_no_case_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, status, said in ((["--help"], 0, "usage: "), (["nothing like it"], 2, "no case")):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == status
+        assert said in "".join(capsys.readouterr())
 
 
 def test_cases_are_many_and_have_names_of_their_own() -> None:
