@@ -132,10 +132,8 @@ def capture(network: Network, images: Tensor, memory: GraphMemory) -> Network:
         holding_constants() as constants,
     ):
         held = images.clone()
-        memory.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(memory.stream):
-            network(held)  # libraries set themselves up outside of the capture
-        torch.cuda.current_stream().wait_stream(memory.stream)
+        with memory.rehearsed():
+            network(held)
         # Weights that autocast converted before are not the graph's own, nor its own others'.
         torch.clear_autocast_cache()
         try:

@@ -279,10 +279,9 @@ def capture_step(
         # Also what is computed again in the backward pass converts weights as they are then.
         torch.autocast(device.type, enabled=False, cache_enabled=False),
     ):
-        memory.stream.wait_stream(torch.cuda.current_stream())
         # Graphs cannot use what the allocator keeps of the steps before.
         torch.cuda.empty_cache()
-        with torch.cuda.stream(memory.stream):  # libraries set themselves up before the capture
+        with memory.rehearsed():
             with autocast():
                 outputs = [x for x in tensors_of(network(*held)) if x.requires_grad]
             _gradients(outputs, sources, [torch.zeros_like(x) for x in outputs])

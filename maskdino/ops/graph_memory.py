@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,13 @@ from contextlib import contextmanager
 import torch
 
 # Who begins to capture waits for the GPU, which breaks off what others capture.
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.RLock()
+
+
+@functools.cache
+def _stream_of(index: int) -> torch.cuda.Stream:
+    """One for all captures on a GPU: cuBLAS keeps memory for each stream that it has seen."""
+    return torch.cuda.Stream(index)
 
 
 class GraphMemory:
@@ -19,18 +26,26 @@ class GraphMemory:
 
     Args:
         device: the GPU, with its index.
-
-    Attributes:
-        stream: of captures, and of what is to be computed once before: libraries set themselves up
-            for a stream.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+        self._stream = _stream_of(device.index)
         self._last: torch.cuda.Stream | None = None
         self._left: list[torch.cuda.CUDAGraph] = []
+
+    @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        """For what is captured later: libraries set themselves up when they are first called.
+
+        The current stream waits for what is asked for within, and that for the current stream.
+        """
+        current = torch.cuda.current_stream(self._device)
+        with _one_at_a_time, torch.cuda.stream(self._stream):
+            self._stream.wait_stream(current)
+            yield
+        current.wait_stream(self._stream)
 
     @contextmanager
     def captured(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -41,11 +56,11 @@ class GraphMemory:
         """
         graph, cause = torch.cuda.CUDAGraph(), None
         # Where a capture cannot be ended, `torch.cuda.graph` leaves its stream the current one.
-        with _one_at_a_time, torch.cuda.stream(self.stream):
+        with _one_at_a_time, torch.cuda.stream(self._stream):
             try:
                 # Other threads, such as those that load images, may go on meanwhile.
                 mode = "thread_local"
-                with torch.cuda.graph(graph, self._pool, self.stream, capture_error_mode=mode):
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
                     try:
                         yield graph
                     except RuntimeError as error:
@@ -73,7 +88,7 @@ class GraphMemory:
         self._pool = torch.cuda.graph_pool_handle()
         # Generators begin and end with a capture, whichever.
         mode = "thread_local"
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self.stream, capture_error_mode=mode):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self._stream, capture_error_mode=mode):
             torch.zeros(1, device=self._device)
 
     def take_turn(self) -> None:

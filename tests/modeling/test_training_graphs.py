@@ -284,10 +284,7 @@ def test_without_gradients_nothing_is_replayed(runs: Runs) -> None:
 
 
 class Idle:
-    """Stands in for streams and graphs: a replay has nothing to do."""
-
-    def wait_stream(self, _: object) -> None:
-        pass
+    """Stands in for a graph: a replay has nothing to do."""
 
     def replay(self) -> None:
         pass
@@ -297,7 +294,12 @@ class Memory:
     """Captures run at once, as nothing stands in for CUDA."""
 
     def __init__(self) -> None:
-        self.stream, self.captures = Idle(), 0
+        self.captures = 0
+
+    @contextlib.contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        assert not self.captures
+        yield
 
     @contextlib.contextmanager
     def captured(self) -> Iterator[Idle]:
@@ -308,11 +310,9 @@ class Memory:
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setattr(torch.random, "fork_rng", lambda _: contextlib.nullcontext())
-    for name in ("stream", "device"):
-        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", Idle)
     return Memory()
 
 

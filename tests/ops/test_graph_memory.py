@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from maskdino.ops import graph_memory
 from maskdino.ops.graph_memory import GraphMemory
 
 GPU = torch.device("cuda", 1)
@@ -85,7 +87,7 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cud
     it = Cuda()
     for name in ("graph", "graph_pool_handle", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(it, name))
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(graph_memory, "_stream_of", functools.cache(Stream))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: it.current)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
@@ -96,12 +98,19 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cud
 
 
 def test_captures_are_made_on_one_stream(cuda: Cuda) -> None:
-    memory = GraphMemory(GPU)
-    for _ in range(2):
-        with memory.captured() as graph:
-            assert cuda.current is memory.stream is not cuda.usual and graph is not None
-        assert cuda.current is cuda.usual
-    assert memory.stream.device == GPU
+    streams = set()
+    for memory in (GraphMemory(GPU), GraphMemory(GPU)):
+        with memory.rehearsed():
+            streams.add(cuda.current)
+            assert cuda.current.waits_for[-1] is cuda.usual
+        assert cuda.usual.waits_for[-1:] == [*streams]
+        for _ in range(2):
+            with memory.captured() as graph:
+                streams.add(cuda.current)
+                assert graph is not None and cuda.open
+            assert cuda.current is cuda.usual and not cuda.open
+    (stream,) = streams
+    assert stream.device == GPU.index and stream is not cuda.usual
 
 
 def test_a_capture_that_fails_leaves_nothing_behind(cuda: Cuda) -> None:
