@@ -20,15 +20,15 @@ def tests(run: Run) -> None:
     if run.dry:
         command[-1] = "tests/ops/test_ms_deform_attn_cuda.py"
     log = run.out / "pytest.log"
+    words = [sys.executable, "-m", "pytest", *command]
     with open(log, "w") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *command],
-            cwd=ROOT,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
+        started = subprocess.Popen(words, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        status = started.wait()
+    except KeyboardInterrupt:  # at the limit of the step, for pytest too, which says what failed
+        status = started.wait()
     lines = log.read_text().splitlines()
-    run.say(status=done.returncode, summary=lines[-1] if lines else "")
+    run.say(status=status, summary=lines[-1] if lines else "")
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
             run.say(FAILED=line[:400])

@@ -67,7 +67,8 @@ def _one_step(run: Run, step: TrainStep, case: dict, classes: int) -> None:
 def speed(run: Run) -> None:
     """A step of the R50 model on two images of 1024 x 1024, and what recomputing saves."""
     for precision, objects, recompute, replays in SPEED_CASES[:1] if run.dry else SPEED_CASES:
-        _speed(run, precision, objects, recompute=recompute, replays=replays)
+        with run.attempt(precision=precision, objects=objects, recompute=recompute, graphs=replays):
+            _speed(run, precision, objects, recompute=recompute, replays=replays)
 
 
 def compiled(run: Run) -> None:
@@ -96,7 +97,7 @@ def _speed(
     torch.manual_seed(5)
     batch = [drawn_input(size, size, objects) for _ in range(2)]
     case = {"precision": precision, "batch": 2, "size": size, "objects": objects}
-    case |= {"recompute": recompute, "compiled": compiled, "graphs": replays}
+    case |= {"recompute": recompute, "compiled": compiled, "graphs": 0}
     start = time.perf_counter()
     if compiled:
         compile_layers(model)
@@ -108,6 +109,8 @@ def _speed(
     call = partial(step.run, itertools.repeat(batch))
     for _ in range(CALLS_BEFORE if replays else 0):
         call()
+    if model.training_graphs is not None:
+        case["graphs"] = len(model.training_graphs)  # 0: the log says why
     if timed:
         measure(run, case, call, repeats=8)
     else:
