@@ -30,7 +30,7 @@ def holding_constants() -> Iterator[list[object]]:
     try:
         yield held
     finally:
-        _holders.remove(held)
+        _holders[:] = [holder for holder in _holders if holder is not held]  # others may be equal
 
 
 def constant_of_shape(function: Callable[..., Value]) -> Callable[..., Value]:

@@ -68,6 +68,8 @@ class GraphMemory:
                         raise
             except RuntimeError as error:
                 self._unwind(graph)
+                # Of a pool without graphs, which the other may be, the allocator knows no more.
+                self._pool = torch.cuda.graph_pool_handle()
                 raise cause or error from None
 
     def _unwind(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -83,9 +85,7 @@ class GraphMemory:
         except RuntimeError:  # it has ended
             return
         torch._C._cuda_releasePool(self._device.index, self._pool)
-        # Pinned memory is not told: it asks this graph further on, and would refuse the same pool.
-        self._left.append(graph)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._left.append(graph)  # the allocator of pinned memory is not told, and asks it further
         # Generators begin and end with a capture, whichever.
         mode = "thread_local"
         with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self._stream, capture_error_mode=mode):

@@ -67,6 +67,14 @@ def main(device: torch.device, output: Path) -> None:
     losses = {"alone": run(make_step(alone)), "grouped": run(make_step(wrapped))}
     losses["difference"] = distance(alone, grouped) / distance(alone, start)
     losses["backend"] = torch.distributed.get_backend()
+    if device.type == "cuda":
+        replayed = make_model(make_cfg("instance"), class_spread=0.05).to(device)
+        replayed.replay_in_training()
+        with as_two:
+            wrapped = distribute(replayed)
+        losses["replayed"] = run(make_step(wrapped))
+        assert len(replayed.training_graphs) == 1
+        losses["replayed difference"] = distance(alone, replayed) / distance(alone, start)
     # As if there were a second process, without objects and without losses: half the objects
     # double the losses, and half the losses are their mean.
     with as_two:

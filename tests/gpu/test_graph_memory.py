@@ -48,13 +48,26 @@ def test_a_graph_of_before_replays_after_a_failure(memory: GraphMemory) -> None:
 
 def test_graphs_share_memory(memory: GraphMemory) -> None:
     x = torch.ones(LARGE // 4, device="cuda")
-    reserved, results = [torch.cuda.memory_reserved()], []
+    reserved, kept = [torch.cuda.memory_reserved()], []
     for _ in range(3):
-        with memory.captured():
-            results.append((x + 1).sum())
+        with memory.captured() as graph:
+            kept.append((graph, (x + 1).sum()))
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
     assert reserved[-1] - reserved[0] < 2 * LARGE
+
+
+def test_captures_go_on_after_one_without_memory(memory: GraphMemory) -> None:
+    x = torch.ones(LARGE // 4, device="cuda")
+    kept = []
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError), memory.captured():
+            kept.append(x + 1)
+            torch.empty(1 << 50, device="cuda")
+        with memory.captured() as graph:
+            y = x + 1
+        graph.replay()
+        assert y.sum().item() == 2 * len(x)
 
 
 def test_threads_on_streams_of_their_own(cuda: torch.device) -> None:

@@ -253,3 +253,5 @@ def test_a_group_of_one_process_trains_as_no_group(
     assert found["grouped"] == pytest.approx(found["alone"], rel=1e-3)
     assert found["counted as two"] == pytest.approx(found["alone"][0], rel=1e-3)
     assert found["difference"] < 0.01
+    assert found.get("replayed", found["alone"]) == pytest.approx(found["alone"], rel=1e-3)
+    assert found.get("replayed difference", 0) < 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from maskdino.engine.solver import build_gradient_clipper, build_optimizer
 from maskdino.engine.train_step import TrainStep
 from maskdino.modeling.training_graphs import CALLS_BEFORE, TrainingGraphs
 from tests.gpu.cases import TASKS, make_batch, make_cfg, make_model, same_draws
+from tests.gpu.test_training import no_waiting
 
 pytestmark = pytest.mark.gpu
 
@@ -95,6 +97,17 @@ def test_several_batches_of_a_step(cuda: torch.device) -> None:
         ]
         found, expected = (run(step, batches) for step in steps)
         assert found == pytest.approx(expected, rel=BOUNDS["float32"]), number
+
+
+def test_a_replayed_step_waits_for_nothing(cuda: torch.device) -> None:
+    step = make_step("instance", cuda, "bfloat16", replays=True)
+    batches = [make_batch("instance", counts) for counts in OBJECTS]
+    for _ in range(CALLS_BEFORE + 1):
+        step.run(iter(batches[:1]))
+    for batch in batches:
+        with no_waiting():
+            assert math.isfinite(step.run(iter([batch]))["total_loss"])
+    assert len(step.model.training_graphs) == 1
 
 
 def test_other_sizes_and_evaluation_in_between(cuda: torch.device) -> None:

@@ -200,3 +200,12 @@ def test_constants_are_held() -> None:
     assert len(held) == 1 and held[0] is again is before
     map_sine_embedding(((3, 4),), 8, torch.device("cpu"))
     assert len(held) == 1
+
+
+def test_who_holds_equal_constants_holds_on() -> None:
+    """As do two threads that capture."""
+    with holding_constants() as held:
+        with holding_constants() as other:
+            map_sine_embedding(((3, 4),), 8, torch.device("cpu"))
+        found = map_sine_embedding(((3, 5),), 8, torch.device("cpu"))
+    assert len(other) == 1 and held[-1] is found
