@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.multiprocessing
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -71,7 +72,9 @@ def launch(
         elif processes * machines == 1:
             main(*args)
         else:
-            _run_all(_configure(processes, machines, machine_rank, url), main, args)
+            # Torch makes a folder for errors of processes, which it reads, and leaves it.
+            with tempfile.TemporaryDirectory(prefix="maskdino_") as folder:
+                _run_all(_configure(processes, machines, machine_rank, url, folder), main, args)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.stderr.flush()
@@ -154,7 +157,9 @@ def _second_signal_kills() -> Iterator[None]:
         os.close(write)
 
 
-def _configure(processes: int, machines: int, machine_rank: int, url: str) -> LaunchConfig:
+def _configure(
+    processes: int, machines: int, machine_rank: int, url: str, folder: str
+) -> LaunchConfig:
     """What torchrun would make of its arguments; see `launch`."""
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
         found = torch.cuda.device_count()
@@ -176,6 +181,7 @@ def _configure(processes: int, machines: int, machine_rank: int, url: str) -> La
         rdzv_configs={} if here else {"rank": machine_rank},
         max_restarts=0,
         local_addr="localhost" if here else None,
+        logs_specs=DefaultLogsSpecs(folder),
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,11 +77,17 @@ def load_on_the_second(data: Labels) -> None:
     torch.distributed.barrier()
 
 
-def test_processes_end_together(labels: Path, capsys: pytest.CaptureFixture) -> None:
+def test_processes_end_together(
+    labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with ends_with_the_line(labels, capsys):
         launch(load_on_the_second, Labels(labels), processes=2)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert not [path for path in temporary.iterdir() if path.is_dir()]
 
 
 @pytest.mark.usefixtures("forked")
@@ -135,6 +142,7 @@ def test_torchrun_ends_although_one_process_waits(
         f"launch(load_on_the_second, Labels(Path({str(labels)!r})), processes=1)\n"
     )
     command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--log-dir", str(tmp_path / "logs")]
     ended = subprocess.run(
         [*command, str(script)],
         cwd=repository,

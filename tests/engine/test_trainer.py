@@ -264,6 +264,7 @@ def test_torchrun_trains_as_one_process(
         "launch(train_in_process, cfg, processes=1)\n"
     )
     command = [warm_python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--log-dir", str(tmp_path / "logs")]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     subprocess.run([*command, str(script)], check=True, cwd=repository, env=environment)
     assert_equal_runs(tmp_path, single_process_run)
