@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from maskdino.modeling.layers import is_hooked
 from maskdino.ops.constants import holding_constants
@@ -83,9 +84,9 @@ class TrainingGraphs:
         """Computes `network(*inputs)`, with gradients to the model's weights and to the inputs.
 
         Args:
-            model: whose weights the network reads. Where a module has a hook, there is no replay,
-                which would pass it over; so it is where batch norm learns its statistics, which
-                also the passes before a capture would change.
+            model: whose weights the network reads. Where a module within has a hook, or all have,
+                there is no replay, which would pass it over; so it is where batch norm learns its
+                statistics, which also the passes before a capture would change.
             network: a function of tensors that asks nothing of the host.
             inputs: on a GPU.
 
@@ -168,9 +169,11 @@ class TrainingGraphs:
 
 
 def _why_not(model: nn.Module) -> str:
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return "all modules have a hook, which a graph would pass over"
     for name, module in model.named_modules():
-        if is_hooked(module):
-            return f"{name or 'the model'} has a hook, which a graph would pass over"
+        if name and is_hooked(module):  # the model itself is called as ever
+            return f"{name} has a hook, which a graph would pass over"
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
             return f"{name} is batch norm that learns its statistics"
     return ""

@@ -6,11 +6,13 @@ import contextlib
 import copy
 import logging
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from maskdino.backbones.frozen_norm import FrozenNorm
 from maskdino.model import MaskDINO
@@ -239,6 +241,25 @@ def test_hooks_are_called(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     assert len(called) == CALLS_BEFORE + 2 and not runs.shapes
     (record,) = caplog.records
     assert "decoder has a hook" in record.message
+
+
+def test_hooks_of_all_modules_are_called(runs: Runs) -> None:
+    model, _ = pair()
+    called = Counter()
+    handle = register_module_forward_hook(lambda module, *_: called.update([type(module)]))
+    for _ in range(CALLS_BEFORE + 2):
+        step(model, (1, 1))
+    handle.remove()
+    assert called[type(model.decoder)] == CALLS_BEFORE + 2 and not runs.shapes
+
+
+def test_hooks_of_the_model_itself_are_called(runs: Runs) -> None:
+    model, _ = pair()
+    called = []
+    model.register_forward_hook(lambda *_: called.append(1))
+    for _ in range(CALLS_BEFORE + 2):
+        step(model, (1, 1))
+    assert len(called) == CALLS_BEFORE + 2 and runs.forwards == 2
 
 
 def test_batch_norm_that_learns_is_not_replayed(
