@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ KEY = "MODEL.MASK_DINO.TEST.PRECISION"
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "auto")
 EVERYWHERE = ("auto", "float32")  # possible on every device
 FIRST_WITH_TF32 = (8, 0)  # compute capability
+_switching = threading.RLock()
 
 
 def mixed_precision_dtype(enabled: bool, device: torch.device) -> torch.dtype | None:
@@ -72,7 +74,8 @@ def network_precision(name: str, device: torch.device) -> Iterator[None]:
     """Lets a network compute as TEST.PRECISION asks for, whatever autocast is on outside.
 
     "float32" and "tf32" set PyTorch's switches for TensorFloat-32 in matrix products and
-    convolutions of CUDA, which are the process's, and set them back at the end.
+    convolutions of CUDA, which are the process's, and set them back at the end: one thread at a
+    time.
 
     Raises:
         ValueError: the device does not compute in it.
@@ -176,15 +179,16 @@ def _switches() -> tuple[_Switch, ...]:
 @contextlib.contextmanager
 def _tensor_float_32(enabled: bool) -> Iterator[None]:
     """Switches TensorFloat-32 on or off."""
-    switches = _switches()
-    before = [switch.read() for switch in switches]
-    try:
-        for switch in switches:
-            switch.write(switch.on if enabled else switch.off)
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.write(value)
+    with _switching:
+        switches = _switches()
+        before = [switch.read() for switch in switches]
+        try:
+            for switch in switches:
+                switch.write(switch.on if enabled else switch.off)
+            yield
+        finally:
+            for switch, value in zip(switches, before, strict=True):
+                switch.write(value)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from tests.gpu.cases import error_of, make_batch, make_cfg, make_model
 pytestmark = pytest.mark.gpu
 
 LARGE = 1 << 26  # bytes
+BOUND = 1e-2  # of boxes in bfloat16, in parts of the largest
 
 
 @pytest.fixture
@@ -71,12 +72,17 @@ def test_captures_go_on_after_one_without_memory(memory: GraphMemory) -> None:
 
 
 def test_threads_on_streams_of_their_own(cuda: torch.device) -> None:
-    model = make_model(make_cfg("instance", TEST__PRECISION="float32")).eval().to(cuda)
-    batches = [model.preprocess(make_batch("instance", seed=seed)).tensor for seed in range(8)]
+    model, plain = (
+        make_model(make_cfg("instance", TEST__PRECISION="bfloat16", TEST__CUDA_GRAPHS=graphs))
+        for graphs in (True, False)
+    )
+    model, plain = model.eval().to(cuda), plain.eval().to(cuda)
+    batches = [plain.preprocess(make_batch("instance", seed=seed)).tensor for seed in range(8)]
     with torch.no_grad():
-        expected = [model.predict(images)[0].boxes for images in batches]
+        expected = [plain.predict_precisely(images)[0].boxes for images in batches]
         model.predict_precisely(batches[0])  # makes what all of them read
     torch.cuda.synchronize()
+    assert min(error_of(x, expected[0]) for x in expected[1:]) > 5 * BOUND
 
     @torch.no_grad()
     def error(number: int) -> float:
@@ -87,5 +93,5 @@ def test_threads_on_streams_of_their_own(cuda: torch.device) -> None:
 
     with ThreadPoolExecutor(4) as threads:
         for _ in range(CALLS_BEFORE + 3):
-            assert max(threads.map(error, range(8))) < 1e-4
+            assert max(threads.map(error, range(8))) < BOUND
     assert len(model._graphs) == 1

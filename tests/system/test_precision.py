@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -168,6 +169,25 @@ def test_tensor_float_32_where_the_process_uses_the_newer_switches(gpu: str) -> 
         assert [matmul.fp32_precision, convolution.fp32_precision] == ["tf32", "ieee"]
     finally:
         matmul.fp32_precision, convolution.fp32_precision = before
+
+
+def test_threads_switch_one_after_the_other() -> None:
+    """The last of two that overlap would set what the first one had set."""
+    first_ends, cudnn, seen = threading.Event(), torch.backends.cudnn, []
+    before = cudnn.allow_tf32
+
+    def other() -> None:
+        with precision_module._tensor_float_32(True):
+            seen.append((first_ends.is_set(), cudnn.allow_tf32))
+
+    thread = threading.Thread(target=other)
+    with precision_module._tensor_float_32(False):
+        thread.start()
+        thread.join(0.05)
+        assert not cudnn.allow_tf32
+        first_ends.set()
+    thread.join()
+    assert seen == [(True, True)] and cudnn.allow_tf32 == before
 
 
 @pytest.mark.parametrize("has_bfloat16", [False, True])
