@@ -8,10 +8,12 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from maskdino.system.errors import UserError
 from maskdino.system.signals import INTERRUPTED
+
+READER_GONE = 141  # exit status where output goes to a pipe that is closed, as shells have it
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -34,13 +36,17 @@ def errors_in_one_line() -> Iterator[None]:
     That is what the system refuses (`OSError`), a package that is not installed, and what a check
     refuses: a `UserError`, or a `KeyError`, `ValueError` or `ImportError` that a `raise`
     statement made. The same errors from an expression, and all others, are faults of the program:
-    they keep their traceback. Serves as a decorator too.
+    they keep their traceback. Where nobody reads the output any more (`| head`), there is no line.
+    Serves as a decorator too.
     """
     try:
-        yield
+        with _said():
+            yield
     except KeyboardInterrupt as error:
         print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(getattr(error, "status", INTERRUPTED))
+    except BrokenPipeError:
+        sys.exit(READER_GONE)
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -51,6 +57,29 @@ def errors_in_one_line() -> Iterator[None]:
         if not was_raised(error):
             raise
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    """What is printed inside is written before it ends: else Python does it, beyond our reach."""
+    try:
+        yield
+    except (SystemExit, OSError):  # of --help; of printing itself
+        _flush()
+        raise
+    _flush()
+
+
+def _flush() -> None:
+    """Writes what was printed; what cannot be written is given up, or Python would try again."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):  # it may be none of the system's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _of_system(error: OSError) -> str:

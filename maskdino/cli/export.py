@@ -37,7 +37,6 @@ from pathlib import Path
 import torch
 from detectron2.modeling import build_model
 from torch import Tensor
-from tqdm import tqdm
 
 from maskdino.checkpoint.loading import load_trained
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
@@ -71,6 +70,7 @@ from maskdino.model import MaskDINO
 from maskdino.model_zoo import read_config
 from maskdino.system.devices import pick_device
 from maskdino.system.files import written_whole
+from maskdino.system.progress import Bar
 from maskdino.system.words import counted
 from maskdino.visualization.images import fitting_size, load_image, network_image, network_size
 
@@ -98,7 +98,7 @@ def check(
     network = ExportableNetwork(model, exact, traceable=False)
     worst: dict[str, Difference] = {}
     agreement = Agreement()
-    for arguments in tqdm(batches, desc="program against model", unit="batch"):
+    for arguments in Bar(batches, desc="program against model", unit="batch"):
         with torch.no_grad():
             expected = {k: v.cpu() for k, v in network(*arguments).items()}
         found = program(arguments)

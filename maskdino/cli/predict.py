@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
@@ -35,6 +34,7 @@ from maskdino.inference.video import VideoError, require_pyav
 from maskdino.inference.video_results import WEAK, VideoLabels
 from maskdino.integration.extensions import add_import_option
 from maskdino.system.allocator import keep_large_blocks
+from maskdino.system.progress import Bar
 from maskdino.system.signals import INTERRUPTED
 from maskdino.system.words import counted
 from maskdino.visualization.images import ImageError
@@ -174,7 +174,7 @@ def draw_images(
 
     in_parts = predictor.options.slices is not None
     at_once = 1 if in_parts else predictor.options.batch_size
-    with tqdm(total=len(outputs), unit="image", desc="images") as bar:
+    with Bar(total=len(outputs), unit="image", desc="images") as bar:
         run_overlapped(read(), partial(wanted.predict, predictor), write, at_once)
     least = predictor.options.confidence_threshold
     if not found and len(failures) < len(outputs) and "instance" in predictor.options.tasks:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.inference.sources import json_beside, unused
@@ -25,6 +24,7 @@ from maskdino.inference.video_results import (
     draw_followed,
     named_counts,
 )
+from maskdino.system.progress import Bar
 from maskdino.system.words import counted
 from maskdino.visualization.results import ImageResult
 
@@ -119,7 +119,7 @@ def draw_frames(
     form = BAR_WITHOUT_END if total is None else BAR
     chosen = islice(enumerate(frames), 0, None, wanted.every)
     try:
-        with tqdm(total=total, unit="frames", desc=frames.name, bar_format=form) as bar:
+        with Bar(total=total, unit="frames", desc=frames.name, bar_format=form) as bar:
             run_overlapped(chosen, work, write, predictor.options.batch_size)
     finally:
         if file is not None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from tqdm import tqdm
 
 from maskdino.integration.extensions import MAPPER_REGISTRY
+from maskdino.system.progress import Bar
 
 SEED = 0  # of the points at which masks are compared: the same for each image
 
@@ -61,7 +61,7 @@ def image_losses(cfg: CfgNode, model: Any, dataset: str) -> list[ImageLoss]:
     mapper = MAPPER_REGISTRY.find(cfg.INPUT.DATASET_MAPPER_NAME)(cfg, is_train=False)
     gpus = [model.device] if model.device.type == "cuda" else []
     losses = []
-    for record in tqdm(DatasetCatalog.get(dataset), desc=f"losses of {dataset}", unit="image"):
+    for record in Bar(DatasetCatalog.get(dataset), desc=f"losses of {dataset}", unit="image"):
         example = mapper(record)
         with torch.random.fork_rng(gpus):
             torch.manual_seed(SEED)

@@ -20,7 +20,6 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 from pycocotools import mask as mask_utils
-from tqdm import tqdm
 
 from maskdino.categories import Categories
 from maskdino.data.checks import check_known
@@ -30,6 +29,7 @@ from maskdino.evaluation import files
 from maskdino.evaluation.coco import read_annotations
 from maskdino.evaluation.panoptic import panoptic_metrics
 from maskdino.evaluation.semantic import count_pixels, semantic_metrics
+from maskdino.system.progress import Bar
 from maskdino.system.words import counted
 from maskdino.visualization.drawing import beside, draw_regions
 from maskdino.visualization.ground_truth import ground_truth_of
@@ -87,7 +87,7 @@ class EvaluatedImages(ABC):
 
     def ranked(self) -> list[tuple[float, dict]]:
         """Score and record of all images that have a score, best first."""
-        images = tqdm(self.records, desc=f"{self.task}: scores", unit="image")
+        images = Bar(self.records, desc=f"{self.task}: scores", unit="image")
         scored = [(self.score(record), record) for record in images]
         known = [entry for entry in scored if not math.isnan(entry[0])]
         return sorted(known, key=lambda entry: -entry[0])

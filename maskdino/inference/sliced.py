@@ -15,7 +15,6 @@ from dataclasses import fields, replace
 from functools import lru_cache
 
 import numpy as np
-from tqdm import tqdm
 
 from maskdino.inference.class_maps import ClassMap, LargeMap
 from maskdino.inference.joining import Joiner
@@ -24,6 +23,7 @@ from maskdino.inference.parts import EDGE, Slice, Window, slices_of
 from maskdino.inference.tiles import TiledImage
 from maskdino.ops.masks import RunMask
 from maskdino.ops.rle import encode_mask
+from maskdino.system.progress import Bar
 from maskdino.visualization.results import ImageResult
 
 MOST_OVERLAP = 0.9
@@ -81,7 +81,7 @@ def predict_sliced(
         result = next(predict(crops))
         return _large(result if class_scores else replace(result, class_scores=None), image, name)
     collectors: list[_Objects | _Panoptic | ClassMap] = []
-    bar = tqdm(
+    bar = Bar(
         predict(crops),
         total=len(slices),
         unit="slice",

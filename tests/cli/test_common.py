@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from maskdino.cli.common import CommandError, errors_in_one_line
+from maskdino.cli.common import READER_GONE, CommandError, errors_in_one_line
 from maskdino.config import load_config
 from tests.engine.stand_in import CONFIG
 
@@ -114,3 +114,22 @@ def test_interrupted_preparation_leaves_no_traceback(tmp_path: Path, warm_python
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["--help", "convert --help"])
+def test_output_that_nobody_reads_needs_no_line(
+    words: str, unbuffered: str, warm_python: str
+) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [warm_python, "-m", "maskdino", *words.split()]
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head`, when it has seen enough
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (READER_GONE, b"")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert done.stderr.startswith(b"error: ") and b"No space left" in done.stderr

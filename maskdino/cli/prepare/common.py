@@ -15,7 +15,6 @@ import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 from scipy import ndimage
-from tqdm import tqdm
 
 from maskdino.cli import common
 from maskdino.cli.common import CommandError
@@ -23,6 +22,7 @@ from maskdino.data.images import BROKEN
 from maskdino.data.reading import read_json
 from maskdino.ops.rle import encode_mask, to_json
 from maskdino.system.files import write_text
+from maskdino.system.progress import Bar
 from maskdino.system.words import counted
 
 VOID = 255  # in maps of classes: no class
@@ -68,14 +68,14 @@ def run(
 ) -> list[Any]:
     """Applies a picklable function to items in several processes; results in the items' order."""
     if workers <= 1:
-        return [function(item) for item in tqdm(items, desc=description)]
+        return [function(item) for item in Bar(items, desc=description)]
     # Of Ctrl-C, this process alone speaks.
     ignore = (signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
         chunk = max(len(items) // (workers * 32), 1)
         results = pool.map(function, items, chunksize=chunk)
         try:
-            return list(tqdm(results, total=len(items), desc=description))
+            return list(Bar(results, total=len(items), desc=description))
         except BaseException:
             # One broken file, or an interruption, ends it now; what was written is not redone.
             pool.shutdown(wait=False, cancel_futures=True)
