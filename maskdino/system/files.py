@@ -22,6 +22,8 @@ def written_whole(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Pat
 
     A process that is killed, a full disk or an error in the block leave what was there before.
 
+    A device or a named pipe, as /dev/stdout, is written to as it is: nothing can take its place.
+
     Args:
         path: of the file.
         sync: wait for the disk, so that it also survives a machine that stops; False: for thousands
@@ -31,7 +33,12 @@ def written_whole(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Pat
         WriteError: there is no room, or no permission.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}{MARK}{os.getpid()}")
+    if _is_special(path):
+        with write_errors(path):
+            yield path
+        return
+    # The end of a long name: systems allow 255 bytes, of which a character may need four.
+    temporary = path.with_name(f"{path.name[-50:]}{MARK}{os.getpid()}")
     try:
         with write_errors(path):
             yield temporary
@@ -44,6 +51,11 @@ def written_whole(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Pat
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is there, and neither a file nor a folder; or is a name of /dev for one."""
+    return path.parent == Path("/dev") or (path.exists() and not (path.is_file() or path.is_dir()))
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -88,3 +88,25 @@ def test_text_is_written_whole_in_a_folder_that_is_made(tmp_path: Path) -> None:
         write_text(path, text)
         assert path.read_bytes() == text.encode()
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files differ on Windows")
+@pytest.mark.parametrize("name", ["a" * 250 + ".json", "字" * 83 + ".json"])
+def test_names_may_be_as_long_as_the_system_allows(name: str, tmp_path: Path) -> None:
+    write_text(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no such files on Windows")
+def test_pipes_and_devices_are_written_to(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_text(pipe, "text")
+    assert os.read(reader, 99) == b"text" and pipe.is_fifo()
+    os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    if Path("/dev/full").is_char_device():
+        with pytest.raises(WriteError, match="cannot write /dev/full: No space left"):
+            write_text("/dev/full", "text")
+        assert Path("/dev/full").is_char_device()
