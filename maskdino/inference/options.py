@@ -11,6 +11,8 @@ from maskdino.postprocess import InferenceOptions
 from maskdino.visualization.images import fitting_size, network_size, padded_size
 from maskdino.visualization.results import TASKS
 
+MOST_AT_ONCE = 1 << 20  # images that are read at one time
+
 
 @dataclass(frozen=True)
 class PredictorOptions:
@@ -49,8 +51,11 @@ class PredictorOptions:
             raise ValueError(f"tasks are {self.tasks}; they must be of {', '.join(TASKS)}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold {self.confidence_threshold} is not in [0, 1]")
-        if self.batch_size < 1:
-            raise ValueError(f"the batch size is {self.batch_size}; it must be at least 1")
+        if not 1 <= self.batch_size <= MOST_AT_ONCE:
+            raise ValueError(
+                f"the batch size is {self.batch_size}; it must be at least 1, and at most "
+                f"{MOST_AT_ONCE}"
+            )
         if self.shortest < 0 or self.longest < 1:
             raise ValueError(
                 f"images are read with edges of {self.shortest} to {self.longest} pixels "

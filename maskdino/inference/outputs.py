@@ -12,7 +12,7 @@ from maskdino.inference.labels import ClassThresholds, CocoLabels
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.inference.sources import json_beside
 from maskdino.inference.tiles import TiledImage
-from maskdino.visualization.images import load_image
+from maskdino.visualization.images import ImageError, load_image
 from maskdino.visualization.results import ImageResult
 
 
@@ -32,7 +32,13 @@ class Wanted:
     threshold: float
 
     def read(self, path: Path, in_parts: bool) -> np.ndarray | TiledImage:
-        """The image, or a reader of its parts."""
+        """The image, or a reader of its parts.
+
+        Raises:
+            ImageError: it is none that can be read; names it.
+        """
+        if path.is_fifo() or path.is_char_device():
+            raise ImageError(f"image {path} is no file, and can be read once only: write it to one")
         return TiledImage(path) if in_parts else load_image(path)
 
     def predict(

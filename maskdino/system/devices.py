@@ -24,6 +24,8 @@ def find_device(name: str | torch.device, what: str = KEY) -> torch.device:
         ValueError: there is no such device here; names `what` asked for it.
     """
     device = _parsed(name, what)
+    if device.type == "meta":
+        raise ValueError(f"{what} is {name}, which computes no values: use 'cuda' or 'cpu'")
     if device.type == "cuda":
         missing = _missing_gpu(device)
         if missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import sys
 import threading
@@ -84,6 +85,16 @@ def test_broken_images_are_named_and_the_others_drawn(
     drawn = np.array(Image.open(tmp_path / "out" / "a.png"))
     assert drawn.shape == (48, 64, 3)
     assert (drawn != 90).any()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no named pipes on Windows")
+@pytest.mark.parametrize("words", [[], ["--slice", "64"]])
+def test_pipes_are_no_images(
+    tmp_path: Path, run: Run, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "a.png")  # as `--input <(curl ...)` gives; nobody writes to this one
+    assert run("--input", tmp_path / "a.png", *words) == 1
+    assert f"error: image {tmp_path / 'a.png'} is no file" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -511,6 +522,11 @@ def test_large_images_in_slices(
         (["--every", "0"], "--every 0: it must be 1 or more"),
         (["--size", "-1"], "edges of -1 to -1 pixels (size, INPUT.MIN_SIZE_TEST"),
         (["--batch-size", "0"], "the batch size is 0; it must be at least 1"),
+        (
+            ["--batch-size", str(10**21)],
+            f"the batch size is {10**21}; it must be at least 1, and at",
+        ),
+        (["--device", "meta"], "asked for is meta, which computes no values"),
     ],
 )
 def test_labels_and_slices_that_do_not_fit(
