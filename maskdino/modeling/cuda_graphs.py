@@ -106,7 +106,8 @@ class CudaGraphs:
             )
             return False
         while len(self._graphs) > self._most:
-            self._graphs.popitem(last=False)
+            forgotten, _ = self._graphs.popitem(last=False)
+            del self._calls[hash(forgotten)]  # else each call of a rare shape would be a capture
         return True
 
 

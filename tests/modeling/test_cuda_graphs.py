@@ -83,6 +83,15 @@ def test_the_least_recently_used_is_forgotten(captured: list) -> None:
     assert len(graphs) == 2
 
 
+def test_more_shapes_in_turns_than_there_is_room_for(captured: list) -> None:
+    """A capture takes as long as many replays."""
+    model, graphs = Network(), CudaGraphs(most=2)
+    for _ in range(4 * (CALLS_BEFORE + 1)):
+        for size in (5, 6, 7):
+            call(graphs, model, size)
+    assert len(captured) <= 4 * 3 and len(graphs) == 2
+
+
 def test_what_a_capture_fixes_makes_another_graph(captured: list) -> None:
     model, graphs = Network(), CudaGraphs()
     for key in ("float32", "bfloat16"):
