@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import traceback
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from maskdino.system.errors import UserError
+from maskdino.system.files import FULL_OR_LOCKED
 from maskdino.system.signals import INTERRUPTED
 
 READER_GONE = 141  # exit status where output goes to a pipe that is closed, as shells have it
@@ -88,8 +88,7 @@ def _of_system(error: OSError) -> str:
         return str(error)
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     text = f"{' -> '.join(names)}: {error.strerror}"
-    full_or_locked = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    return f"{text}; make room, or name another folder" if full_or_locked else text
+    return f"{text}; make room, or name another folder" if error.errno in FULL_OR_LOCKED else text
 
 
 def was_raised(error: BaseException) -> bool:

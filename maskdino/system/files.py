@@ -12,8 +12,9 @@ from pathlib import Path
 from maskdino.system.errors import WriteError
 
 MARK = ".maskdino-"  # in names of files that are being written: NAME.maskdino-PROCESS
-# What the system says where there is no room, or no permission.
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+# What the system says where nothing, or nothing more, can be written, and where it may not be.
+FULL_OR_LOCKED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+CANNOT_WRITE = (*FULL_OR_LOCKED, errno.EACCES)
 
 
 @contextmanager

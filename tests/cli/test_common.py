@@ -48,6 +48,7 @@ def fail_in_a_worker() -> None:
         (lambda: refuse(CommandError), "SOLVER.MAX_ITER is -1"),
         (lambda: Path("/nowhere/at all").read_text(), "/nowhere/at all: No such file or directory"),
         (lambda: fail_to_write(errno.ENOSPC), "o.png: .*; make room, or name another folder"),
+        (lambda: fail_to_write(errno.EFBIG), "o.png: .*; make room, or name another folder"),
         (lambda: fail_to_write(errno.EACCES), "o.png: Permission denied"),
         (
             lambda: os.replace("/nowhere/a", "/nowhere/b"),
