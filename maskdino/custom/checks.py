@@ -21,7 +21,7 @@ from maskdino.data.annotation_checks import (
     where,
 )
 from maskdino.data.folders import WITHIN, check_names
-from maskdino.data.images import BROKEN, decode, orientation
+from maskdino.data.images import BROKEN_IMAGE, decode, orientation
 from maskdino.ops.rle import encode_segmentation
 from maskdino.system.words import counted
 
@@ -95,7 +95,7 @@ def file_problem(path: Path, size: tuple[int, int]) -> tuple[str, str] | None:
             decode(image)
     except Image.DecompressionBombError as error:
         return "image is too large", str(error)
-    except BROKEN as error:
+    except BROKEN_IMAGE as error:
         return "image cannot be read", str(error)
     found = (width, height) if turned else (height, width)
     if found == size:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from maskdino.data import DataError
-from maskdino.data.images import BROKEN
+from maskdino.data.images import BROKEN_IMAGE
 from maskdino.data.reading import MOST_CLASSES, colors_of_ids, ids_of_colors
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ def segments_of(path: Path) -> tuple[dict[int, int], tuple[int, int]]:
     try:
         with Image.open(path) as image:
             colors = np.array(image.convert("RGB"))
-    except BROKEN as error:
+    except BROKEN_IMAGE as error:
         raise _unreadable(path, error) from error
     ids, numbers = np.unique(ids_of_colors(colors), return_counts=True)
     height, width = colors.shape[:2]
@@ -207,7 +207,7 @@ def _read(path: Path, *, gray_colors: bool) -> tuple[np.ndarray | None, np.ndarr
             if mode not in ("RGB", "RGBA"):
                 raise ValueError(f"pixels of type {mode}; values or colors are needed")
             colors = np.array(image.convert("RGB"))
-    except BROKEN as error:
+    except BROKEN_IMAGE as error:
         raise _unreadable(path, error) from error
     gray = (colors == colors[..., :1]).all()
     return colors[..., 0] if gray else None, colors, mode

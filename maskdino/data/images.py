@@ -20,7 +20,7 @@ ImageSource = str | os.PathLike | np.ndarray | Image.Image | torch.Tensor
 CHANNEL_ORDERS = ("RGB", "BGR")
 EXIF_ORIENTATION = 0x0112
 # What Pillow's decoders raise for broken files.
-BROKEN = (
+BROKEN_IMAGE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -88,7 +88,7 @@ def _from_file(path: str) -> np.ndarray:
         raise ImageError(f"image {path}: {error}") from error
     except UnidentifiedImageError as error:  # whose text shows a Python object
         raise ImageError(f"cannot read image {path}: cannot identify its format") from error
-    except BROKEN as error:
+    except BROKEN_IMAGE as error:
         raise ImageError(f"cannot read image {path}: {error}") from error
 
 
@@ -96,7 +96,7 @@ def orientation(image: Image.Image) -> int:
     """How an image is to be turned, in EXIF's numbers from 1 to 8; 1, not at all, is usual."""
     try:
         value = image.getexif().get(EXIF_ORIENTATION)
-    except BROKEN:  # metadata that are none
+    except BROKEN_IMAGE:  # metadata that are none
         return 1
     return value if isinstance(value, int) and 2 <= value <= 8 else 1
 
@@ -106,7 +106,7 @@ def decode(image: Image.Image) -> np.ndarray:
 
     Raises:
         ImageError: values do not fit into 16 bits or, floats, into [0, 1].
-        OSError, ValueError, ...: see `BROKEN`.
+        OSError, ValueError, ...: see `BROKEN_IMAGE`.
     """
     if orientation(image) != 1:  # else Pillow would make a copy
         image = ImageOps.exif_transpose(image)

@@ -10,7 +10,7 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from maskdino.data.images import BROKEN, ImageError, load_image
+from maskdino.data.images import BROKEN_IMAGE, ImageError, load_image
 from maskdino.system.errors import UserError
 
 MOST_CLASSES = 255  # of a label map with 8 bits, one value of which stands for "ignored"
@@ -72,7 +72,7 @@ def read_map(file_name: str, image_format: str | None) -> np.ndarray:
         return np.array(detection_utils.read_image(file_name, format=image_format))
     except FileNotFoundError as error:
         raise DataError(f"map {file_name} does not exist") from error
-    except BROKEN as error:
+    except BROKEN_IMAGE as error:
         raise DataError(
             f"cannot read map {file_name}: {error}. Replace the file or remove its annotations"
         ) from error

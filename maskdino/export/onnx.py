@@ -26,11 +26,10 @@ from maskdino.export.engines import ENGINES, Engine, Shape
 from maskdino.inference.predictor import MaskDINOPredictor, PredictorOptions
 from maskdino.postprocess import InferenceOptions
 from maskdino.structures import Predictions
+from maskdino.system.errors import BROKEN
 from maskdino.visualization.images import padded_size
 
 METADATA_KEY = "maskdino"
-# What the metadata of files of others raise.
-BROKEN = (LookupError, ValueError, TypeError, AssertionError, AttributeError)
 Size = tuple[int, int]
 
 
@@ -93,7 +92,7 @@ class OnnxNetwork:
         try:
             self.metadata = ExportedMetadata(**json.loads(self.engine.metadata[METADATA_KEY]))
             cfg = self.metadata.cfg()
-        except (*BROKEN, YAMLError) as error:
+        except (AssertionError, YAMLError, *BROKEN) as error:  # of files of others
             said = " ".join(str(error).split())
             raise ValueError(f"{path} was not written by tools/export_model.py: {said}") from error
         if self.metadata.outputs != "predictions":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from maskdino.data.images import BROKEN, orientation
+from maskdino.data.images import BROKEN_IMAGE, orientation
 from maskdino.visualization.images import ImageError, ImageSource, load_image
 
 IN_WINDOWS = frozenset((".tif", ".tiff", ".jp2", ".png"))  # what rasterio reads in parts
@@ -113,7 +113,7 @@ def _mapped(path: Path) -> Reader | None:
                     return None
                 if begin != offset + top * row:
                     return None
-    except (*BROKEN, IndexError, TypeError):
+    except (*BROKEN_IMAGE, IndexError, TypeError):
         return None  # `load_image` says what is wrong
     if path.stat().st_size < offset + height * row:
         return None
@@ -142,7 +142,7 @@ def _in_windows(path: Path) -> Reader | None:
             small = is_png and image.size[0] * image.size[1] < LARGE_PNG
             if small or not _is_plain(image, PLAIN_MODES):
                 return None
-    except BROKEN:  # Pillow does not know all that rasterio does
+    except BROKEN_IMAGE:  # Pillow does not know all that rasterio does
         if is_png or not path.is_file():  # `load_image` says what is wrong
             return None
     import rasterio
@@ -191,7 +191,7 @@ def _decoded(path: Path) -> Reader | None:
             f"image {path} of {size[0]} x {size[1]} pixels does not fit into memory; TIFF files, "
             "and with rasterio PNG files, are read in parts"
         ) from error
-    except BROKEN:
+    except BROKEN_IMAGE:
         return None  # `load_image` says what is wrong
 
     def read(rows: slice, columns: slice) -> np.ndarray:

@@ -118,6 +118,7 @@ def exported() -> Iterator[Case]:
         "metadata no json": "hello",
         "metadata a list": "[]",
         "metadata a number": "3",
+        "metadata nested deeply": 9999 * "[",
         "metadata empty": "{}",
         "metadata of more": json.dumps({**good, "mine": 3}),
         "configuration a number": json.dumps({**good, "config": 3}),

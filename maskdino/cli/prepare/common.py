@@ -18,7 +18,7 @@ from scipy import ndimage
 
 from maskdino.cli import common
 from maskdino.cli.common import CommandError
-from maskdino.data.images import BROKEN
+from maskdino.data.images import BROKEN_IMAGE
 from maskdino.data.reading import read_json
 from maskdino.ops.rle import encode_mask, to_json
 from maskdino.system.files import write_text
@@ -114,7 +114,7 @@ def read_pixels(path: Path) -> np.ndarray:
     """(H, W) or (H, W, C), as the file has them; errors name the file."""
     try:
         return np.array(Image.open(path))
-    except BROKEN as error:
+    except BROKEN_IMAGE as error:
         raise PreparationError(f"cannot read {path}: {error}") from error
 
 

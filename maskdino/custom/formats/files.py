@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskdino.data import DataError
 from maskdino.data.folders import leaves
-from maskdino.data.images import BROKEN, orientation
+from maskdino.data.images import BROKEN_IMAGE, orientation
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
 TRAIN, VALIDATION, TEST = "train", "val", "test"
@@ -151,7 +151,7 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             turned = orientation(image) >= 5
-    except BROKEN as error:
+    except BROKEN_IMAGE as error:
         raise DataError(f"{path}: the image cannot be read: {error}") from error
     return (width, height) if turned else (height, width)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import math
 import re
@@ -16,7 +15,7 @@ from maskdino.custom.formats.collect import Collector, Dataset, numbers_of
 from maskdino.custom.formats.files import Tree
 from maskdino.custom.formats.shapes import ellipse, placed
 from maskdino.data import DataError
-from maskdino.data.images import BROKEN
+from maskdino.data.images import BROKEN_IMAGE
 from maskdino.data.reading import read_json
 
 KIND = "LabelMe"
@@ -139,5 +138,5 @@ def _bitmap(text: object, where: str) -> np.ndarray:
         data = base64.b64decode(text if isinstance(text, str) else "", validate=True)
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("L")) > 0
-    except (binascii.Error, *BROKEN) as error:
+    except BROKEN_IMAGE as error:
         raise DataError(f"{where}: its mask is no PNG file in base 64") from error
