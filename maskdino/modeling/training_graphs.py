@@ -76,7 +76,7 @@ class TrainingGraphs:
         self._most = most
         self._steps: dict[Hashable, Step] = {}
         self._calls: Counter[Hashable] = Counter()
-        self._read: tuple[int, ...] = ()  # where weights are, and the state of buffers
+        self._read: tuple[tuple[int, int], ...] = ()  # what is known of weights, and of buffers
         self._memory: GraphMemory | None = None
         self._said: set[str] = set()
 
@@ -99,11 +99,13 @@ class TrainingGraphs:
         if reason:
             self._say(reason)
             return network(*inputs)
-        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        parameters = list(model.parameters())
+        weights = [weight for weight in parameters if weight.requires_grad]
         kind = inputs[0].device.type
         # Of buffers, such as those of frozen norms, modules keep what follows from them.
-        buffers = [state for x in model.buffers() for state in (x.data_ptr(), x._version)]
-        read = (*(weight.data_ptr() for weight in weights), *buffers)
+        buffers = [(x.data_ptr(), x._version) for x in model.buffers()]
+        places = [(weight.data_ptr(), weight.requires_grad) for weight in parameters]
+        read = (*places, *buffers)
         if read != self._read:  # others are trained, or something has moved or was loaded
             self._read, self._memory = read, None
             self._steps.clear()

@@ -231,6 +231,22 @@ def test_frozen_weights_and_precisions_have_graphs_of_their_own(runs: Runs) -> N
     assert len(runs.shapes) == 3
 
 
+def test_frozen_weights_that_are_replaced_make_graphs_anew(runs: Runs) -> None:
+    models = pair()
+    for model in models:
+        model.backbone.requires_grad_(False)
+    for _ in range(2):
+        for _ in range(CALLS_BEFORE + 1):
+            found, expected = (step(model, (1, 1)) for model in models)
+            assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        torch.manual_seed(3)
+        first = torch.randn_like(models[0].backbone.layers[0].weight)
+        for model in models:
+            model.backbone.layers[0].weight = nn.Parameter(first.clone(), requires_grad=False)
+            model.zero_grad(set_to_none=True)
+    assert len(runs.shapes) == 2
+
+
 def test_hooks_are_called(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     model, _ = pair()
     called = []
