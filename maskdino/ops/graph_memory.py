@@ -79,9 +79,10 @@ class GraphMemory:
         releases (2.11 for one) would draw no more numbers.
         """
         names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # before 2.8
-        end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
+        known = [getattr(torch._C, name) for name in names if hasattr(torch._C, name)]
         try:
-            end(self._device.index, self._pool)
+            for end in known[:1]:
+                end(self._device.index, self._pool)
         except RuntimeError:  # it has ended
             return
         torch._C._cuda_releasePool(self._device.index, self._pool)

@@ -111,14 +111,14 @@ def captured(call: Callable[[], object], calls: int = 1) -> tuple[torch.cuda.CUD
     """A CUDA graph of several calls, and the result of the last, which a replay fills."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            result = call()
+    with torch.cuda.stream(stream):  # a capture that fails leaves its stream the current one
+        call()
+        call()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                result = call()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph, result
 
 
