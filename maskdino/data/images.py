@@ -62,9 +62,12 @@ def load_image(source: ImageSource, channel_order: str = "RGB") -> np.ndarray:
     if isinstance(source, Image.Image):
         return decode(source)
     if isinstance(source, torch.Tensor):
-        if source.ndim not in (2, 3):
-            raise ImageError(f"a tensor of shape {tuple(source.shape)} is no image (C, H, W)")
+        if source.ndim not in (2, 3) or (source.ndim == 3 and len(source) not in (1, 3, 4)):
+            raise ImageError(
+                f"a tensor of shape {tuple(source.shape)} is no image (C, H, W) with C of 1, 3 or 4"
+            )
         array = source.detach().cpu()
+        array = array.float() if array.dtype == torch.bfloat16 else array  # NumPy has no such type
         source = (array.movedim(0, -1) if array.ndim == 3 else array).numpy()
     if isinstance(source, np.ndarray):
         return _from_array(source, channel_order)

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from maskdino.categories import Categories
 from maskdino.config import load_config
+from maskdino.config.checks import check_values
 from maskdino.export.engines import ENGINES, Engine, Shape
 from maskdino.inference.predictor import MaskDINOPredictor, PredictorOptions
 from maskdino.postprocess import InferenceOptions
@@ -210,6 +211,7 @@ def onnx_predictor(
         raise ValueError(f"{path} has the fixed canvas {network.canvas}: size {size} cannot be had")
     if max_detections is not None:
         cfg.TEST.DETECTIONS_PER_IMAGE = max_detections
+        check_values(cfg)
     categories = Categories.from_config(cfg)
     return MaskDINOPredictor(
         network,

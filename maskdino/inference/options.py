@@ -47,8 +47,8 @@ class PredictorOptions:
     slices: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
-        if not self.tasks or not set(self.tasks) <= set(TASKS):
-            raise ValueError(f"tasks are {self.tasks}; they must be of {', '.join(TASKS)}")
+        if isinstance(self.tasks, str) or not self.tasks or not set(self.tasks) <= set(TASKS):
+            raise ValueError(f"tasks are {self.tasks!r}; they must be a list of {', '.join(TASKS)}")
         if not 0 <= self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold {self.confidence_threshold} is not in [0, 1]")
         if not 1 <= self.batch_size <= MOST_AT_ONCE:
@@ -78,7 +78,9 @@ class PredictorOptions:
             ValueError: the model cannot do a task, or an argument is out of range.
         """
         node = cfg.MODEL.MASK_DINO
-        tasks = InferenceOptions.from_config(cfg).tasks if tasks is None else tuple(tasks)
+        if tasks is None:
+            tasks = InferenceOptions.from_config(cfg).tasks
+        tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
         if not node.MASK_ON and set(tasks) - {"instance"}:
             raise ValueError(f"a model without masks cannot do {tasks}; it gives boxes only")
         shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST

@@ -124,7 +124,8 @@ class MaskDINOPredictor:
                 configuration.
             device: None: the configuration's, or the CPU where there is no GPU.
             confidence_threshold: objects with a lower score are left out.
-            tasks: of "instance", "panoptic" and "semantic"; None: those the model was trained for.
+            tasks: one or more of "instance", "panoptic" and "semantic"; None: those the model was
+                trained for.
             size: pixels of the shorter edge at which the network reads images; None: the
                 configuration's.
             max_detections: at most so many objects for each image; None: the configuration's.
@@ -140,10 +141,8 @@ class MaskDINOPredictor:
             ConnectionError: the released weights cannot be downloaded.
             ValueError: the checkpoint does not fit, or an argument is out of range.
         """
-        cfg = read_config(config, weights, opts, whole=True)
+        cfg = read_config(config, weights, [*opts, *_at_most(max_detections)], whole=True)
         cfg.MODEL.DEVICE = str(pick_device(device, cfg.MODEL.DEVICE))
-        if max_detections is not None:
-            cfg.TEST.DETECTIONS_PER_IMAGE = max_detections
         model = build_model(cfg)
         load_trained(model, cfg)
         return cls.from_model(
@@ -180,8 +179,8 @@ class MaskDINOPredictor:
             asked: further ones.
         """
         found = find_pretrained(source, revision)
-        most = [] if max_detections is None else ["TEST.DETECTIONS_PER_IMAGE", str(max_detections)]
-        model, cfg = build_pretrained(found, device=device, opts=[*opts, *most])
+        opts = [*opts, *_at_most(max_detections)]
+        model, cfg = build_pretrained(found, device=device, opts=opts)
         return cls.from_model(model, cfg, categories=found.categories, **asked)
 
     def save_pretrained(self, folder: str | os.PathLike, **facts: Any) -> Path:
@@ -252,8 +251,10 @@ class MaskDINOPredictor:
         Raises:
             ImageError: something is no image; names it.
         """
-        if isinstance(images, str | os.PathLike | Image.Image) or (
-            isinstance(images, np.ndarray | Tensor) and images.ndim < 4
+        if (
+            isinstance(images, str | os.PathLike | Image.Image)
+            or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4)
+            or not isinstance(images, Iterable)  # as what OpenCV gives for a file that is missing
         ):
             return next(self.stream([images], channel_order))
         return list(self.stream(images, channel_order))
@@ -351,3 +352,8 @@ class MaskDINOPredictor:
             )
             results.append(image.result(found, self.categories))
         return results
+
+
+def _at_most(max_detections: int | None) -> list[str]:
+    """The key of a configuration, and its value, where it is asked for."""
+    return [] if max_detections is None else ["TEST.DETECTIONS_PER_IMAGE", str(max_detections)]

@@ -71,6 +71,10 @@ class TiledImage:
             read = image.shape[:2], lambda rows, columns: image[rows, columns]
         self.size, self._read = read
 
+    def __reduce__(self) -> tuple[type[TiledImage], tuple[ImageSource]]:
+        """Another process opens the file again, or gets the pixels."""
+        return TiledImage, (self.source,)
+
     def part(self, rows: slice, columns: slice) -> np.ndarray:
         """(h, w, 3) uint8 RGB of some rows and columns, both with a beginning and an end.
 

@@ -104,7 +104,13 @@ def draw_regions(
 
 
 def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
-    """A copy, uint8, with every pixel repeated `scale` times in both directions."""
+    """A copy, uint8, with every pixel repeated `scale` times in both directions.
+
+    Raises:
+        ValueError: the scale is no whole number from 1 on.
+    """
+    if scale < 1 or scale != int(scale):
+        raise ValueError(f"images are enlarged by whole factors from 1 on, not by {scale}")
     size = (scale * image.shape[1], scale * image.shape[0])
     pixels = np.ascontiguousarray(image, np.uint8)
     return cv2.resize(pixels, size, interpolation=cv2.INTER_NEAREST)

@@ -158,6 +158,8 @@ def test_one_or_many_and_their_names(predictor: MaskDINOPredictor, tmp_path: Pat
     np.testing.assert_array_equal(result.image, picture(64, 64))
     with pytest.raises(ImageError, match=r"missing\.png"):
         predictor([path, tmp_path / "missing.png"])
+    with pytest.raises(TypeError, match="an image is a path, an array, .*, not NoneType"):
+        predictor(None)  # OpenCV's answer for a file that is missing
 
 
 def test_conversions(predictor: MaskDINOPredictor, tmp_path: Path) -> None:
@@ -282,12 +284,26 @@ def test_wrong_arguments_are_named(cfg: CfgNode, tmp_path: Path) -> None:
         build(path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         build(path, tmp_path / "nowhere.pth")
+    with pytest.raises(ValueError, match=r"DETECTIONS_PER_IMAGE is -3; it must be at least 1"):
+        build(path, tmp_path / "nowhere.pth", max_detections=-3)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"confidence_threshold": 1.5}, {"tasks": ("depth",)}, {"tasks": ()}, {"batch_size": 0}],
+    [
+        {"confidence_threshold": 1.5},
+        {"tasks": ("depth",)},
+        {"tasks": ()},
+        {"batch_size": 0},
+    ],
 )
 def test_options_out_of_range(model: MaskDINO, cfg: CfgNode, wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"1\.5|depth|tasks are|batch size is 0"):
         MaskDINOPredictor.from_model(model, cfg, **wrong)
+
+
+def test_a_task_may_be_named_by_a_text(model: MaskDINO, cfg: CfgNode) -> None:
+    predictor = MaskDINOPredictor.from_model(model, cfg, tasks="instance")
+    assert predictor.options.tasks == ("instance",)
+    with pytest.raises(ValueError, match="tasks are 'instance'; they must be a list of"):
+        predictor.with_options(tasks="instance")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -289,6 +290,9 @@ def test_the_predictor_slices(tmp_path: Path) -> None:
     assert len(result) and len(result.features) == len(result.rles) == len(result)
     assert {tuple(rle["size"]) for rle in result.rles} == {(100, 150)}
     assert result.draw("instance").shape == (100, 150, 3)
+    for image_again in (path, image):  # as they come from another process
+        sent = predictor.sliced(image_again, size=64)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(sent)).draw(), sent.draw())
     assert result.class_scores is None
     scoring = predictor.with_options(class_scores=True, tasks=("semantic",))
     scored = scoring.sliced(path, size=64)

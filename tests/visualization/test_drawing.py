@@ -47,6 +47,9 @@ def test_enlarged_images_repeat_their_pixels(scale: int) -> None:
     assert (found == image.repeat(scale, axis=0).repeat(scale, axis=1)).all()
     found[:] = 0
     assert image.any()  # it is a copy
+    for wrong in (0, -1, 0.5):
+        with pytest.raises(ValueError, match=f"whole factors from 1 on, not by {wrong}"):
+            enlarge(image, wrong)
 
 
 def test_masks_are_filled_and_outlined() -> None:

@@ -26,6 +26,18 @@ def test_every_source_gives_the_same_picture(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_image(COLOR[..., ::-1], "BGR"), COLOR)
 
 
+def test_tensors_of_half_numbers() -> None:
+    values = torch.rand(3, 4, 5)
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = (values.to(dtype).float() * 255).round().byte().movedim(0, -1).numpy()
+        np.testing.assert_allclose(load_image(values.to(dtype)), expected, atol=1)
+
+
+def test_tensors_with_channels_last_are_named_as_they_are() -> None:
+    with pytest.raises(ImageError, match=r"a tensor of shape \(5, 6, 3\) is no image \(C, H, W\)"):
+        load_image(torch.zeros(5, 6, 3))
+
+
 def test_grey_of_8_and_16_bits(tmp_path: Path) -> None:
     grey = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
     wide = grey.astype(np.uint16) * 257
