@@ -72,8 +72,7 @@ def load_config(
             raise ValueError(f"{config_file}: {one_line(error)}") from error
     if len(overrides) % 2:
         raise ValueError(
-            f"Overrides are KEY VALUE pairs, but these are {len(overrides)} words: "
-            f"{list(overrides)}"
+            f"Overrides are KEY VALUE pairs, and a word is missing or left over: {list(overrides)}"
         )
     names = [name for name in overrides[::2] if not name.startswith(_OPEN_NODES)]
     _check_keys(names, known, "on the command line")

@@ -20,6 +20,7 @@ from maskdino.export.postprocess import results
 from maskdino.model import MaskDINO
 from maskdino.ops.boxes import iou
 from maskdino.structures import Predictions
+from maskdino.system.words import counted
 
 LEAST_SCORE = 0.3  # of objects that count
 LEEWAY = 0.05  # an object may have so much less in the other form
@@ -68,8 +69,8 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"{self.same} of {self.expected} objects are the same (class, and IoU {LEAST_IOU} and "
-            f"more), {self.new} are new"
+            f"{self.same} of {counted(self.expected, 'object')} are the same (class, and IoU "
+            f"{LEAST_IOU} and more), {self.new} new"
         )
 
     def and_of(self, expected: Objects, found: Objects) -> Agreement:
