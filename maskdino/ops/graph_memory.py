@@ -6,6 +6,7 @@ import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,27 +14,45 @@ import torch
 _one_at_a_time = threading.RLock()
 
 
-@functools.cache
-def _stream_of(index: int) -> torch.cuda.Stream:
-    """One for all captures on a GPU: cuBLAS keeps memory for each stream that it has seen."""
-    return torch.cuda.Stream(index)
+class _Gpu:
+    """Where graphs of a GPU are captured, and where they ran last.
+
+    They share a stream, as the allocator keeps what was freed on a stream for that stream, and
+    cuBLAS its memory for each stream that it has seen. So they share that memory, too.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.stream = torch.cuda.Stream(index)
+        self.last: torch.cuda.Stream | None = None
+
+
+_gpu = functools.cache(_Gpu)
 
 
 class GraphMemory:
     """Memory that graphs of one GPU share: they run one after the other.
-
-    What was freed on a stream the allocator keeps for that stream, so all are captured on one.
 
     Args:
         device: the GPU, with its index.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._gpu = device, _gpu(device.index)
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = _stream_of(device.index)
-        self._last: torch.cuda.Stream | None = None
         self._left: list[torch.cuda.CUDAGraph] = []
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """For a replay on the current stream: after those of before, on whichever stream.
+
+        Not for the backward pass, whose thread who captures may be waiting for.
+        """
+        current = torch.cuda.current_stream(self._device)
+        with _one_at_a_time:
+            if self._gpu.last is not None and self._gpu.last != current:
+                current.wait_stream(self._gpu.last)
+            self._gpu.last = current
+            yield
 
     @contextmanager
     def rehearsed(self) -> Iterator[None]:
@@ -42,10 +61,11 @@ class GraphMemory:
         The current stream waits for what is asked for within, and that for the current stream.
         """
         current = torch.cuda.current_stream(self._device)
-        with _one_at_a_time, torch.cuda.stream(self._stream):
-            self._stream.wait_stream(current)
-            yield
-        current.wait_stream(self._stream)
+        with self.turn():
+            self._gpu.stream.wait_stream(current)
+            with torch.cuda.stream(self._gpu.stream):
+                yield
+            current.wait_stream(self._gpu.stream)
 
     @contextmanager
     def captured(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -56,11 +76,9 @@ class GraphMemory:
         """
         graph, cause = torch.cuda.CUDAGraph(), None
         # Where a capture cannot be ended, `torch.cuda.graph` leaves its stream the current one.
-        with _one_at_a_time, torch.cuda.stream(self._stream):
+        with _one_at_a_time, torch.cuda.stream(self._gpu.stream):
             try:
-                # Other threads, such as those that load images, may go on meanwhile.
-                mode = "thread_local"
-                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+                with self._capturing(graph, self._pool):
                     try:
                         yield graph
                     except RuntimeError as error:
@@ -71,6 +89,11 @@ class GraphMemory:
                 # Of a pool without graphs, which the other may be, the allocator knows no more.
                 self._pool = torch.cuda.graph_pool_handle()
                 raise cause or error from None
+
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
+        # Other threads, such as those that load images, may go on meanwhile.
+        mode = "thread_local"
+        return torch.cuda.graph(graph, pool, self._gpu.stream, capture_error_mode=mode)
 
     def _unwind(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends a capture for PyTorch too, which does not where CUDA has found it invalid.
@@ -88,13 +111,5 @@ class GraphMemory:
         torch._C._cuda_releasePool(self._device.index, self._pool)
         self._left.append(graph)  # the allocator of pinned memory is not told, and asks it further
         # Generators begin and end with a capture, whichever.
-        mode = "thread_local"
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), None, self._stream, capture_error_mode=mode):
+        with self._capturing(torch.cuda.CUDAGraph(), None):
             torch.zeros(1, device=self._device)
-
-    def take_turn(self) -> None:
-        """Before a replay: lets the current stream wait for the one of the replay before."""
-        stream = torch.cuda.current_stream(self._device)
-        if self._last is not None and self._last != stream:
-            stream.wait_stream(self._last)
-        self._last = stream

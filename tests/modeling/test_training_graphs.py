@@ -320,28 +320,31 @@ def test_without_gradients_nothing_is_replayed(runs: Runs) -> None:
     assert losses and not runs.shapes
 
 
-class Idle:
-    """Stands in for a graph: a replay has nothing to do."""
+class Graph:
+    """Its replay is counted."""
+
+    def __init__(self) -> None:
+        self.replays = 0
 
     def replay(self) -> None:
-        pass
+        self.replays += 1
 
 
 class Memory:
     """Captures run at once, as nothing stands in for CUDA."""
 
     def __init__(self) -> None:
-        self.captures = 0
+        self.graphs: list[Graph] = []
 
     @contextlib.contextmanager
     def rehearsed(self) -> Iterator[None]:
-        assert not self.captures
+        assert not self.graphs
         yield
 
     @contextlib.contextmanager
-    def captured(self) -> Iterator[Idle]:
-        self.captures += 1
-        yield Idle()
+    def captured(self) -> Iterator[Graph]:
+        self.graphs.append(Graph())
+        yield self.graphs[-1]
 
 
 @pytest.fixture
@@ -368,7 +371,10 @@ def test_what_a_capture_holds(memory: Memory, monkeypatch: pytest.MonkeyPatch) -
     inputs = torch.randn(2, 3, 64, 64), content, torch.randn(2, 6, 4), torch.arange(6) // 3
     weights = list(model.parameters())
     held = capture_step(model._network, inputs, weights, memory)
-    assert memory.captures == 2
+    held.forward()
+    assert [graph.replays for graph in memory.graphs] == [1, 0]
+    held.backward()
+    assert [graph.replays for graph in memory.graphs] == [1, 1]
     assert cached == [False, False] and torch.is_autocast_cache_enabled()
     assert all(torch.equal(a, b) and a is not b for a, b in zip(held.inputs, inputs, strict=True))
     expected = tensors_of(model._network(*inputs))

@@ -89,7 +89,8 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cud
     it = Cuda()
     for name in ("graph", "graph_pool_handle", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(it, name))
-    monkeypatch.setattr(graph_memory, "_stream_of", functools.cache(Stream))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(graph_memory, "_gpu", functools.cache(graph_memory._Gpu))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: it.current)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
@@ -136,11 +137,24 @@ def test_what_fails_beside_cuda_ends_the_capture(cuda: Cuda) -> None:
 
 
 def test_streams_take_turns(cuda: Cuda) -> None:
-    memory, other = GraphMemory(GPU), Stream(GPU)
-    memory.take_turn()
-    memory.take_turn()
+    """Also with graphs of other memory: libraries have one place for all of a stream."""
+    memories, other = (GraphMemory(GPU), GraphMemory(GPU)), Stream(GPU)
+    for memory in memories:
+        with memory.turn():
+            pass
     assert not cuda.usual.waits_for
-    with cuda.stream(other):
-        memory.take_turn()
-    memory.take_turn()
-    assert other.waits_for == [cuda.usual] and cuda.usual.waits_for == [other]
+    with cuda.stream(other), memories[0].turn():
+        assert other.waits_for == [cuda.usual]
+    with memories[1].turn():
+        assert cuda.usual.waits_for == [other]
+
+
+def test_a_rehearsal_waits_for_replays_and_they_for_it(cuda: Cuda) -> None:
+    memory, other = GraphMemory(GPU), Stream(GPU)
+    with cuda.stream(other), memory.turn():
+        pass
+    with memory.rehearsed():
+        stream = cuda.current
+    assert cuda.usual.waits_for == [other, stream] and stream.waits_for == [cuda.usual]
+    with cuda.stream(other), memory.turn():
+        assert other.waits_for == [cuda.usual]
