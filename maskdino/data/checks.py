@@ -30,6 +30,7 @@ from maskdino.data.folders import check_names
 from maskdino.data.numbering import renumber_things
 from maskdino.data.panoptic_checks import check_panoptic
 from maskdino.data.reading import DataError, read_json
+from maskdino.data.record_checks import check_records
 from maskdino.data.records import KEY as RECORD_KEY
 from maskdino.data.records import RECORD, TRAIN_NAME, VALIDATION_NAME
 from maskdino.integration.registration import register_postponed
@@ -81,6 +82,12 @@ def check_datasets(cfg: CfgNode, *, is_evaluation: bool = False) -> None:
             name, metadata, cfg.MODEL.MASK_DINO.NUM_CLASSES, is_trained=name in train
         )
         _check_maps(name, metadata)
+        if (
+            name in test
+            and metadata.get("evaluator_type") == "coco"
+            and not metadata.get("json_file")
+        ):
+            check_records(name)
         if metadata.get("evaluator_type") in ("coco_panoptic_seg", "ade20k_panoptic_seg"):
             measured = name in test and cfg.MODEL.MASK_DINO.TEST.PANOPTIC_ON
             check_panoptic(read_json(metadata.panoptic_json), metadata, measured=measured)
@@ -207,7 +214,8 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_traine
     """Returns whether there are masks, as far as can be told without loading the dataset."""
     content = None
     number = _num_classes(metadata)
-    if metadata.get("evaluator_type") == "coco":
+    # One that a function of the user gives may have no file, or a file without images' folder.
+    if metadata.get("evaluator_type") == "coco" and metadata.get("json_file") is not None:
         content = _read_coco(metadata, LISTS if is_trained else ("images", "categories"))
         number = len(content["categories"])
     if number is not None and number != num_classes:
@@ -219,7 +227,7 @@ def _check_classes(name: str, metadata: Metadata, num_classes: int, *, is_traine
     if content is None:
         return True
     _judge_names(content, metadata)
-    _check_coco(content, metadata.json_file, metadata.image_root)
+    _check_coco(content, metadata.json_file, metadata.get("image_root"))
     annotations = content.get("annotations", ())
     if is_trained and all(annotation.get("iscrowd") for annotation in annotations):
         raise DataError(f"{metadata.json_file} has no objects to train on")
@@ -236,7 +244,7 @@ def _read_coco(metadata: Metadata, needed: Sequence[str]) -> dict:
 
 def _judge_names(content: dict, metadata: Metadata) -> None:
     """Raises where the file name of an image leads out of the folder, unless that is allowed."""
-    if not metadata.get("any_path", False):
+    if not metadata.get("any_path", False) and metadata.get("image_root") is not None:
         _judge([*check_names(content["images"], metadata.image_root)], metadata.json_file)
 
 
@@ -285,8 +293,8 @@ def _check_loadable(content: dict, json_file: str) -> None:
             raise DataError(f"{json_file}: annotation {annotation.get('id')!r}: {problem}")
 
 
-def _check_coco(content: dict, json_file: str, image_root: str) -> None:
-    """Checks COCO annotations, and the image files by their names."""
+def _check_coco(content: dict, json_file: str, image_root: str | None) -> None:
+    """Checks COCO annotations and, where their folder is known, the image files by their names."""
     images, categories = content["images"], content["categories"]
     findings = [*check_categories(categories), *check_images(images)]
     _judge(findings, json_file)
@@ -297,6 +305,8 @@ def _check_coco(content: dict, json_file: str, image_root: str) -> None:
     _check_loadable(content, json_file)
     for line in describe(findings, most=1):
         logger.warning("%s: %s", json_file, line.strip())
+    if image_root is None:
+        return
     by_folder = defaultdict(set)
     for image in content["images"]:
         path = PurePath(image["file_name"])
