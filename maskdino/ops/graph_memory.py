@@ -45,7 +45,7 @@ class GraphMemory:
     def turn(self) -> Iterator[None]:
         """For a replay on the current stream: after those of before, on whichever stream.
 
-        Not for the backward pass, whose thread who captures may be waiting for.
+        Not for the backward pass: who captures may be waiting for its thread.
         """
         current = torch.cuda.current_stream(self._device)
         with _one_at_a_time:
@@ -89,6 +89,8 @@ class GraphMemory:
                 # Of a pool without graphs, which the other may be, the allocator knows no more.
                 self._pool = torch.cuda.graph_pool_handle()
                 raise cause or error from None
+            finally:
+                cause = None  # whose frames, this one too, hold what was under way
 
     def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
         # Other threads, such as those that load images, may go on meanwhile.

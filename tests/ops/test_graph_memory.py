@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -134,6 +136,26 @@ def test_what_fails_beside_cuda_ends_the_capture(cuda: Cuda) -> None:
         assert cuda.current is cuda.usual and cuda.draws and not cuda.open
     with memory.captured():
         pass
+
+
+def test_what_was_under_way_is_let_go(cuda: Cuda) -> None:
+    """Where memory ran out, the step that follows needs it: before Python looks for cycles."""
+    memory, known = GraphMemory(GPU), []
+
+    def runs_out() -> None:
+        activations = Stream()
+        known.append(weakref.ref(activations))
+        raise RuntimeError("out of memory")
+
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError) as caught, memory.captured():
+            runs_out()
+        del caught
+        assert known[0]() is None
+    finally:
+        gc.enable()
+    assert not cuda.open
 
 
 def test_streams_take_turns(cuda: Cuda) -> None:
