@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.engine.hooks import CallbackHook
 
 from maskdino.engine.trainer import MaskDINOTrainer
+from maskdino.modeling.training_graphs import CALLS_BEFORE
 from tests.engine.stand_in import read_checkpoint
 from tests.engine.test_trainer import assert_same
 from tests.gpu.cases import make_cfg
@@ -31,6 +32,7 @@ class Run:
     folder: Path
     images: list[list[str]] = field(default_factory=list)  # of each iteration
     losses: list[float] = field(default_factory=list)
+    graphs: int = 0  # with which it ended
 
 
 def run_cfg(dataset: str, device: torch.device, folder: Path) -> CfgNode:
@@ -59,6 +61,7 @@ def train(cfg: CfgNode, *, resume: bool = False) -> Run:
     )
     trainer.resume_or_load(resume)
     trainer.train()
+    run.graphs = len(trainer.model.training_graphs or ())
     return run
 
 
@@ -110,3 +113,22 @@ def test_a_resumed_run_ends_with_the_same_bits_if_asked(
     whole, rest = train_twice(drawn_dataset, device, tmp_path)
     assert rest.losses == whole.losses[2:]
     assert_same(read_checkpoint(rest.folder), read_checkpoint(whole.folder))
+
+
+def test_graphs_of_a_training_that_evaluates_averaged_weights(
+    drawn_dataset: str,  # noqa: F811
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
+    """The exchange with the averaged weights drops graphs, which are made anew."""
+    runs = []
+    for replays in (True, False):
+        cfg = run_cfg(drawn_dataset, device, tmp_path / str(replays))
+        cfg.SOLVER.CUDA_GRAPHS, cfg.SOLVER.AMP.ENABLED = replays, False
+        cfg.DATASETS.TEST, cfg.TEST.EVAL_PERIOD = (drawn_dataset,), CALLS_BEFORE + 2
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
+        cfg.SOLVER.MAX_ITER = 2 * cfg.TEST.EVAL_PERIOD
+        runs.append(train(cfg))
+    found, expected = runs
+    assert found.losses == pytest.approx(expected.losses, rel=0.1)
+    assert (found.graphs, expected.graphs) == (int(device.type == "cuda"), 0)
