@@ -14,19 +14,10 @@ import torch
 _one_at_a_time = threading.RLock()
 
 
-class _Gpu:
-    """Where graphs of a GPU are captured, and where they ran last.
-
-    They share a stream, as the allocator keeps what was freed on a stream for that stream, and
-    cuBLAS its memory for each stream that it has seen. So they share that memory, too.
-    """
-
-    def __init__(self, index: int) -> None:
-        self.stream = torch.cuda.Stream(index)
-        self.last: torch.cuda.Stream | None = None
-
-
-_gpu = functools.cache(_Gpu)
+@functools.cache
+def _stream_of(index: int) -> torch.cuda.Stream:
+    """Of all captures on a GPU, as the allocator keeps what is freed on a stream for that one."""
+    return torch.cuda.Stream(index)
 
 
 class GraphMemory:
@@ -37,22 +28,10 @@ class GraphMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._gpu = device, _gpu(device.index)
+        self._device, self._stream = device, _stream_of(device.index)
         self._pool = torch.cuda.graph_pool_handle()
+        self._last: torch.cuda.Stream | None = None
         self._left: list[torch.cuda.CUDAGraph] = []
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """For a replay on the current stream: after those of before, on whichever stream.
-
-        Not for the backward pass: who captures may be waiting for its thread.
-        """
-        current = torch.cuda.current_stream(self._device)
-        with _one_at_a_time:
-            if self._gpu.last is not None and self._gpu.last != current:
-                current.wait_stream(self._gpu.last)
-            self._gpu.last = current
-            yield
 
     @contextmanager
     def rehearsed(self) -> Iterator[None]:
@@ -61,11 +40,11 @@ class GraphMemory:
         The current stream waits for what is asked for within, and that for the current stream.
         """
         current = torch.cuda.current_stream(self._device)
-        with self.turn():
-            self._gpu.stream.wait_stream(current)
-            with torch.cuda.stream(self._gpu.stream):
+        with _one_at_a_time:
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 yield
-            current.wait_stream(self._gpu.stream)
+            current.wait_stream(self._stream)
 
     @contextmanager
     def captured(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -76,7 +55,7 @@ class GraphMemory:
         """
         graph, cause = torch.cuda.CUDAGraph(), None
         # Where a capture cannot be ended, `torch.cuda.graph` leaves its stream the current one.
-        with _one_at_a_time, torch.cuda.stream(self._gpu.stream):
+        with _one_at_a_time, torch.cuda.stream(self._stream):
             try:
                 with self._capturing(graph, self._pool):
                     try:
@@ -92,10 +71,21 @@ class GraphMemory:
             finally:
                 cause = None  # whose frames, this one too, hold what was under way
 
-    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
-        # Other threads, such as those that load images, may go on meanwhile.
-        mode = "thread_local"
-        return torch.cuda.graph(graph, pool, self._gpu.stream, capture_error_mode=mode)
+    @contextmanager
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+        """Captures; where cuBLAS works is memory of the graph's own pool.
+
+        Else it works where it did for other graphs of this stream, and PyTorch 2.14 gives that back
+        as soon as one of them is gone, of whatever pool (issue 193402).
+        """
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            # Other threads, such as those that load images, may go on meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool, self._stream, capture_error_mode=mode):
+                yield
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
 
     def _unwind(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends a capture for PyTorch too, which does not where CUDA has found it invalid.
@@ -115,3 +105,10 @@ class GraphMemory:
         # Generators begin and end with a capture, whichever.
         with self._capturing(torch.cuda.CUDAGraph(), None):
             torch.zeros(1, device=self._device)
+
+    def take_turn(self) -> None:
+        """Before a replay: lets the current stream wait for the one of the replay before."""
+        stream = torch.cuda.current_stream(self._device)
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream

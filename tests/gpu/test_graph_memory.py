@@ -58,6 +58,27 @@ def test_graphs_share_memory(memory: GraphMemory) -> None:
     assert reserved[-1] - reserved[0] < 2 * LARGE
 
 
+def test_a_graph_outlives_others(memory: GraphMemory) -> None:
+    """Long sums of few processors, for which cuBLAS takes memory."""
+    left, right = torch.randn(2, 1 << 15, 640, device="cuda").bfloat16()
+    with memory.rehearsed():
+        left.t() @ right
+    with memory.captured() as graph:
+        found = left.t() @ right
+    graph.replay()
+    expected, other = found.clone(), GraphMemory(left.device)
+    with other.rehearsed():
+        right.t() @ left
+    with other.captured() as gone:
+        right.t() @ left
+    del gone, other
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    taken = torch.full((LARGE,), torch.nan, device="cuda")
+    graph.replay()
+    assert found.equal(expected) and taken.isnan().all()
+
+
 def test_captures_go_on_after_one_without_memory(memory: GraphMemory) -> None:
     x = torch.ones(LARGE // 4, device="cuda")
     kept = []
@@ -72,7 +93,7 @@ def test_captures_go_on_after_one_without_memory(memory: GraphMemory) -> None:
 
 
 def test_threads_on_streams_of_their_own(cuda: torch.device) -> None:
-    """And two models: libraries have one place for all that was captured."""
+    """And two models."""
     plain, *models = (
         make_model(make_cfg("instance", TEST__PRECISION="bfloat16", TEST__CUDA_GRAPHS=graphs))
         .eval()

@@ -41,6 +41,7 @@ class Cuda:
         self.refused: list[object] = []  # whose graphs are gone, or which are known as open still
         self.draws, self.invalid = True, False
         self.pools = 0
+        self.works: list[object] = []  # where cuBLAS does, for a stream that it has seen
 
     def graph_pool_handle(self) -> tuple[int, int]:
         self.pools += 1
@@ -59,6 +60,7 @@ class Cuda:
         self, _: object, pool: object, stream: Stream, *, capture_error_mode: str
     ) -> Iterator[None]:
         assert capture_error_mode == "thread_local" and pool not in self.refused
+        assert not self.works
         before, self.current = self.current, stream
         self.open.append(pool)
         self.draws = False
@@ -91,13 +93,13 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cud
     it = Cuda()
     for name in ("graph", "graph_pool_handle", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(it, name))
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(graph_memory, "_gpu", functools.cache(graph_memory._Gpu))
+    monkeypatch.setattr(graph_memory, "_stream_of", functools.cache(Stream))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: it.current)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
     monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
     monkeypatch.setattr(torch._C, request.param, it.end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", it.works.clear, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: None, raising=False)
     return it
 
@@ -158,25 +160,26 @@ def test_what_was_under_way_is_let_go(cuda: Cuda) -> None:
     assert not cuda.open
 
 
-def test_streams_take_turns(cuda: Cuda) -> None:
-    """Also with graphs of other memory: libraries have one place for all of a stream."""
-    memories, other = (GraphMemory(GPU), GraphMemory(GPU)), Stream(GPU)
-    for memory in memories:
-        with memory.turn():
-            pass
-    assert not cuda.usual.waits_for
-    with cuda.stream(other), memories[0].turn():
-        assert other.waits_for == [cuda.usual]
-    with memories[1].turn():
-        assert cuda.usual.waits_for == [other]
-
-
-def test_a_rehearsal_waits_for_replays_and_they_for_it(cuda: Cuda) -> None:
-    memory, other = GraphMemory(GPU), Stream(GPU)
-    with cuda.stream(other), memory.turn():
-        pass
+def test_cublas_works_in_memory_of_the_graphs(cuda: Cuda) -> None:
+    """It works where it did before on that stream, which may be gone before the graph is."""
+    memory = GraphMemory(GPU)
     with memory.rehearsed():
-        stream = cuda.current
-    assert cuda.usual.waits_for == [other, stream] and stream.waits_for == [cuda.usual]
-    with cuda.stream(other), memory.turn():
-        assert other.waits_for == [cuda.usual]
+        cuda.works.append("rehearsal")
+    with memory.captured():
+        cuda.works.append("pool")
+    assert not cuda.works
+    with pytest.raises(RuntimeError), memory.captured():
+        cuda.works.append("pool")
+        cuda.wait()
+    assert not cuda.works
+
+
+def test_streams_take_turns(cuda: Cuda) -> None:
+    memory, other = GraphMemory(GPU), Stream(GPU)
+    memory.take_turn()
+    memory.take_turn()
+    assert not cuda.usual.waits_for
+    with cuda.stream(other):
+        memory.take_turn()
+    memory.take_turn()
+    assert other.waits_for == [cuda.usual] and cuda.usual.waits_for == [other]
