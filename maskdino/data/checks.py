@@ -316,6 +316,6 @@ def _check_coco(content: dict, json_file: str, image_root: str | None) -> None:
         missing = names - set(PathManager.ls(folder) if PathManager.isdir(folder) else ())
         if missing:
             raise DataError(
-                f"{json_file} lists {counted(len(missing), 'image')} missing from {folder}, for "
+                f"{json_file} lists {counted(len(missing), 'image')} not in {folder}, for "
                 f"example {', '.join(sorted(missing)[:3])}"
             )

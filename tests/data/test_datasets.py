@@ -199,7 +199,7 @@ BROKEN = [
     (edit("images", file_name=5), "image without file name: image 2"),
     (drop("images", "id"), "image without id"),
     (edit("images", id=1), "several images with one id: image 1"),
-    (edit("images", file_name="lost.jpg"), "1 image missing from .*train2017.*lost.jpg"),
+    (edit("images", file_name="lost.jpg"), "1 image not in .*train2017.*lost.jpg"),
     (drop("categories", "id"), "category without id"),
     (lambda c: c.pop("images"), "not in COCO's format: it lacks images"),
     (lambda c: c.update(annotations=None), "'annotations' must be a list of objects"),
