@@ -144,10 +144,10 @@ def capture(network: Network, images: Tensor, memory: GraphMemory) -> Network:
             torch.clear_autocast_cache()
 
     def replay(images: Tensor, _kept: object = constants) -> Results:
-        memory.take_turn()
-        held.copy_(images)
-        graph.replay()
-        embedding = None if pixel_embedding is None else pixel_embedding.clone()
-        return predictions.map(torch.clone), embedding
+        with memory.turn():
+            held.copy_(images)
+            graph.replay()
+            embedding = None if pixel_embedding is None else pixel_embedding.clone()
+            return predictions.map(torch.clone), embedding
 
     return replay

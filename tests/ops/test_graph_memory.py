@@ -25,6 +25,20 @@ class Stream:
         self.waits_for.append(other)
 
 
+class Graph:
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+
+    def __del__(self) -> None:
+        if self.cuda.clears:
+            self.cuda.works.clear()
+
+
+class Number:
+    def zero_(self) -> None:
+        pass
+
+
 class Cuda:
     """What PyTorch (2.6 to 2.14) does of a capture, also where CUDA has found it invalid.
 
@@ -41,7 +55,8 @@ class Cuda:
         self.refused: list[object] = []  # whose graphs are gone, or which are known as open still
         self.draws, self.invalid = True, False
         self.pools = 0
-        self.works: list[object] = []  # where cuBLAS does, for a stream that it has seen
+        self.clears = False  # whether a graph that is gone takes along where cuBLAS works
+        self.works: list[str] = []  # in which memory cuBLAS does, on the stream of captures
 
     def graph_pool_handle(self) -> tuple[int, int]:
         self.pools += 1
@@ -60,7 +75,7 @@ class Cuda:
         self, _: object, pool: object, stream: Stream, *, capture_error_mode: str
     ) -> Iterator[None]:
         assert capture_error_mode == "thread_local" and pool not in self.refused
-        assert not self.works
+        assert pool is None or not (self.clears and self.works)
         before, self.current = self.current, stream
         self.open.append(pool)
         self.draws = False
@@ -88,18 +103,24 @@ class Cuda:
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
-@pytest.fixture(params=["_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"])
+END = "_cuda_endAllocateToPool"
+
+
+@pytest.fixture(params=[(END, True), (END, False), ("_cuda_endAllocateCurrentStreamToPool", False)])
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """That of newer and of older releases."""
     it = Cuda()
+    end, it.clears = request.param
     for name in ("graph", "graph_pool_handle", "stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(it, name))
-    monkeypatch.setattr(graph_memory, "_stream_of", functools.cache(Stream))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(graph_memory, "_gpu", functools.cache(graph_memory._Gpu))
+    monkeypatch.setattr(graph_memory, "CLEARS_WITH_GRAPHS", it.clears)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(it))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: it.current)
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: device)
-    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool", raising=False)
-    monkeypatch.setattr(torch._C, request.param, it.end, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", it.works.clear, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: Number())
+    monkeypatch.delattr(torch._C, END, raising=False)
+    monkeypatch.setattr(torch._C, end, it.end, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: None, raising=False)
     return it
 
@@ -160,26 +181,52 @@ def test_what_was_under_way_is_let_go(cuda: Cuda) -> None:
     assert not cuda.open
 
 
-def test_cublas_works_in_memory_of_the_graphs(cuda: Cuda) -> None:
-    """It works where it did before on that stream, which may be gone before the graph is."""
-    memory = GraphMemory(GPU)
+def test_where_cublas_works_is_there_as_long_as_graphs(cuda: Cuda) -> None:
+    """In newer releases in memory of each graph's own pool, in older ones for good."""
+    memory, kept = GraphMemory(GPU), []
     with memory.rehearsed():
-        cuda.works.append("rehearsal")
-    with memory.captured():
-        cuda.works.append("pool")
-    assert not cuda.works
+        cuda.works.append("of the stream")
+    for _ in range(2):
+        with memory.captured() as graph:
+            kept.append(graph)
+            if not cuda.works:
+                cuda.works.append("of the pool")
+        assert cuda.works == ([] if cuda.clears else ["of the stream"])
     with pytest.raises(RuntimeError), memory.captured():
-        cuda.works.append("pool")
+        cuda.works.append("of the pool that is gone")
         cuda.wait()
-    assert not cuda.works
+    assert not (cuda.clears and cuda.works)
 
 
 def test_streams_take_turns(cuda: Cuda) -> None:
-    memory, other = GraphMemory(GPU), Stream(GPU)
-    memory.take_turn()
-    memory.take_turn()
+    """Also with graphs of other memory: cuBLAS may work in one place for all of a stream."""
+    memories, other = (GraphMemory(GPU), GraphMemory(GPU)), Stream(GPU)
+    for memory in memories:
+        with memory.turn():
+            pass
     assert not cuda.usual.waits_for
-    with cuda.stream(other):
-        memory.take_turn()
-    memory.take_turn()
-    assert other.waits_for == [cuda.usual] and cuda.usual.waits_for == [other]
+    with cuda.stream(other), memories[0].turn():
+        assert other.waits_for == [cuda.usual]
+    with memories[1].turn():
+        assert cuda.usual.waits_for == [other]
+
+
+def test_a_rehearsal_waits_for_replays_and_they_for_it(cuda: Cuda) -> None:
+    memory, other = GraphMemory(GPU), Stream(GPU)
+    with cuda.stream(other), memory.turn():
+        pass
+    with memory.rehearsed():
+        stream = cuda.current
+    assert cuda.usual.waits_for == [other, stream] and stream.waits_for == [cuda.usual]
+    with cuda.stream(other), memory.turn():
+        assert other.waits_for == [cuda.usual]
+
+
+def test_memory_made_in_inference_is_of_use_in_training(cuda: Cuda) -> None:
+    modes = []
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(
+            torch, "zeros", lambda *_, **__: modes.append(torch.is_inference_mode_enabled())
+        )
+        GraphMemory(GPU)
+    assert modes == [False] and cuda.pools == 1
