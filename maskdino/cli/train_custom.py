@@ -105,6 +105,8 @@ def prepare(args: argparse.Namespace) -> Run:
         raise ValueError(f"{run.output} holds no run to go on with: name the data, to begin one")
     if args.data is None and (args.train_json is None or args.train_images is None):
         raise ValueError("a new run needs --data, or --train-json and --train-images")
+    if args.output.resolve() in (x.resolve() for x in (args.data, args.train_images) if x):
+        raise ValueError(f"--output {args.output} is the folder of the data: choose one inside")
     if not torch.cuda.is_available() and args.num_gpus > 1:
         raise ValueError(f"--num-gpus {args.num_gpus}, but there is no GPU")
     configured_device(load_config(None, args.opts).MODEL.DEVICE, args.num_gpus)

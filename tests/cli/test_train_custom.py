@@ -322,6 +322,18 @@ def test_mistakes_end_with_one_line(tmp_path: Path, more: list[str], message: st
         train_custom.main(words(drawn, tmp_path / "out", *more))
 
 
+def test_the_folder_of_the_data_stays_as_it_is(tmp_path: Path) -> None:
+    drawn = write_drawn(tmp_path / "drawn", 2)
+    before = sorted((tmp_path / "drawn").rglob("*"))
+    for folder, data in (
+        (drawn.images, ["--train-json", drawn.json_file, "--train-images", drawn.images]),
+        (tmp_path / "drawn", ["--data", tmp_path / "drawn"]),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: --output {folder} is the folder of the d"):
+            train_custom.main([str(x) for x in (*data, "--output", folder)])
+    assert sorted((tmp_path / "drawn").rglob("*")) == before
+
+
 def test_runs_of_a_device_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was planned on another machine goes on; without a GPU, on the CPU."""
     cfg = load_config(None, ["MODEL.DEVICE", "cuda:7"])

@@ -15,6 +15,7 @@ from PIL import Image
 from maskdino.custom.annotations import read_annotations
 from maskdino.custom.checks import check
 from maskdino.custom.formats import OwnData, read_own_data
+from maskdino.custom.formats.files import Tree
 from maskdino.custom.formats.shapes import ellipse, turned
 from maskdino.custom.prepare import prepare_data
 from maskdino.custom.request import Request
@@ -591,3 +592,13 @@ def test_folders_that_hold_the_same_names(
         named = {"train_json": root / annotations, "train_images": root / right}
         own = read_own_data(Request(output=tmp_path / "out", **named))
     assert own.train.data.image_root == root / right
+
+
+def test_runs_inside_the_folder_are_no_data(tmp_path: Path) -> None:
+    drawn = write_drawn(tmp_path / "drawn")
+    run = drawn.images.parent / "runs" / "first"
+    (run / "data").mkdir(parents=True)
+    for name in ("custom_train.json", "datasets.json"):
+        (run / "data" / name).write_bytes(drawn.json_file.read_bytes())
+    assert Tree(drawn.images.parent).of(".json") == [drawn.json_file]
+    assert len(Tree(run).of(".json")) == 2  # named by the user

@@ -13,6 +13,7 @@ from PIL import Image
 from maskdino.data import DataError
 from maskdino.data.folders import leaves
 from maskdino.data.images import BROKEN_IMAGE, orientation
+from maskdino.data.records import RECORD
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"))
 TRAIN, VALIDATION, TEST = "train", "val", "test"
@@ -40,7 +41,7 @@ _ROLE_OF = {word: role for role, words in _ROLES.items() for word in words}
 
 
 class Tree:
-    """All files below a folder, but hidden ones.
+    """All files below a folder, but hidden ones, and those of runs that were trained on it.
 
     Attributes:
         root: the folder.
@@ -58,7 +59,7 @@ class Tree:
         for folder, below, names in os.walk(root, followlinks=True):
             # A link to a folder above would be walked through for ever.
             real = os.path.realpath(folder)
-            below[:] = [] if real in seen else sorted(x for x in below if not _is_hidden(x))
+            below[:] = [] if real in seen else sorted(x for x in below if _holds_data(folder, x))
             if real not in seen:
                 self.files += [Path(folder, x) for x in names if not _is_hidden(x)]
             seen.add(real)
@@ -164,6 +165,11 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} is no text in UTF-8: {error.reason}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _holds_data(folder: str, name: str) -> bool:
+    """Whether a folder inside another one is neither hidden nor that of a run."""
+    return not _is_hidden(name) and not os.path.isfile(os.path.join(folder, name, RECORD))
 
 
 def _is_hidden(name: str) -> bool:
