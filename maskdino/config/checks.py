@@ -196,5 +196,12 @@ def check_training(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of "
             f"SOLVER.ACCUMULATION_STEPS, {steps}"
         )
+    end, steps = cfg.SOLVER.MAX_ITER, list(cfg.SOLVER.STEPS)
+    order = [0, *(step for step in steps if step <= end), end]
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and order != sorted({*order}):
+        raise ConfigError(
+            f"SOLVER.STEPS is {steps}; its numbers must increase, and lie above 0 and below "
+            f"SOLVER.MAX_ITER, {end} (those beyond it count for nothing)"
+        )
     if cfg.SOLVER.COMPILE and cfg.SOLVER.CUDA_GRAPHS:
         raise ConfigError("SOLVER.COMPILE and SOLVER.CUDA_GRAPHS are both True; set one to False")

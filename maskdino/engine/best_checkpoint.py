@@ -24,6 +24,7 @@ from maskdino.checkpoint.ema import WeightAverage
 from maskdino.data import DataError
 from maskdino.evaluation.build import known_metrics
 from maskdino.metrics import before_class, flatten
+from maskdino.system.errors import UserError
 from maskdino.system.files import write_text
 from maskdino.system.words import counted
 
@@ -69,9 +70,19 @@ class History:
 
     @staticmethod
     def read(path: Path, metric: str, lower_is_better: bool = False) -> History:
-        """Reads the file; without one, the history is empty."""
-        entries = json.loads(path.read_text()) if path.is_file() else []
-        return History(path, metric, lower_is_better, [Evaluation(**entry) for entry in entries])
+        """Reads the file; without one, the history is empty.
+
+        Raises:
+            UserError: the file holds something else.
+        """
+        try:
+            entries = json.loads(path.read_text()) if path.is_file() else []
+            evaluations = [Evaluation(**entry) for entry in entries]
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path} holds no evaluations ({error}): without the file, the history begins anew"
+            ) from error
+        return History(path, metric, lower_is_better, evaluations)
 
     @property
     def best(self) -> Evaluation | None:

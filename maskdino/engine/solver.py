@@ -1,6 +1,8 @@
 """The optimizer with few parameter groups, and the clipping of gradients."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -9,6 +11,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import SGD, AdamW, Optimizer
 
 from maskdino.backbones import PlainViTBackbone
+from maskdino.checkpoint.reading import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 # Positions and extra tokens of transformers are plain parameters, not nn.Embedding.
@@ -119,6 +124,29 @@ def parameter_groups(
         {"params": parameters, "lr": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
+
+
+def restore_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Restores the optimizer of a run that goes on, whose learning rates and decays stay.
+
+    Raises:
+        CheckpointError: the state is that of another optimizer, or of other groups of parameters.
+    """
+    own, saved = optimizer.param_groups, state["param_groups"]
+    kinds = [[(len(x["params"]), "momentum" in x) for x in groups] for groups in (own, saved)]
+    if kinds[0] != kinds[1]:
+        raise CheckpointError(
+            "the run began with another optimizer, or other groups of parameters: leave "
+            "SOLVER.OPTIMIZER, its multiplier, layer and weight decays, and what is frozen as they "
+            "were, or begin anew from its weights, in another OUTPUT_DIR"
+        )
+    for key, name in (("initial_lr", "learning rates"), ("weight_decay", "weight decays")):
+        asked, kept = ([group.get(key) for group in groups] for groups in (own, saved))
+        if asked != kept:
+            logger.warning(
+                "The %s are %s, but the run began with %s, which stay.", name, asked, kept
+            )
+    optimizer.load_state_dict(state)
 
 
 def _layer_factors(model: nn.Module, decay: float) -> dict[str, float]:

@@ -42,7 +42,7 @@ from maskdino.engine.compiled import compile_layers, replay_network
 from maskdino.engine.evaluating import build_model, evaluate_model, write_results
 from maskdino.engine.hooks import Evaluate, PeriodicCheckpoint, Resources, SaveAverage
 from maskdino.engine.interruption import Interrupted, SignalWatch
-from maskdino.engine.solver import build_gradient_clipper, build_optimizer
+from maskdino.engine.solver import build_gradient_clipper, build_optimizer, restore_optimizer
 from maskdino.engine.train_step import TrainStep, distribute
 from maskdino.engine.writers import WriteFirst, WriteScalars, build_writers
 from maskdino.evaluation.build import build_evaluator
@@ -392,7 +392,7 @@ class MaskDINOTrainer(TrainerBase):
                 state_dict["seed"],
             )
         self.seed = state_dict["seed"]
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        restore_optimizer(self.optimizer, state_dict["optimizer"])
         self.scheduler.load_state_dict(state_dict["scheduler"])
         grad_scaler = self._train_step.grad_scaler
         if state_dict["grad_scaler"] and grad_scaler.is_enabled():

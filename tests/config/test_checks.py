@@ -69,6 +69,20 @@ def test_batches_are_split_evenly() -> None:
         check_training(cfg)
 
 
+@pytest.mark.parametrize("steps", ["(5, 3)", "(5, 5)", "(0, 5)", "(5, 10)"])
+def test_steps_increase_and_come_before_the_end(steps: str) -> None:
+    cfg = load_config(None, ["SOLVER.STEPS", steps, "SOLVER.MAX_ITER", "10"])
+    cfg.DATASETS.TRAIN = ("some",)
+    with pytest.raises(ConfigError, match=r"SOLVER.STEPS is \[.*increase, .*MAX_ITER, 10 \(those"):
+        check_training(cfg)
+    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"  # which reads none
+    check_training(cfg)
+    cfg.merge_from_list(
+        ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "(3, 11)"]
+    )
+    check_training(cfg)
+
+
 def test_compiled_layers_and_graphs_exclude_each_other() -> None:
     cfg = load_config(None, ["SOLVER.COMPILE", "True", "SOLVER.CUDA_GRAPHS", "True"])
     cfg.DATASETS.TRAIN = ("some",)

@@ -18,6 +18,7 @@ from maskdino.engine.before_training import check_settings, warn_of_schedule
 from maskdino.engine.best_checkpoint import BestCheckpoint, Evaluation, History
 from maskdino.engine.launch import launch
 from maskdino.engine.trainer import MaskDINOTrainer
+from maskdino.system.errors import UserError
 from tests.engine.stand_in import read_checkpoint, tiny_config, train
 
 SCORES = [0.0, 0.0, 3.0, 7.0, 5.0, 7.0, 6.0, 6.0]  # after each step
@@ -260,3 +261,11 @@ def test_schedule_beyond_the_end_is_named(tmp_path: Path, caplog: pytest.LogCapt
     warn_of_schedule(config(tmp_path, *forgotten[:2], "SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"))
     warn_of_schedule(config(tmp_path))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("text", ["", '[{"iteration": 3,', "[3]", '[{"step": 3}]', "{}x"])
+def test_files_that_hold_no_evaluations_are_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "history.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"^{path} holds no evaluations .*begins anew$"):
+        History.read(path, "segm/AP")

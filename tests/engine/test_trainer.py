@@ -16,6 +16,7 @@ from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 from maskdino.checkpoint.ema import WeightAverage
+from maskdino.checkpoint.reading import CheckpointError
 from maskdino.data import DataError, build_train_mapper
 from maskdino.engine.evaluating import evaluate_weights
 from maskdino.engine.launch import launch
@@ -147,6 +148,23 @@ def test_drawn_seed_is_kept(tmp_path: Path) -> None:
     assert second.seed == first.seed
     other = MaskDINOTrainer(cfg)
     assert other.seed != first.seed  # drawn anew: chance of a clash is 2 ** -32
+
+
+def test_rates_that_a_resumed_run_does_not_take_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = ("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()")
+    first = train(tiny_config(tmp_path, *short, "SOLVER.BASE_LR", 0.25))
+    caplog.set_level(logging.WARNING)
+    again = tiny_config(tmp_path, "SOLVER.BASE_LR", 0.25, "SOLVER.WEIGHT_DECAY", 0.125)
+    second = train(again, resume=True)
+    (said,) = (x.message for x in caplog.records if "which stay" in x.message)
+    assert said.startswith("The weight decays are [") and "0.125" in said
+    kept = [group["weight_decay"] for group in first.optimizer.param_groups]
+    assert [group["weight_decay"] for group in second.optimizer.param_groups] == kept
+    other = tiny_config(tmp_path, "SOLVER.MAX_ITER", 9, "SOLVER.OPTIMIZER", "SGD")
+    with pytest.raises(CheckpointError, match=r"another optimizer.*SOLVER\.OPTIMIZER"):
+        train(other, resume=True)
 
 
 def test_resuming_a_finished_run_trains_no_more(whole_run: Path) -> None:
