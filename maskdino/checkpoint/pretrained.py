@@ -176,10 +176,14 @@ class Pretrained:
     weights: str  # path of the file
     configuration: str  # the text of its YAML file
     categories: Categories | None = None  # its classes; None: those that the configuration tells
+    path: Path | None = None  # of that YAML file; None: the text is one of the file of weights
 
     @contextmanager
     def config_file(self) -> Iterator[str]:
         """A file with the configuration, which is there inside the block."""
+        if self.path is not None:  # errors name it
+            yield str(self.path)
+            return
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, CONFIG)
             path.write_text(self.configuration, encoding="utf-8")
@@ -225,9 +229,8 @@ def _of_folder(folder: Path) -> Pretrained:
             categories = categories_of_list(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} holds no categories ({error!r})") from error
-    return Pretrained(
-        str(folder / WEIGHTS), (folder / CONFIG).read_text(encoding="utf-8"), categories
-    )
+    text = (folder / CONFIG).read_text(encoding="utf-8")
+    return Pretrained(str(folder / WEIGHTS), text, categories, folder / CONFIG)
 
 
 def _of_file(path: Path) -> Pretrained:
@@ -242,7 +245,7 @@ def _of_file(path: Path) -> Pretrained:
         )
     if (config.parent / CATEGORIES).is_file():
         return replace(_of_folder(config.parent), weights=str(path))
-    return Pretrained(str(path), config.read_text(encoding="utf-8"))
+    return Pretrained(str(path), config.read_text(encoding="utf-8"), path=config)
 
 
 def config_of(weights: Path) -> Path | None:

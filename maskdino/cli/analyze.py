@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.config import load_config
+from maskdino.config.checks import check_values
 from maskdino.data.checks import check_known
 from maskdino.engine.trainer import MaskDINOTrainer
 from maskdino.integration.extensions import add_import_option
@@ -157,6 +158,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = parser.parse_args(words)
     cfg = load_config(find_config(args.config_file), args.opts)
+    check_values(cfg)
     if args.dataset:
         sizes = sizes_of_dataset(cfg, args.dataset)
         print(f"Mean over {counted(sizes.total(), 'image')} of {args.dataset}:")

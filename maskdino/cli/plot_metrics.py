@@ -37,12 +37,16 @@ def read_metrics(path: Path) -> Curves:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}, is no JSON: {line[:80]!r}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+            raise ValueError(f"{path}, line {number}, names no iteration: {line[:80]!r}")
         while records and records[-1]["iteration"] > record["iteration"]:
             records.pop()
         records.append(record)
     curves: Curves = {}
     for record in records:
         for name, value in record.items():
+            if not isinstance(value, int | float):  # a writer of the user's own may add texts
+                continue
             iterations, values = curves.setdefault(name, ([], []))
             if iterations and iterations[-1] == record["iteration"]:
                 values[-1] = value
@@ -106,6 +110,10 @@ def main(words: list[str] | None = None) -> None:
     if not choose_panels(curves):
         raise CommandError(f"{source} holds no metrics yet")
     target = args.output or args.output_dir / "metrics.png"
+    if target.is_dir():
+        raise CommandError(f"--output {target} is a folder: give a file, as metrics.png")
+    if not target.suffix:
+        target = target.with_name(f"{target.name}.png")  # as it would be called
     with write_errors(target):
         plot(curves, str(args.output_dir), target)
     print(f"{counted(len(curves), 'curve')} read, image written to {target}")

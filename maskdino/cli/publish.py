@@ -22,7 +22,7 @@ from detectron2.modeling import build_model
 from maskdino.categories import Categories
 from maskdino.checkpoint.contents import contents_of
 from maskdino.checkpoint.loading import load_trained
-from maskdino.checkpoint.pretrained import CONFIG, WEIGHTS, config_of, save_pretrained
+from maskdino.checkpoint.pretrained import CONFIG, FILES, WEIGHTS, config_of, save_pretrained
 from maskdino.checkpoint.reading import fetch, find_resumption, iterations_of, read_checkpoint
 from maskdino.cli.common import CommandError, errors_in_one_line, make_parser
 from maskdino.engine.best_checkpoint import BEST_FOLDER, BEST_NAME, HISTORY_NAME, History
@@ -189,7 +189,7 @@ def main(words: list[str] | None = None) -> int:
         return 0
     folder = publish(args)
     print("\n".join(contents_of(str(folder / WEIGHTS)).lines()))
-    print(f"wrote {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    print(f"wrote {folder}: {', '.join(sorted(FILES))}")
     if args.license == "other":
         print("no license is stated: --license says which, before you give the model away")
     return 0

@@ -42,7 +42,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add_import_option(parser)
     add("--opts", nargs=argparse.REMAINDER, default=[], help="keys and values")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if not 0 <= args.confidence_threshold <= 1:
+        parser.error(f"--confidence-threshold {args.confidence_threshold} must be in [0, 1]")
+    if args.num_images < 0:
+        parser.error(f"--num-images {args.num_images} must be 0 or more")
+    return args
 
 
 def find_paths(args: argparse.Namespace, cfg: CfgNode) -> dict[str, Path]:

@@ -77,6 +77,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.num_images < 1:
         parser.error(f"--num-images {args.num_images} must be at least 1")
+    if args.view == "attention" and args.num_queries < 1:
+        parser.error(f"--num-queries {args.num_queries} must be at least 1")
     return args
 
 

@@ -108,6 +108,8 @@ def _fullness(train: Summary) -> str:
 def _decay(cfg: CfgNode) -> str:
     if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
         return f"then {cfg.SOLVER.LR_SCHEDULER_NAME}"
+    if not cfg.SOLVER.STEPS:
+        return "all the time"
     return f"{cfg.SOLVER.GAMMA:g} of it from each of the iterations {list(cfg.SOLVER.STEPS)} on"
 
 

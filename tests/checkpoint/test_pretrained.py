@@ -256,6 +256,7 @@ def test_other_folders_are_left_alone(predictor: MaskDINOPredictor, tmp_path: Pa
         ("model.safetensors", None, "holds no model.safetensors: give a folder"),
         ("config.yaml", None, "holds no config.yaml"),
         ("config.yaml", "NO_KEY: 3", "Unknown configuration key NO_KEY"),
+        ("config.yaml", "", "copy/config.yaml holds nothing"),
         ("model.safetensors", "text", "model.safetensors is no checkpoint, or was cut off"),
         ("categories.json", "{", "categories.json holds no categories"),
         ("categories.json", '[{"id": 1}]', "categories.json holds no categories"),

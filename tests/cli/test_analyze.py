@@ -58,6 +58,12 @@ def test_paper_model(repository: Path, queries: int, expected: float) -> None:
     assert total == pytest.approx(expected, rel=0.02)
 
 
+def test_values_that_make_no_sense_are_refused() -> None:
+    words = ["--config-file", "nuclei/instance/maskdino_tiny", "MODEL.MASK_DINO.NUM_CLASSES", "0"]
+    with pytest.raises(SystemExit, match="^error: MODEL.MASK_DINO.NUM_CLASSES is 0; it must be"):
+        analyze.main(words)
+
+
 def test_an_image_without_pixels_is_refused() -> None:
     words = ["--config-file", "nuclei/instance/maskdino_tiny", "--size", "0", "100"]
     with pytest.raises(SystemExit, match="error: an image of 0 x 100 pixels: give a --size of 1"):

@@ -31,6 +31,26 @@ def test_broken_line_is_named(tmp_path: Path) -> None:
         plot_metrics.read_metrics(path)
 
 
+@pytest.mark.parametrize("line", ["[1]", "3", '{"lr": 1}', '{"iteration": "x", "lr": 1}'])
+def test_lines_without_an_iteration_are_named(line: str, tmp_path: Path) -> None:
+    path = write(tmp_path, [{"iteration": 1, "lr": 1.0}], tail=f"{line}\n")
+    with pytest.raises(ValueError, match="line 2, names no iteration: "):
+        plot_metrics.read_metrics(path)
+
+
+def test_texts_are_no_curves(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"iteration": 1, "lr": 1.0, "note": "mine"}])
+    assert plot_metrics.read_metrics(path) == {"lr": ([1], [1.0])}
+
+
+def test_the_image_is_where_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, [{"iteration": it, "lr": 1.0 / it} for it in (20, 40)])
+    plot_metrics.main([str(tmp_path), "--output", str(tmp_path / "curves")])
+    assert (tmp_path / "curves.png").is_file() and "curves.png" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is a folder: give a file, as metrics.png"):
+        plot_metrics.main([str(tmp_path), "--output", str(tmp_path)])
+
+
 def test_draws_each_curve_in_its_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("total_loss", "loss_class", "loss_giou", "lr", "images_per_second", "segm/AP")
     losses = [{"iteration": it, **dict.fromkeys(names, 1.0 / it)} for it in (1, 20, 40)]

@@ -118,9 +118,12 @@ def test_a_training_that_keeps_less(
     copy = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(copy / "best")
     shutil.rmtree(copy / "ema")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("mine")
     assert command(copy, "-o", tmp_path / "a", "--license", "mit") == 0
     assert (read_tensors(tmp_path / "a" / "model.safetensors")[BIAS] == 2).all()
-    assert "no license" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no license" not in printed and "notes.txt" not in printed
     config = copy / "config.yaml"
     text = config.read_text()
     config.write_text(

@@ -56,3 +56,15 @@ def test_mistakes_end_with_one_line(
 def test_nothing_was_evaluated(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"results\.json does not exist: evaluate first"):
         report.main(words(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--confidence-threshold", "nan"), ("--confidence-threshold", "7.0"), ("--num-images", "-1")],
+)
+def test_numbers_out_of_range(
+    tmp_path: Path, option: tuple[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        report.main(words(tmp_path, *option))
+    assert f"error: {' '.join(option)} must be" in capsys.readouterr().err

@@ -57,10 +57,13 @@ def test_views_of_the_nuclei(config: Path, tmp_path: Path, capsys: pytest.Captur
     assert "2 figures in" in capsys.readouterr().out
 
 
-def test_errors_are_sentences(config: Path, tmp_path: Path) -> None:
+def test_errors_are_sentences(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     common = ["--config-file", str(config), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="dataset 'nowhere' is not registered; register it"):
         visualize.main(["predictions", *common, "--dataset", "nowhere"])
+    with pytest.raises(SystemExit):
+        visualize.main(["attention", *common, "--num-queries", "0"])
+    assert "error: --num-queries 0 must be at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no configuration"):
         visualize.main(["data", "--config-file", "none.yaml", "--output", str(tmp_path)])
 
