@@ -4,9 +4,10 @@ Shape key: B images, Q queries, S tokens, C channels, M heads, L levels, P point
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +159,6 @@ class MultiScaleDeformableAttention(nn.Module):
         tokens: Tensor,
         spatial_shapes: SpatialShapes,
         reference: Tensor | None,
-        again: Callable[[], Sequence[Tensor]] | None = None,
     ) -> Tensor:
         """Reads the maps around each query.
 
@@ -169,22 +169,13 @@ class MultiScaleDeformableAttention(nn.Module):
             reference: boxes (B, Q, 4) cx, cy, w, h in [0, 1]: samples lie at
                 `center + offset / P * size / 2`. None when queries are the tokens: samples lie
                 `offset` cells from the center of the token's own cell.
-            again: makes queries and tokens for the backward pass, in which they are then also
-                projected again: what was sampled is kept, not where it was.
 
         Returns:
             (B, Q, C).
         """
-
-        def made_again() -> Sequence[Tensor]:
-            inputs = () if again is None else again()
-            return *inputs, *self._projected(*inputs)
-
-        with remade(made_again, when=again is not None) as forget:
-            value, offsets_and_logits = self._projected(queries, tokens)
-            operator = _operators[-1]
-            out = operator(value, spatial_shapes, offsets_and_logits, reference, self.num_points)
-            forget(queries, tokens, value, offsets_and_logits)
+        value, offsets_and_logits = remade(self._projected, queries, tokens)
+        operator = _operators[-1]
+        out = operator(value, spatial_shapes, offsets_and_logits, reference, self.num_points)
         return linear(self.output_proj, out)
 
     def _projected(self, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,19 +195,15 @@ class FeedForward(nn.Module):
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
 
-    def forward(self, x: Tensor, *, again: bool = False) -> Tensor:
-        """(..., C) to (..., C); the hidden numbers may be computed again for the backward pass."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to (..., C)."""
         rows = x.flatten(0, -2)
         if x.device.type == "cpu" and unseen(self.linear1) and unseen(self.linear2):
             # Hidden numbers of a few rows stay in the cache.
             parts = [self._of_rows(part) for part in rows.split(ROWS_AT_ONCE)]
             return torch.cat(parts).unflatten(0, x.shape[:-1])
-        return self._of_rows(rows, again).unflatten(0, x.shape[:-1])
+        return self._of_rows(rows).unflatten(0, x.shape[:-1])
 
-    def _of_rows(self, rows: Tensor, again: bool = False) -> Tensor:
-        entering = rows.detach()
-        with remade(lambda: (linear_relu(self.linear1, entering),), when=again) as forget:
-            hidden = linear_relu(self.linear1, rows)
-            out = linear(self.linear2, hidden)
-            forget(hidden)
-        return out
+    def _of_rows(self, rows: Tensor) -> Tensor:
+        hidden = remade(partial(linear_relu, self.linear1), rows)
+        return linear(self.linear2, hidden)

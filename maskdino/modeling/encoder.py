@@ -3,9 +3,8 @@
 Shape key: B images, S tokens of all levels, C channels, L levels; H, W of a level.
 """
 
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -13,27 +12,18 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from maskdino.modeling.attention import FeedForward, LayerSizes, MultiScaleDeformableAttention
-from maskdino.modeling.layers import (
-    add_norm,
-    is_norm_fused,
-    map_sine_embedding,
-    norm_again,
-    rounded,
-)
+from maskdino.modeling.layers import Normed, add_norm, map_sine_embedding, rounded
 from maskdino.modeling.norms import group_norm, pointwise, projected
 from maskdino.ops.constants import is_traced
 from maskdino.ops.ms_deform_attn import keeps_samples
-from maskdino.ops.recompute import Again, Recomputing, recomputed
+from maskdino.ops.recompute import Recomputing, recomputed, remade, remaking
 from maskdino.structures import Memory, SpatialShapes
 
 NORM_GROUPS = 32  # of the group norms after projections
 
 
 class EncoderLayer(Recomputing):
-    """Deformable self-attention and feed-forward network, each with residual sum and LayerNorm.
-
-    `_update` is the layer up to its last sum; `forward` chooses what the backward pass keeps of it.
-    """
+    """Deformable self-attention and feed-forward network, each with residual sum and LayerNorm."""
 
     def __init__(self, sizes: LayerSizes) -> None:
         super().__init__()
@@ -45,66 +35,41 @@ class EncoderLayer(Recomputing):
     def forward(
         self,
         tokens: Tensor,
-        position: Tensor,
+        values: Tensor,
+        queries: Tensor,
         spatial_shapes: SpatialShapes,
-        read: Again | None = None,
-    ) -> tuple[Tensor, Again | None]:
+        position: Tensor | None,
+    ) -> Normed:
         """Attends and transforms.
 
         Args:
             tokens: (B, S, C).
-            position: (S, C).
+            values: the same, in the type of products.
+            queries: in that type, with the position added.
             spatial_shapes: (height, width) of each level.
-            read: of the layer before, `_read` of the tokens; None: it is made of them.
+            position: (S, C), for the queries of the next layer; None: there is none.
 
         Returns:
-            Tokens (B, S, C); and what the next layer reads, where the norm makes it, or where the
-            backward pass is to make it of what the norm keeps: of its sum.
+            The same of the tokens after the layer.
         """
-        again = self.recomputes("cheap", "all")
-        if is_traced():  # compilers know checkpoints alone
-            given = tokens, position, spatial_shapes
-            tokens, update = recomputed(self._update_of, *given, when=again)
-            return add_norm(self.norm2, tokens, update).tokens, None
-        cheap = self.recomputes("cheap") and not keeps_samples(tokens.device)
-        dtype = self.self_attn.dtype
-        if read is None:
-            make = partial(_read, tokens.detach(), position.detach(), dtype)
-            read = Again(_read(tokens, position, dtype), make)
-        args = read, spatial_shapes, cheap
-        tokens, update = recomputed(self._update, *args, when=again and not cheap)
-        if not (again or is_norm_fused(self.norm2, tokens)):
-            return add_norm(self.norm2, tokens, update).tokens, None
-        normed = add_norm(self.norm2, tokens, update, position, read=True)
-        make = partial(norm_again, self.norm2, normed.total.detach(), position.detach(), dtype)
-        return normed.tokens, Again(normed[:3], make)
-
-    def _update_of(
-        self, tokens: Tensor, position: Tensor, spatial_shapes: SpatialShapes
-    ) -> tuple[Tensor, Tensor]:
-        read = _read(tokens, position, self.self_attn.dtype)
-        return self._update(lambda: read, spatial_shapes)
+        again = self.recomputes("all") or (
+            # Compilers know no other way to keep less, nor does the operator's slow form.
+            self.recomputes("cheap") and (is_traced() or keeps_samples(tokens.device))
+        )
+        args = tokens, values, queries, spatial_shapes
+        tokens, update = recomputed(self._update, *args, when=again)
+        return add_norm(self.norm2, tokens, update, position, read=position is not None)
 
     def _update(
-        self,
-        read: Callable[[], Sequence[Tensor]],
-        spatial_shapes: SpatialShapes,
-        cheap: bool = False,
+        self, tokens: Tensor, values: Tensor, queries: Tensor, spatial_shapes: SpatialShapes
     ) -> tuple[Tensor, Tensor]:
         """Tokens after attention, and what the feed-forward network adds to them."""
-        tokens, values, queries = read()
-        again = (lambda: read()[:0:-1]) if cheap else None  # queries, values
-        seen = self.self_attn(queries, values, spatial_shapes, None, again)
+        seen = self.self_attn(queries, values, spatial_shapes, None)
         tokens, rows, *_ = add_norm(self.norm1, tokens, seen, read=True)
-        return tokens, self.ffn(rows, again=cheap)
+        return tokens, self.ffn(rows)
 
 
-def _read(tokens: Tensor, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens; and in a type values and, with the position added, queries: (B, S, C) each."""
-    return tokens, tokens.to(dtype), rounded(torch.add, tokens, position, to=dtype)
-
-
-class MultiScaleDeformableEncoder(nn.Module):
+class MultiScaleDeformableEncoder(Recomputing):
     """Brings features to one width, adds coarser levels, and lets all tokens see all levels."""
 
     @configurable
@@ -177,9 +142,17 @@ class MultiScaleDeformableEncoder(nn.Module):
         ]
         cells = map_sine_embedding(spatial_shapes, tokens.shape[2], tokens.device)
         position = cells + torch.cat(of_level)
-        read: Again | None = None
-        for layer in self.layers:
-            tokens, read = layer(tokens, position, spatial_shapes, read)
+        dtype = tokens.dtype
+        if self.layers:
+            dtype = cast(EncoderLayer, self.layers[0]).self_attn.dtype
+        # Compiled layers plan by themselves what they keep.
+        compiled = any(layer._compiled_call_impl for layer in self.layers)
+        with remaking(when=self.recomputes("cheap", "all") and not compiled):
+            values, queries = remade(partial(_read, dtype), tokens, position)
+            for layer in self.layers:
+                following = None if layer is self.layers[-1] else position
+                read = values, queries, spatial_shapes, following
+                tokens, values, queries, _ = layer(tokens, *read)
         return Memory(tokens, spatial_shapes)
 
     def _levels(self, features: dict[str, Tensor]) -> list[Tensor]:
@@ -193,6 +166,11 @@ class MultiScaleDeformableEncoder(nn.Module):
             source = projected(projection, source)
             levels.append(source)
         return levels
+
+
+def _read(dtype: torch.dtype, tokens: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """What the first layer reads: values, and queries with the position added."""
+    return tokens.to(dtype), rounded(torch.add, tokens, position, to=dtype)
 
 
 class PixelEmbedding(Recomputing):

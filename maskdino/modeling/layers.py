@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from maskdino.ops.boxes import LARGEST_LOGIT, bounded_logits
 from maskdino.ops.constants import constant_of_shape, is_traced
 from maskdino.ops.ms_deform_attn import has_compiled
+from maskdino.ops.recompute import made_of
 from maskdino.structures import SpatialShapes
 
 TEMPERATURE = 10000.0  # of the sine embeddings
@@ -206,6 +208,16 @@ def add_norm(
         position: (..., C) or the last of these dimensions; None where none is read.
         read: whether a product reads the result itself.
     """
+    normed = _normed(norm, x, update, position, read)
+    made = normed.tokens, normed.values, normed.queries
+    make = partial(_normed_again, norm, dtype=update.dtype, position=position, read=read)
+    made_of(made, make, normed.total)
+    return normed
+
+
+def _normed(
+    norm: nn.LayerNorm, x: Tensor, update: Tensor, position: Tensor | None, read: bool
+) -> Normed:
     if not is_norm_fused(norm, x):
         total = x + update
         normed = norm(total)
@@ -225,15 +237,11 @@ def add_norm(
 
 
 @torch.no_grad()
-def norm_again(
-    norm: nn.LayerNorm, total: Tensor, position: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, values and queries as `add_norm` made them of this sum, without gradients.
-
-    `dtype` is the one in which products are computed.
-    """
-    nothing = torch.zeros_like(total, dtype=dtype)
-    return add_norm(norm, total, nothing, position, read=True)[:3]
+def _normed_again(
+    norm: nn.LayerNorm, total: Tensor, dtype: torch.dtype, position: Tensor | None, read: bool
+) -> tuple[Tensor, ...]:
+    """What was read of a sum, an update of which had the type `dtype`."""
+    return _normed(norm, total, torch.zeros_like(total, dtype=dtype), position, read)[:3]
 
 
 def copy_of(x: Tensor, copied: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ def assert_equal(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("residual", [False, True])
-def test_losses_and_gradients(residual: bool) -> None:
-    overrides = {"residual": residual, "RECOMPUTE": "none" if residual else "all"}
+@pytest.mark.parametrize(("residual", "level"), [(False, "all"), (False, "cheap"), (True, "none")])
+def test_losses_and_gradients(residual: bool, level: str) -> None:
+    overrides = {"residual": residual, "RECOMPUTE": level}
     compiled = model(**overrides)
     assert compile_layers(compiled, EAGERLY)
     for objects in ((3, 2), (5, 1), (0, 0)):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from maskdino.modeling import attention, layers
 from maskdino.modeling.layers import (
@@ -15,9 +16,9 @@ from maskdino.modeling.layers import (
     linear,
     linear_relu,
     map_sine_embedding,
-    norm_again,
     rounded,
 )
+from maskdino.ops.recompute import remaking
 
 CPU = torch.device("cpu")
 
@@ -86,8 +87,27 @@ def test_add_norm(learned: bool) -> None:
         assert torch.equal(normed, expected) and normed.requires_grad == learned
         assert torch.equal(read, expected.to(dtype)) and torch.equal(total, x + update)
         assert torch.equal(placed, (expected + position).to(dtype))
-        again = norm_again(norm, total.detach(), position, dtype)
-        assert all(map(torch.equal, again, (normed, read, placed)))
+
+
+@pytest.mark.parametrize("placed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_read_of_a_sum_is_made_again(dtype: torch.dtype, placed: bool) -> None:
+    norm = torch.nn.LayerNorm(6)
+    torch.nn.init.normal_(norm.weight)
+    x, update = torch.randn(2, 3, 6), torch.randn(2, 3, 6).to(dtype).requires_grad_()
+    position = torch.randn(3, 6) if placed else None
+    scales = torch.randn(3, 6, requires_grad=True)  # whose gradient is what is read
+    found = []
+    for again in (False, True):
+        with remaking(when=again):
+            tokens, values, queries, _ = add_norm(norm, x, update, position, read=True)
+            read = (tokens, values, queries) if placed else (tokens, values)
+            storages = [StorageWeakRef(x.untyped_storage()) for x in read]
+            total = torch.stack([(x * scales.to(x.dtype)).sum().float() for x in read]).sum()
+            del tokens, values, queries, read
+        assert all(x.expired() == again for x in storages)
+        found.append(torch.autograd.grad(total, [scales, update, *norm.parameters()]))
+    assert all(map(torch.equal, *found))
 
 
 def test_readers_of_a_copy_send_their_gradients_one_by_one() -> None:

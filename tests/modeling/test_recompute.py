@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskdino.backbones.resnet import recompute_first_stages
 from maskdino.model import MaskDINO
-from maskdino.modeling import encoder, layers
+from maskdino.modeling import layers
 from maskdino.ops import _library
 from maskdino.ops.recompute import LEVELS, set_recompute
 from tests.helpers import drawn_batch, tiny_cfg, tiny_model
@@ -69,8 +69,7 @@ def test_norms_of_sums_keep_no_more(
     kept_mebibytes = importlib.import_module("benchmarks.training").kept_mebibytes
     found, kept = [], []
     for fused in (False, True):
-        for module in (layers, encoder):
-            monkeypatch.setattr(module, "is_norm_fused", lambda *_, f=fused: f)
+        monkeypatch.setattr(layers, "is_norm_fused", lambda *_, f=fused: f)
         trained = model(level)
         kept.append(kept_mebibytes(lambda t=trained: found.append(step(t))))
     (expected_loss, expected), (loss, gradients) = found
