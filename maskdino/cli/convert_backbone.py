@@ -8,6 +8,8 @@ ResNet needs no conversion: detectron2 reads `detectron2://ImageNetPretrained/to
 itself.
 """
 
+from pathlib import Path
+
 import torch
 
 from maskdino.backbones import TimmBackbone, build_backbone, convert_backbone
@@ -31,6 +33,8 @@ def main(words: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(words)
 
+    if Path(arguments.target).resolve() == Path(arguments.source).resolve():
+        raise CommandError(f"{arguments.target} is the file that is read: give another target")
     state = read_tensors(fetch(arguments.source))
     cfg = load_config(find_config(arguments.config_file), ["MODEL.TIMM.PRETRAINED", "False"])
     backbone = build_backbone(cfg)

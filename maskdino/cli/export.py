@@ -234,10 +234,12 @@ def check_packages(args: argparse.Namespace) -> None:
         )
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, inputs: Sequence[str | os.PathLike]) -> None:
     """Makes the folder of a file that is written minutes later; refuses what cannot be written."""
     if path.is_dir():
         raise CommandError(f"--output {path} is a folder: give a file")
+    if path.resolve() in (Path(name).resolve() for name in inputs):
+        raise CommandError(f"--output {path} is an input: give another file")
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise CommandError(f"cannot write into {path.parent}: give another --output")
@@ -247,7 +249,7 @@ def run(args: argparse.Namespace) -> None:
     """Exports, checks and writes."""
     check_packages(args)
     cfg = read_config(args.config_file, args.weights, args.opts, whole=True)
-    check_output(args.output)
+    check_output(args.output, [args.config_file, cfg.MODEL.WEIGHTS, *args.images])
     cfg.MODEL.DEVICE = str(pick_device(args.device, cfg.MODEL.DEVICE))
     cfg.MODEL.MASK_DINO.TEST.PRECISION = "float32"  # in which programs are traced and compared
     model = build_model(cfg).eval()

@@ -31,6 +31,7 @@ from maskdino.data.mixing import build_mixing
 from maskdino.evaluation.files import unique_pngs
 from maskdino.inference.attention_maps import follow_queries
 from maskdino.inference.predictor import MaskDINOPredictor
+from maskdino.inference.sources import refuse_to_replace
 from maskdino.integration.extensions import add_import_option
 from maskdino.model_zoo import find_config
 from maskdino.system.files import write_errors
@@ -144,10 +145,11 @@ def draw_comparisons(
     predictor: MaskDINOPredictor, dataset: str, output: Path, number: int
 ) -> list[Path]:
     """Writes predictions beside ground truth, of images from all over the dataset."""
-    output.mkdir(parents=True, exist_ok=True)
     records = spread(DatasetCatalog.get(dataset), number)
     files = [record["file_name"] for record in records]
     paths = [output / name for name in unique_pngs(files)]
+    refuse_to_replace(paths, map(Path, files), "--output")
+    output.mkdir(parents=True, exist_ok=True)
     for record, predicted, path in zip(records, predictor.stream(files), paths, strict=True):
         truth = ground_truth_of(record, predictor.categories)
         sheet = comparison(truth, predicted, predictor.options.confidence_threshold)

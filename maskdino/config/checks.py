@@ -136,7 +136,7 @@ RULES: dict[str, Allowed] = {
     "TEST.SLICES.SIZE": Allowed("0, or at least 48", lambda value: value == 0 or value >= 48),
     "TEST.SLICES.OVERLAP": between(0, 0.9),
     "TEST.SLICES.BATCH_SIZE": COUNT,
-    "SEED": at_least(-1),
+    "SEED": Allowed("from -1 to 2^63 - 1", lambda value: -1 <= value < 1 << 63),
 }
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 from detectron2.modeling import build_backbone
@@ -31,6 +32,14 @@ class Detector(nn.Module):
         cfg.MODEL.BACKBONE.NAME = "build_timm_backbone"
         self.backbone = build_backbone(cfg)
         self.head = nn.Linear(2, 2)
+
+
+def test_the_file_that_is_read_is_not_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "in.pth"
+    source.write_bytes(b"weights")
+    with pytest.raises(SystemExit, match=f"^error: {source} is the file that is read: give"):
+        convert_backbone.main([str(source), str(source), "--config-file", "swin.yaml"])
+    assert source.read_bytes() == b"weights"
 
 
 def test_converted_weights_load_into_a_detector(tmp_path: Path) -> None:

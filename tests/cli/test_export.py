@@ -291,6 +291,10 @@ def test_where_nothing_can_be_written_is_said_before_the_model_is_read(
 ) -> None:
     with pytest.raises(SystemExit, match=f"error: --output {folder} is a folder: give a file"):
         export.main(arguments(folder, ""))
+    before = (folder / "wide.png").read_bytes()
+    with pytest.raises(SystemExit, match="wide.png is an input: give another file"):
+        export.main(arguments(folder, "wide.png"))
+    assert (folder / "wide.png").read_bytes() == before
     monkeypatch.setattr(export.os, "access", lambda *_: False)
     with pytest.raises(SystemExit, match=f"cannot write into {folder}: give another --output"):
         export.main(arguments(folder, "a.onnx"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from maskdino.categories import Categories
@@ -18,6 +18,7 @@ from maskdino.cli import visualize
 from maskdino.data import build_train_mapper
 from maskdino.model import MaskDINO
 from maskdino.visualization.ground_truth import ground_truth_of, ground_truth_of_example
+from tests.catalogs import own_datasets
 from tests.conftest import REPOSITORY
 from tests.data.synthetic import box_xywh
 from tests.helpers import tiny_cfg
@@ -66,6 +67,20 @@ def test_errors_are_sentences(config: Path, tmp_path: Path, capsys: pytest.Captu
     assert "error: --num-queries 0 must be at least 1" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no configuration"):
         visualize.main(["data", "--config-file", "none.yaml", "--output", str(tmp_path)])
+
+
+def test_images_of_the_dataset_are_not_drawn_over(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(2):
+        Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(folder / f"{number}.png")
+    with own_datasets():
+        records = [{"file_name": str(folder / f"{n}.png")} for n in range(2)]
+        DatasetCatalog.register("mine", lambda: records)
+        words = ["predictions", "--config-file", str(config), "--dataset", "mine"]
+        with pytest.raises(SystemExit, match=r"0.png is an input: choose another folder for --out"):
+            visualize.main([*words, "--output", str(folder)])
+    assert not np.array(Image.open(folder / "0.png")).any()
 
 
 def colored(before: np.ndarray, after: np.ndarray) -> np.ndarray:

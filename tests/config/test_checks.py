@@ -45,6 +45,8 @@ WRONG = [
     (f"{NODE}TEST.DECODER_LAYER", 10, "from -1 to .*NUM_LAYERS, 9"),
     ("TEST.DETECTIONS_PER_IMAGE", -1, "at least 1"),
     ("INPUT.LSJ.MIN_SCALE", 3.0, "at most INPUT.LSJ.MAX_SCALE, 2.0"),
+    ("SEED", -2, "from -1 to 2"),
+    ("SEED", 1 << 63, "from -1 to 2"),
     ("DATASETS.TRAIN", "()", "at least one dataset"),
 ]
 
