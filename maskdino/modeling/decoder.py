@@ -5,7 +5,7 @@ Shape key: B images, Q queries (noised ones first, when there are any), C channe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -153,7 +153,7 @@ class Decoder(nn.Module):
         for number, layer in enumerate(layers, start=1):
             if sines is None:
                 sines = box_sine_embedding(anchors, *embedding)
-            read = replace(memory, tokens=copy_of(memory.tokens, tokens))
+            read = Memory(copy_of(memory.tokens, tokens), memory.spatial_shapes)
             content = layer(content, self.position_head(sines), anchors, read, mask)
             if last_alone:
                 refined = heads.norm(content) if number == len(layers) else content

@@ -157,12 +157,15 @@ class MultiScaleDeformableEncoder(Recomputing):
 
     def _levels(self, features: dict[str, Tensor]) -> list[Tensor]:
         """Projected maps, finest first; extra levels begin with the coarsest backbone feature."""
+        of_features = len(self.in_features)
         levels = [
             projected(projection, features[name])
-            for name, projection in zip(self.in_features, self.input_proj, strict=False)
+            for name, projection in zip(
+                self.in_features, self.input_proj[:of_features], strict=True
+            )
         ]
         source = features[self.in_features[-1]]
-        for projection in self.input_proj[len(self.in_features) :]:
+        for projection in self.input_proj[of_features:]:
             source = projected(projection, source)
             levels.append(source)
         return levels

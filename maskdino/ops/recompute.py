@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -79,15 +79,16 @@ def recomputed(function: Callable[..., T], *args: object, when: bool = True) -> 
     return again(call, *devices)
 
 
-@contextmanager
-def remaking(*, when: bool = True) -> Iterator[None]:
+def remaking(*, when: bool = True) -> AbstractContextManager[None]:
     """Within, autograd keeps of tensors that are `remade` what they are made of.
 
     In a checkpoint all that follows them would run again too.
     """
-    if not when:
-        yield
-        return
+    return _remaking() if when else nullcontext()  # which compilers know
+
+
+@contextmanager
+def _remaking() -> Iterator[None]:
     memory = _Memory()
     token = _memory.set(memory)
     try:
