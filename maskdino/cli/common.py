@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -61,7 +62,13 @@ def errors_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def _said() -> Iterator[None]:
-    """What is printed inside is written before it ends: else Python does it, beyond our reach."""
+    """What is printed inside is written before it ends: else Python does it, beyond our reach.
+
+    Characters that the encoding of the output lacks, as that of a pipe on Windows, are written as
+    numbers: a name of a class ends no training.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (SystemExit, OSError):  # of --help; of printing itself

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -134,3 +136,11 @@ def test_output_that_nobody_reads_needs_no_line(
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
     assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
     assert done.stderr.startswith(b"error: ") and b"No space left" in done.stderr
+
+
+def test_characters_that_the_output_lacks_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    with errors_in_one_line():
+        sys.stdout.write("nüsse 日本\n")
+    assert written.getvalue().decode("cp1252") == f"nüsse \\u65e5\\u672c{os.linesep}"
