@@ -15,9 +15,12 @@ RECOMPUTE_BEFORE = {
 def add_maskdino_config(cfg: CfgNode) -> None:
     """Adds Mask DINO's keys, with the paper's values, to a detectron2 configuration (in place).
 
-    Registers the names that waited for a configuration (:mod:`maskdino.integration.registration`).
+    One that has them stays as it is. Registers the names that waited for a configuration
+    (:mod:`maskdino.integration.registration`).
     """
     register_postponed()
+    if "MASK_DINO" in cfg.MODEL:  # as where a tool reads one for which a module of the user asked
+        return
     _add_model(cfg)
     _add_queries_and_decoder(cfg)
     _add_backbone(cfg)

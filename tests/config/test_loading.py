@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 
 import pytest
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 
-from maskdino.config import load_config
+from maskdino.config import add_maskdino_config, load_config
 from maskdino.config.loading import complete_config
 
 
@@ -73,3 +73,11 @@ def test_old_keys_on_the_command_line(caplog: pytest.LogCaptureFixture) -> None:
     assert load_config(None, [old, "True"]).MODEL.MASK_DINO.RECOMPUTE == "all"
     assert load_config(None, [old, "False"]).MODEL.MASK_DINO.RECOMPUTE == "none"
     assert "ignoring" not in caplog.text
+
+
+def test_keys_are_added_once() -> None:
+    cfg = get_cfg()
+    add_maskdino_config(cfg)
+    cfg.MODEL.MASK_DINO.NUM_CLASSES = 7
+    add_maskdino_config(cfg)  # by a module of the user, and by what reads its configuration
+    assert cfg.MODEL.MASK_DINO.NUM_CLASSES == 7
