@@ -70,6 +70,9 @@ def load_config(
             _check_given(cfg, whole)
         except (AssertionError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{config_file}: {one_line(error)}") from error
+    options = [word for word in overrides if str(word).startswith("--")]
+    if options:
+        raise ValueError(f"{options[0]} stands behind keys and values: options come before them")
     if len(overrides) % 2:
         raise ValueError(
             f"Overrides are KEY VALUE pairs, and a word is missing or left over: {list(overrides)}"

@@ -81,3 +81,9 @@ def test_keys_are_added_once() -> None:
     cfg.MODEL.MASK_DINO.NUM_CLASSES = 7
     add_maskdino_config(cfg)  # by a module of the user, and by what reads its configuration
     assert cfg.MODEL.MASK_DINO.NUM_CLASSES == 7
+
+
+@pytest.mark.parametrize("words", [["--weights", "w.pth"], ["--eval-only"]])
+def test_options_behind_the_keys_are_named(words: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"^{words[0]} stands behind keys and values: options co"):
+        load_config(None, ["OUTPUT_DIR", "out", *words])
