@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from maskdino.engine.solver import GradientClipper
+from maskdino.system.errors import NotFiniteError
 from maskdino.system.precision import mixed_precision_dtype, training_precision
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ class TrainStep:
         if self.grad_scaler.is_enabled():
             self._overflow |= bad or _not_finite(mean)
         elif bad:
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"Losses that are not finite: {bad}, on the images {self._images}. No step was "
                 "made, and the last checkpoint stays. Look at these images and their annotations, "
                 "or lower SOLVER.BASE_LR."
@@ -217,7 +218,7 @@ class TrainStep:
             self._left_out = 0
             return
         if not self.grad_scaler.is_enabled():
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"The norm of the gradient was {norm} on the images {images}, though every loss "
                 "was finite. The last checkpoint stays; resume from it with a lower SOLVER.BASE_LR."
             )
@@ -225,7 +226,7 @@ class TrainStep:
         self._left_out += 1
         if self._left_out >= MAX_LEFT_OUT:
             losses = f"losses {overflow}" if overflow else "finite losses, but not gradients,"
-            raise FloatingPointError(
+            raise NotFiniteError(
                 f"Float16 overflowed in {self._left_out} steps in a row, the last time with "
                 f"{losses} on the images {images}. The last checkpoint stays. Look at these images "
                 "and their annotations, lower SOLVER.BASE_LR, or train without SOLVER.AMP.ENABLED."

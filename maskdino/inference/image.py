@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maskdino.categories import Categories
 from maskdino.inference.options import PredictorOptions
+from maskdino.system.errors import NotFiniteError
 from maskdino.visualization.images import ImageSource, load_image, network_image
 from maskdino.visualization.results import ImageResult
 
@@ -69,7 +70,7 @@ class PreparedImage:
         if "instance" in found:
             objects = found["instance"]
             if not objects.pred_boxes.tensor.isfinite().all():
-                raise FloatingPointError(
+                raise NotFiniteError(
                     "the model predicts boxes that are not finite; see its weights"
                 )
             objects.pred_boxes.clip(objects.image_size)

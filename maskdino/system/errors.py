@@ -29,6 +29,10 @@ class WriteError(OSError, UserError):
     """A file cannot be written, as on a full disk: the message names it, and says what to do."""
 
 
+class NotFiniteError(FloatingPointError, UserError):
+    """Numbers became infinite or NaN: the message names where, and says what to do."""
+
+
 def reason_of(error: BaseException) -> str:
     """The line of an error's text that says what is wrong; its type where there is no text.
 

@@ -21,6 +21,7 @@ from maskdino.data import DataError, build_train_mapper
 from maskdino.engine.evaluating import evaluate_weights
 from maskdino.engine.launch import launch
 from maskdino.engine.trainer import MaskDINOTrainer
+from maskdino.system.errors import UserError
 from tests.engine.stand_in import read_checkpoint, tiny_config, train, train_in_process
 from tests.helpers import NARROW, NODE
 
@@ -298,8 +299,9 @@ def test_bad_loss_keeps_the_last_checkpoint(tmp_path: Path) -> None:
                 trainer.model.head.bias.fill_(float("nan"))
 
     trainer.model.register_forward_pre_hook(break_weights)
-    with pytest.raises(FloatingPointError, match=r"loss_class.*nan.*nuclei"):
+    with pytest.raises(FloatingPointError, match=r"loss_class.*nan.*nuclei") as error:
         trainer.train()
+    assert isinstance(error.value, UserError)  # which commands say in one line
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
     assert all(
         p.isfinite().all() for p in read_checkpoint(tmp_path, "model_0000001.pth")["model"].values()
