@@ -137,9 +137,11 @@ def save_pretrained(
         METRICS: json.dumps(known.metrics, indent=1),
         CARD: model_card(cfg, known, sum(x.numel() for x in model.parameters())),
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    # The large file first: where it has no room, there is nothing else.
+    write_tensors(folder / WEIGHTS, state, {ABOUT: known.to_json(), "config": configuration})
     for name, text in texts.items():
         write_text(folder / name, text)
-    write_tensors(folder / WEIGHTS, state, {ABOUT: known.to_json(), "config": configuration})
     return folder
 
 

@@ -199,8 +199,13 @@ class ImageResult:
         if path.suffix.lower() == ".json":
             with written_whole(path, sync=False) as temporary, temporary.open("w") as file:
                 file.writelines(self._json())
-        else:
-            Image.fromarray(self.draw(**drawing)).save(path, quality=95)  # of JPEG
+            return path
+        formats = Image.registered_extensions()
+        if path.suffix.lower() not in formats:
+            raise ValueError(f"{path}: no format of images has the suffix {path.suffix!r}")
+        image = Image.fromarray(self.draw(**drawing))
+        with written_whole(path, sync=False) as temporary:
+            image.save(temporary, formats[path.suffix.lower()], quality=95)  # of JPEG
         return path
 
     def _json(self) -> Iterator[str]:

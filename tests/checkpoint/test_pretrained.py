@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 import maskdino
 from maskdino.categories import Categories
+from maskdino.checkpoint import tensor_files
 from maskdino.checkpoint.contents import contents_of
 from maskdino.checkpoint.pretrained import FILES, Facts
 from maskdino.checkpoint.reading import CheckpointError
@@ -24,6 +26,7 @@ from maskdino.cli import predict
 from maskdino.inference.predictor import MaskDINOPredictor
 from maskdino.model import MaskDINO
 from maskdino.model_zoo import read_config
+from maskdino.system.errors import WriteError
 from tests.helpers import tiny_cfg
 
 CATEGORIES = Categories(
@@ -238,6 +241,20 @@ def test_rounded_weights_say_so(predictor: MaskDINOPredictor, tmp_path: Path) ->
     ):
         maskdino.save_pretrained(other, make_cfg(), tmp_path / "large", half=True)
     assert not (tmp_path / "large").exists()
+
+
+def test_without_room_for_the_weights_nothing_is_left(
+    predictor: MaskDINOPredictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(_: object, path: Path, *__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr(tensor_files, "save_file", save)
+        with pytest.raises(WriteError, match="No space left"):
+            predictor.save_pretrained(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+    predictor.save_pretrained(tmp_path / "new")
 
 
 def test_other_folders_are_left_alone(predictor: MaskDINOPredictor, tmp_path: Path) -> None:

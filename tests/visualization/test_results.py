@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from maskdino.categories import Categories
 from maskdino.ops.rle import encode_mask
+from maskdino.system.errors import WriteError
 from maskdino.visualization.drawing import color_of
 from maskdino.visualization.results import ImageResult
 
@@ -64,6 +68,29 @@ def test_masks_are_decoded(result: ImageResult) -> None:
 
 def without_masks(entries: list[dict]) -> list[dict]:
     return [{k: v for k, v in entry.items() if k != "segmentation"} for entry in entries]
+
+
+def test_drawings_are_written_whole_or_not_at_all(
+    result: ImageResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.zeros((*result.size, 3), np.uint8)
+    drawn, path = replace(result, source=image), tmp_path / "a.png"
+    path.write_text("before")
+
+    def save(_: Image.Image, target: Path, *__: object, **___: object) -> None:
+        target.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(Image.Image, "save", save)
+        with pytest.raises(WriteError, match=f"cannot write {path}: No space left"):
+            drawn.save(path)
+    assert [x.name for x in tmp_path.iterdir()] == ["a.png"] and path.read_text() == "before"
+    with pytest.raises(ValueError, match=r"a.bogus: no format of images has the suffix '.bogus'"):
+        drawn.save(tmp_path / "a.bogus")
+    for name in ("a.png", "b.JPG", "c.webp", "d.tif"):
+        with Image.open(drawn.save(tmp_path / name)) as saved:
+            assert saved.size == result.size[::-1]
 
 
 def test_objects_in_the_form_of_coco(result: ImageResult) -> None:
