@@ -214,6 +214,12 @@ class MaskDINO(nn.Module):
             str(x.get("file_name", x.get("image_id", i))) for i, x in enumerate(batched_inputs)
         ]
         canvas = tuple(images.tensor.shape[-2:])
+        bare = [name for name, x in zip(names, batched_inputs, strict=True) if "instances" not in x]
+        if bare:
+            raise ValueError(
+                f"images {', '.join(bare)} have no 'instances' to learn: detectron2's mapper makes "
+                "them of a record's 'annotations', an empty list where there are no objects"
+            )
         instances = [x["instances"] for x in batched_inputs]
         learned = self.pixel_embedding is not None and self.criterion.weights.keys() & MASK_LOSSES
         return prepare_targets(

@@ -203,6 +203,13 @@ def test_masks_that_were_not_read_end_the_training_instead_of_losses_of_zero() -
     train_once(tiny_model(), drawn_batch([SIZE], [0], masks=False))
 
 
+def test_images_without_instances_are_named() -> None:
+    batch = drawn_batch([SIZE, SIZE], [2, 0])
+    del batch[1]["instances"]
+    with pytest.raises(ValueError, match=r"^images drawn_1\.png have no 'instances' to learn: det"):
+        tiny_model()(batch)
+
+
 def test_a_thousand_objects_of_one_pixel() -> None:
     batch = drawn_batch([SIZE], [1000])
     boxes = batch[0]["instances"].gt_boxes.tensor

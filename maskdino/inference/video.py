@@ -81,14 +81,14 @@ class VideoReader:
         decoded: frames that were read so far.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | os.PathLike) -> None:
         """Opens a file.
 
         Raises:
             ModuleNotFoundError: PyAV is not installed.
             VideoError: the file is missing, no video, or its codec is not known.
         """
-        av = require_pyav()
+        av, path = require_pyav(), Path(path)
         if not path.is_file():
             raise VideoError(f"video {path} {'is a folder' if path.is_dir() else 'does not exist'}")
         self.name, self.decoded, self._failed = path.name, 0, 0

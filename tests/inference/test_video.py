@@ -121,7 +121,7 @@ def test_file_that_was_cut_off(tmp_path: Path) -> None:
     assert (reader.frames, len(images) + reader.skipped) == (30, 30)
     assert 8 <= len(images) <= 15
     with pytest.raises(VideoError, match="clip.mp4: it is none, or is damaged"):
-        VideoReader(tmp_path / "clip.mp4")
+        VideoReader(str(tmp_path / "clip.mp4"))
 
 
 def test_damaged_beginning(tmp_path: Path) -> None:
