@@ -127,7 +127,7 @@ def read_config(
         weights: path or address of a checkpoint, ours or a released one; name of a released model;
             "released": what was released for this configuration; "": random weights; None:
             MODEL.WEIGHTS of the configuration or, if it names none, those of the folder.
-        overrides: keys and values in turn, which have the last word.
+        overrides: keys and values in turn, which have the last word but for `weights`.
         whole: the weights must be those of a whole model (to predict), not of a backbone alone.
         resume: prefer the last checkpoint of OUTPUT_DIR that can be read, if there is one.
 
